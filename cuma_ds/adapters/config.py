@@ -1,0 +1,91 @@
+"""What a mixture of LoRA experts looks like: sizes, router kind, gate normalisation, sharing."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+GateNorm = Literal["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
+Method = Literal["cuma", "mixlora", "hydralora", "lora"]
+
+# What each method fixes; a recipe that asks for something else under the same name is refused.
+_METHOD_FIXES: dict[str, dict[str, Any]] = {
+    "cuma": {},
+    "mixlora": {"shared_a": False},
+    "hydralora": {"shared_a": True},
+    "lora": {"num_experts": 1, "top_k": 1, "shared_a": False, "balance_weight": 0.0},
+}
+
+
+class CumaConfig(BaseModel):
+    """The adapters of one model (METHOD: CuMA, arXiv 2601.04885, section 3; baselines are special cases).
+
+    ``method`` names a preset: ``cuma`` routes on the token and the profile; ``mixlora`` (own A) and ``hydralora``
+    (shared A) route on the token alone; ``lora`` is one expert without a router.
+
+    Raises:
+        pydantic.ValidationError: impossible values, e.g. ``top_k`` above ``num_experts``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method = Field("cuma", description="preset: cuma | mixlora (semantic only, own A) | hydralora (semantic only, shared A) | lora")
+    num_experts: int = Field(8, ge=1, le=512, description="E, experts per adapted linear")
+    top_k: int = Field(2, ge=1, le=512, description="K, experts that answer for one token")
+    lora_r: int = Field(8, ge=1, description="r, rank of one expert")
+    lora_alpha: float = Field(16.0, gt=0, description="the mixture is scaled by lora_alpha / lora_r")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "v_proj"), min_length=1, description="names (or dotted suffixes) of the linear layers to adapt"
+    )
+    router: Literal["linear", "mlp"] = Field("linear", description="the paper's linear router, or an MLP with ReLU")
+    router_hidden: int = Field(256, ge=1, description="hidden width of the MLP router")
+    router_layers: int = Field(2, ge=2, description="number of linear layers of the MLP router")
+    router_bias: bool | None = Field(None, description="bias in the router's linears; by default only in the MLP")
+    gate_norm: GateNorm = Field(
+        "topk_softmax",
+        description="topk_softmax (paper) | softmax (all experts) | softmax_topk (not renormalised) | softmax_topk_softmax",
+    )
+    shared_a: bool = Field(False, description="one A for all experts of a linear (HydraLoRA style)")
+    share_router: bool = Field(True, description="one router for q,k,v of a layer and one for gate,up")
+    balance_weight: float = Field(0.01, ge=0, description="lambda of the load-balance loss; 0 switches it off")
+    gradient_mask: Literal["none", "dominant"] = Field(
+        "none", description="none (paper) | dominant: only a sequence's main expert receives its weight gradients"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the experts' input and between router layers")
+    profile_dim: int = Field(0, ge=0, description="P, width of the profile embedding; 0 = no demographics; set from the encoder in a run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        method = values.get("method", "cuma")
+        fixes = _METHOD_FIXES.get(method, {}) if isinstance(method, str) else {}
+        for key, fixed in fixes.items():
+            if values.get(key, fixed) != fixed:
+                raise ValueError(f"method {method!r} means {key}: {fixed}, but {key}: {values[key]} was asked for")
+        return {**values, **fixes}
+
+    @model_validator(mode="after")
+    def _check(self) -> CumaConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k is {self.top_k} but num_experts is {self.num_experts}; top_k must not exceed num_experts")
+        if self.profile_dim and self.method != "cuma":
+            raise ValueError(f"method {self.method!r} takes no profiles, but profile_dim is {self.profile_dim}; use method 'cuma'")
+        return self
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, the factor on the mixture's output."""
+        return self.lora_alpha / self.lora_r
+
+    @property
+    def has_router(self) -> bool:
+        """False for plain LoRA: one expert, gate 1."""
+        return self.method != "lora"
+
+    @property
+    def uses_profiles(self) -> bool:
+        """Whether routing depends on who is asking."""
+        return self.method == "cuma"

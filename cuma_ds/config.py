@@ -1,0 +1,269 @@
+"""One run = one YAML file = nested frozen models; every mistake names the file, line, key and what was allowed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cuma_ds.adapters.config import CumaConfig
+from cuma_ds.errors import ConfigError, nearest
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(_Section):
+    """Name, place and seed of a run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name of the run under output_dir")
+    output_dir: str = Field("runs", description="folder that holds the run folders")
+    seed: int = Field(0, ge=0, description="seed of initialisation, data order and dropout")
+
+
+class ModelSection(_Section):
+    """The frozen backbone."""
+
+    path: str = Field(description="folder with config.json and safetensors, or a hub id")
+    dtype: DType = Field("bfloat16", description="dtype the frozen backbone is held and run in")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation of transformers")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    trust_remote_code: bool = Field(False, description="allow code that comes with the model to run")
+
+
+class ProfilesSection(_Section):
+    """Who is asking: from fields to one sentence to one vector."""
+
+    encoder: str | None = Field(None, description="folder or hub id of a sentence encoder; needed by method cuma")
+    template: Literal["wvs", "generic"] = Field("generic", description="how profile fields become a sentence")
+    standardise: float | None = Field(3.0, gt=0, description="RMS that centred profile embeddings are scaled to; null = raw embeddings")
+    batch_size: int = Field(64, ge=1, description="sentences per encoder batch")
+    cache_dir: str | None = Field(None, description="folder of cached embeddings; default: the user's cache folder")
+
+
+class DataSection(_Section):
+    """What is asked and answered."""
+
+    source: Literal["wvs-sample", "jsonl"] = Field("jsonl", description="wvs-sample (embedded survey answers) | jsonl (your own)")
+    path: str | None = Field(None, description="folder made by prepare_data, or for jsonl the file itself; null prepares wvs-sample on the spot")
+    histogram_targets: bool = Field(True, description="merge equal questions of one profile into one example with answer counts")
+    example_weight: Literal["uniform", "answers"] = Field(
+        "uniform", description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)"
+    )
+    profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
+    max_length: int = Field(256, ge=8, description="tokens; longer prompts are cut at the front, never the answer")
+    test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
+    heldout_fraction: float = Field(0.15, ge=0, lt=1, description="share of countries (or profiles) held out entirely")
+    split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
+
+
+class TrainingSection(_Section):
+    """How the adapters learn."""
+
+    objective: Literal["sft"] = Field("sft", description="sft: conditional supervised fine-tuning")
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    global_batch_size: int = Field(12, ge=1, description="examples per optimizer step, over all ranks")
+    micro_batch_size: int = Field(6, ge=1, description="most examples per rank in one forward; accumulation follows from it")
+    learning_rate: float = Field(1.0e-3, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="learning-rate schedule after warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    adam_eps: float = Field(1.0e-8, gt=0, description="AdamW epsilon")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 = no clipping")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSection:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps} but steps is {self.steps}; warm-up must end before the run does")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas are {list(self.adam_betas)}; each must be in [0, 1)")
+        return self
+
+
+class ParallelSection(_Section):
+    """Where parameters live and how tokens meet experts."""
+
+    deepspeed_config: str = Field(
+        "zero2_sharded_backbone", description="a JSON file, or the name of one in ds_configs/ (see ds_configs/README.md)"
+    )
+    ep_size: int = Field(1, ge=1, description="ranks that share one set of experts; divides num_experts and the world size")
+    dispatch: Literal["auto", "all_to_all", "gather_experts"] = Field("auto", description="move tokens, move experts, or the cheaper")
+    timeout_seconds: int = Field(120, ge=10, description="seconds to wait for a silent peer before stopping")
+
+
+class CheckpointSection(_Section):
+    """How often the run can be resumed from."""
+
+    every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end")
+    keep_last: int = Field(2, ge=1, description="complete checkpoints kept")
+
+
+class TelemetrySection(_Section):
+    """What the run tells while it runs."""
+
+    log_every: int = Field(1, ge=1, description="steps between rows of metrics.jsonl and TensorBoard")
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+    progress: bool = Field(True, description="progress bar on rank 0")
+
+
+class EvaluationSection(_Section):
+    """How a trained run is judged."""
+
+    batch_size: int = Field(16, ge=1, description="prompts per forward")
+    min_answers: int = Field(30, ge=1, description="groups with fewer test answers are left out of reports")
+
+
+class RunConfig(_Section):
+    """Everything one run needs, as read from a recipe (STYLE: one YAML = one run)."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    profiles: ProfilesSection = ProfilesSection()
+    adapters: CumaConfig = CumaConfig()
+    data: DataSection = DataSection()
+    training: TrainingSection = TrainingSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    telemetry: TelemetrySection = TelemetrySection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.adapters.uses_profiles and self.profiles.encoder is None:
+            raise ValueError("profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)")
+        if self.adapters.num_experts % self.parallel.ep_size:
+            raise ValueError(
+                f"parallel.ep_size is {self.parallel.ep_size}, which does not divide adapters.num_experts {self.adapters.num_experts}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder, ``output_dir/name``."""
+        return Path(self.run.output_dir) / self.run.name
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key written out."""
+        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a recipe and apply ``section.key=value`` overrides.
+
+    Args:
+        path: YAML file.
+        overrides: e.g. ``["training.steps=20"]``; values are YAML, and win over the file.
+
+    Raises:
+        ConfigError: one line with file, line and key for the first thing that is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
+        raise ConfigError(f"cannot read the recipe {path}: {reason}") from None
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise ConfigError(f"{path}{line}: broken YAML: {problem}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: a recipe is a mapping of sections ({', '.join(RunConfig.model_fields)}), not {type(values).__name__}")
+
+    places = {key: f"{path}:{line}" for key, line in _key_lines(tree).items()}
+    for override in overrides or []:
+        _apply_override(values, override, places)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, places, str(path))) from None
+
+
+def _key_lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    lines: dict[tuple[str, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = (*prefix, str(key_node.value))
+            lines[key] = key_node.start_mark.line + 1
+            lines.update(_key_lines(value_node, key))
+    return lines
+
+
+def _apply_override(values: dict[str, Any], override: str, places: dict[tuple[str, ...], str]) -> None:
+    key, equals, raw = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or not dot or not section or not name or "." in name:
+        raise ConfigError(f"--set {override}: expected section.key=value, e.g. training.steps=20")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string; people mean the number.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    inner = values.setdefault(section, {})
+    if not isinstance(inner, dict):
+        inner = values[section] = {}
+    inner[name] = value
+    places[(section, name)] = f"--set {override}"
+
+
+def _first_problem(error: ValidationError, places: dict[tuple[str, ...], str], path: str) -> str:
+    problem = error.errors()[0]
+    location = tuple(str(part) for part in problem["loc"])
+    known_location = location
+    while known_location and known_location not in places:
+        known_location = known_location[:-1]
+    where = places.get(known_location, path)
+    key = ".".join(location)
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        allowed = _keys_at(location[:-1])
+        what = f"section {location[0]!r}" if len(location) > 1 else "the recipe"
+        return f"{where}: unknown key {key!r}{nearest(location[-1], allowed)}; {what} allows: {', '.join(allowed)}"
+    if kind == "missing":
+        return f"{where}: key {key!r} is missing{_describe(location)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{where}: {key + ': ' if key else ''}{message}"
+    value = problem.get("input")
+    return f"{where}: {key} is {value!r}: {message}{_describe(location)}{_suggest(location, value)}"
+
+
+def _field_at(location: tuple[str, ...]) -> Any:
+    if len(location) >= 2 and location[0] in RunConfig.model_fields:
+        section = RunConfig.model_fields[location[0]].annotation
+        return section.model_fields.get(location[1]) if section is not None else None
+    return None
+
+
+def _keys_at(location: tuple[str, ...]) -> list[str]:
+    if location and location[0] in RunConfig.model_fields:
+        section = RunConfig.model_fields[location[0]].annotation
+        return list(section.model_fields) if section is not None else []
+    return list(RunConfig.model_fields)
+
+
+def _describe(location: tuple[str, ...]) -> str:
+    field = _field_at(location)
+    return f" ({field.description})" if field is not None and field.description else ""
+
+
+def _suggest(location: tuple[str, ...], value: Any) -> str:
+    field = _field_at(location)
+    choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)] if field is not None else []
+    return nearest(value, choices) if isinstance(value, str) else ""
