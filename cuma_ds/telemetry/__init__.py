@@ -1,0 +1,1 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, a progress bar, throughput."""
