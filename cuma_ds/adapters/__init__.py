@@ -1,0 +1,8 @@
+"""The equation: a mixture of LoRA experts routed by what is asked and who is asking. No deepspeed, no I/O."""
+
+from cuma_ds.adapters.balance import RoutingStatistics, balance_loss
+from cuma_ds.adapters.config import CumaConfig
+from cuma_ds.adapters.inject import inject_adapters
+from cuma_ds.adapters.model import CumaModel
+
+__all__ = ["CumaConfig", "CumaModel", "RoutingStatistics", "balance_loss", "inject_adapters"]

@@ -1,0 +1,231 @@
+"""A frozen backbone with adapters, called with the profile of whoever is asking.
+
+Shapes: B sequences, S positions, N profiles of the batch, P profile width, E experts, R routers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cuma_ds.adapters.balance import RoutingStatistics, balance_loss
+from cuma_ds.adapters.config import CumaConfig
+from cuma_ds.adapters.context import RoutingContext, RoutingState
+from cuma_ds.adapters.layer import AdaptedLinear
+from cuma_ds.errors import ModelError
+
+
+class RoutingRecord:
+    """What the routers did while recording: one [R, B, E] float32 tensor (mean gate over real tokens) per forward."""
+
+    def __init__(self, router_names: list[str]) -> None:
+        self.router_names = router_names
+        self.gates: list[Tensor] = []
+
+
+class CumaModel(nn.Module):
+    """Made by :func:`cuma_ds.inject_adapters`; behaves like the Hugging Face model it wraps, plus profiles.
+
+    Attributes:
+        base_model: the frozen backbone, its target linears wrapped by :class:`AdaptedLinear`.
+        config: the adapters' configuration.
+        router_names: the first adapted linear of each router, in module order.
+        profile_mean, profile_scale: [P] and [] float32 buffers; e_d goes to the routers as ``(e_d - mean) * scale``.
+    """
+
+    profile_mean: Tensor
+    profile_scale: Tensor
+
+    def __init__(self, base_model: nn.Module, config: CumaConfig, context: RoutingContext, router_names: list[str]) -> None:
+        super().__init__()
+        self.base_model = base_model
+        self.config = config
+        self.context = context
+        self.router_names = router_names
+        self.register_buffer("profile_mean", torch.zeros(config.profile_dim))
+        self.register_buffer("profile_scale", torch.ones(()))
+        self._recording: RoutingRecord | None = None
+
+    def forward(
+        self,
+        *args: Any,
+        attention_mask: Tensor | None = None,
+        profile_embeddings: Tensor | None = None,
+        profile_index: Tensor | None = None,
+        gradient_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the backbone's own forward with the routers seeing who is asking.
+
+        Args:
+            attention_mask: [B, S_total]; zeros are padding and are never routed.
+            profile_embeddings: [N, P] raw encoder output (N = B without ``profile_index``); centred and scaled here.
+            profile_index: [B] or [B, S] int64 rows of ``profile_embeddings``; -1 keeps a row out of all statistics.
+            gradient_mask: [N, E] in [0, 1], share of the weight gradients each profile may send to each expert.
+
+        Returns:
+            The backbone's output. While training it also carries ``balance_loss`` (a scalar, summed over routers).
+
+        Raises:
+            ModelError: profiles missing, of the wrong width or number.
+        """
+        rows = self._rows(args, kwargs)
+        self._open(rows, attention_mask, profile_embeddings, profile_index, gradient_mask, collect=True)
+        out = self.base_model(*args, attention_mask=attention_mask, **kwargs)
+        statistics = self.routing_statistics()
+        if self._recording is not None and statistics is not None and statistics.gate_RBE is not None:
+            self._recording.gates.append(statistics.gate_RBE.float())
+        if self.training and statistics is not None:
+            out.balance_loss = balance_loss(statistics)
+        return out
+
+    @torch.no_grad()
+    def generate(self, *args: Any, profile_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
+        """The backbone's ``generate``; each sequence keeps its profile through beams, samples and the KV cache.
+
+        Args:
+            profile_embeddings: [B, P], one raw embedding per prompt.
+        """
+        self._open(self._rows(args, kwargs), None, profile_embeddings, None, None, collect=False)
+        return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def routing_statistics(self) -> RoutingStatistics | None:
+        """Statistics of the last forward (None without routers)."""
+        return RoutingStatistics.stack(self.context.state.statistics)
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        for value in (kwargs.get("input_ids"), kwargs.get("inputs"), kwargs.get("inputs_embeds"), *args):
+            if isinstance(value, Tensor):
+                return value.shape[0]
+        raise ModelError("the model was called without input_ids or inputs_embeds")
+
+    def _open(
+        self,
+        rows: int,
+        attention_mask: Tensor | None,
+        profile_embeddings: Tensor | None,
+        profile_index: Tensor | None,
+        gradient_mask: Tensor | None,
+        collect: bool,
+    ) -> None:
+        width = self.config.profile_dim
+        if profile_embeddings is not None and not width:
+            raise ModelError("profile_embeddings were given, but these adapters take none (profile_dim is 0)")
+        if width and self.context.enabled:
+            if profile_embeddings is None:
+                raise ModelError(f"profile_embeddings are missing; these adapters need one row of width {width} per sequence")
+            if profile_embeddings.dim() != 2 or profile_embeddings.shape[1] != width:
+                raise ModelError(f"profile_embeddings have shape {tuple(profile_embeddings.shape)}; expected [sequences, {width}]")
+        device = self.profile_scale.device
+        if profile_index is None:
+            profile_index = torch.arange(rows, device=device)
+        if profile_index.shape[0] != rows:
+            raise ModelError(f"profile_index has {profile_index.shape[0]} rows for {rows} sequences")
+        num_profiles = rows if profile_embeddings is None else profile_embeddings.shape[0]
+        if profile_index.device.type == "cpu" and profile_index.numel() and int(profile_index.max()) >= num_profiles:
+            raise ModelError(f"profile_index reaches {int(profile_index.max())}, but only {num_profiles} profile embeddings were given")
+        profiles_NP = None
+        if width and profile_embeddings is not None:
+            mean = self.profile_mean
+            profiles_NP = (profile_embeddings.to(mean.device, mean.dtype) - mean) * self.profile_scale
+        self.context.state = RoutingState(
+            profiles_NP=profiles_NP,
+            profile_index=profile_index,
+            attention_mask_BS=attention_mask,
+            gradient_mask_NE=gradient_mask,
+            rows=rows,
+            num_profiles=num_profiles,
+            collect=collect,
+            record_sequences=self._recording is not None,
+        )
+
+    @torch.no_grad()
+    def set_profile_standardisation(self, embeddings_NP: Tensor, rms: float | None) -> None:
+        """Centre on the training profiles and scale to the given RMS; None leaves raw embeddings.
+
+        Unit-norm sentence embeddings leave the router collapsed; the centring and scale are part of the model.
+
+        Args:
+            embeddings_NP: [N, P] raw embeddings of the distinct training profiles.
+            rms: root mean square of the standardised embeddings.
+        """
+        if embeddings_NP.dim() != 2 or embeddings_NP.shape[1] != self.config.profile_dim:
+            shape = tuple(embeddings_NP.shape)
+            raise ModelError(f"profile embeddings have shape {shape}; the adapters take width {self.config.profile_dim}")
+        if rms is None:
+            return
+        embeddings = embeddings_NP.to(self.profile_mean.device, torch.float64)
+        mean = embeddings.mean(dim=0)
+        spread = (embeddings - mean).square().mean().sqrt()
+        self.profile_mean.copy_(mean)
+        # One single profile has no spread: it maps to zero, whatever the scale.
+        self.profile_scale.copy_(rms / spread if spread > 1e-8 else torch.ones_like(spread))
+
+    @contextlib.contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """Inside, the model is the bare backbone."""
+        self.context.enabled, before = False, self.context.enabled
+        try:
+            yield
+        finally:
+            self.context.enabled = before
+
+    @contextlib.contextmanager
+    def recording_routing(self) -> Iterator[RoutingRecord]:
+        """Inside, every forward appends its mean gate per router and sequence to the record."""
+        self._recording, before = RoutingRecord(self.router_names), self._recording
+        try:
+            yield self._recording
+        finally:
+            self._recording = before
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, with the profiles this forward had."""
+        self.base_model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
+        )
+
+    def adapted_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
+        """The adapted linears by their name in the backbone, in module order."""
+        for name, module in self.base_model.named_modules():
+            if isinstance(module, AdaptedLinear):
+                yield name, module
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything that trains, by name: ``<linear>.experts.lora_a`` and the like."""
+        for name, layer in self.adapted_layers():
+            parts: dict[str, nn.Module] = {"experts": layer.experts}
+            if layer.owns_router and layer.router is not None:
+                parts["router"] = layer.router
+            for part, module in parts.items():
+                for inner, parameter in module.named_parameters():
+                    yield f"{name}.{part}.{inner}", parameter
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Everything the backbone does not have: trained parameters and the profile standardisation (detached, not copied)."""
+        state = {name: parameter.detach() for name, parameter in self.adapter_parameters()}
+        if self.config.profile_dim:
+            state |= {"profile_mean": self.profile_mean, "profile_scale": self.profile_scale}
+        return state
+
+    @torch.no_grad()
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Copy a state made by :meth:`adapter_state` in.
+
+        Raises:
+            ModelError: names the first missing, unexpected or misshapen tensor.
+        """
+        own = self.adapter_state()
+        foreign = "it belongs to another model or configuration"
+        if missing := sorted(own.keys() - state.keys()):
+            raise ModelError(f"the adapter state lacks {missing[0]} ({len(missing)} missing); {foreign}")
+        if unknown := sorted(state.keys() - own.keys()):
+            raise ModelError(f"the adapter state holds {unknown[0]} ({len(unknown)} unexpected); {foreign}")
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ModelError(f"adapter tensor {name} has shape {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}")
+            tensor.copy_(state[name])

@@ -1,0 +1,124 @@
+"""The router: logits from what is asked (the token) and who is asking (the profile).
+
+Shapes: T tokens, D input features, E experts, H hidden width, N profiles of the batch, P profile width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cuma_ds.adapters.config import CumaConfig
+from cuma_ds.adapters.context import RoutingContext, RoutingState, TokenIndex
+from cuma_ds.adapters.gate import Gate, compute_gate
+
+
+class Router(nn.Module):
+    """s = W_h h + W_p e_d (method, step 2), or an MLP whose first layer is that sum.
+
+    The concatenation [h (+) e_d] is never built: its second half is one small product per *profile*, looked up per token.
+    Layers that share a router (q,k,v; gate,up) ask with the same input; the gate is computed for the first of them only.
+    """
+
+    def __init__(self, config: CumaConfig, in_features: int, index: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.index = index
+        self.sharers = 1
+        mlp = config.router == "mlp"
+        bias = mlp if config.router_bias is None else config.router_bias
+        width = config.router_hidden if mlp else config.num_experts
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=device))
+
+        self.weight_h = empty(width, in_features)
+        self.weight_p = empty(width, config.profile_dim) if config.profile_dim else None
+        self.bias = empty(width) if bias else None
+        hidden = [width] * (config.router_layers - 1) + [config.num_experts] if mlp else []
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias, device=device) for i, o in itertools.pairwise(hidden))
+        self._cached: _CachedGate | None = None
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """W_h ~ N(0, 0.02^2), W_p ~ N(0, 1/P), later layers ~ N(0, 1/H), biases 0."""
+        _normal_(self.weight_h, 0.02, generator)
+        if self.weight_p is not None:
+            _normal_(self.weight_p, 1 / math.sqrt(self.weight_p.shape[1]), generator)
+        if self.bias is not None:
+            self.bias.zero_()
+        for layer in self._linears():
+            _normal_(layer.weight, 1 / math.sqrt(layer.in_features), generator)
+            if layer.bias is not None:
+                layer.bias.zero_()
+
+    def _linears(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
+    def logits(self, h_TD: Tensor, profiles_NP: Tensor | None, row_T: Tensor) -> Tensor:
+        """Router logits [T, E] in float32 (float64 stays).
+
+        Args:
+            h_TD: [T, D] the adapted linear's input.
+            profiles_NP: [N, P] standardised embeddings of the batch's profiles, or None (semantic-only routing).
+            row_T: [T] int64, each token's row in ``profiles_NP``.
+        """
+        s_TW = _at_least_float32(F.linear(h_TD, self.weight_h.to(h_TD.dtype)))
+        if self.weight_p is not None and profiles_NP is not None:
+            weight_p = _at_least_float32(self.weight_p)
+            s_TW = s_TW + F.linear(profiles_NP.to(weight_p.dtype), weight_p)[row_T].to(s_TW.dtype)
+        if self.bias is not None:
+            s_TW = s_TW + self.bias.to(s_TW.dtype)
+        for layer in self._linears():
+            s_TW = F.dropout(F.relu(s_TW), self.config.dropout, self.training)
+            s_TW = F.linear(s_TW, layer.weight.to(s_TW.dtype), None if layer.bias is None else layer.bias.to(s_TW.dtype))
+        return s_TW
+
+    def forward(self, x: Tensor, context: RoutingContext, is_leader: bool = True) -> tuple[Gate, TokenIndex]:
+        """The gate of one layer input, and which token is whose.
+
+        Args:
+            x: [B, S, D] or [T, D].
+            context: profiles and masks of this forward.
+            is_leader: whether the caller is the first of the layers sharing this router; it alone counts statistics.
+        """
+        cached = self._cached
+        if cached is not None and cached.x() is x and cached.state is context.state and cached.grad == torch.is_grad_enabled():
+            cached.readers -= 1
+            if not cached.readers:
+                self._cached = None
+            return cached.gate, cached.tokens
+        tokens = context.state.tokens(x)
+        logits_TE = self.logits(x.reshape(-1, x.shape[-1]), context.state.profiles_NP, tokens.row_T)
+        gate = compute_gate(logits_TE, self.config.top_k, self.config.gate_norm, tokens.real_T)
+        if is_leader:
+            context.collect(self.index, gate, tokens)
+        if self.sharers > 1:
+            self._cached = _CachedGate(weakref.ref(x), context.state, torch.is_grad_enabled(), gate, tokens, self.sharers - 1)
+        return gate, tokens
+
+
+@dataclass
+class _CachedGate:
+    """A gate waiting for the other layers that share the router; dropped when the last has read it."""
+
+    x: weakref.ref[Tensor]
+    state: RoutingState
+    grad: bool
+    gate: Gate
+    tokens: TokenIndex
+    readers: int
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _normal_(weight: Tensor, std: float, generator: torch.Generator) -> None:
+    weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float32) * std)

@@ -1,0 +1,422 @@
+"""The mixture against a loop-written reference of the equations, variant by variant."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from reference import reference_balance, reference_gate, reference_logits, reference_mixture
+from torch import nn
+
+from cuma_ds.adapters import CumaConfig, CumaModel, balance_loss, inject_adapters
+from cuma_ds.adapters.gate import compute_gate
+from cuma_ds.errors import ModelError
+
+NORMS = ["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
+D, O, P, E, R, B, S = 12, 10, 5, 6, 4, 3, 7  # noqa: E741
+
+
+class Out:
+    """What a Hugging Face model returns, reduced to what the tests read."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+class TwoLinears(nn.Module):
+    """A 'backbone' whose q_proj and v_proj read the same input, as in attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(D, O, bias=False)
+        self.v_proj = nn.Linear(D, O)
+        self.out = nn.Linear(O, D)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Out:
+        q, v = self.q_proj(inputs_embeds), self.v_proj(inputs_embeds)
+        return Out(torch.cat([q, v, self.out(q * v)], dim=-1))
+
+
+def build(dtype: torch.dtype = torch.float64, **options: object) -> CumaModel:
+    torch.manual_seed(0)
+    values = {"num_experts": E, "top_k": 2, "lora_r": R, "lora_alpha": 6, "profile_dim": P, "router_hidden": 9, **options}
+    model = inject_adapters(TwoLinears(), CumaConfig(**values)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in model.adapter_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
+    if model.config.profile_dim:
+        model.set_profile_standardisation(torch.randn(9, P, generator=generator), 3.0)
+    return model.train()
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(B, S, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    mask = torch.ones(B, S, dtype=torch.long)
+    mask[0, :2] = 0
+    mask[2, :4] = 0
+    return x, mask, torch.randn(B, P, generator=generator, dtype=torch.float64)
+
+
+def reference(model: CumaModel, x: torch.Tensor, mask: torch.Tensor, e: torch.Tensor, gradient_mask: torch.Tensor | None):
+    """Output [B, S, 2 O + D] and the summed balance loss, token by token."""
+    config = model.config
+    parameters = dict(model.adapter_parameters())
+    rows, balance_gates = [], {}
+    if config.profile_dim:
+        e = (e - model.profile_mean) * model.profile_scale
+    for b, s in itertools.product(range(B), range(S)):
+        parts = []
+        for name in ("q_proj", "v_proj"):
+            linear = getattr(model.base_model, name).base
+            owner = "q_proj" if config.share_router else name
+            real = bool(mask[b, s])
+            router = {key.split(".router.")[1]: value for key, value in parameters.items() if key.startswith(f"{owner}.router.")}
+            if router:
+                logits = reference_logits(x[b, s], e[b] if config.profile_dim else None, router, config.router)
+                gate, chosen = reference_gate(logits, config.top_k, config.gate_norm)
+            else:
+                gate, chosen = [torch.ones((), dtype=x.dtype)], [0]
+            y = linear(x[b, s])
+            if real:
+                a, up = parameters[f"{name}.experts.lora_a"], parameters[f"{name}.experts.lora_b"]
+                row_mask = None if gradient_mask is None else gradient_mask[b]
+                y = y + config.lora_alpha / config.lora_r * reference_mixture(x[b, s], gate, a, up, row_mask)
+                if name == owner:
+                    balance_gates.setdefault(owner, []).append((gate, chosen))
+            parts.append(y)
+        rows.append(torch.cat([*parts, model.base_model.out(parts[0] * parts[1])]))
+    balance = sum(reference_balance(gates, config.num_experts) for gates in balance_gates.values())
+    return torch.stack(rows).view(B, S, -1), balance
+
+
+def gradients(loss: torch.Tensor, model: CumaModel, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = {**dict(model.adapter_parameters()), "input": x}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads, strict=True)}
+
+
+def assert_equal_to_reference(model: CumaModel, dtype: torch.dtype, tolerance: float, gradient_mask: torch.Tensor | None = None) -> None:
+    x, mask, e = inputs(dtype)
+    profiles = e.to(dtype) if model.config.profile_dim else None
+    out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=profiles, gradient_mask=gradient_mask)
+    expected, expected_balance = reference(model, x, mask, e.to(dtype), gradient_mask)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+    loss, expected_loss = (out.hidden * weights).sum(), (expected * weights).sum()
+    if model.config.has_router:
+        torch.testing.assert_close(out.balance_loss, expected_balance, rtol=tolerance, atol=tolerance)
+        loss, expected_loss = loss + 3 * out.balance_loss, expected_loss + 3 * expected_balance
+    torch.testing.assert_close(out.hidden, expected, rtol=tolerance, atol=tolerance)
+    ours, theirs = gradients(loss, model, x), gradients(expected_loss, model, x)
+    for name in ours:
+        scale = max(1.0, float(theirs[name].abs().max()))
+        torch.testing.assert_close(ours[name] / scale, theirs[name] / scale, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+@pytest.mark.parametrize("shared_a", [False, True])
+@pytest.mark.parametrize("share_router", [False, True])
+def test_mixture_equals_the_loop_reference_in_float64(norm: str, router: str, shared_a: bool, share_router: bool) -> None:
+    model = build(gate_norm=norm, router=router, shared_a=shared_a, share_router=share_router)
+    assert_equal_to_reference(model, torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+def test_mixture_equals_the_loop_reference_in_float32(norm: str, router: str) -> None:
+    assert_equal_to_reference(build(torch.float32, gate_norm=norm, router=router), torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{"method": "mixlora"}, {"method": "hydralora"}, {"router": "mlp", "method": "mixlora"}])
+def test_semantic_only_mixtures_equal_the_reference(options: dict[str, object]) -> None:
+    assert_equal_to_reference(build(profile_dim=0, **options), torch.float64, 1e-10)
+
+
+def test_plain_lora_equals_the_reference() -> None:
+    model = build(profile_dim=0, method="lora", num_experts=1, top_k=1)
+    assert_equal_to_reference(model, torch.float64, 1e-10)
+    assert not any("router" in name for name, _ in model.adapter_parameters())
+
+
+def test_deeper_mlp_router_and_linear_router_with_bias_equal_the_reference() -> None:
+    assert_equal_to_reference(build(router="mlp", router_layers=3), torch.float64, 1e-10)
+    assert_equal_to_reference(build(router_bias=True), torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, E])
+def test_any_top_k_equals_the_reference(top_k: int) -> None:
+    assert_equal_to_reference(build(top_k=top_k), torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("shared_a", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradient_mask_scales_weight_gradients_and_nothing_else(shared_a: bool, norm: str) -> None:
+    mask = torch.rand(B, E, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mask[0, 1] = mask[1, 2] = 0
+    mask[2] = 1
+    assert_equal_to_reference(build(shared_a=shared_a, gate_norm=norm), torch.float64, 1e-10, gradient_mask=mask)
+
+
+def test_gradient_mask_of_ones_is_the_paper_and_of_zeros_freezes_the_experts_only() -> None:
+    model = build()
+    x, mask, e = inputs()
+
+    def grads(gradient_mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e, gradient_mask=gradient_mask)
+        return gradients(out.hidden.square().sum(), model, x)
+
+    free, ones, zeros = grads(None), grads(torch.ones(B, E)), grads(torch.zeros(B, E))
+    for name in free:
+        torch.testing.assert_close(free[name], ones[name], rtol=1e-12, atol=1e-12)
+        if "experts" in name:
+            assert not zeros[name].any()
+        else:
+            assert free[name].any()
+            torch.testing.assert_close(free[name], zeros[name], rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_mask_of_one_profile_moves_only_the_allowed_expert() -> None:
+    model = build(gate_norm="softmax")
+    x, mask, e = inputs()
+    only_expert_4 = torch.zeros(B, E)
+    only_expert_4[:, 4] = 1
+    out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e, gradient_mask=only_expert_4)
+    for name, grad in gradients(out.hidden.square().sum(), model, x).items():
+        if "experts" in name:
+            moved = {i for i in range(E) if grad[i].any()}
+            assert moved == {4}, name
+
+
+def test_dominant_mask_lets_only_the_main_expert_of_a_profile_learn() -> None:
+    model = build(gradient_mask="dominant")
+    x, mask, e = inputs()
+    with model.recording_routing() as record:
+        out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    dominant = record.gates[0][0].argmax(dim=1)
+    grads = gradients(out.hidden.square().sum(), model, x)
+    moved = {i for i in range(E) if grads["q_proj.experts.lora_a"][i].any()}
+    assert moved == set(dominant.tolist())
+    explicit = torch.nn.functional.one_hot(dominant, E).double()
+    model_without = build()
+    out = model_without(inputs_embeds=x, attention_mask=mask, profile_embeddings=e, gradient_mask=explicit)
+    for name, grad in gradients(out.hidden.square().sum(), model_without, x).items():
+        torch.testing.assert_close(grad, grads[name])
+
+
+def test_padding_never_influences_anything() -> None:
+    model = build()
+    x, mask, e = inputs()
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+        real = mask.bool()
+        statistics = model.routing_statistics()
+        loss = out.hidden[real].square().sum() + out.balance_loss
+        grads = gradients(loss, model, x)
+        return out.hidden[real], out.balance_loss, statistics.load_RE, statistics.entropy_R, statistics.tokens, *grads.values()
+
+    before = run(x)
+    changed = x.detach().clone()
+    changed[mask == 0] = 1e3
+    after = run(changed.requires_grad_())
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other)
+    assert float(before[4]) == int(mask.sum())
+
+
+def test_filler_rows_are_counted_nowhere() -> None:
+    model = build()
+    x, mask, e = inputs()
+    out = model(inputs_embeds=x[:2], attention_mask=mask[:2], profile_embeddings=e)
+    alone = (out.balance_loss, model.routing_statistics().load_RE)
+    out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e, profile_index=torch.tensor([0, 1, -1]))
+    torch.testing.assert_close(out.balance_loss, alone[0])
+    assert torch.equal(model.routing_statistics().load_RE, alone[1])
+
+
+def test_profiles_by_index_equal_profiles_by_row() -> None:
+    model = build()
+    x, mask, e = inputs()
+    by_row = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e[[2, 0, 2]]).hidden
+    by_index = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e, profile_index=torch.tensor([2, 0, 2])).hidden
+    torch.testing.assert_close(by_row, by_index)
+    packed = torch.tensor([2, 0, 2])[:, None].expand(B, S)
+    per_token = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e, profile_index=packed).hidden
+    torch.testing.assert_close(by_row, per_token)
+
+
+def test_who_is_asking_changes_the_answer_only_of_who_asked() -> None:
+    model = build()
+    x, mask, e = inputs()
+    one = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e).hidden
+    e = e.clone()
+    e[1] *= -1
+    two = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e).hidden
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[2], two[2])
+    assert not torch.equal(one[1], two[1])
+
+
+def test_ties_go_to_the_lower_expert() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    gate = compute_gate(logits, 2, "topk_softmax")
+    assert gate.chosen_TE.tolist() == [[False, True, True, False], [True, True, False, False]]
+    assert gate.weight_TE.tolist() == [[0, 0.5, 0.5, 0], [0.5, 0.5, 0, 0]]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gate_weights_sum_as_the_norm_says(norm: str) -> None:
+    logits = torch.randn(50, 8, dtype=torch.float64)
+    sums = compute_gate(logits, 2, norm).weight_TE.sum(dim=1)
+    if norm == "softmax_topk":
+        top = logits.softmax(dim=1).topk(2, dim=1).values.sum(dim=1)
+        torch.testing.assert_close(sums, top)
+    else:
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_balance_is_one_per_router_when_experts_share_evenly_and_e_when_one_takes_all() -> None:
+    model = build(top_k=1, gate_norm="topk_softmax", share_router=False)
+    x, mask, e = inputs()
+    with torch.no_grad():
+        for name, parameter in model.adapter_parameters():
+            if "router" in name:
+                parameter.zero_()
+    out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    assert float(out.balance_loss) == pytest.approx(2 * E)  # all ties: expert 0 takes everything, in both routers
+
+
+def test_balance_of_split_batches_is_that_of_the_joined_batch() -> None:
+    model = build()
+    x, mask, e = inputs()
+    out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    whole = gradients(out.balance_loss, model, x)
+    parts = []
+    for b in range(B):
+        model(inputs_embeds=x[b : b + 1], attention_mask=mask[b : b + 1], profile_embeddings=e[b : b + 1])
+        parts.append(model.routing_statistics())
+    packed = [torch.cat([p.load_RE.flatten(), p.tokens[None], torch.ones(1, dtype=torch.float64)]) for p in parts]
+    losses = [balance_loss(p, lambda _: torch.stack(packed).sum(dim=0)) for p in parts]
+    torch.testing.assert_close(torch.stack(losses).mean(), out.balance_loss)
+    for name, grad in gradients(torch.stack(losses).mean(), model, x).items():
+        torch.testing.assert_close(grad, whole[name])
+
+
+def test_adapters_start_as_the_backbone_and_do_not_copy_it() -> None:
+    torch.manual_seed(0)
+    base = TwoLinears()
+    weight = base.q_proj.weight
+    x, mask, e = inputs(torch.float32)
+    expected = base(x).hidden
+    model = inject_adapters(base, CumaConfig(num_experts=4, profile_dim=P))
+    assert base.q_proj.base.weight is weight
+    assert not weight.requires_grad
+    torch.testing.assert_close(model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e.float()).hidden, expected)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"base_model.{name}" for name, _ in model.adapter_parameters()}
+
+
+def test_disabled_adapters_are_the_bare_backbone() -> None:
+    model = build()
+    x, _, e = inputs()
+    with model.adapters_disabled():
+        bare = model(inputs_embeds=x).hidden
+    q, v = model.base_model.q_proj.base(x), model.base_model.v_proj.base(x)
+    torch.testing.assert_close(bare, torch.cat([q, v, model.base_model.out(q * v)], dim=-1))
+    assert not torch.equal(model(inputs_embeds=x, profile_embeddings=e).hidden, bare)
+
+
+def test_standardisation_centres_and_scales_the_training_profiles() -> None:
+    embeddings = torch.randn(20, P) + 4
+    model = inject_adapters(TwoLinears(), CumaConfig(profile_dim=P))
+    model.set_profile_standardisation(embeddings, 3.0)
+    standard = (embeddings - model.profile_mean) * model.profile_scale
+    torch.testing.assert_close(standard.mean(dim=0), torch.zeros(P), atol=1e-5, rtol=0)
+    assert float(standard.square().mean().sqrt()) == pytest.approx(3.0, rel=1e-5)
+    single = inject_adapters(TwoLinears(), CumaConfig(profile_dim=P))
+    single.set_profile_standardisation(embeddings[:1], 3.0)
+    assert torch.equal((embeddings[:1] - single.profile_mean) * single.profile_scale, torch.zeros(1, P))
+
+
+def test_state_round_trip_and_clear_refusals() -> None:
+    model, other = build(), build()
+    state = {name: tensor + 1 for name, tensor in model.adapter_state().items()}
+    other.load_adapter_state(state)
+    for name, tensor in other.adapter_state().items():
+        assert torch.equal(tensor, state[name]), name
+    with pytest.raises(ModelError, match=r"lacks profile_mean"):
+        other.load_adapter_state({name: t for name, t in state.items() if name != "profile_mean"})
+    with pytest.raises(ModelError, match="extra"):
+        other.load_adapter_state({**state, "extra": torch.zeros(1)})
+    with pytest.raises(ModelError, match=r"q_proj.experts.lora_b has shape"):
+        other.load_adapter_state({**state, "q_proj.experts.lora_b": torch.zeros(1)})
+
+
+def test_initialisation_depends_on_seed_and_name_alone() -> None:
+    one = dict(inject_adapters(TwoLinears(), CumaConfig(profile_dim=P), seed=5).adapter_parameters())
+    torch.manual_seed(99)
+    two = dict(inject_adapters(TwoLinears(), CumaConfig(profile_dim=P), seed=5).adapter_parameters())
+    three = dict(inject_adapters(TwoLinears(), CumaConfig(profile_dim=P), seed=6).adapter_parameters())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["q_proj.experts.lora_a"], three["q_proj.experts.lora_a"])
+    assert not torch.equal(one["q_proj.experts.lora_a"], one["v_proj.experts.lora_a"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(["q_prj"], r"'q_prj' matches no linear layer.*did you mean 'q_proj'.*out, q_proj, v_proj"), (["q_proj", "nothing"], "'nothing'")],
+)
+def test_targets_that_match_nothing_are_named(targets: list[str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        inject_adapters(TwoLinears(), CumaConfig(target_modules=targets))
+
+
+def test_all_linear_and_dotted_targets() -> None:
+    assert len(list(inject_adapters(TwoLinears(), CumaConfig(target_modules=["all-linear"])).adapted_layers())) == 3
+    nested = nn.ModuleDict({"first": TwoLinears(), "second": TwoLinears()})
+    model = inject_adapters(nested, CumaConfig(target_modules=["second.q_proj"]))
+    assert [name for name, _ in model.adapted_layers()] == ["second.q_proj"]
+
+
+def test_wrong_profiles_are_refused_with_the_width_they_need() -> None:
+    model = build()
+    x, mask, e = inputs()
+    with pytest.raises(ModelError, match=f"missing.*width {P}"):
+        model(inputs_embeds=x, attention_mask=mask)
+    with pytest.raises(ModelError, match=rf"expected \[sequences, {P}\]"):
+        model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e[:, :-1])
+    with pytest.raises(ModelError, match="profile_index reaches 7"):
+        model(inputs_embeds=x, profile_embeddings=e, profile_index=torch.tensor([0, 7, 1]))
+    with pytest.raises(ModelError, match="take none"):
+        build(profile_dim=0, method="mixlora")(inputs_embeds=x, profile_embeddings=e)
+    with pytest.raises(ModelError, match="already has adapters"):
+        inject_adapters(model.base_model, CumaConfig())
+
+
+def test_bfloat16_backbone_with_float32_adapters_stays_close_to_float32() -> None:
+    exact, low = build(torch.float32), build(torch.float32)
+    low.base_model.q_proj.base.bfloat16()
+    low.base_model.v_proj.base.bfloat16()
+    low.base_model.out.bfloat16()
+    x, mask, e = inputs(torch.float32)
+    a = exact(inputs_embeds=x, attention_mask=mask, profile_embeddings=e.float()).hidden
+    b = low(inputs_embeds=x.bfloat16(), attention_mask=mask, profile_embeddings=e.float()).hidden
+    assert b.dtype == torch.bfloat16
+    assert float((a - b.float()).norm() / a.norm()) < 0.05
+    b.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in low.adapter_parameters())
+
+
+def test_dropout_acts_only_while_training() -> None:
+    model = build(dropout=0.5)
+    x, mask, e = inputs()
+
+    def run() -> torch.Tensor:
+        return model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e).hidden
+
+    assert not torch.equal(run(), run())
+    model.eval()
+    assert torch.equal(run(), run())
