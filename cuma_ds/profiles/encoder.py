@@ -1,0 +1,171 @@
+"""A frozen sentence encoder: sentences in, unit vectors out; it knows nothing of surveys or adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cuma_ds.errors import ModelError
+
+_POOLINGS = ("mean", "cls", "lasttoken")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+class ProfileEncoder:
+    """Embeds profile sentences with any sentence-embedding folder that ``transformers`` reads.
+
+    Pooling is what the folder's ``1_Pooling/config.json`` says (mean, cls or lasttoken) and the mean over real tokens
+    without one; padding never counts. Vectors have length 1 and dtype float32. Weights are loaded at the first call.
+
+    Args:
+        path: a folder, or a hub id that is brought to the local hub cache.
+        device: where to embed; default: the first GPU, else the CPU.
+        batch_size: sentences per forward.
+
+    Attributes:
+        dim: P, width of the vectors.
+        fingerprint: sha256 over the folder's weights, configuration and tokenizer.
+
+    Raises:
+        ModelError: no such folder, no readable configuration, or modules that would change the vectors.
+    """
+
+    def __init__(self, path: str | Path, device: str | torch.device | None = None, batch_size: int = 64) -> None:
+        from transformers import AutoConfig
+
+        self.folder = _resolve(str(path))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch_size = batch_size
+        self.pooling = _pooling(self.folder)
+        try:
+            config = AutoConfig.from_pretrained(self.folder)
+            self.dim = int(config.hidden_size)
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            raise ModelError(f"{self.folder} is not a sentence encoder: {_one_line(error)}") from None
+        self._longest = int(getattr(config, "max_position_embeddings", 0) or 512)
+        if not any(file for pattern in _WEIGHTS for file in self.folder.glob(pattern)):
+            raise ModelError(f"{self.folder} holds no encoder weights; expected one of {', '.join(_WEIGHTS)}")
+
+    def __call__(self, sentences: list[str] | str) -> Tensor:
+        """Embed sentences.
+
+        Returns:
+            [N, P] float32 on the CPU, rows in the order given (N = 1 for a single string).
+        """
+        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        embeddings_NP = torch.empty(len(texts), self.dim)
+        # Sentences of like length share a batch, so that little is spent on padding.
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            embeddings_NP[rows] = self._embed([texts[row] for row in rows])
+        return embeddings_NP
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 hex digest that changes whenever the vectors could."""
+        digest = hashlib.sha256(f"{self.pooling}:{self._max_tokens}".encode())
+        patterns = (*_WEIGHTS, "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
+        for file in sorted({file for pattern in patterns for file in self.folder.glob(pattern)}):
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def _max_tokens(self) -> int:
+        return min(self._longest, int(_json(self.folder / "sentence_bert_config.json").get("max_seq_length") or self._longest))
+
+    @cached_property
+    def _parts(self) -> tuple[Any, Any]:
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"the sentence encoder {self.folder} cannot be loaded: {_one_line(error)}") from None
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer, model.eval().requires_grad_(False).to(self.device)
+
+    @torch.inference_mode()
+    def _embed(self, texts: list[str]) -> Tensor:
+        tokenizer, model = self._parts
+        longest = min(self._max_tokens, tokenizer.model_max_length)
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self.device)
+        hidden_BSP = model(**inputs).last_hidden_state
+        pooled_BP = pool(hidden_BSP, inputs["attention_mask"], self.pooling)
+        return torch.nn.functional.normalize(pooled_BP.float(), dim=-1).cpu()
+
+
+def pool(hidden_BSP: Tensor, mask_BS: Tensor, how: str) -> Tensor:
+    """One vector per sequence from its real tokens.
+
+    Args:
+        hidden_BSP: [B, S, P] hidden states.
+        mask_BS: [B, S], 1 for real tokens.
+        how: mean | cls (first real token) | lasttoken (last real token).
+
+    Returns:
+        [B, P], dtype of ``hidden_BSP``.
+    """
+    if how == "mean":
+        weights_BS1 = mask_BS.unsqueeze(-1).to(hidden_BSP.dtype)
+        return (hidden_BSP * weights_BS1).sum(1) / weights_BS1.sum(1).clamp(min=1)
+    positions_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    chosen_B = (mask_BS if how == "cls" else positions_S * mask_BS).argmax(dim=1)
+    return hidden_BSP[torch.arange(len(hidden_BSP), device=hidden_BSP.device), chosen_B]
+
+
+def _resolve(path: str) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ModelError(f"there is no sentence encoder at {path}; profiles.encoder is a folder or a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack"]))
+    except Exception as error:
+        raise ModelError(f"{path} is neither a folder nor a sentence encoder the hub gives us: {_one_line(error)}") from None
+
+
+def _pooling(folder: Path) -> str:
+    modules = _json(folder / "modules.json", default=[])
+    known = ("Transformer", "Pooling", "Normalize")
+    for module in modules:
+        kind = str(module.get("type", "")).rsplit(".", 1)[-1]
+        if kind not in known:
+            raise ModelError(f"{folder / 'modules.json'} asks for a {kind} module; supported: {', '.join(known)}")
+    place = next((str(module.get("path")) for module in modules if str(module.get("type", "")).endswith("Pooling")), "1_Pooling")
+    config = _json(folder / place / "config.json")
+    if isinstance(config.get("pooling_mode"), str):
+        modes = [config["pooling_mode"]]
+    else:
+        modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+    modes = [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes] or ["mean"]
+    if len(modes) > 1 or modes[0] not in _POOLINGS:
+        raise ModelError(f"{folder / place / 'config.json'} asks for pooling {' + '.join(modes)}; supported: one of {', '.join(_POOLINGS)}")
+    return modes[0]
+
+
+def _json(file: Path, default: Any = None) -> Any:
+    if not file.is_file():
+        return {} if default is None else default
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,196 @@
+"""From profile fields to one sentence (METHOD, step 1); fields without an answer are left out, never guessed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cuma_ds.errors import ConfigError, DataError, nearest
+
+TEMPLATES = ("wvs", "generic")
+
+_MISSING = {
+    "", "-", "?", "na", "n/a", "nan", "null", "missing", "missing value", "unknown", "refused", "not asked", "not applicable",
+    "not available", "no answer", "no response", "prefer not to say", "prefer not to answer", "prefer not to disclose",
+    "rather not say", "don't know", "dont know", "do not know", "i don't know",
+}  # fmt: skip
+
+# Field names people use, by the one the wvs template reads.
+_ALIASES = {
+    "country": {"country", "country of residence", "reside country", "nationality country"},
+    "age": {"age", "age group", "age band", "age range"},
+    "gender": {"gender", "sex"},
+    "religion": {"religion", "religious denomination", "denomination"},
+    "education": {"education", "education level", "highest education", "degree", "university degree"},
+}
+_MAN = {"male", "man", "m", "men"}
+_WOMAN = {"female", "woman", "f", "women"}
+_NOT_RELIGIOUS = {
+    "no", "none", "no religion", "not religious", "non-religious", "nonreligious", "unaffiliated",
+    "do not belong to a denomination", "no denomination",
+}  # fmt: skip
+_BELIEVERS = {
+    "yes": "religious", "islam": "Muslim", "christianity": "Christian", "buddhism": "Buddhist", "hinduism": "Hindu",
+    "judaism": "Jewish", "jew": "Jewish", "sikhism": "Sikh", "atheism": "atheist",
+}  # fmt: skip
+_WITH_DEGREE = {"yes", "degree", "university degree", "university", "has a degree"}
+_WITHOUT_DEGREE = {"no", "no degree", "no university degree"}
+_WITH_ARTICLE = {
+    "united states", "united states of america", "usa", "us", "uk", "united kingdom", "netherlands", "philippines", "czech republic",
+    "dominican republic", "united arab emirates", "maldives", "bahamas", "gambia", "central african republic",
+    "democratic republic of the congo", "solomon islands", "marshall islands",
+}  # fmt: skip
+
+
+def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str:
+    """Turn a profile into the sentence the encoder reads.
+
+    Args:
+        fields: profile fields, or a sentence that is passed through.
+        template: ``wvs`` reads country, age, gender, religion and education as one English sentence and adds other
+            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order.
+
+    Returns:
+        One line, e.g. ``A 55-year-old Buddhist woman living in Thailand.``
+
+    Raises:
+        DataError: no field has a usable value (None, NaN, empty, "prefer not to say", ... are not usable).
+        ConfigError: an unknown template.
+    """
+    if template not in TEMPLATES:
+        raise ConfigError(f"unknown profile template {template!r}{nearest(template, TEMPLATES)}; allowed: {', '.join(TEMPLATES)}")
+    if isinstance(fields, str):
+        sentence = " ".join(fields.split())
+        if not sentence:
+            raise DataError("the profile is empty text; allowed: a sentence, or fields such as country, age, gender")
+        return sentence
+    values = {str(name): _text(value) for name, value in fields.items() if not is_missing(value)}
+    if not values:
+        given = ", ".join(str(name) for name in fields) or "none at all"
+        raise DataError(f"a profile has no field with an answer (fields given: {given}); at least one is needed, e.g. country")
+    return _wvs(values) if template == "wvs" else _generic(values)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a field's value means that nothing is known (case-insensitive)."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return True
+    if isinstance(value, list | tuple | dict | set):
+        return not value
+    return str(value).strip().lower().replace("’", "'").rstrip(".") in _MISSING
+
+
+def country_of(fields: Mapping[str, Any] | str) -> str:
+    """The profile's country as written, or an empty string."""
+    if not isinstance(fields, str):
+        for name, value in fields.items():
+            if _canonical(str(name)) == "country" and not is_missing(value):
+                return _text(value)
+    return ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, list | tuple | set):
+        return ", ".join(_text(item) for item in value)
+    return " ".join(str(value).split())
+
+
+def _readable(name: str) -> str:
+    return " ".join(name.replace("_", " ").split())
+
+
+def _canonical(name: str) -> str:
+    plain = _readable(name).lower()
+    return next((canonical for canonical, names in _ALIASES.items() if plain in names), plain)
+
+
+def _generic(values: Mapping[str, str]) -> str:
+    parts = []
+    for name, value in values.items():
+        label = _readable(name)
+        parts.append(f"{label[:1].upper()}{label[1:]}: {value.rstrip('.')}.")
+    return " ".join(parts)
+
+
+def _wvs(values: Mapping[str, str]) -> str:
+    known: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for name, value in values.items():
+        canonical = _canonical(name)
+        if canonical in _ALIASES and canonical not in known:
+            known[canonical] = value
+        else:
+            others[name] = value
+    if not known:
+        return _generic(others)
+    before_noun, after_noun = _age(known.get("age"))
+    words = [before_noun, _religion(known.get("religion")), _gender(known.get("gender")), after_noun]
+    if "country" in known:
+        words.append(f"living in {_country(known['country'])}")
+    words.append(_education(known.get("education")))
+    phrase = " ".join(word for word in words if word)
+    sentence = f"{_article(phrase)} {phrase}."
+    return f"{sentence} {_generic(others)}" if others else sentence
+
+
+def _article(phrase: str) -> str:
+    first = phrase.split()[0].lower()
+    number = re.match(r"\d+", first)
+    if number:
+        return "An" if number[0].startswith("8") or number[0] in {"11", "18"} else "A"
+    return "An" if first[0] in "aeiou" and not first.startswith(("uni", "eu")) else "A"
+
+
+def _age(age: str | None) -> tuple[str, str]:
+    """What stands before the noun ("55-year-old") and after it ("aged 30 to 44")."""
+    if age is None:
+        return "", ""
+    plain = age.lower().removesuffix("years old").removesuffix("years").strip()
+    if re.fullmatch(r"\d{1,3}", plain):
+        return f"{plain}-year-old", ""
+    band = re.fullmatch(r"(\d{1,3})\s*(?:-|–|to)\s*(\d{1,3})", plain)
+    if band:
+        return "", f"aged {band[1]} to {band[2]}"
+    over = re.fullmatch(r"(\d{1,3})\s*(?:\+|(?:and|or)\s+(?:over|older|more|above))", plain)
+    if over:
+        return "", f"aged {over[1]} or over"
+    return "", f"aged {plain}"
+
+
+def _religion(religion: str | None) -> str:
+    if religion is None:
+        return ""
+    plain = re.sub(r"\s*\(.*?\)", "", religion).strip()
+    if plain.lower() in _NOT_RELIGIOUS:
+        return "non-religious"
+    return _BELIEVERS.get(plain.lower(), plain)
+
+
+def _gender(gender: str | None) -> str:
+    if gender is None:
+        return "person"
+    plain = gender.lower()
+    if plain in _MAN:
+        return "man"
+    return "woman" if plain in _WOMAN else f"{plain} person"
+
+
+def _country(country: str) -> str:
+    return f"the {country}" if country.lower() in _WITH_ARTICLE else country
+
+
+def _education(education: str | None) -> str:
+    if education is None:
+        return ""
+    plain = education.lower()
+    if plain in _WITH_DEGREE:
+        return "with a university degree"
+    if plain in _WITHOUT_DEGREE:
+        return "without a university degree"
+    return f"whose highest education is {education[:1].lower()}{education[1:].rstrip('.')}"

@@ -1,0 +1,131 @@
+"""The table of profiles: each distinct sentence is embedded once, ever, and looked up by row afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from cuma_ds.errors import DataError
+
+_FORMAT = "cuma-profile-table-1"
+
+
+class Encoder(Protocol):
+    """What a table needs of an encoder."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __call__(self, sentences: list[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ProfileTable:
+    """Sentences and their raw embeddings, row by row.
+
+    Attributes:
+        sentences: N profile sentences.
+        embeddings: [N, P] float32, straight from the encoder.
+        fingerprint: of the encoder that made them.
+    """
+
+    sentences: list[str]
+    embeddings: Tensor
+    fingerprint: str = ""
+
+    @classmethod
+    def build(cls, sentences: Sequence[str], encoder: Encoder, cache_dir: str | Path | None = None) -> ProfileTable:
+        """Embed ``sentences``, asking the encoder only for those that the cache does not hold.
+
+        Args:
+            sentences: rows of the table; equal sentences are embedded once.
+            encoder: a :class:`~cuma_ds.profiles.encoder.ProfileEncoder`.
+            cache_dir: folder of the cache; default: the user's cache folder. File names and contents are hashes of
+                (encoder, sentence) and vectors, never profile text.
+        """
+        rows = list(sentences)
+        if not rows:
+            raise DataError("there are no profiles to embed; at least one is needed")
+        folder = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / encoder.fingerprint[:32]
+        keys = {sentence: hashlib.sha256(f"{encoder.fingerprint}\0{sentence}".encode()).digest() for sentence in rows}
+        known = _read_cache(folder, set(keys.values()))
+        missing = [sentence for sentence, key in keys.items() if key not in known]
+        if missing:
+            fresh_MP = encoder(missing).to(torch.float32).cpu()
+            known.update(zip((keys[sentence] for sentence in missing), fresh_MP, strict=True))
+            _write_cache(folder, [keys[sentence] for sentence in missing], fresh_MP)
+        return cls(rows, torch.stack([known[keys[sentence]] for sentence in rows]), encoder.fingerprint)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, all of it or nothing."""
+        text = torch.frombuffer(bytearray(json.dumps(self.sentences, ensure_ascii=False).encode()), dtype=torch.uint8)
+        tensors = {"embeddings": self.embeddings.contiguous(), "sentences": text}
+        _write_atomically(Path(path), to_bytes(tensors, metadata={"format": _FORMAT, "fingerprint": self.fingerprint}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProfileTable:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DataError: the file is missing, damaged or something else.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise DataError(f"{path} is not a table of profiles in format {_FORMAT}")
+                sentences = json.loads(bytes(file.get_tensor("sentences").numpy()).decode())
+                return cls(sentences, file.get_tensor("embeddings"), metadata.get("fingerprint", ""))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise DataError(f"cannot read the table of profiles {path}: {str(error).splitlines()[0]}") from None
+
+
+def default_cache_dir() -> Path:
+    """Where embeddings are kept unless a recipe says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuma-ds" / "profiles"
+
+
+def _read_cache(folder: Path, wanted: set[bytes]) -> dict[bytes, Tensor]:
+    known: dict[bytes, Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(shard), framework="pt") as file:
+                keys, vectors_MP = file.get_tensor("keys").numpy(), file.get_tensor("embeddings")
+        except (OSError, SafetensorError):
+            continue  # A damaged shard only costs embedding its sentences again.
+        known.update((key, vector) for key, vector in zip(map(bytes, keys), vectors_MP, strict=True) if key in wanted)
+    return known
+
+
+def _write_cache(folder: Path, keys: list[bytes], embeddings_MP: Tensor) -> None:
+    tensors = {
+        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), 32),
+        "embeddings": embeddings_MP.contiguous(),
+    }
+    name = hashlib.sha256(b"".join(sorted(keys))).hexdigest()[:32]
+    _write_atomically(folder / f"{name}.safetensors", to_bytes(tensors))
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with beside.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
