@@ -1,0 +1,209 @@
+"""Batches that depend on (seed, step) alone: any number of ranks sees the same examples in the same step.
+
+Shape suffixes: B rows of a micro-batch, S padded length, N prediction targets of the micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cuma_ds.config import DataSection
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One row as token ids with its weighted targets.
+
+    ``target_position[n]`` is the index into ``input_ids`` whose logits predict ``target_token[n]``.
+    """
+
+    input_ids: list[int]
+    target_position: list[int]
+    target_token: list[int]
+    target_weight: list[float]
+    profile: int
+
+
+def encode_example(row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str], config: DataSection) -> EncodedExample:
+    """Render one row of a prepared split.
+
+    A choice row has one target per option, all at the prompt's last token, with the shares of its answers as weights
+    (times the number of answers with ``example_weight: answers``); a chat row has weight 1 on each assistant token.
+
+    Args:
+        row: a row as in :class:`~cuma_ds.data.prepared.PreparedData`.
+        renderer: of the model's tokenizer.
+        sentences: profile sentences by profile index.
+        config: the recipe's data section.
+    """
+    profile = int(row["profile"])
+    if "messages" in row:
+        ids, positions = renderer.encode_chat(row["messages"], sentences[profile])
+        return EncodedExample(ids, positions, [ids[position + 1] for position in positions], [1.0] * len(positions), profile)
+    options, counts = row["options"], row["counts"]
+    ids = renderer.encode_choice(row["question"], options, sentences[profile])
+    total = sum(counts)
+    scale = 1.0 if config.example_weight == "uniform" else float(total)
+    weights = [scale * count / total for count in counts]
+    return EncodedExample(ids, [len(ids) - 1] * len(options), renderer.letter_ids(len(options)), weights, profile)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One left-padded micro-batch and its targets.
+
+    Attributes:
+        input_ids: [B, S] int64.
+        attention_mask: [B, S] int64, 1 for real tokens.
+        position_ids: [B, S] int64, counting real tokens from 0; 0 on padding.
+        profile_index: [B] int64, row in the table of profiles; -1 for a filler that only keeps ranks in step.
+        target_row: [N] int64, row of the batch.
+        target_position: [N] int64, index into the last ``keep`` positions.
+        target_token: [N] int64.
+        target_weight: [N] float32; 0 for fillers.
+        keep: how many trailing positions need logits (``logits_to_keep``).
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    profile_index: Tensor
+    target_row: Tensor
+    target_position: Tensor
+    target_token: Tensor
+    target_weight: Tensor
+    keep: int
+
+    @property
+    def weight_sum(self) -> float:
+        """Sum of all target weights."""
+        return float(self.target_weight.sum(dtype=torch.float64))
+
+    def to(self, device: str | torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+
+def collate(examples: Sequence[EncodedExample | None], pad_id: int, profile_fill: int = -1) -> Batch:
+    """Pad examples on the left and gather their targets.
+
+    Args:
+        examples: rows; None becomes a filler: a copy of the first real row with zero weights.
+        pad_id: token id of padding.
+        profile_fill: profile index that fillers get.
+
+    Raises:
+        ValueError: nothing but fillers.
+    """
+    real = next((example for example in examples if example is not None), None)
+    if real is None:
+        raise ValueError("a batch needs at least one real example to shape its fillers")
+    rows = [example if example is not None else as_filler(real, profile_fill) for example in examples]
+    lengths = [len(row.input_ids) for row in rows]
+    longest = max(lengths)
+    input_ids_BS = torch.tensor([[pad_id] * (longest - len(row.input_ids)) + row.input_ids for row in rows])
+    mask_BS = (torch.arange(longest) >= longest - torch.tensor(lengths).unsqueeze(1)).long()
+    position_N = torch.tensor([longest - len(row.input_ids) + position for row in rows for position in row.target_position])
+    keep = longest - int(position_N.min())
+    return Batch(
+        input_ids=input_ids_BS,
+        attention_mask=mask_BS,
+        position_ids=(mask_BS.cumsum(1) - 1).clamp(min=0),
+        profile_index=torch.tensor([row.profile for row in rows]),
+        target_row=torch.tensor([index for index, row in enumerate(rows) for _ in row.target_position]),
+        target_position=position_N - (longest - keep),
+        target_token=torch.tensor([token for row in rows for token in row.target_token]),
+        target_weight=torch.tensor([weight for row in rows for weight in row.target_weight], dtype=torch.float32),
+        keep=keep,
+    )
+
+
+def as_filler(example: EncodedExample, profile: int = -1) -> EncodedExample:
+    """The same tokens without any say in the loss or the routing statistics."""
+    return dataclasses.replace(example, target_weight=[0.0] * len(example.target_weight), profile=profile)
+
+
+class BatchStream:
+    """The micro-batches of one rank, a pure function of (seed, step).
+
+    The stream of examples is one permutation per epoch after another, so small data wraps around; step t takes its next
+    ``global_batch_size`` of them whatever the number of ranks is, and ranks without an example get fillers.
+
+    Args:
+        n_examples: rows of the split.
+        global_batch_size: examples per optimizer step, over all ranks.
+        micro_batch_size: most examples per rank in one forward.
+        rank: of this process.
+        world_size: number of ranks that share the step.
+        seed: of the permutations.
+        encode: row number to example; called again whenever a row comes up.
+        pad_id: token id of padding.
+
+    Attributes:
+        accumulation: micro-batches per step and rank.
+        micro: rows of each micro-batch.
+
+    Raises:
+        DataError: no examples.
+    """
+
+    def __init__(
+        self,
+        n_examples: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        encode: Callable[[int], EncodedExample],
+        pad_id: int,
+    ) -> None:
+        if n_examples < 1:
+            raise DataError("there are no training examples; at least one is needed")
+        self.n_examples, self.global_batch_size = n_examples, global_batch_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.encode, self.pad_id = encode, pad_id
+        slots = -(-global_batch_size // world_size)
+        self.accumulation = -(-slots // micro_batch_size)
+        self.micro = -(-slots // self.accumulation)
+        # A step touches few epochs at a time; the cache is per stream, not per class.
+        self._permutation = lru_cache(maxsize=4)(self._draw)
+
+    def indices(self, step: int) -> list[list[int | None]]:
+        """Row numbers of this rank's micro-batches in ``step``; None where a filler stands."""
+        return [
+            [self._row(step, (micro_step * self.world_size + self.rank) * self.micro + slot) for slot in range(self.micro)]
+            for micro_step in range(self.accumulation)
+        ]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of ``step``, ``accumulation`` of them."""
+        batches = []
+        for rows in self.indices(step):
+            examples = [None if row is None else self.encode(row) for row in rows]
+            if all(example is None for example in examples):
+                first = self._row(step, 0)
+                assert first is not None
+                examples[0] = as_filler(self.encode(first))
+            batches.append(collate(examples, self.pad_id))
+        return batches
+
+    def _row(self, step: int, offset: int) -> int | None:
+        if offset >= self.global_batch_size:
+            return None
+        epoch, place = divmod(step * self.global_batch_size + offset, self.n_examples)
+        return int(self._permutation(epoch)[place])
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n_examples)
