@@ -1,0 +1,1 @@
+"""Where answers come from: each module turns one source into prepared data."""

