@@ -117,7 +117,7 @@ class PreparedData:
             manifest = {**self.manifest, "hashes": hashes}
             (beside / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             if (target / "manifest.json").is_file():
-                if _read_manifest(target) != manifest:
+                if {**_read_manifest(target), "versions": None} != {**manifest, "versions": None}:
                     raise DataError(f"{target} already holds other prepared data; choose another folder or remove it first")
             elif target.exists() and (not target.is_dir() or any(target.iterdir())):
                 raise DataError(f"{target} exists and is no prepared folder; choose another folder")

@@ -85,12 +85,18 @@ class ProfileEncoder:
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder)
             model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"the sentence encoder {self.folder} cannot be loaded: {_one_line(error)}") from None
+        finally:
+            if bars:
+                logging.enable_progress_bar()
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
