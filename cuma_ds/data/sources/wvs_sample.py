@@ -13,12 +13,12 @@ from cuma_ds.errors import DataError
 
 IMMIGRATION = Question(
     "immigration",
-    "What should the government do about people from other countries who come here to work?",
+    "What should the government do about people who come from other countries to work?",
     (
         "Let anyone come who wants to",
-        "Let people come as long as there are jobs available",
-        "Put strict limits on how many can come",
-        "Not allow people to come here from other countries",
+        "Let people come as long as there are jobs",
+        "Put strict limits on how many come",
+        "Let nobody come",
     ),
 )
 POVERTY = Question(
