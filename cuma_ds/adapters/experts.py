@@ -44,6 +44,10 @@ class Experts(nn.Module):
         """The parameters with an expert dimension (dimension 0), by name; a shared A has none."""
         return {"lora_b": self.lora_b} if self.shared_a else {"lora_a": self.lora_a, "lora_b": self.lora_b}
 
+    def forward(self, x_TD: Tensor, gate: Gate, dispatcher: Dispatcher, gradient_mask_TE: Tensor | None) -> Tensor:
+        """sum_i g_i B_i A_i x, [T, D] -> [T, O]; run as a module so that parameter-sharding hooks see it."""
+        return dispatcher.mix(x_TD, gate, self, gradient_mask_TE)
+
     def keep(self, first: int, count: int) -> None:
         """Hold only the experts ``first .. first + count`` from now on (expert parallelism)."""
         for name, parameter in self.sharded_parameters().items():

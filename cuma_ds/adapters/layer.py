@@ -50,24 +50,25 @@ class AdaptedLinear(nn.Module):
         out = self.base(x)
         if not self.context.enabled:
             return out
-        gate, tokens = self._gate(x)
-        x_TD = F.dropout(x.reshape(-1, x.shape[-1]), self.config.dropout, self.training)
-        y_TO = self.dispatcher.mix(x_TD, gate, self.experts, self._gradient_mask(gate, tokens))
-        return out + (y_TO * self.config.scaling).view(out.shape)
-
-    def _gate(self, x: Tensor) -> tuple[Gate, TokenIndex]:
-        (router,) = self._router_ref
-        if router is not None:
-            return router(x, self.context, self.owns_router)
         tokens = self.context.state.tokens(x)
-        chosen_TE = tokens.real_T[:, None]
-        return Gate(chosen_TE.to(torch.float32), chosen_TE), tokens
+        (router,) = self._router_ref
+        gate = _whole_gate(tokens) if router is None else router(x, self.context, self.owns_router)
+        x_TD = F.dropout(x.reshape(-1, x.shape[-1]), self.config.dropout, self.training)
+        y_TO = self.experts(x_TD, gate, self.dispatcher, self._gradient_mask(gate, tokens))
+        return out + (y_TO * self.config.scaling).view(out.shape)
 
     def _gradient_mask(self, gate: Gate, tokens: TokenIndex) -> Tensor | None:
         """M [T, E] of the method's table, or None for all ones (the paper)."""
-        mask_NE = self.context.state.gradient_mask_NE
+        state = self.context.state
+        mask_NE = state.gradient_mask_NE
         if mask_NE is None and self.config.gradient_mask == "dominant" and self.training:
-            mass_NE = gate.weight_TE.new_zeros(self.context.state.num_profiles, gate.weight_TE.shape[1])
+            mass_NE = gate.weight_TE.new_zeros(state.num_profiles, gate.weight_TE.shape[1])
             mass_NE.index_add_(0, tokens.row_T, gate.weight_TE.detach())
             mask_NE = F.one_hot(mass_NE.argmax(dim=1), mass_NE.shape[1]).to(mass_NE.dtype)
         return None if mask_NE is None else mask_NE[tokens.row_T]
+
+
+def _whole_gate(tokens: TokenIndex) -> Gate:
+    """Plain LoRA: the one expert answers every real token."""
+    chosen_TE = tokens.real_T[:, None]
+    return Gate(chosen_TE.to(torch.float32), chosen_TE)

@@ -49,6 +49,9 @@ class CumaModel(nn.Module):
         self.register_buffer("profile_mean", torch.zeros(config.profile_dim))
         self.register_buffer("profile_scale", torch.ones(()))
         self._recording: RoutingRecord | None = None
+        head = getattr(base_model, "get_output_embeddings", lambda: None)()
+        if isinstance(head, nn.Linear):
+            head.register_forward_pre_hook(_contiguous_input)
 
     def forward(
         self,
@@ -229,3 +232,8 @@ class CumaModel(nn.Module):
             if tensor.shape != state[name].shape:
                 raise ModelError(f"adapter tensor {name} has shape {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}")
             tensor.copy_(state[name])
+
+
+def _contiguous_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``logits_to_keep`` hands the head a strided slice, for which torch copies the whole vocabulary matrix once per sequence."""
+    return (args[0].contiguous(), *args[1:])

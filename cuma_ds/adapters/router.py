@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cuma_ds.adapters.config import CumaConfig
-from cuma_ds.adapters.context import RoutingContext, RoutingState, TokenIndex
+from cuma_ds.adapters.context import RoutingContext, RoutingState
 from cuma_ds.adapters.gate import Gate, compute_gate
 
 
@@ -80,8 +80,8 @@ class Router(nn.Module):
             s_TW = F.linear(s_TW, layer.weight.to(s_TW.dtype), None if layer.bias is None else layer.bias.to(s_TW.dtype))
         return s_TW
 
-    def forward(self, x: Tensor, context: RoutingContext, is_leader: bool = True) -> tuple[Gate, TokenIndex]:
-        """The gate of one layer input, and which token is whose.
+    def forward(self, x: Tensor, context: RoutingContext, is_leader: bool = True) -> Gate:
+        """The gate of one layer input.
 
         Args:
             x: [B, S, D] or [T, D].
@@ -93,15 +93,15 @@ class Router(nn.Module):
             cached.readers -= 1
             if not cached.readers:
                 self._cached = None
-            return cached.gate, cached.tokens
+            return cached.gate
         tokens = context.state.tokens(x)
         logits_TE = self.logits(x.reshape(-1, x.shape[-1]), context.state.profiles_NP, tokens.row_T)
         gate = compute_gate(logits_TE, self.config.top_k, self.config.gate_norm, tokens.real_T)
         if is_leader:
             context.collect(self.index, gate, tokens)
         if self.sharers > 1:
-            self._cached = _CachedGate(weakref.ref(x), context.state, torch.is_grad_enabled(), gate, tokens, self.sharers - 1)
-        return gate, tokens
+            self._cached = _CachedGate(weakref.ref(x), context.state, torch.is_grad_enabled(), gate, self.sharers - 1)
+        return gate
 
 
 @dataclass
@@ -112,7 +112,6 @@ class _CachedGate:
     state: RoutingState
     grad: bool
     gate: Gate
-    tokens: TokenIndex
     readers: int
 
 

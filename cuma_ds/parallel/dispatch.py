@@ -1,0 +1,171 @@
+"""Bring tokens and experts together across ranks: move the tokens, or move the experts.
+
+Shapes: T tokens, D input features, O output features, E experts, L experts on this rank, r rank, M (token, expert) pairs.
+Every rank of an expert-parallel group must call ``mix`` the same number of times, with zero tokens too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from cuma_ds.adapters.experts import Experts, mixture
+from cuma_ds.adapters.gate import Gate
+
+DispatchKind = Literal["auto", "all_to_all", "gather_experts"]
+
+
+class ExpertParallelDispatcher:
+    """The distributed :class:`cuma_ds.adapters.experts.Dispatcher`.
+
+    ``gather_experts`` all-gathers the group's (small) LoRA weights and mixes locally; ``all_to_all`` sends each token to the
+    ranks that hold its experts and brings the answers back; ``auto`` takes whichever moves fewer bytes for the layer at hand.
+
+    Attributes:
+        bytes_sent: payload bytes this rank sent to others, by collective, since the last :meth:`take_bytes_sent`.
+        tokens: most tokens any rank of the group has in this forward; ``auto`` decides by it, so that all ranks decide alike.
+    """
+
+    def __init__(self, kind: DispatchKind, group: dist.ProcessGroup, top_k: int) -> None:
+        self.kind = kind
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.top_k = top_k
+        self.tokens = 0
+        self.bytes_sent: Counter[str] = Counter()
+
+    def agree_on_tokens(self, tokens: int, device: torch.device) -> None:
+        """Tell the group how many tokens this rank's forward has; needed by ``auto`` alone."""
+        if self.kind == "auto":
+            most = torch.tensor([tokens], device=device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
+            self.tokens = int(most)
+
+    def take_bytes_sent(self) -> dict[str, int]:
+        """The counters so far; they start again at zero."""
+        counted, self.bytes_sent = dict(self.bytes_sent), Counter()
+        return counted
+
+    def mix(self, x_TD: Tensor, gate: Gate, experts: Experts, gradient_mask_TE: Tensor | None) -> Tensor:
+        """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
+        if self._choose(experts) == "gather_experts":
+            return self._gather_experts(x_TD, gate, experts, gradient_mask_TE)
+        return self._all_to_all(x_TD, gate, experts, gradient_mask_TE)
+
+    def _choose(self, experts: Experts) -> DispatchKind:
+        if self.kind != "auto":
+            return self.kind
+        out_features, rank = experts.lora_b.shape[1:]
+        in_features = experts.lora_a.shape[-1]
+        sent = rank if experts.shared_a else in_features
+        tokens = self.tokens * min(self.top_k, experts.num_experts) * (sent + out_features)
+        weights = experts.num_experts * rank * (out_features + (0 if experts.shared_a else in_features))
+        return "gather_experts" if weights <= tokens else "all_to_all"
+
+    def _gather_experts(self, x_TD: Tensor, gate: Gate, experts: Experts, mask_TE: Tensor | None) -> Tensor:
+        def gather(weight: Tensor) -> Tensor:
+            return _GatherExperts.apply(weight, x_TD.dtype, self)
+
+        lora_a = experts.lora_a if experts.shared_a else gather(experts.lora_a)
+        return mixture(x_TD, gate.weight_TE, lora_a, gather(experts.lora_b), mask_TE)
+
+    def _all_to_all(self, x_TD: Tensor, gate: Gate, experts: Experts, mask_TE: Tensor | None) -> Tensor:
+        local = experts.lora_b.shape[0]
+        counts_E = gate.chosen_TE.sum(dim=0)
+        received_RL = torch.empty_like(counts_E).view(self.size, local)
+        dist.all_to_all_single(received_RL, counts_E.view(self.size, local), group=self.group)
+        send = counts_E.view(self.size, local).sum(dim=1).tolist()
+        by_source = received_RL.tolist()
+        receive = [sum(row) for row in by_source]
+
+        expert_M, token_M = gate.chosen_TE.T.nonzero(as_tuple=True)  # sorted by expert, so by owner
+        mask_M = None if mask_TE is None else mask_TE[token_M, expert_M].to(x_TD.dtype)
+        if experts.shared_a:
+            payload = _linear(x_TD[token_M], experts.lora_a, mask_M) if mask_M is not None else _linear(x_TD, experts.lora_a, None)[token_M]
+        else:
+            payload = x_TD[token_M]
+
+        def exchange(rows: Tensor, sizes_out: list[int], sizes_in: list[int]) -> Tensor:
+            return _Exchange.apply(rows, sizes_out, sizes_in, self)
+
+        arrived = exchange(payload, send, receive)
+        arrived_mask = None if mask_M is None else exchange(mask_M[:, None], send, receive)[:, 0]
+        order, sizes = _by_expert(by_source, arrived.device)
+        answers = []
+        for i, (rows, m) in enumerate(
+            zip(
+                arrived[order].split(sizes),
+                [None] * local if arrived_mask is None else arrived_mask[order].split(sizes),
+                strict=True,
+            )
+        ):
+            z = rows if experts.shared_a else _linear(rows, experts.lora_a[i], m)
+            answers.append(_linear(z, experts.lora_b[i], m))
+        answers_M = torch.cat(answers)[order.argsort()]
+        returned = exchange(answers_M, receive, send)
+        weighted = returned * gate.weight_TE[token_M, expert_M].to(returned.dtype)[:, None]
+        return x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1]).index_add(0, token_M, weighted)
+
+
+def _linear(x: Tensor, weight: Tensor, mask_M: Tensor | None) -> Tensor:
+    """x W^T in the dtype of ``x``; with a mask, row m sends only ``mask[m]`` of its gradient to the weight."""
+    weight = weight.to(x.dtype)
+    if mask_M is None:
+        return F.linear(x, weight)
+    learned = F.linear(x.detach(), weight) * mask_M[:, None]
+    return F.linear(x, weight.detach()) + (learned - learned.detach())
+
+
+def _by_expert(by_source: list[list[int]], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Order that sorts arrived rows (by source, then expert) by expert, and the number of rows per expert."""
+    experts = torch.arange(len(by_source[0])).repeat(len(by_source))
+    labels = experts.repeat_interleave(torch.tensor(by_source).flatten())
+    return labels.argsort(stable=True).to(device), [sum(column) for column in zip(*by_source, strict=True)]
+
+
+class _GatherExperts(torch.autograd.Function):
+    """All-gather along the expert dimension in the compute dtype; the gradient is reduce-scattered in the weight's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, dispatcher: ExpertParallelDispatcher) -> Tensor:
+        ctx.dispatcher, ctx.dtype, ctx.local = dispatcher, weight.dtype, weight.shape[0]
+        shard = weight.to(dtype).contiguous()
+        whole = shard.new_empty(shard.shape[0] * dispatcher.size, *shard.shape[1:])
+        dist.all_gather_into_tensor(whole, shard, group=dispatcher.group)
+        dispatcher.bytes_sent["all_gather"] += shard.numel() * shard.element_size() * (dispatcher.size - 1)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dispatcher: ExpertParallelDispatcher = ctx.dispatcher
+        whole = grads[0].to(ctx.dtype).contiguous()
+        shard = whole.new_empty(ctx.local, *whole.shape[1:])
+        dist.reduce_scatter_tensor(shard, whole, group=dispatcher.group)
+        dispatcher.bytes_sent["reduce_scatter"] += shard.numel() * shard.element_size() * (dispatcher.size - 1)
+        return shard, None, None
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows; the gradient travels back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], dispatcher: ExpertParallelDispatcher) -> Tensor:
+        ctx.send, ctx.receive, ctx.dispatcher = send, receive, dispatcher
+        return _exchange(rows, send, receive, dispatcher)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchange(grads[0], ctx.receive, ctx.send, ctx.dispatcher), None, None, None
+
+
+def _exchange(rows: Tensor, send: list[int], receive: list[int], dispatcher: ExpertParallelDispatcher) -> Tensor:
+    arrived = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=dispatcher.group)
+    elsewhere = sum(send) - send[dist.get_rank(dispatcher.group)]
+    dispatcher.bytes_sent["all_to_all"] += elsewhere * rows.shape[1:].numel() * rows.element_size()
+    return arrived

@@ -1,0 +1,122 @@
+"""Process groups: all ranks, expert-parallel groups, expert-data-parallel groups."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor
+
+from cuma_ds.errors import TopologyError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands.
+
+    world ranks hold the data; ``ep_size`` consecutive ranks form an expert-parallel group and hold one set of experts between
+    them; ranks with the same ``ep_rank`` hold the same experts and form an expert-data-parallel group.
+    """
+
+    world: int
+    rank: int
+    local_rank: int
+    device: torch.device
+    ep_size: int = 1
+    ep_group: dist.ProcessGroup | None = None
+
+    @property
+    def ep_rank(self) -> int:
+        """This rank's place among the holders of one set of experts."""
+        return self.rank % self.ep_size
+
+    @property
+    def ep_group_name(self) -> str:
+        """DeepSpeed's name for the expert-parallel group."""
+        return f"ep_size_{self.ep_size}"
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """True on the ranks that hold the first copy of the experts (and so write them)."""
+        return self.rank < self.ep_size
+
+    def experts(self, num_experts: int) -> tuple[int, int]:
+        """First expert and number of experts that live on this rank."""
+        count = num_experts // self.ep_size
+        return self.ep_rank * count, count
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Sum a detached copy of ``tensor`` over all ranks."""
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def __str__(self) -> str:
+        return f"{self.world} rank{'s' if self.world > 1 else ''}, ep_size {self.ep_size}"
+
+
+def start_processes(timeout_seconds: int) -> Topology:
+    """Join the other ranks (or stand alone when no launcher set the environment).
+
+    Raises:
+        TopologyError: peers did not appear within the timeout.
+    """
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        # Only DeepSpeed's inference uses this op, and compiling it at every fresh start can hang on a stale lock file.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_seconds), verbose=False
+        )
+    except (dist.DistStoreError, dist.DistNetworkError, RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TopologyError(f"rank {rank} of {world} could not meet its peers at {address}: {str(error).splitlines()[0]}") from None
+    return Topology(world=world, rank=rank, local_rank=local_rank, device=device)
+
+
+def with_expert_groups(topology: Topology, ep_size: int) -> Topology:
+    """Create the expert-parallel and expert-data-parallel groups (once per size and process).
+
+    Raises:
+        TopologyError: ``ep_size`` does not divide the world size.
+    """
+    if topology.world % ep_size:
+        raise TopologyError(f"parallel.ep_size is {ep_size}, which does not divide the world size {topology.world}")
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    return Topology(
+        world=topology.world,
+        rank=topology.rank,
+        local_rank=topology.local_rank,
+        device=topology.device,
+        ep_size=ep_size,
+        ep_group=groups._get_expert_parallel_group(name),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
