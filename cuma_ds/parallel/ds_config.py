@@ -98,5 +98,6 @@ def find_deepspeed_config(name: str) -> Path:
             return candidate
     known = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
     raise ConfigError(
-        f"parallel.deepspeed_config: {name!r} is no file and no name in ds_configs/{nearest(Path(name).stem, known)}; it has {', '.join(known)}"
+        f"parallel.deepspeed_config: {name!r} is no file and no name in ds_configs/{nearest(Path(name).stem, known)}; "
+        f"it has {', '.join(known)}"
     )

@@ -84,7 +84,8 @@ class AdapterEngine:
         return dispatcher
 
     def _param_groups(self) -> ParamGroups:
-        shared, expert = [], []
+        shared: list[nn.Parameter] = []
+        expert: list[nn.Parameter] = []
         for _, parameter in self.model.adapter_parameters():
             (shared if getattr(parameter, "allreduce", True) else expert).append(parameter)
         groups: ParamGroups = []

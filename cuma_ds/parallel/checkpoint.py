@@ -1,0 +1,286 @@
+"""Checkpoints that know no topology: what trains, by parameter name and global expert id, in safetensors.
+
+A checkpoint folder ``step-N`` holds::
+
+    state.json                     step, run fingerprint, who wrote it, and the size of every other file
+    shared.safetensors             routers, shared A, profile standardisation
+    experts-I-of-J.safetensors     the experts of expert-parallel rank I, one tensor per expert
+
+Tensors are named ``<kind>/<parameter>`` or ``<kind>/<parameter>/<expert>`` with kind ``param`` (float32 master weight), ``exp_avg`` or
+``exp_avg_sq`` (Adam moments). Any world size, ``ep_size`` and ZeRO stage can read it; the frozen backbone is never in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cuma_ds.errors import CheckpointError
+from cuma_ds.parallel.engine import AdapterEngine
+
+FORMAT_VERSION = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUFFERS = ("profile_mean", "profile_scale")
+
+
+def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint: str, keep_last: int) -> Path:
+    """Write ``run_dir/checkpoints/step-N``; all ranks call it.
+
+    It is written beside its place and renamed when complete; ``latest`` then names it, and checkpoints older than the last
+    ``keep_last`` are removed.
+
+    Args:
+        engine: after at least one optimizer step.
+        step: optimizer steps done.
+        fingerprint: of the configuration that decides what is learned; checked on resume.
+        keep_last: complete checkpoints to keep.
+    """
+    topology = engine.topology
+    folder = run_dir / "checkpoints" / f"step-{step}"
+    partial = folder.with_name(f"{folder.name}.partial")
+    if topology.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    _link_optimizer_states(engine)
+    shared: dict[str, Tensor] = {}
+    experts: dict[str, Tensor] = {}
+    first, count = topology.experts(engine.model.config.num_experts)
+    for name, parameter, is_expert in _parameters(engine):
+        tensors = {"param": safe_get_full_fp32_param(parameter)}
+        tensors |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in _MOMENTS}
+        for kind, tensor in tensors.items():
+            if not is_expert:
+                shared[f"{kind}/{name}"] = tensor.cpu()
+            elif topology.holds_first_copy:
+                for expert in range(count):
+                    experts[f"{kind}/{name}/{first + expert}"] = tensor[expert].cpu().contiguous()
+    for name in _BUFFERS:
+        shared[f"param/{name}"] = getattr(engine.model, name).detach().cpu().contiguous()
+    if topology.is_main:
+        save_file(shared, partial / "shared.safetensors")
+    if topology.holds_first_copy:
+        save_file(experts, partial / f"experts-{topology.ep_rank}-of-{topology.ep_size}.safetensors")
+    dist.barrier()
+    if topology.is_main:
+        files = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
+        state = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "fingerprint": fingerprint,
+            "written_by": {"world": topology.world, "ep_size": topology.ep_size, "zero_stage": engine.stage},
+            "num_experts": engine.model.config.num_experts,
+            "files": files,
+        }
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        latest = folder.with_name("latest")
+        pointer = latest.with_name("latest.partial")
+        pointer.write_text(folder.name + "\n", encoding="utf-8")
+        pointer.replace(latest)
+        for old in sorted(_complete(run_dir), reverse=True)[keep_last:]:
+            shutil.rmtree(run_dir / "checkpoints" / f"step-{old}")
+    dist.barrier()
+    return folder
+
+
+def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> int:
+    """Load a checkpoint written by any topology into this engine; all ranks call it before the first step.
+
+    Returns:
+        The number of optimizer steps it had done.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of another configuration.
+    """
+    state = read_state(folder)
+    if state["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe"
+        )
+    reader = _Reader(folder, state)
+    step = int(state["step"])
+    _create_optimizer_states(engine, step)
+    first, count = engine.topology.experts(engine.model.config.num_experts)
+    for name, parameter, is_expert in _parameters(engine):
+
+        def read(kind: str, name: str = name, is_expert: bool = is_expert) -> Tensor:
+            if is_expert:
+                return torch.stack([reader.get(f"{kind}/{name}/{expert}") for expert in range(first, first + count)])
+            return reader.get(f"{kind}/{name}")
+
+        master = read("param")
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if master.shape != shape:
+            raise CheckpointError(f"{folder}: {name} has shape {tuple(master.shape)}; this run needs {tuple(shape)}")
+        _set(engine, parameter, None, master)
+        for kind in _MOMENTS:
+            _set(engine, parameter, kind, read(kind))
+    with torch.no_grad():
+        for name in _BUFFERS:
+            getattr(engine.model, name).copy_(reader.get(f"param/{name}"))
+    return step
+
+
+def read_adapters(folder: Path) -> dict[str, Tensor]:
+    """All trained tensors of a checkpoint with their full expert dimension, as ``CumaModel.load_adapter_state`` takes them.
+
+    Raises:
+        CheckpointError: incomplete or damaged.
+    """
+    reader = _Reader(folder, read_state(folder))
+    whole: dict[str, Tensor] = {}
+    by_expert: dict[str, dict[int, str]] = {}
+    for key in reader.names():
+        kind, _, name = key.partition("/")
+        if kind != "param":
+            continue
+        parameter, _, expert = name.partition("/")
+        if expert:
+            by_expert.setdefault(parameter, {})[int(expert)] = key
+        else:
+            whole[name] = reader.get(key)
+    for parameter, keys in by_expert.items():
+        whole[parameter] = torch.stack([reader.get(keys[expert]) for expert in sorted(keys)])
+    return whole
+
+
+def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
+    """The newest complete checkpoint of a run, or that of one step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    run_dir = Path(run_dir)
+    steps = _complete(run_dir)
+    if step is None:
+        if not steps:
+            raise CheckpointError(f"{run_dir} holds no complete checkpoint; train it first")
+        step = max(steps)
+    if step not in steps:
+        there = ", ".join(str(s) for s in sorted(steps)) or "none"
+        raise CheckpointError(f"{run_dir} holds no complete checkpoint of step {step}; complete ones: {there}")
+    return run_dir / "checkpoints" / f"step-{step}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint, after checking that every file it names is there and whole.
+
+    Raises:
+        CheckpointError: what is missing or damaged.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        version, files = state["format_version"], state["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder} is not a complete checkpoint: state.json is missing or damaged") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}")
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing ({_written_by(state)})")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}")
+    return state
+
+
+def _written_by(state: dict[str, Any]) -> str:
+    by = state.get("written_by", {})
+    return f"written by {by.get('world')} ranks, ep_size {by.get('ep_size')}"
+
+
+def _complete(run_dir: Path) -> list[int]:
+    folders = (run_dir / "checkpoints").glob("step-*/state.json")
+    return [int(match[1]) for path in folders if (match := re.fullmatch(r"step-(\d+)", path.parent.name))]
+
+
+class _Reader:
+    """Tensors of a checkpoint by key, read one at a time."""
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        self._folder = folder
+        self._places: dict[str, Any] = {}
+        for name in state["files"]:
+            try:
+                file = safe_open(folder / name, framework="pt")
+            except (SafetensorError, OSError):
+                raise CheckpointError(f"{folder} is damaged: {name} is no readable safetensors file") from None
+            self._places |= dict.fromkeys(file.keys(), file)
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def get(self, key: str) -> Tensor:
+        if key not in self._places:
+            raise CheckpointError(f"{self._folder} lacks {key}; it belongs to another model or configuration")
+        return self._places[key].get_tensor(key)
+
+
+def _parameters(engine: AdapterEngine) -> Iterator[tuple[str, torch.nn.Parameter, bool]]:
+    """Name, parameter, and whether its first dimension counts experts."""
+    expert_ids = {id(p) for _, layer in engine.model.adapted_layers() for p in layer.experts.sharded_parameters().values()}
+    for name, parameter in engine.model.adapter_parameters():
+        yield name, parameter, id(parameter) in expert_ids
+
+
+def _link_optimizer_states(engine: AdapterEngine) -> None:
+    """DeepSpeed 0.19 links only the first parameter group to its Adam moments; link them all."""
+    if engine.stage == 3:
+        return
+    zero = engine.engine.optimizer
+    for params, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(params, flat, zero.optimizer.state)
+
+
+def _create_optimizer_states(engine: AdapterEngine, step: int) -> None:
+    """Adam state as after ``step`` steps, its moments to be filled in."""
+    zero = engine.engine.optimizer
+    flats = zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups
+    for flat in flats:
+        zero.optimizer.state[flat] = {
+            "step": torch.tensor(float(step)),  # one tensor each: a shared counter would be advanced several times
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+    _link_optimizer_states(engine)
+
+
+def _set(engine: AdapterEngine, parameter: torch.nn.Parameter, moment: str | None, value: Tensor) -> None:
+    """Set a parameter (master weight and the copy the forward reads) or one of its moments from a full tensor."""
+    value = value.to(engine.topology.device)
+    if engine.stage == 3:
+        # The last rank's part is padded; DeepSpeed's setter for full tensors does not expect that.
+        held = parameter.ds_tensor.data  # type: ignore[attr-defined]
+        padded = torch.nn.functional.pad(value.flatten(), (0, held.numel() * engine.topology.world - value.numel()))
+        value = padded.narrow(0, held.numel() * engine.topology.rank, held.numel())
+        if moment is None:
+            held.copy_(value)
+            safe_set_local_fp32_param(parameter, value)
+        else:
+            safe_set_local_optimizer_state(parameter, value, moment)
+    elif moment is None:
+        parameter.data.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, moment)
