@@ -56,11 +56,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from cuma_ds.data import prepare
     from cuma_ds.data.prepared import TABLE_FILE
 
-    data = prepare(_section(arguments), arguments.template).save(arguments.out)
-    if arguments.encoder is not None:
-        from cuma_ds.profiles import ProfileEncoder
+    from cuma_ds.profiles import ProfileEncoder
 
-        encoder = ProfileEncoder(arguments.encoder)
+    encoder = ProfileEncoder(arguments.encoder) if arguments.encoder is not None else None
+    data = prepare(_section(arguments), arguments.template).save(arguments.out)
+    if encoder is not None:
         data.profile_table(encoder, arguments.cache_dir).save(Path(arguments.out) / TABLE_FILE)
     _report(data, arguments)
 

@@ -1,0 +1,196 @@
+"""Batches: targets, padding, and a stream that no number of ranks can change."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from cuma_ds.config import DataSection
+from cuma_ds.data.batching import BatchStream, EncodedExample, as_filler, collate, encode_example
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.errors import DataError
+
+WHO = ["A person living in Norway.", "A person living in Peru."]
+
+
+def choice_row(counts, profile=0, question="Tea?"):
+    options = ["Yes", "No", "Maybe"][: len(counts)]
+    return {"profile": profile, "question_id": "q", "question": question, "options": options, "counts": counts, "group": ""}
+
+
+def example(index: int, length: int | None = None) -> EncodedExample:
+    """Tokens that name the example."""
+    ids = [10 + index] * (length or 1 + index % 4)
+    return EncodedExample(ids, [len(ids) - 1], [index], [1.0], index)
+
+
+def stream(n, batch, micro, rank=0, world=1, seed=0):
+    return BatchStream(n, batch, micro, rank, world, seed, example, pad_id=0)
+
+
+@pytest.mark.parametrize(("weight", "expected"), [("uniform", [0.25, 0.0, 0.75]), ("answers", [2.0, 0.0, 6.0])])
+def test_choice_targets_are_letters_weighted_by_answers(tokenizer, weight, expected):
+    renderer = Renderer(tokenizer, 512)
+    encoded = encode_example(choice_row([2, 0, 6], profile=1), renderer, WHO, DataSection(example_weight=weight))
+    assert encoded.target_weight == expected
+    assert tokenizer.convert_ids_to_tokens(encoded.target_token) == ["A", "B", "C"]
+    assert encoded.target_position == [len(encoded.input_ids) - 1] * 3
+    assert encoded.profile == 1
+
+
+def test_chat_targets_are_the_following_tokens(tokenizer):
+    row = {"profile": 1, "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], "group": ""}
+    encoded = encode_example(row, Renderer(tokenizer, 512), WHO, DataSection())
+    assert tokenizer.decode(encoded.target_token) == "Yo<|im_end|>"
+    assert encoded.target_token == [encoded.input_ids[position + 1] for position in encoded.target_position]
+    assert encoded.target_weight == [1.0, 1.0, 1.0]
+
+
+def test_collate_pads_left_and_counts_positions_from_the_first_real_token():
+    batch = collate([example(2), example(0), example(3)], pad_id=7)
+    assert batch.input_ids.tolist() == [[7, 12, 12, 12], [7, 7, 7, 10], [13, 13, 13, 13]]
+    assert batch.attention_mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 0, 1, 2], [0, 0, 0, 0], [0, 1, 2, 3]]
+    assert batch.profile_index.tolist() == [2, 0, 3]
+    assert (batch.keep, batch.target_position.tolist(), batch.target_row.tolist()) == (1, [0, 0, 0], [0, 1, 2])
+
+
+def test_keep_covers_exactly_the_earliest_target():
+    early = EncodedExample([1, 2, 3, 4, 5], [1, 3], [3, 5], [1.0, 0.5], 0)
+    late = EncodedExample([6, 7], [0], [7], [2.0], 1)
+    batch = collate([early, late], pad_id=0)
+    assert batch.keep == 4
+    kept = batch.input_ids[:, -batch.keep :]
+    assert kept[batch.target_row, batch.target_position].tolist() == [2, 4, 6]
+    assert batch.target_token.tolist() == [3, 5, 7]
+    assert batch.weight_sum == 3.5
+
+
+def test_fillers_copy_a_real_row_and_weigh_nothing():
+    batch = collate([example(3), None], pad_id=0)
+    assert batch.input_ids[1].tolist() == batch.input_ids[0].tolist()
+    assert batch.attention_mask[1].tolist() == [1, 1, 1, 1]
+    assert batch.profile_index.tolist() == [3, -1]
+    assert batch.target_weight.tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="at least one real example"):
+        collate([None, None], pad_id=0)
+
+
+def test_dtypes_are_as_promised_and_survive_a_move():
+    batch = collate([example(1), as_filler(example(2))], pad_id=0).to("cpu")
+    for name, value in vars(batch).items():
+        if name != "keep":
+            assert value.dtype == (torch.float32 if name == "target_weight" else torch.int64), name
+
+
+def _loss(model, batch):
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, logits_to_keep=batch.keep
+    ).logits
+    log_probability = logits[batch.target_row, batch.target_position].log_softmax(-1)
+    return -(batch.target_weight * log_probability.gather(1, batch.target_token[:, None])[:, 0]).sum()
+
+
+def _gradients(model, examples):
+    model.zero_grad()
+    loss = _loss(model, collate(examples, pad_id=0))
+    loss.backward()
+    return loss.item(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+# Llama computes its norms and rotary angles in float32 whatever its weights are, hence the tolerances below.
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64).eval()
+
+
+def test_histograms_train_as_single_answers_would(model, tokenizer):
+    renderer, config = Renderer(tokenizer, 512), DataSection(example_weight="answers")
+    merged_rows = [choice_row([2, 0, 3]), choice_row([1, 2], profile=1, question="Is it cold outside?")]
+    single_rows = [
+        choice_row([int(option == chosen) for option in range(len(row["counts"]))], row["profile"], row["question"])
+        for row in merged_rows
+        for chosen, count in enumerate(row["counts"])
+        for _ in range(count)
+    ]
+    assert len(single_rows) == 8
+    merged_loss, merged = _gradients(model, [encode_example(row, renderer, WHO, config) for row in merged_rows])
+    single_loss, single = _gradients(model, [encode_example(row, renderer, WHO, config) for row in single_rows])
+    assert merged.abs().max() > 1e-3
+    assert merged_loss == pytest.approx(single_loss, rel=1e-6)
+    torch.testing.assert_close(merged, single, rtol=1e-4, atol=5e-6)
+
+
+def test_padding_and_fillers_change_no_gradient(model, tokenizer):
+    renderer = Renderer(tokenizer, 512)
+    rows = [choice_row([1, 0, 0]), choice_row([0, 1, 0], question="A much longer question about tea?")]
+    examples = [encode_example(row, renderer, WHO, DataSection()) for row in rows]
+    together_loss, together = _gradients(model, [*examples, None])
+    alone = [_gradients(model, [one]) for one in examples]
+    assert together_loss == pytest.approx(sum(loss for loss, _ in alone), rel=1e-6)
+    torch.testing.assert_close(together, alone[0][1] + alone[1][1], rtol=1e-4, atol=5e-6)
+
+
+def _seen(batch):
+    """Names of the examples in a batch, fillers apart; the target token names the example."""
+    tokens = dict(zip(batch.target_row.tolist(), batch.target_token.tolist(), strict=True))
+    return [tokens[row] for row in range(len(batch.profile_index)) if batch.profile_index[row] >= 0]
+
+
+@pytest.mark.parametrize(("n", "batch", "micro"), [(40, 12, 6), (7, 12, 5), (100, 5, 2), (3, 10, 1)])
+def test_world_size_never_changes_what_a_step_sees(n, batch, micro):
+    order = np.concatenate([np.random.default_rng([3, epoch]).permutation(n) for epoch in range(20)])
+    for step in range(5):
+        expected = Counter(order[step * batch : (step + 1) * batch].tolist())
+        for world in (1, 2, 3, 4, 5):
+            seen: Counter = Counter()
+            fillers = 0
+            for rank in range(world):
+                ranks_stream = stream(n, batch, micro, rank, world, seed=3)
+                batches = ranks_stream.micro_batches(step)
+                assert len(batches) == ranks_stream.accumulation
+                for one in batches:
+                    assert len(one.profile_index) == ranks_stream.micro <= micro
+                    seen.update(_seen(one))
+                    fillers += int((one.profile_index < 0).sum())
+            assert seen == expected
+            assert fillers == world * ranks_stream.accumulation * ranks_stream.micro - batch
+
+
+def test_a_rank_with_nothing_to_do_still_gets_valid_batches():
+    lonely = stream(9, 2, 4, rank=3, world=4).micro_batches(0)
+    assert [one.profile_index.tolist() for one in lonely] == [[-1]]
+    assert lonely[0].weight_sum == 0.0
+    assert lonely[0].attention_mask.any()
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "accumulation", "rows"), [(12, 6, 2, 1, 6), (12, 5, 1, 3, 4), (12, 6, 5, 1, 3), (1, 8, 1, 1, 1)]
+)
+def test_accumulation_spreads_rows_evenly(batch, micro, world, accumulation, rows):
+    one = stream(50, batch, micro, 0, world)
+    assert (one.accumulation, one.micro) == (accumulation, rows)
+
+
+def test_each_epoch_shows_every_example_once_in_a_new_order():
+    one = stream(10, 5, 5)
+    epochs = [[index for step in (2 * epoch, 2 * epoch + 1) for index in one.indices(step)[0]] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_steps_can_be_asked_in_any_order_and_depend_on_the_seed():
+    forward, backward = stream(10, 4, 4), stream(10, 4, 4)
+    first = [forward.indices(step) for step in range(30)]
+    assert [backward.indices(step) for step in reversed(range(30))] == first[::-1]
+    assert first != [stream(10, 4, 4, seed=1).indices(step) for step in range(30)]
+
+
+def test_no_examples_is_an_error_of_the_user():
+    with pytest.raises(DataError, match="no training examples"):
+        stream(0, 4, 4)

