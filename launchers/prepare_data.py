@@ -55,7 +55,6 @@ def main() -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from cuma_ds.data import prepare
     from cuma_ds.data.prepared import TABLE_FILE
-
     from cuma_ds.profiles import ProfileEncoder
 
     encoder = ProfileEncoder(arguments.encoder) if arguments.encoder is not None else None

@@ -194,3 +194,10 @@ def test_steps_can_be_asked_in_any_order_and_depend_on_the_seed():
 def test_no_examples_is_an_error_of_the_user():
     with pytest.raises(DataError, match="no training examples"):
         stream(0, 4, 4)
+
+
+def test_fillers_stand_only_behind_the_last_example_of_a_step():
+    ranks = [stream(100, 10, 2, rank, 3) for rank in range(3)]
+    in_order = [row for micro_step in range(2) for one in ranks for row in one.indices(0)[micro_step]]
+    order = np.random.default_rng([0, 0]).permutation(100)
+    assert in_order == [*order[:10].tolist(), None, None]
