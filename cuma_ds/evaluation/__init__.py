@@ -1,0 +1,1 @@
+"""How a trained run is judged: option probabilities, references, metrics, and one report per run."""

@@ -1,0 +1,78 @@
+"""The columns of a split of choice questions, as evaluation reads them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ChoiceExamples:
+    """M examples: who was asked what, and how many gave each answer.
+
+    Attributes:
+        questions: question id of each example.
+        groups: the country, or ``profile <row>`` where the split names no group.
+        profiles: row of each example's profile.
+        counts: answers of each example, float64 [n], n its number of options.
+        texts: question id -> (question, options).
+    """
+
+    questions: list[str]
+    groups: list[str]
+    profiles: list[int]
+    counts: list[NDArray[np.float64]]
+    texts: dict[str, tuple[str, list[str]]]
+
+    @classmethod
+    def of(cls, split: Any) -> ChoiceExamples:
+        """Read a ``datasets.Dataset`` with the columns of a choice split (or a mapping of such columns)."""
+        profiles = [int(profile) for profile in split["profile"]]
+        questions = list(split["question_id"])
+        texts: dict[str, tuple[str, list[str]]] = {}
+        for question, text, options in zip(questions, split["question"], split["options"], strict=True):
+            texts.setdefault(question, (text, list(options)))
+        return cls(
+            questions=questions,
+            groups=[group or f"profile {profile}" for group, profile in zip(split["group"], profiles, strict=True)],
+            profiles=profiles,
+            counts=[np.asarray(counts, dtype=np.float64) for counts in split["counts"]],
+            texts=texts,
+        )
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+
+def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequence[int], seed: int = 0) -> list[int]:
+    """Give every example the profile of somebody else in its unit (its question), of another group wherever that is possible.
+
+    A fixed derangement: the distinct profiles of a unit stand group by group, groups in a seeded order, and move on by the size
+    of the largest group, which never stays within a group unless that one holds more than half of the unit.
+
+    Args:
+        units, groups, profiles: of each of M examples.
+
+    Returns:
+        M profile rows; a unit's only profile stays as it is.
+    """
+    members: dict[str, dict[int, str]] = {}
+    for unit, group, profile in zip(units, groups, profiles, strict=True):
+        members.setdefault(unit, {}).setdefault(profile, group)
+    partner: dict[str, dict[int, int]] = {}
+    for unit, group_of in members.items():
+        sizes: dict[str, int] = {}
+        for group in group_of.values():
+            sizes[group] = sizes.get(group, 0) + 1
+        names = sorted(sizes)
+        random.Random(seed).shuffle(names)
+        place = {name: position for position, name in enumerate(names)}
+        line = sorted(group_of, key=lambda profile: (place[group_of[profile]], profile))
+        shift = max(sizes.values()) % len(line) or min(1, len(line) - 1)
+        partner[unit] = {profile: line[(position + shift) % len(line)] for position, profile in enumerate(line)}
+    return [partner[unit][profile] for unit, profile in zip(units, profiles, strict=True)]

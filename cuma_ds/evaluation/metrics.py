@@ -1,0 +1,194 @@
+"""The numbers a run is judged by, as pure functions of NumPy arrays.
+
+Shapes: M examples, n options of one question (in their order), E experts, R routers. Probabilities are float, counts are answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cuma_ds.errors import DataError
+
+Array = NDArray[np.float64]
+
+
+def emd(p: ArrayLike, q: ArrayLike) -> Array:
+    """Earth mover's distance of two distributions on ordered options, normalised to [0, 1].
+
+    The options stand at k / (n - 1), so this is the Wasserstein-1 distance there: sum_k |P_k - Q_k| / (n - 1) with P, Q
+    the cumulative distributions. 0 = equal, 1 = all mass on opposite ends.
+
+    Args:
+        p, q: [..., n] probabilities, broadcast against each other.
+
+    Raises:
+        DataError: different numbers of options.
+    """
+    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    if p.shape[-1] != q.shape[-1]:
+        raise DataError(f"distributions over {p.shape[-1]} and {q.shape[-1]} options cannot be compared")
+    return np.abs(np.cumsum(p - q, axis=-1)).sum(axis=-1) / max(p.shape[-1] - 1, 1)
+
+
+def entropy(p: ArrayLike) -> Array:
+    """Entropy in nats of [..., n] probabilities, with 0 log 0 = 0."""
+    p = np.asarray(p, dtype=np.float64)
+    return -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+
+
+def accuracy(probabilities: Sequence[ArrayLike], counts: Sequence[ArrayLike]) -> float:
+    """Share of all answers that are the most probable option of their example (the first, on a tie).
+
+    Args:
+        probabilities, counts: M examples, [n] each; n may differ between examples.
+    """
+    right = sum(float(np.asarray(c)[int(np.argmax(p))]) for p, c in zip(probabilities, counts, strict=True))
+    total = sum(float(np.sum(c)) for c in counts)
+    return right / total if total else float("nan")
+
+
+def mean_collapse_recovered(collapse: float, oracle: float, value: float) -> float | None:
+    """Share of the way from one global distribution to each group's own: (collapse - value) / (collapse - oracle).
+
+    1 = as close as the group's own training answers, 0 = everyone gets the global distribution; beyond both is possible.
+    None where groups do not differ more than sampling noise (oracle not below collapse).
+    """
+    span = collapse - oracle
+    return (collapse - value) / span if span > 0 else None
+
+
+def normalise(counts: ArrayLike) -> Array:
+    """Counts [n] as a distribution; uniform where nothing was counted."""
+    values = np.asarray(counts, dtype=np.float64)
+    total = values.sum()
+    return values / total if total > 0 else np.full_like(values, 1.0 / len(values))
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Examples gathered by (question, group): the unit whose answer distribution is judged.
+
+    Attributes:
+        members: examples of each cell.
+        observed: answer distribution of each cell, [n].
+        answers: number of answers of each cell, [cells].
+        left_out: number of cells with fewer answers than asked for.
+        left_out_answers: answers in those.
+    """
+
+    keys: list[tuple[str, str]]
+    members: list[list[int]]
+    observed: list[Array]
+    answers: Array
+    left_out: int
+    left_out_answers: float
+
+    @property
+    def examples(self) -> list[int]:
+        """Examples that belong to any cell, in cell order."""
+        return [example for members in self.members for example in members]
+
+    def of_question(self, question: str) -> Cells:
+        """Only the cells of one question (what was left out is not told apart by question)."""
+        kept = [index for index, key in enumerate(self.keys) if key[0] == question]
+        return Cells(
+            [self.keys[index] for index in kept],
+            [self.members[index] for index in kept],
+            [self.observed[index] for index in kept],
+            self.answers[kept],
+            0,
+            0.0,
+        )
+
+
+def gather_cells(questions: Sequence[str], groups: Sequence[str], counts: Sequence[ArrayLike], min_answers: int) -> Cells:
+    """Gather M examples into (question, group) cells, in order of first appearance, without the small ones.
+
+    Args:
+        questions, groups: of each example.
+        counts: answers of each example, [n].
+        min_answers: cells with fewer answers are counted, not kept.
+
+    Raises:
+        DataError: examples of one cell have different numbers of options.
+    """
+    members: dict[tuple[str, str], list[int]] = {}
+    for example, key in enumerate(zip(questions, groups, strict=True)):
+        members.setdefault(key, []).append(example)
+    kept: list[tuple[str, str]] = []
+    observed, answers = [], []
+    left_out, left_out_answers = 0, 0.0
+    for key, examples in members.items():
+        lengths = {len(np.asarray(counts[example])) for example in examples}
+        if len(lengths) > 1:
+            raise DataError(f"question {key[0]!r} has examples with {sorted(lengths)} options; one question has one list of options")
+        total = np.sum([np.asarray(counts[example], dtype=np.float64) for example in examples], axis=0)
+        if total.sum() < min_answers:
+            left_out += 1
+            left_out_answers += float(total.sum())
+            continue
+        kept.append(key)
+        observed.append(normalise(total))
+        answers.append(float(total.sum()))
+    return Cells(kept, [members[key] for key in kept], observed, np.array(answers), left_out, left_out_answers)
+
+
+def predicted_distributions(cells: Cells, probabilities: Sequence[ArrayLike], counts: Sequence[ArrayLike]) -> list[Array]:
+    """The distribution predicted for each cell: its examples' probabilities, weighted by their answers.
+
+    Args:
+        probabilities, counts: of all M examples, [n] each.
+    """
+    result = []
+    for members in cells.members:
+        weights = np.array([np.sum(counts[example]) for example in members], dtype=np.float64)
+        stacked = np.stack([np.asarray(probabilities[example], dtype=np.float64) for example in members])
+        result.append(normalise(weights @ stacked))
+    return result
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well one set of predictions fits: all means are weighted by answers."""
+
+    emd: float
+    accuracy: float
+    entropy: float
+
+
+def score(cells: Cells, probabilities: Sequence[ArrayLike], counts: Sequence[ArrayLike]) -> Scores:
+    """EMD of the cells' distributions; accuracy and predictive entropy of the examples in them.
+
+    Args:
+        probabilities, counts: of all M examples, [n] each.
+    """
+    if not cells.keys:
+        return Scores(float("nan"), float("nan"), float("nan"))
+    distances = [float(emd(p, q)) for p, q in zip(predicted_distributions(cells, probabilities, counts), cells.observed, strict=True)]
+    inside = cells.examples
+    weights = np.array([np.sum(counts[example]) for example in inside], dtype=np.float64)
+    entropies = np.array([float(entropy(probabilities[example])) for example in inside])
+    return Scores(
+        emd=float(np.average(distances, weights=cells.answers)),
+        accuracy=accuracy([probabilities[example] for example in inside], [counts[example] for example in inside]),
+        entropy=float(np.average(entropies, weights=weights)),
+    )
+
+
+def mean_by_group(values: NDArray[np.floating], groups: Sequence[Hashable], weights: ArrayLike) -> dict[Hashable, Array]:
+    """Weighted mean over the examples of each group.
+
+    Args:
+        values: [M, ...].
+        groups: M names.
+        weights: [M], not all zero within a group.
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    index: dict[Hashable, list[int]] = {}
+    for example, group in enumerate(groups):
+        index.setdefault(group, []).append(example)
+    return {group: np.average(values[rows].astype(np.float64), axis=0, weights=weights[rows]) for group, rows in index.items()}

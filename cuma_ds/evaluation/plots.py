@@ -1,0 +1,220 @@
+"""The pictures of a report, drawn with matplotlib in colours that stay apart for colour-blind readers.
+
+Shapes: G groups, n options, R routers, E experts.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import dendrogram, leaves_list, linkage, optimal_leaf_ordering
+
+Array = NDArray[np.floating]
+
+# Okabe and Ito's palette.
+BLUE, VERMILLION, GREY, LIGHT, INK = "#0072B2", "#D55E00", "#9A9A9A", "#E4E4E4", "#222222"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def plot_distributions(
+    path: Path, question: str, options: Sequence[str], groups: Sequence[str], observed_Gn: Array, predicted_Gn: Array, global_n: Array
+) -> None:
+    """Paired bars of observed and predicted answers, one small panel per group, the global distribution as a line over each pair."""
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
+    width = max(2.35 * columns, 6.4)
+    title, answers = _wrap(question, 11 * width), _answers(options, 13 * width)
+    header, body = 0.65 + 0.2 * title.count("\n"), 1.75 * rows + 0.45 + 0.17 * answers.count("\n")
+    figure = _figure(width, header + body)
+    subfigures: Any = figure.subfigures(2, 1, height_ratios=[header, body])
+    top, bottom = subfigures
+    top.suptitle(title, fontsize=11.5, x=0.01, ha="left")
+    handles = [
+        Patch(color=GREY, label="observed, held-out people"),
+        Patch(color=BLUE, label="predicted, trained model"),
+        Line2D([], [], color=VERMILLION, linewidth=1.8, label="one global distribution"),
+    ]
+    top.legend(handles=handles, loc="lower left", ncols=3, frameon=False, fontsize=9.5)
+
+    panels = np.atleast_1d(bottom.subplots(rows, columns, sharex=True, sharey=True)).ravel()
+    place = np.arange(len(options))
+    for panel, name, observed, predicted in zip(panels, groups, observed_Gn, predicted_Gn, strict=False):
+        panel.bar(place - 0.2, observed, 0.36, color=GREY)
+        panel.bar(place + 0.2, predicted, 0.36, color=BLUE)
+        panel.hlines(global_n, place - 0.44, place + 0.44, color=VERMILLION, linewidth=1.8)
+        panel.set_title(_short(name, 26), fontsize=10)
+        panel.set_xticks(place, _marks(len(options)))
+        panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _bare(panel)
+        panel.tick_params(labelbottom=True)
+    for panel in panels[len(groups) :]:
+        panel.remove()
+    bottom.supxlabel(answers, fontsize=9.5, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Array, collapse: Array) -> None:
+    """A dumbbell per group from the bare backbone's EMD to the trained model's, sorted, in two columns where there are many groups.
+
+    Args:
+        before, after, collapse: EMD of each group [G]; ``collapse`` is that of the global distribution.
+    """
+    order = np.argsort(after, kind="stable")
+    columns = 2 if len(groups) > 34 else 1
+    rows = -(-len(groups) // columns)
+    figure = _figure(4.9 * columns, 0.19 * rows + 1.3)
+    panels = np.atleast_1d(figure.subplots(1, columns, sharex=True))
+    # The worst groups come first: that is where to look.
+    for panel, part in zip(panels, np.array_split(order[::-1], columns), strict=True):
+        height = np.arange(len(part))
+        panel.hlines(
+            height, np.minimum(before[part], after[part]), np.maximum(before[part], after[part]), color=LIGHT, linewidth=2.2, zorder=1
+        )
+        panel.scatter(collapse[part], height, marker="|", s=52, color=VERMILLION, linewidth=1.8, zorder=2)
+        panel.scatter(before[part], height, s=26, facecolor="white", edgecolor=GREY, linewidth=1.3, zorder=3)
+        panel.scatter(after[part], height, s=28, color=BLUE, zorder=4, clip_on=False)
+        panel.set_yticks(height, [_short(groups[int(group)], 26) for group in part], fontsize=8.5)
+        panel.set_ylim(len(part) - 0.4, -0.6)
+        panel.set_xlim(left=0)
+        panel.grid(axis="x", color=LIGHT, linewidth=0.7)
+        panel.set_axisbelow(True)
+        _bare(panel)
+        panel.spines["left"].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    figure.supxlabel("EMD between predicted and observed answers (0 = equal)", fontsize=10)
+    handles = [
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            markerfacecolor="white",
+            markeredgecolor=GREY,
+            markersize=5.5,
+            label="backbone before training",
+        ),
+        Line2D([], [], marker="o", linestyle="", color=BLUE, markersize=5.5, label="trained"),
+        Line2D([], [], marker="|", linestyle="", color=VERMILLION, markersize=9, markeredgewidth=1.8, label="one global distribution"),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9.5, columnspacing=1.2, handletextpad=0.3)
+    _save(figure, path)
+
+
+def plot_expert_use(path: Path, groups: Sequence[str], gates_GRE: Array, router_names: Sequence[str], shown: int = 3) -> None:
+    """Heat-maps groups x experts of the routers that tell groups apart best; groups with similar routing stand together.
+
+    Groups are ordered by hierarchical clustering of their whole routing (all routers), drawn as a tree beside the maps.
+
+    Args:
+        gates_GRE: mean gate weight of each group [G, R, E].
+        shown: most routers to draw.
+    """
+    count, _, experts = gates_GRE.shape
+    tree = group_tree(gates_GRE)
+    order = leaves_list(tree) if tree is not None else np.arange(count)
+    chosen = discriminating_routers(gates_GRE, shown)
+    cell = 0.30 if experts <= 16 else 4.8 / experts
+    width = cell * experts
+    figure = _figure(2.0 + (width + 0.15) * len(chosen) + 1.3, 0.165 * count + 1.5)
+    panels = np.atleast_1d(figure.subplots(1, len(chosen) + 1, width_ratios=[width] * len(chosen) + [0.8]))
+    top = float(max(gates_GRE[:, chosen].max(), 1e-6))
+    image: Any = None
+    for column, router in enumerate(chosen):
+        panel: Any = panels[column]
+        image = panel.imshow(gates_GRE[order, router], aspect="auto", cmap="Blues", vmin=0.0, vmax=top, interpolation="nearest")
+        panel.set_title(_router_label(router_names[router]), fontsize=9)
+        step = 1 if experts <= 16 else -(-experts // 8)
+        panel.set_xticks(range(0, experts, step), [str(expert + 1) for expert in range(0, experts, step)], fontsize=8)
+        panel.set_yticks(range(count), [_short(groups[int(group)], 26) for group in order] if column == 0 else [], fontsize=8.5)
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+    _draw_tree(panels[-1], tree, count)
+    figure.supxlabel("expert", fontsize=10)
+    figure.colorbar(
+        image, ax=list(panels[:-1]), location="top", label="mean gate weight", shrink=0.6 if len(chosen) > 1 else 1.0, aspect=30, pad=0.01
+    )
+    _save(figure, path)
+
+
+def group_tree(gates_GRE: Array) -> NDArray[np.float64] | None:
+    """Ward linkage of groups by their whole routing, leaves turned so that neighbours are alike; None for a single group."""
+    if len(gates_GRE) < 2:
+        return None
+    vectors = np.asarray(gates_GRE, dtype=np.float64).reshape(len(gates_GRE), -1)
+    return optimal_leaf_ordering(linkage(vectors, method="ward"), vectors)
+
+
+def discriminating_routers(gates_GRE: Array, shown: int) -> list[int]:
+    """The routers whose gates vary most between groups, in their own order."""
+    spread = np.asarray(gates_GRE, dtype=np.float64).var(axis=0).sum(axis=-1)
+    return sorted(int(router) for router in np.argsort(-spread, kind="stable")[:shown])
+
+
+def _draw_tree(panel: Any, tree: NDArray[np.float64] | None, count: int) -> None:
+    panel.axis("off")
+    if tree is None:
+        return
+    lines = dendrogram(tree, no_plot=True)
+    for heights, places in zip(lines["dcoord"], lines["icoord"], strict=True):
+        # scipy puts leaf k at 10 k + 5.
+        panel.plot(heights, (np.array(places) - 5) / 10, color=GREY, linewidth=0.9)
+    panel.set_ylim(count - 0.5, -0.5)
+    panel.set_xlim(left=0)
+
+
+def _router_label(name: str) -> str:
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        return _short(name, 22)
+    return f"layer {int(parts[number]) + 1}\n{_short('.'.join(parts[number + 1 :]), 22)}"
+
+
+def _marks(count: int) -> list[str]:
+    return [LETTERS[k] if count <= len(LETTERS) else str(k + 1) for k in range(count)]
+
+
+def _answers(options: Sequence[str], width: float) -> str:
+    named = [f"{mark}  {_short(option, 70)}" for mark, option in zip(_marks(len(options)), options, strict=True)]
+    lines = [named[0]]
+    for item in named[1:]:
+        if len(lines[-1]) + len(item) + 5 <= width:
+            lines[-1] += "     " + item
+        else:
+            lines.append(item)
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=170, layout="constrained")
+
+
+def _bare(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(colors=INK, labelsize=8.5, color=GREY)
+
+
+def _short(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _wrap(text: str, width: float) -> str:
+    # A dollar sign would switch matplotlib to mathematics.
+    return textwrap.fill(text, int(width)).replace("$", r"\$")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    beside = path.with_name("." + path.name)
+    figure.savefig(beside, format="png", facecolor="white")
+    beside.replace(path)

@@ -1,0 +1,304 @@
+"""EMD, entropy, accuracy, cells and references against scipy, pandas and hand-written loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from cuma_ds.errors import DataError
+from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
+from cuma_ds.evaluation.metrics import (
+    accuracy,
+    emd,
+    entropy,
+    gather_cells,
+    mean_by_group,
+    mean_collapse_recovered,
+    normalise,
+    predicted_distributions,
+    score,
+)
+from cuma_ds.evaluation.references import collapse_reference, has_training_answers, oracle_reference
+
+
+@st.composite
+def two_distributions(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    options = draw(st.integers(2, 11))
+    weights = st.lists(st.integers(0, 1000), min_size=options, max_size=options).filter(any)
+    return normalise(draw(weights)), normalise(draw(weights))
+
+
+@settings(deadline=None, derandomize=True)
+@given(two_distributions())
+def test_emd_is_scipys_wasserstein_distance_on_the_unit_interval(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    p, q = pair
+    places = np.linspace(0, 1, len(p))
+    assert float(emd(p, q)) == pytest.approx(stats.wasserstein_distance(places, places, p, q), abs=1e-12)
+
+
+@settings(deadline=None, derandomize=True)
+@given(two_distributions())
+def test_emd_is_a_distance_in_0_1_that_reversing_the_scale_leaves_alone(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    p, q = pair
+    assert 0 <= emd(p, q) <= 1 + 1e-12
+    assert float(emd(p, q)) == pytest.approx(float(emd(q, p)))
+    assert float(emd(p, q)) == pytest.approx(float(emd(p[::-1], q[::-1])))
+    assert emd(p, p) == 0
+
+
+@pytest.mark.parametrize("options", [2, 3, 7])
+def test_emd_of_opposite_ends_is_one_and_of_neighbours_one_step(options: int) -> None:
+    eye = np.eye(options)
+    assert float(emd(eye[0], eye[-1])) == pytest.approx(1.0)
+    assert float(emd(eye[0], eye[1])) == pytest.approx(1 / (options - 1))
+
+
+def test_emd_broadcasts_over_leading_dimensions() -> None:
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(5), size=(3, 4)), rng.dirichlet(np.ones(5), size=4)
+    expected = [[stats.wasserstein_distance(np.arange(5) / 4, np.arange(5) / 4, p[i, j], q[j]) for j in range(4)] for i in range(3)]
+    np.testing.assert_allclose(emd(p, q), expected, atol=1e-12)
+
+
+def test_emd_refuses_different_scales() -> None:
+    with pytest.raises(DataError, match="3 and 4 options"):
+        emd([1, 0, 0], [1, 0, 0, 0])
+
+
+@settings(deadline=None, derandomize=True)
+@given(two_distributions())
+def test_entropy_is_scipys(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    p, _ = pair
+    assert float(entropy(p)) == pytest.approx(float(stats.entropy(p)), abs=1e-12)
+
+
+def test_accuracy_counts_every_answer_one_by_one() -> None:
+    rng = np.random.default_rng(1)
+    sizes = [2, 4, 3, 5]
+    probabilities = [rng.dirichlet(np.ones(n)) for n in sizes]
+    counts = [rng.integers(0, 9, n) for n in sizes]
+    right = total = 0
+    for p, c in zip(probabilities, counts, strict=True):
+        mode = max(range(len(p)), key=lambda k: p[k])
+        for option, count in enumerate(c):
+            for _ in range(count):
+                total += 1
+                right += option == mode
+    assert accuracy(probabilities, counts) == pytest.approx(right / total)
+
+
+def test_accuracy_of_nothing_is_not_a_number() -> None:
+    assert np.isnan(accuracy([], []))
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.08, 0.0), (0.01, 1.0), (0.045, 0.5), (0.15, -1.0)])
+def test_recovered_is_the_share_of_the_way_to_the_oracle(value: float, expected: float) -> None:
+    assert mean_collapse_recovered(0.08, 0.01, value) == pytest.approx(expected)
+
+
+def test_recovered_says_nothing_where_groups_do_not_differ() -> None:
+    assert mean_collapse_recovered(0.01, 0.01, 0.0) is None
+    assert mean_collapse_recovered(0.01, 0.02, 0.0) is None
+
+
+def test_normalise_is_uniform_without_answers() -> None:
+    np.testing.assert_allclose(normalise([0, 0, 0, 0]), 0.25)
+    np.testing.assert_allclose(normalise([1, 3]), [0.25, 0.75])
+
+
+def survey(seed: int = 0, profiles: int = 12, per_cell: int = 40) -> pd.DataFrame:
+    """Answers of single people: question, group (three profiles each), profile, answer."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for (question, options), profile in itertools.product([("q1", 4), ("q2", 3)], range(profiles)):
+        taste = rng.dirichlet(np.ones(options))
+        for answer in rng.choice(options, size=int(rng.integers(1, per_cell)), p=taste):
+            rows.append((question, options, f"land {profile // 3}", profile, int(answer)))
+    return pd.DataFrame(rows, columns=["question", "options", "group", "profile", "answer"])
+
+
+def merged(people: pd.DataFrame) -> ChoiceExamples:
+    split: dict[str, list] = {name: [] for name in ("question_id", "question", "options", "group", "profile", "counts")}
+    for (question, options, group, profile), part in people.groupby(["question", "options", "group", "profile"]):
+        counts = [int((part["answer"] == k).sum()) for k in range(options)]
+        for name, value in zip(split, (question, f"{question}?", list("abcd")[:options], group, profile, counts), strict=True):
+            split[name].append(value)
+    return ChoiceExamples.of(split)
+
+
+def guesses(examples: ChoiceExamples, seed: int = 5) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.dirichlet(np.ones(len(counts))) for counts in examples.counts]
+
+
+def test_examples_name_a_profile_where_there_is_no_group() -> None:
+    split = {"question_id": ["q"] * 2, "question": ["?"] * 2, "options": [["a", "b"]] * 2, "group": ["", "Peru"], "profile": [7, 8]}
+    examples = ChoiceExamples.of({**split, "counts": [[1, 2], [3, 4]]})
+    assert examples.groups == ["profile 7", "Peru"]
+    assert len(examples) == 2
+
+
+def test_cells_pool_the_answers_of_their_people() -> None:
+    people = survey()
+    examples = merged(people)
+    cells = gather_cells(examples.questions, examples.groups, examples.counts, min_answers=1)
+    for (question, group), observed, answers in zip(cells.keys, cells.observed, cells.answers, strict=True):
+        part = people[(people["question"] == question) & (people["group"] == group)]
+        assert answers == len(part)
+        expected = part["answer"].value_counts(normalize=True).reindex(range(len(observed)), fill_value=0)
+        np.testing.assert_allclose(observed, expected)
+
+
+def test_small_cells_are_counted_and_not_kept() -> None:
+    cells = gather_cells(["q"] * 4, ["a", "b", "b", "c"], [[20, 9], [10, 10], [5, 5], [3, 0]], min_answers=30)
+    assert cells.keys == [("q", "b")]
+    assert (cells.left_out, cells.left_out_answers) == (2, 32)
+    assert cells.examples == [1, 2]
+
+
+def test_one_question_cannot_have_two_scales() -> None:
+    with pytest.raises(DataError, match=r"'q' has examples with \[2, 3\] options"):
+        gather_cells(["q", "q"], ["a", "a"], [[1, 2], [1, 2, 3]], min_answers=1)
+
+
+def test_a_cells_prediction_is_its_peoples_average() -> None:
+    people = survey(seed=3)
+    examples = merged(people)
+    given = guesses(examples)
+    by_key = {(q, p): given[i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
+    cells = gather_cells(examples.questions, examples.groups, examples.counts, min_answers=1)
+    for (question, group), predicted in zip(cells.keys, predicted_distributions(cells, given, examples.counts), strict=True):
+        asked = people[(people["question"] == question) & (people["group"] == group)]
+        np.testing.assert_allclose(predicted, np.mean([by_key[question, profile] for profile in asked["profile"]], axis=0))
+
+
+def test_scores_equal_a_walk_over_single_people() -> None:
+    people = survey(seed=4)
+    examples = merged(people)
+    given = guesses(examples)
+    by_key = {(q, p): given[i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
+    limit = 45
+    kept = people.groupby(["question", "group"]).filter(lambda part: len(part) >= limit)
+    assert 0 < len(kept) < len(people)
+    distances, right, entropies = [], [], []
+    for (question, _), part in kept.groupby(["question", "group"]):
+        options = part["options"].iloc[0]
+        predicted = np.mean([by_key[question, profile] for profile in part["profile"]], axis=0)
+        observed = [np.mean(part["answer"] == k) for k in range(options)]
+        places = np.arange(options) / (options - 1)
+        distances += [stats.wasserstein_distance(places, places, predicted, observed)] * len(part)
+    for person in kept.itertuples():
+        p = by_key[person.question, person.profile]
+        right.append(person.answer == int(np.argmax(p)))
+        entropies.append(stats.entropy(p))
+    result = score(gather_cells(examples.questions, examples.groups, examples.counts, limit), given, examples.counts)
+    assert result.emd == pytest.approx(np.mean(distances))
+    assert result.accuracy == pytest.approx(np.mean(right))
+    assert result.entropy == pytest.approx(np.mean(entropies))
+
+
+def test_a_perfect_prediction_has_no_distance() -> None:
+    examples = merged(survey(seed=6))
+    cells = gather_cells(examples.questions, examples.groups, examples.counts, 1)
+    assert score(cells, [normalise(counts) for counts in examples.counts], examples.counts).emd == pytest.approx(0, abs=1e-12)
+
+
+def test_scores_of_no_cells_are_not_numbers() -> None:
+    assert np.isnan(score(gather_cells(["q"], ["a"], [[1, 1]], 30), [[0.5, 0.5]], [[1, 1]]).emd)
+
+
+def test_collapse_is_the_share_of_all_training_answers() -> None:
+    people = survey(seed=7)
+    train, test = merged(people), merged(survey(seed=8))
+    for question, distribution in zip(test.questions, collapse_reference(train, test), strict=True):
+        expected = (
+            people[people["question"] == question]["answer"].value_counts(normalize=True).reindex(range(len(distribution)), fill_value=0)
+        )
+        np.testing.assert_allclose(distribution, expected)
+
+
+def test_oracle_is_the_profiles_own_training_answers_else_the_global_ones() -> None:
+    people = survey(seed=9)
+    people = people[~((people["profile"] == 4) & (people["question"] == "q1"))]
+    train, test = merged(people), merged(survey(seed=10))
+    collapse = collapse_reference(train, test)
+    for index, distribution in enumerate(oracle_reference(train, test)):
+        own = people[(people["question"] == test.questions[index]) & (people["profile"] == test.profiles[index])]["answer"]
+        expected = [np.mean(own == k) for k in range(len(distribution))] if len(own) else collapse[index]
+        np.testing.assert_allclose(distribution, expected)
+    assert ("q1", 4) in zip(test.questions, test.profiles, strict=True)
+
+
+def test_references_are_the_same_whether_answers_are_merged_or_not() -> None:
+    people, test = survey(seed=11), merged(survey(seed=12))
+    one_by_one = {
+        "question_id": list(people["question"]),
+        "question": list(people["question"]),
+        "options": [["x"] * n for n in people["options"]],
+        "group": list(people["group"]),
+        "profile": list(people["profile"]),
+        "counts": [np.eye(n)[a].tolist() for n, a in zip(people["options"], people["answer"], strict=True)],
+    }
+    single = ChoiceExamples.of(one_by_one)
+    for reference in (collapse_reference, oracle_reference):
+        for a, b in zip(reference(merged(people), test), reference(single, test), strict=True):
+            np.testing.assert_allclose(a, b)
+
+
+def test_a_question_never_trained_on_is_uniform_and_a_changed_scale_is_refused() -> None:
+    def of(question: str, counts: list[int]) -> ChoiceExamples:
+        return ChoiceExamples([question], ["a"], [0], [np.array(counts, dtype=float)], {question: ("?", [])})
+
+    np.testing.assert_allclose(collapse_reference(of("q1", [1, 2, 3]), of("q2", [4, 0, 0]))[0], 1 / 3)
+    with pytest.raises(DataError, match="'q1' has 3 options in one place and 4 in another"):
+        collapse_reference(of("q1", [1, 2, 3]), of("q1", [1, 2, 3, 4]))
+
+
+def test_there_is_an_oracle_only_for_profiles_seen_in_training() -> None:
+    train = merged(survey(seed=1, profiles=6))
+    others = ChoiceExamples(train.questions, train.groups, [p + 100 for p in train.profiles], train.counts, train.texts)
+    assert has_training_answers(train, train)
+    assert not has_training_answers(train, others)
+
+
+def test_mean_by_group_is_the_weighted_mean() -> None:
+    rng = np.random.default_rng(2)
+    values, weights, groups = rng.normal(size=(6, 2, 3)), rng.uniform(1, 2, 6), list("abbcab")
+    means = mean_by_group(values, groups, weights)
+    for name in "abc":
+        rows = [i for i in range(6) if groups[i] == name]
+        np.testing.assert_allclose(means[name], sum(values[i] * weights[i] for i in rows) / sum(weights[i] for i in rows))
+
+
+def test_swapped_profiles_are_a_fixed_derangement_across_groups_within_each_question() -> None:
+    questions = ["q1"] * 9 + ["q2"] * 4
+    groups = ["a"] * 4 + ["b"] * 3 + ["c"] * 2 + ["a", "b", "c", "d"]
+    profiles = [*range(9), 0, 4, 7, 20]
+    swapped = swap_profiles(questions, groups, profiles)
+    group_of = dict(zip(profiles, groups, strict=True))
+    for question in ("q1", "q2"):
+        rows = [i for i, q in enumerate(questions) if q == question]
+        assert sorted(swapped[i] for i in rows) == sorted(profiles[i] for i in rows)
+        assert all(group_of[swapped[i]] != groups[i] for i in rows)
+    assert swapped == swap_profiles(questions, groups, profiles)
+
+
+def test_swapping_moves_everyone_even_inside_one_big_group_and_leaves_one_alone() -> None:
+    big = swap_profiles(["q"] * 5, ["a", "a", "a", "a", "b"], [1, 2, 3, 4, 5])
+    assert all(new != old for new, old in zip(big, [1, 2, 3, 4, 5], strict=True))
+    assert swap_profiles(["q"], ["a"], [3]) == [3]
+    only = swap_profiles(["q"] * 3, ["a"] * 3, [1, 2, 3])
+    assert sorted(only) == [1, 2, 3]
+    assert all(new != old for new, old in zip(only, [1, 2, 3], strict=True))
+
+
+def test_swapping_gives_equal_profiles_equal_partners() -> None:
+    swapped = swap_profiles(["q"] * 5, ["a", "b", "a", "c", "b"], [1, 2, 1, 3, 2])
+    assert swapped[0] == swapped[2] != 1
+    assert swapped[1] == swapped[4] != 2
