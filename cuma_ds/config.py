@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -51,7 +52,7 @@ class DataSection(_Section):
     """What is asked and answered."""
 
     source: Literal["wvs-sample", "jsonl"] = Field("jsonl", description="wvs-sample (embedded survey answers) | jsonl (your own)")
-    path: str | None = Field(None, description="folder made by prepare_data, or for jsonl the file itself; null prepares wvs-sample on the spot")
+    path: str | None = Field(None, description="folder made by prepare_data, or for jsonl the file itself; wvs-sample needs none")
     histogram_targets: bool = Field(True, description="merge equal questions of one profile into one example with answer counts")
     example_weight: Literal["uniform", "answers"] = Field(
         "uniform", description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)"
@@ -211,10 +212,8 @@ def _apply_override(values: dict[str, Any], override: str, places: dict[tuple[st
         raise ConfigError(f"--set {override}: the value is not valid YAML") from None
     if isinstance(value, str):
         # YAML 1.1 reads 1e-3 as a string; people mean the number.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     inner = values.setdefault(section, {})
     if not isinstance(inner, dict):
         inner = values[section] = {}

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class CumaError(Exception):
-    """Base of every error a user can fix. The message is one line: what, where, what was allowed."""
+    """Base of every error a user can fix. The message is one line: what, where, what was allowed.
+
+    Attributes:
+        printed_by_main: all ranks have this error and rank 0 prints it for them.
+    """
+
+    printed_by_main = False
 
 
 class ConfigError(CumaError):

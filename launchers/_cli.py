@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -14,7 +15,8 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     try:
         main()
     except CumaError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.printed_by_main or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)

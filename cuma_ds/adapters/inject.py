@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ def inject_adapters(base: nn.Module, config: CumaConfig, seed: int = 0) -> CumaM
     context = RoutingContext()
     routers: dict[tuple[str, object], Router] = {}
     names: list[str] = []
-    for name in _targets(base, config):
+    for name in find_targets(base, config.target_modules):
         parent_name, _, leaf = name.rpartition(".")
         parent = base.get_submodule(parent_name)
         linear = base.get_submodule(name)
@@ -76,10 +77,15 @@ def inject_adapters(base: nn.Module, config: CumaConfig, seed: int = 0) -> CumaM
     return CumaModel(base, config, context, names)
 
 
-def _targets(base: nn.Module, config: CumaConfig) -> list[str]:
+def find_targets(base: nn.Module, target_modules: Sequence[str]) -> list[str]:
+    """Names of the linears that ``target_modules`` mean, in module order.
+
+    Raises:
+        ModelError: a target matches nothing.
+    """
     linears = [name for name, module in base.named_modules() if _is_linear(module)]
     chosen: set[str] = set()
-    for target in config.target_modules:
+    for target in target_modules:
         matches = [name for name in linears if name == target or name.endswith("." + target)]
         if target == "all-linear":
             head = getattr(base, "get_output_embeddings", lambda: None)()

@@ -6,7 +6,7 @@ Shapes: B sequences, S positions, N profiles of the batch, P profile width, E ex
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class CumaModel(nn.Module):
         config: the adapters' configuration.
         router_names: the first adapted linear of each router, in module order.
         profile_mean, profile_scale: [P] and [] float32 buffers; e_d goes to the routers as ``(e_d - mean) * scale``.
+        sum_over_ranks: set by a distributed engine, so that ``balance_loss`` is that of all ranks' batches joined.
     """
 
     profile_mean: Tensor
@@ -48,6 +49,7 @@ class CumaModel(nn.Module):
         self.router_names = router_names
         self.register_buffer("profile_mean", torch.zeros(config.profile_dim))
         self.register_buffer("profile_scale", torch.ones(()))
+        self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         self._recording: RoutingRecord | None = None
         head = getattr(base_model, "get_output_embeddings", lambda: None)()
         if isinstance(head, nn.Linear):
@@ -71,7 +73,8 @@ class CumaModel(nn.Module):
             gradient_mask: [N, E] in [0, 1], share of the weight gradients each profile may send to each expert.
 
         Returns:
-            The backbone's output. While training it also carries ``balance_loss`` (a scalar, summed over routers).
+            The backbone's output. While training it also carries ``balance_loss`` (a scalar, summed over routers) unless
+            ``config.balance_weight`` is 0.
 
         Raises:
             ModelError: profiles missing, of the wrong width or number.
@@ -82,8 +85,8 @@ class CumaModel(nn.Module):
         statistics = self.routing_statistics()
         if self._recording is not None and statistics is not None and statistics.gate_RBE is not None:
             self._recording.gates.append(statistics.gate_RBE.float())
-        if self.training and statistics is not None:
-            out.balance_loss = balance_loss(statistics)
+        if self.training and statistics is not None and self.config.balance_weight > 0:
+            out.balance_loss = balance_loss(statistics, self.sum_over_ranks)
         return out
 
     @torch.no_grad()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.timer import NoopTimer
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +30,18 @@ def load_backbone(model: ModelSection, device: torch.device | None = None) -> Pr
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return backbone.to(device).requires_grad_(False).eval()  # type: ignore[arg-type]
+
+
+def skeleton(model: ModelSection) -> nn.Module:
+    """The backbone's modules without any weights (meta device), to check names and shapes before loading.
+
+    Raises:
+        ModelError: the folder or hub id holds no causal language model.
+    """
+    _check_place(model)
+    with _as_model_error(model), torch.device("meta"):
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
 class ShardedBackbone:
@@ -104,15 +118,20 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 
 def _from_pretrained(model: ModelSection) -> PreTrainedModel:
     _check_place(model)
+    with _as_model_error(model), _quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+
+@contextlib.contextmanager
+def _as_model_error(model: ModelSection) -> Iterator[None]:
     try:
-        with _quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(
-                model.path,
-                dtype=getattr(torch, model.dtype),
-                attn_implementation=model.attention,
-                trust_remote_code=model.trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.path: {model.path!r} cannot be loaded as a causal language model: {_first_line(error)}") from None
 
 
@@ -133,7 +152,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Any:
+def _quiet_transformers() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -98,7 +98,7 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
         pointer = latest.with_name("latest.partial")
         pointer.write_text(folder.name + "\n", encoding="utf-8")
         pointer.replace(latest)
-        for old in sorted(_complete(run_dir), reverse=True)[keep_last:]:
+        for old in sorted(_steps(run_dir), reverse=True)[keep_last:]:
             shutil.rmtree(run_dir / "checkpoints" / f"step-{old}")
     dist.barrier()
     return folder
@@ -165,22 +165,24 @@ def read_adapters(folder: Path) -> dict[str, Tensor]:
     return whole
 
 
+def has_checkpoint(run_dir: Path | str) -> bool:
+    """Whether a run has anything to resume from, complete or not."""
+    return bool(_steps(Path(run_dir)))
+
+
 def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
-    """The newest complete checkpoint of a run, or that of one step.
+    """The newest checkpoint of a run, or that of one step.
 
     Raises:
         CheckpointError: there is none.
     """
     run_dir = Path(run_dir)
-    steps = _complete(run_dir)
-    if step is None:
-        if not steps:
-            raise CheckpointError(f"{run_dir} holds no complete checkpoint; train it first")
-        step = max(steps)
-    if step not in steps:
-        there = ", ".join(str(s) for s in sorted(steps)) or "none"
-        raise CheckpointError(f"{run_dir} holds no complete checkpoint of step {step}; complete ones: {there}")
-    return run_dir / "checkpoints" / f"step-{step}"
+    steps = _steps(run_dir)
+    if not steps:
+        raise CheckpointError(f"{run_dir} holds no checkpoint; train it first")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{run_dir} holds no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
+    return run_dir / "checkpoints" / f"step-{max(steps) if step is None else step}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -210,9 +212,9 @@ def _written_by(state: dict[str, Any]) -> str:
     return f"written by {by.get('world')} ranks, ep_size {by.get('ep_size')}"
 
 
-def _complete(run_dir: Path) -> list[int]:
-    folders = (run_dir / "checkpoints").glob("step-*/state.json")
-    return [int(match[1]) for path in folders if (match := re.fullmatch(r"step-(\d+)", path.parent.name))]
+def _steps(run_dir: Path) -> list[int]:
+    folders = (run_dir / "checkpoints").glob("step-*")
+    return [int(match[1]) for folder in folders if (match := re.fullmatch(r"step-(\d+)", folder.name))]
 
 
 class _Reader:

@@ -56,6 +56,8 @@ class AdapterEngine:
         else:
             base = load_backbone(config.model, topology.device)
         self.model = inject_adapters(base, adapters, config.run.seed).to(topology.device)
+        if topology.world > 1:
+            self.model.sum_over_ranks = topology.sum_over_ranks
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.dispatcher = self._place_experts(config)
@@ -112,6 +114,21 @@ class AdapterEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that train, over all ranks, each expert counted once."""
+        sharded = {id(p) for _, layer in self.model.adapted_layers() for p in layer.experts.sharded_parameters().values()}
+        return sum(
+            getattr(parameter, "ds_numel", parameter.numel()) * (self.topology.ep_size if id(parameter) in sharded else 1)
+            for _, parameter in self.model.adapter_parameters()
+        )
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of expert parameters this rank holds."""
+        held = [getattr(p, "ds_tensor", p) for _, layer in self.model.adapted_layers() for p in layer.experts.sharded_parameters().values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
     def grad_norm(self) -> float:

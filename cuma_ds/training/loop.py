@@ -1,0 +1,262 @@
+"""One training run, from a recipe to checkpoints: the only loop.
+
+Shapes: B sequences of a micro batch, N distinct profiles of it, P profile width, R routers, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cuma_ds.adapters import CumaConfig, RoutingStatistics
+from cuma_ds.adapters.inject import find_targets
+from cuma_ds.config import RunConfig
+from cuma_ds.data import PreparedData, load_data
+from cuma_ds.data.batching import Batch, BatchStream, encode_example
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.parallel.agreement import agreement
+from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
+from cuma_ds.parallel.checkpoint import find_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
+from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
+from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.topology import Topology
+from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.telemetry.throughput import Throughput
+from cuma_ds.telemetry.writer import MetricsWriter
+from cuma_ds.training.objectives.sft import sft_loss
+from cuma_ds.training.optimizer import make_optimizer
+from cuma_ds.training.run_folder import fingerprint, open_run_folder
+from cuma_ds.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a run trains on: this rank's batches, and the table of who may ask.
+
+    profiles: rows of the table that training examples have.  people: [rows] answers (choice) or conversations (chat) behind each
+    training example.
+    """
+
+    stream: BatchStream
+    table: ProfileTable | None
+    profiles: np.ndarray
+    people: np.ndarray
+
+
+def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = print) -> Path:
+    """Run (or resume) what the recipe says, on all ranks together.
+
+    Args:
+        config: the recipe.
+        topology: of this rank, with expert-parallel groups.
+        say: prints a line; called on the main rank alone.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        CumaError: the same one line on every rank.
+    """
+    tell = say if topology.is_main else (lambda _: None)
+    with agreement():
+        if topology.is_main:
+            prepare_run(config)
+    with agreement():
+        inputs = load_inputs(config, topology)
+        settings = read_deepspeed_config(config, inputs.stream.micro, inputs.stream.accumulation, topology.world)
+        adapters = with_profile_width(config.adapters, inputs.table)
+        find_targets(skeleton(config.model), adapters.target_modules)
+        if topology.is_main:
+            (config.run_dir / "deepspeed.json").write_text(json.dumps(settings.engine, indent=2) + "\n", encoding="utf-8")
+    engine = build_engine(config, adapters, settings, topology)
+    if inputs.table is not None:
+        engine.model.set_profile_standardisation(inputs.table.embeddings[inputs.profiles], config.profiles.standardise)
+    start = _resume(config, engine, tell)
+    _describe(config, engine, inputs, tell)
+    if start >= config.training.steps:
+        tell(f"{config.run_dir} is complete at step {start}; nothing to do (raise training.steps to go on)")
+        return config.run_dir
+    with MetricsWriter(config.run_dir, config.telemetry, topology.is_main, config.training.steps, start) as writer:
+        _steps(config, engine, inputs, start, writer, tell)
+    return config.run_dir
+
+
+def prepare_run(config: RunConfig) -> None:
+    """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
+    folder = open_run_folder(config)
+    if (folder / "data" / "manifest.json").is_file():
+        data = PreparedData.load(folder / "data")
+    else:
+        data = load_data(config.data, config.profiles.template).save(folder / "data")
+    if config.adapters.uses_profiles and not (folder / "profiles.safetensors").is_file():
+        assert config.profiles.encoder is not None
+        encoder = ProfileEncoder(config.profiles.encoder, batch_size=config.profiles.batch_size)
+        data.profile_table(encoder, config.profiles.cache_dir).save(folder / "profiles.safetensors")
+
+
+def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
+    """Tokenizer, data and profiles from the run folder, as this rank's stream of batches."""
+    data = PreparedData.load(config.run_dir / "data")
+    table = ProfileTable.load(config.run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
+    tokenizer = load_tokenizer(config.model)
+    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt)
+    rows, sentences = data.splits["train"], data.sentences
+    people = np.array([sum(counts) for counts in rows["counts"]]) if data.kind == "choice" else np.ones(len(rows))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    stream = BatchStream(
+        n_examples=len(rows),
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        rank=topology.rank,
+        world_size=topology.world,
+        seed=config.run.seed,
+        encode=lambda row: encode_example(rows[row], renderer, sentences, config.data),
+        pad_id=pad_id or 0,
+    )
+    return TrainingInputs(stream, table, np.unique(rows["profile"]), people)
+
+
+def with_profile_width(adapters: CumaConfig, table: ProfileTable | None) -> CumaConfig:
+    """The adapters' configuration with P taken from the encoder.
+
+    Raises:
+        ConfigError: the recipe asks for another width.
+    """
+    width = 0 if table is None else table.embeddings.shape[1]
+    if adapters.profile_dim not in (0, width):
+        raise ConfigError(f"adapters.profile_dim is {adapters.profile_dim}, but the encoder's embeddings have width {width}; leave it out")
+    return adapters.model_copy(update={"profile_dim": width})
+
+
+def build_engine(config: RunConfig, adapters: CumaConfig, settings: DeepSpeedSettings, topology: Topology) -> AdapterEngine:
+    """The engine with the recipe's optimizer."""
+    return AdapterEngine(config, adapters, settings, topology, lambda groups: make_optimizer(groups, config.training))
+
+
+def model_inputs(batch: Batch, table: ProfileTable | None, device: torch.device) -> dict[str, Tensor | int]:
+    """Keyword arguments of the adapted model for one batch; each distinct profile is passed once."""
+    inputs: dict[str, Tensor | int] = {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": batch.attention_mask.to(device),
+        "position_ids": batch.position_ids.to(device),
+        "logits_to_keep": batch.keep,
+    }
+    rows_N, index_B = torch.unique(batch.profile_index.clamp(min=0), return_inverse=True)
+    index_B = index_B.masked_fill(batch.profile_index < 0, -1)
+    if table is None:
+        index_B = torch.arange(len(index_B)).masked_fill(batch.profile_index < 0, -1)
+    else:
+        inputs["profile_embeddings"] = table.embeddings[rows_N].to(device)
+    inputs["profile_index"] = index_B.to(device)
+    return inputs
+
+
+def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, start: int, writer: MetricsWriter, tell: Callable) -> None:
+    topology, training, stream = engine.topology, config.training, inputs.stream
+    throughput = Throughput(topology.device)
+    for step in range(start, training.steps):
+        # Dropout is a function of (seed, step, rank): resuming needs no generator state.
+        torch.manual_seed(hash((config.run.seed, step, topology.rank)) % 2**63)
+        batches = stream.micro_batches(step)
+        rate = learning_rate(step, training)
+        totals = _run_step(config, engine, inputs.table, batches, rate)
+        done = step + 1
+        totals.people = float(sum(inputs.people[row] for rows in stream.indices(step) for row in rows if row is not None))
+        _log(writer, engine, done, rate, totals, throughput)
+        if done == training.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            folder = save_checkpoint(engine, config.run_dir, done, fingerprint(config), config.checkpoint.keep_last)
+            if done == training.steps:
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                trained = engine.trained_parameters
+                tell(
+                    f"checkpoint {folder}: {size / 1e6:.1f} MB, {trained / 1e6:.2f} M trained parameters with two moments "
+                    f"in float32 are {12 * trained / 1e6:.1f} MB"
+                )
+
+
+@dataclass
+class _Totals:
+    """Sums of one step on this rank. loss: weighted negative log-likelihood, nats. weight: of all ranks together."""
+
+    loss: Tensor
+    balance: Tensor
+    weight: float
+    tokens: float
+    routing: RoutingStatistics | None
+    people: float = 0.0
+
+
+def _run_step(config: RunConfig, engine: AdapterEngine, table: ProfileTable | None, batches: list[Batch], rate: float) -> _Totals:
+    device, world = engine.topology.device, engine.topology.world
+    own = torch.tensor(sum(batch.weight_sum for batch in batches), dtype=torch.float64, device=device)
+    weight = float(engine.topology.sum_over_ranks(own))
+    zero = torch.zeros((), device=device)
+    totals = _Totals(loss=zero, balance=zero, weight=weight, tokens=0.0, routing=None)
+    for batch in batches:
+        out = engine.forward(**model_inputs(batch, table, device))
+        targets = (batch.target_row, batch.target_position, batch.target_token, batch.target_weight)
+        nll = sft_loss(out.logits, *(target.to(device) for target in targets))
+        # DeepSpeed averages over micro steps and ranks; together with that this is the mean over the global batch.
+        loss = nll * (world * len(batches) / weight)
+        balance = getattr(out, "balance_loss", None)
+        if balance is not None:
+            loss = loss + config.adapters.balance_weight * balance
+            totals.balance = totals.balance + balance.detach() / len(batches)
+        engine.backward(loss)
+        engine.step(rate)
+        totals.loss = totals.loss + nll.detach()
+        totals.tokens += float(batch.attention_mask[batch.profile_index >= 0].sum())
+        totals.routing = engine.model.routing_statistics()
+    return totals
+
+
+def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, rate: float, totals: _Totals, throughput: Throughput) -> None:
+    """Sum over ranks, stop on a loss that is no number, and write the row."""
+    topology, routing = engine.topology, totals.routing
+    sums = [totals.loss.double(), totals.balance.double(), totals.loss.new_tensor(totals.tokens), totals.loss.new_tensor(totals.people)]
+    packed = [torch.stack([value.double() for value in sums])]
+    if routing is not None:
+        packed += [routing.load_RE.double().flatten(), routing.entropy_R.double(), routing.tokens.double()[None]]
+    total = topology.sum_over_ranks(torch.cat(packed))
+    loss, balance, tokens, people = total[:4].tolist()
+    scalars = {"loss": loss / totals.weight, "lr": rate, "grad_norm": engine.grad_norm, **throughput.step(tokens, people)}
+    if not np.isfinite(scalars["loss"]):
+        raise CumaError(f"the loss became {scalars['loss']} at step {step}; lower training.learning_rate or check the data")
+    if routing is not None:
+        scalars["balance"] = balance / topology.world
+    if engine.dispatcher is not None:
+        scalars |= {f"bytes_sent/{name}": float(count) for name, count in engine.dispatcher.take_bytes_sent().items()}
+    writer.log(step, scalars)
+    if routing is not None:
+        routers, experts = routing.load_RE.shape
+        load_RE = total[4 : 4 + routers * experts].view(routers, experts)
+        entropy_R = total[4 + routers * experts : -1] / total[-1].clamp(min=1)
+        writer.log_routing(step, engine.model.router_names, load_RE / load_RE.sum(dim=1, keepdim=True).clamp(min=1), entropy_R)
+
+
+def _resume(config: RunConfig, engine: AdapterEngine, tell: Callable[[str], None]) -> int:
+    if not has_checkpoint(config.run_dir):
+        return 0
+    folder = find_checkpoint(config.run_dir)
+    step = load_checkpoint(engine, folder, fingerprint(config))
+    tell(f"resuming {config.run_dir} after step {step}")
+    return step
+
+
+def _describe(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, tell: Callable[[str], None]) -> None:
+    base = engine.model.base_model
+    held, full = resident_bytes(base), full_bytes(base)
+    tell(
+        f"{engine.topology}, ZeRO stage {engine.stage}; backbone {held / 1e6:.1f} MB of {full / 1e6:.1f} MB per rank; "
+        f"experts {engine.expert_bytes / 1e6:.2f} MB per rank; {inputs.stream.n_examples} training examples; "
+        f"{inputs.stream.accumulation} x {inputs.stream.micro} examples per rank and step"
+    )
+    dist.barrier()

@@ -1,0 +1,56 @@
+"""Train adapters as a recipe says: on one process, or started by deepspeed or torchrun on many."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+# One OpenMP thread per core and rank, unless the user knows better; must stand before torch is imported.
+if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))) > 1:
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local_ranks))
+
+from _cli import run_main
+
+from cuma_ds.config import RunConfig, load_config
+from cuma_ds.errors import CumaError
+
+EPILOG = """\
+examples:
+  python launchers/train.py --config launchers/recipes/quickstart.yaml
+  deepspeed --num_accelerators 2 launchers/train.py --config launchers/recipes/quickstart.yaml
+  deepspeed --hostfile hosts launchers/train.py --config RECIPE --set training.steps=500 parallel.ep_size=4
+
+The run lands in run.output_dir/run.name. The same command again resumes it from its last checkpoint, on any number of ranks.
+"""
+
+
+def main() -> None:
+    """Parse, join the other ranks, train."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML recipe; see launchers/recipes/")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    config: RunConfig | None = None
+    mistake: CumaError | None = None
+    try:
+        config = load_config(arguments.config, arguments.set)
+    except CumaError as error:
+        mistake = error
+
+    from cuma_ds.parallel.agreement import agreement
+    from cuma_ds.parallel.topology import start_processes, with_expert_groups
+
+    topology = start_processes(config.parallel.timeout_seconds if config is not None else 120)
+    with agreement(mistake):
+        pass
+    assert config is not None
+    from cuma_ds.training.loop import train
+
+    train(config, with_expert_groups(topology, config.parallel.ep_size))
+
+
+if __name__ == "__main__":
+    run_main(main)
