@@ -1,0 +1,85 @@
+"""The same training without DeepSpeed: one process, the whole micro step in one forward, torch's own AdamW and clipping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cuma_ds.adapters import inject_adapters
+from cuma_ds.config import RunConfig
+from cuma_ds.data import load_data
+from cuma_ds.data.batching import collate, encode_example
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.profiles import ProfileEncoder, ProfileTable
+
+
+@dataclass
+class SingleRun:
+    """losses and grad_norms by step, and the trained tensors at the end."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    state: dict[str, Tensor]
+
+
+def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
+    """Train as the recipe says, with each global batch in ``micro_steps`` forwards of equal size.
+
+    The order of examples is the documented one (seeded permutations, one after another), drawn here again.
+    """
+    import numpy as np
+    from reference import reference_learning_rate
+
+    data = load_data(config.data, config.profiles.template)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
+    adapters, table = config.adapters, None
+    if adapters.uses_profiles:
+        table = ProfileTable.build(data.sentences, ProfileEncoder(config.profiles.encoder), config.profiles.cache_dir)
+        adapters = adapters.model_copy(update={"profile_dim": table.embeddings.shape[1]})
+    model = inject_adapters(model, adapters, config.run.seed).train()
+    rows = data.splits["train"]
+    if table is not None:
+        model.set_profile_standardisation(table.embeddings[sorted(set(rows["profile"]))], config.profiles.standardise)
+    training = config.training
+    parameters = [p for _, p in model.adapter_parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1.0, betas=training.adam_betas, eps=training.adam_eps, weight_decay=training.weight_decay, foreach=False
+    )
+    order = [np.random.default_rng([config.run.seed, epoch]).permutation(len(rows)) for epoch in range(200)]
+    stream = [int(row) for permutation in order for row in permutation]
+    losses, norms = [], []
+    for step in range(training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = reference_learning_rate(step, training.learning_rate, training.warmup_steps, training.steps, training.schedule)
+        wanted = stream[step * training.global_batch_size : (step + 1) * training.global_batch_size]
+        examples = [encode_example(rows[row], renderer, data.sentences, config.data) for row in wanted]
+        weight = sum(sum(example.target_weight) for example in examples)
+        size = -(-len(examples) // micro_steps)
+        optimizer.zero_grad()
+        total = 0.0
+        for start in range(0, len(examples), size):
+            batch = collate(examples[start : start + size], tokenizer.pad_token_id)
+            profiles = None if table is None else table.embeddings[batch.profile_index]
+            out = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                profile_embeddings=profiles,
+            )
+            log_p = out.logits[:, -batch.keep :].double().log_softmax(dim=-1)
+            nll = -(log_p[batch.target_row, batch.target_position, batch.target_token] * batch.target_weight).sum() / weight
+            loss = nll
+            if config.adapters.balance_weight and adapters.has_router:
+                loss = loss + config.adapters.balance_weight * out.balance_loss / micro_steps
+            loss.backward()
+            total += float(nll.detach())
+        clip = training.max_grad_norm or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, clip)))
+        optimizer.step()
+        losses.append(total)
+    return SingleRun(losses, norms, {name: tensor.clone() for name, tensor in model.adapter_state().items()})
