@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder, output_dir/name of its recipe")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint to evaluate; default: the newest complete one")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key of the run's recipe; repeatable"
+        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the run's recipe"
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="prompts per forward, same as --set evaluation.batch_size=N")
     return parser
