@@ -35,6 +35,8 @@ def main() -> None:
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
+            if done == total and not console.is_terminal:
+                console.print(f"{what}: {total} examples", highlight=False)
 
         report = evaluate_run(arguments.run, arguments.step, overrides, progress)
     for table in report.tables():

@@ -34,11 +34,11 @@ Array = NDArray[np.float64]
 
 FORMAT_VERSION = 1
 ROWS = {
-    "collapse": "one global distribution (mean collapse)",
-    "oracle": "each profile's own training answers (oracle)",
+    "collapse": "one global distribution",
+    "oracle": "own training answers (oracle)",
     "before": "backbone before training",
     "trained": "trained",
-    "swapped": "trained, profiles swapped between groups",
+    "swapped": "trained, profiles swapped",
 }
 SPLITS = {
     "test": "Held-out people of groups seen in training",
@@ -56,7 +56,8 @@ _COLUMNS = {
 _LEGEND = {
     "choice": (
         "EMD: normalised Wasserstein-1 distance (0 to 1) between predicted and observed answers of each question and group, weighted by "
-        "answers. Recovered: share of the way from one global distribution (0) to each profile's own training answers (1). Accuracy: "
+        "answers. One global distribution: everyone gets the average of all training answers (perfect mean collapse). Oracle: each profile "
+        "gets the distribution of its own training answers. Recovered: share of the way from the first (0) to the second (1). Accuracy: "
         "share of answers that are the predicted mode. Entropy: of the predicted distributions, in nats."
     ),
     "chat": "Loss: mean negative log-likelihood of the assistant's tokens, in nats. Perplexity: its exponential.",
@@ -217,7 +218,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
             for question in questions.values():
                 text = " ".join(question["question"].split())
                 lines += [f"### {text}", "", _size(question), "", *_markdown_table(kind, question["rows"]), ""]
-    lines += [_LEGEND[kind], ""]
+    lines += ["## How to read this", "", _LEGEND[kind], ""]
     if kind == "choice":
         lines += [f"Groups with fewer than {summary['min_answers']} answers to a question are left out and not named.", ""]
     if any("swapped" in split["rows"] for split in summary["splits"].values()):
@@ -226,6 +227,8 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
             "against the trained one is carried by the routing.",
             "",
         ]
+    if pictures:
+        lines += ["## Pictures", ""]
     for file, caption in pictures.items():
         lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
     return "\n".join(lines)
