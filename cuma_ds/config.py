@@ -58,6 +58,7 @@ class DataSection(_Section):
         "uniform", description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)"
     )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
+    system_prompt: str | None = Field(None, description="system message of prompts that have none; null leaves it to the chat template")
     max_length: int = Field(256, ge=8, description="tokens; longer prompts are cut at the front, never the answer")
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
     heldout_fraction: float = Field(0.15, ge=0, lt=1, description="share of countries (or profiles) held out entirely")

@@ -213,10 +213,11 @@ class CumaModel(nn.Module):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Everything the backbone does not have: trained parameters and the profile standardisation (detached, not copied)."""
-        state = {name: parameter.detach() for name, parameter in self.adapter_parameters()}
-        if self.config.profile_dim:
-            state |= {"profile_mean": self.profile_mean, "profile_scale": self.profile_scale}
-        return state
+        return {name: parameter.detach() for name, parameter in self.adapter_parameters()} | self.standardisation()
+
+    def standardisation(self) -> dict[str, Tensor]:
+        """The buffers that centre and scale profile embeddings; none when routing knows no profiles."""
+        return {"profile_mean": self.profile_mean, "profile_scale": self.profile_scale} if self.config.profile_dim else {}
 
     @torch.no_grad()
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:

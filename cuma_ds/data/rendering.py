@@ -29,17 +29,19 @@ class Renderer:
         tokenizer: a fast ``transformers`` tokenizer; without a chat template, plain ``User: ... Assistant:`` text is used.
         max_length: tokens; what is longer loses its front, never the answer.
         profile_in_prompt: put the profile sentence into the system prompt as well.
+        system_prompt: for conversations without one; None leaves it to the template.
 
     Raises:
         ModelError: the tokenizer cannot map text to tokens (not a fast one) or its template cannot be rendered.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, profile_in_prompt: bool = False) -> None:
+    def __init__(self, tokenizer: Any, max_length: int, profile_in_prompt: bool = False, system_prompt: str | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"the tokenizer {tokenizer.name_or_path!r} is a slow one; a folder with tokenizer.json is needed")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.profile_in_prompt = profile_in_prompt
+        self.system_prompt = system_prompt
         self._template: str | None = None
         if tokenizer.chat_template is None:
             self._template = _PLAIN_TEMPLATE
@@ -151,15 +153,17 @@ class Renderer:
 
     def _with_profile(self, messages: Sequence[Message], sentence: str) -> list[dict[str, str]]:
         conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
+        if self.system_prompt is not None and conversation[0]["role"] != "system":
+            conversation.insert(0, {"role": "system", "content": self.system_prompt})
         if self.profile_in_prompt:
             about = f"You are answering for this person: {sentence}"
             if conversation[0]["role"] == "system":
-                conversation[0]["content"] = f"{about}\n\n{conversation[0]['content']}"
+                conversation[0]["content"] = f"{about}\n\n{conversation[0]['content']}".rstrip()
             else:
                 conversation.insert(0, {"role": "system", "content": about})
         if not self._takes_system and conversation[0]["role"] == "system" and len(conversation) > 1:
             system = conversation.pop(0)
-            conversation[0]["content"] = f"{system['content']}\n\n{conversation[0]['content']}"
+            conversation[0]["content"] = f"{system['content']}\n\n{conversation[0]['content']}".lstrip()
         return conversation
 
     def _apply(self, messages: Sequence[Message], answer_next: bool = False) -> str:

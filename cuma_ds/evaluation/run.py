@@ -52,7 +52,9 @@ def evaluate_run(run_dir: str | Path, step: int | None = None, overrides: Sequen
             f"{run_dir}: profiles.safetensors and data/ hold different profiles; this run folder was put together from two runs"
         )
     model = load_trained(config, read_adapters(checkpoint), table)
-    renderer = Renderer(load_tokenizer(config.model), config.data.max_length, config.data.profile_in_prompt)
+    renderer = Renderer(
+        load_tokenizer(config.model), config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt
+    )
     folder = run_dir / "evaluation"
     folder.mkdir(exist_ok=True)
     judge = Judge(model, renderer, data, table.embeddings if table is not None else None, config, folder, progress)

@@ -39,7 +39,6 @@ from cuma_ds.parallel.engine import AdapterEngine
 
 FORMAT_VERSION = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_BUFFERS = ("profile_mean", "profile_scale")
 
 
 def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint: str, keep_last: int) -> Path:
@@ -74,8 +73,8 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
             elif topology.holds_first_copy:
                 for expert in range(count):
                     experts[f"{kind}/{name}/{first + expert}"] = tensor[expert].cpu().contiguous()
-    for name in _BUFFERS:
-        shared[f"param/{name}"] = getattr(engine.model, name).detach().cpu().contiguous()
+    for name, buffer in engine.model.standardisation().items():
+        shared[f"param/{name}"] = buffer.cpu().contiguous()
     if topology.is_main:
         save_file(shared, partial / "shared.safetensors")
     if topology.holds_first_copy:
@@ -137,8 +136,8 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> in
         for kind in _MOMENTS:
             _set(engine, parameter, kind, read(kind))
     with torch.no_grad():
-        for name in _BUFFERS:
-            getattr(engine.model, name).copy_(reader.get(f"param/{name}"))
+        for name, buffer in engine.model.standardisation().items():
+            buffer.copy_(reader.get(f"param/{name}"))
     return step
 
 

@@ -107,7 +107,7 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     data = PreparedData.load(config.run_dir / "data")
     table = ProfileTable.load(config.run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
     tokenizer = load_tokenizer(config.model)
-    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt)
+    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
     rows, sentences = data.splits["train"], data.sentences
     people = np.array([sum(counts) for counts in rows["counts"]]) if data.kind == "choice" else np.ones(len(rows))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

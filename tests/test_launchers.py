@@ -1,0 +1,230 @@
+"""The commands people type: training, resuming after a kill, evaluating, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ranks import ROOT, environment, finish, free_port, run, start
+from test_parallel_training import recipe
+
+from cuma_ds.config import load_config
+from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters, read_state
+
+pytestmark = pytest.mark.multirank
+TRAIN = "launchers/train.py"
+SHARDED = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name in read_state(folder)["files"]:
+        tensors |= load_file(folder / name)
+    return tensors
+
+
+def one_line(results: list[tuple[int, str]], *parts: str) -> None:
+    """Every rank exits with 2, and the ranks together print one line of error with these parts in it."""
+    assert [code for code, _ in results] == [2] * len(results), results
+    lines = [line for _, output in results for line in output.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert len(lines) == 1, lines
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+def test_killed_in_the_middle_the_same_command_resumes_bit_identically(tmp_path, tiny_llama, tiny_encoder) -> None:
+    long = {"steps": 40, "warmup_steps": 2}
+    options = {"parallel": SHARDED, "checkpoint": {"every": 5}, "training": long, "adapters": {"dropout": 0.1}}
+    whole = recipe(tmp_path, tiny_llama, tiny_encoder, "whole", **options)
+    assert [code for code, _ in run(2, [TRAIN, "--config", str(whole)])] == [0, 0]
+
+    broken = recipe(tmp_path, tiny_llama, tiny_encoder, "broken", **options)
+    run_dir = load_config(broken).run_dir
+    processes = start(2, [TRAIN, "--config", str(broken)])
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "step-10" / "state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    finish(processes)
+    assert not (run_dir / "checkpoints" / "step-40").exists(), "the kill came too late to mean anything"
+
+    results = run(2, [TRAIN, "--config", str(broken)])
+    assert [code for code, _ in results] == [0, 0]
+    assert re.search(r"resuming .* after step \d+", results[0][1])
+    one, other = all_tensors(find_checkpoint(load_config(whole).run_dir)), all_tensors(find_checkpoint(run_dir))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 41))
+
+
+def test_deepspeed_launcher_trains_and_evaluate_reports(tmp_path, tiny_llama, tiny_encoder) -> None:
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "launched", parallel=SHARDED, telemetry={"tensorboard": True})
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port())]
+    hosts = ["--hostfile", str(tmp_path / "no-hostfile")]
+    subprocess.run([*deepspeed, *hosts, TRAIN, "--config", str(path)], cwd=ROOT, env=environment(), check=True, timeout=300)
+    run_dir = load_config(path).run_dir
+    assert {"config.yaml", "deepspeed.json", "checkpoints", "metrics.jsonl", "profiles.safetensors", "data", "tensorboard"} <= {
+        entry.name for entry in run_dir.iterdir()
+    }
+    arguments = [sys.executable, "launchers/evaluate.py", "--run", str(run_dir), "--set", "evaluation.min_answers=2"]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((run_dir / "evaluation" / "report.json").read_text())
+    assert {"collapse", "before", "trained"} <= set(report["splits"]["test"]["rows"])
+    assert "trained" in done.stdout
+
+
+def test_finished_runs_say_so_and_more_steps_go_on(tmp_path, tiny_llama, tiny_encoder) -> None:
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "again", training={"steps": 2, "warmup_steps": 0, "schedule": "constant"})
+    assert run(1, [TRAIN, "--config", str(path)])[0][0] == 0
+    code, output = run(1, [TRAIN, "--config", str(path)])[0]
+    assert code == 0
+    assert "complete at step 2; nothing to do" in output
+    code, output = run(1, [TRAIN, "--config", str(path), "--set", "training.steps=3"])[0]
+    assert code == 0
+    assert "after step 2" in output
+    assert find_checkpoint(load_config(path).run_dir).name == "step-3"
+
+
+def test_plain_python_without_any_launcher_trains(tmp_path, tiny_llama, tiny_encoder) -> None:
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "plain", training={"steps": 2, "warmup_steps": 0})
+    done = subprocess.run([sys.executable, TRAIN, "--config", str(path)], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 rank, ep_size 1" in done.stdout
+
+
+def test_lora_and_semantic_only_runs_train_and_evaluate_without_profiles(tmp_path, tiny_llama, tiny_encoder) -> None:
+    lora = {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0}
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "lora", adapters=lora, data={"profile_in_prompt": True})
+    assert run(2, [TRAIN, "--config", str(path)])[0][0] == 0
+    arguments = ["launchers/evaluate.py", "--run", str(load_config(path).run_dir), "--set", "evaluation.min_answers=2"]
+    code, output = run(1, arguments)[0]
+    assert code == 0, output
+    assert "profile_mean" not in read_adapters(find_checkpoint(load_config(path).run_dir))
+
+
+def test_chat_data_trains_with_the_balance_of_all_ranks(tmp_path, tiny_llama, tiny_encoder) -> None:
+    chats = {"source": "jsonl", "path": str(ROOT / "tests" / "data" / "chats.jsonl"), "max_length": 160}
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "chat", data=chats, parallel=SHARDED)
+    assert [code for code, _ in run(2, [TRAIN, "--config", str(path)])] == [0, 0]
+    rows = [json.loads(line) for line in (load_config(path).run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["balance"] >= 2 * 2 * 0.99  # at least 1 per router; 2 layers with 2 routers each
+
+
+MISTAKES = {
+    "unknown-key": (["training.stepz=3"], ("training.stepz", "did you mean 'steps'")),
+    "impossible-value": (["training.steps=0"], ("training.steps", "greater than or equal to 1")),
+    "top-k": (["adapters.top_k=9"], ("top_k is 9", "num_experts is 4")),
+    "ep-not-dividing-experts": (["parallel.ep_size=3"], ("ep_size is 3", "num_experts 4")),
+    "ep-not-dividing-world": (["parallel.ep_size=4"], ("ep_size is 4", "world size 2")),
+    "no-such-targets": (["adapters.target_modules=[q_prj]"], ("'q_prj' matches no linear layer", "did you mean 'q_proj'")),
+    "no-model": (["model.path=/no/such/folder"], ("model.path", "/no/such/folder")),
+    "no-encoder": (["profiles.encoder=/no/such/encoder"], ("/no/such/encoder",)),
+    "profile-width": (["adapters.profile_dim=7"], ("profile_dim is 7", "width 16")),
+    "no-deepspeed-config": (["parallel.deepspeed_config=zero9"], ("zero9", "zero2_sharded_backbone")),
+    "stage-3-with-ep": (["parallel.deepspeed_config=zero3", "parallel.ep_size=2"], ("ZeRO stage 3", "zero2_sharded_backbone")),
+    "no-data": (["data.path=/no/such/file.jsonl"], ("/no/such/file.jsonl",)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_2_on_every_rank(mistake, tmp_path, tiny_llama, tiny_encoder) -> None:
+    settings, parts = MISTAKES[mistake]
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "mistake")
+    one_line(run(2, [TRAIN, "--config", str(path), "--set", *settings], timeout=120), *parts)
+
+
+def test_broken_and_missing_recipes_are_one_line_with_the_place(tmp_path) -> None:
+    one_line(run(2, [TRAIN, "--config", str(tmp_path / "none.yaml")], timeout=120), "none.yaml", "No such file")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: {name: x}\nmodel: {path: [}\n")
+    one_line(run(2, [TRAIN, "--config", str(broken)], timeout=120), "broken.yaml:2", "broken YAML")
+
+
+def test_a_broken_jsonl_line_is_named_by_its_number(tmp_path, tiny_llama, tiny_encoder) -> None:
+    lines = (ROOT / "tests" / "data" / "opinions.jsonl").read_text().splitlines()
+    lines[6] = lines[6][:-5]
+    data = tmp_path / "broken.jsonl"
+    data.write_text("\n".join(lines))
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "jsonl", data={"path": str(data)})
+    one_line(run(2, [TRAIN, "--config", str(path)], timeout=120), "broken.jsonl:7")
+
+
+def test_foreign_folders_and_incomplete_checkpoints_are_refused_and_left_alone(tmp_path, tiny_llama, tiny_encoder) -> None:
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "mine", training={"steps": 2, "warmup_steps": 0}, parallel=SHARDED)
+    assert run(2, [TRAIN, "--config", str(path)])[0][0] == 0
+    run_dir = load_config(path).run_dir
+    before = sorted(str(entry) for entry in run_dir.rglob("*"))
+    changed = [TRAIN, "--config", str(path), "--set", "training.learning_rate=0.5"]
+    one_line(run(2, changed, timeout=120), "training.learning_rate: 0.01", "0.5", "run.name")
+    assert sorted(str(entry) for entry in run_dir.rglob("*")) == before
+
+    more = [TRAIN, "--config", str(path), "--set", "training.steps=4"]
+    experts = run_dir / "checkpoints" / "step-2" / "experts-1-of-2.safetensors"
+    content = experts.read_bytes()
+    experts.unlink()
+    one_line(run(2, more, timeout=120), "step-2 is incomplete", "experts-1-of-2.safetensors is missing", "ep_size 2")
+    experts.write_bytes(content[:-10])
+    one_line(run(2, more, timeout=120), "step-2 is damaged", "experts-1-of-2.safetensors")
+    (run_dir / "checkpoints" / "step-2" / "state.json").unlink()
+    one_line(run(2, more, timeout=120), "step-2 is not a complete checkpoint")
+
+    foreign = recipe(tmp_path, tiny_llama, tiny_encoder, "foreign")
+    folder = load_config(foreign).run_dir
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("do not delete")
+    one_line(run(2, [TRAIN, "--config", str(foreign)], timeout=120), "no run folder")
+    assert (folder / "thesis.txt").read_text() == "do not delete"
+
+
+@pytest.mark.embedded
+def test_sharded_bytes_on_the_real_model(tmp_path, embedded_models) -> None:
+    """Backbone <= full / W * 1.02 + one layer, experts = full / ep, at W = 2 and 4 on SmolLM2-135M."""
+    model, encoder = embedded_models
+    for world in (2, 4):
+        values = yaml.safe_load((ROOT / "tests" / "data" / "opinions.yaml").read_text())
+        values["run"] |= {"name": f"w{world}", "output_dir": str(tmp_path)}
+        values["model"] = {"path": str(model), "dtype": "bfloat16"}
+        values["profiles"] |= {"encoder": str(encoder), "cache_dir": str(tmp_path / "cache")}
+        values["training"] |= {"steps": 1, "global_batch_size": 4}
+        values["parallel"] = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": world}
+        path = tmp_path / f"w{world}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        code, output = run(world, [TRAIN, "--config", str(path)], timeout=400)[0]
+        assert code == 0, output
+        match = re.search(r"backbone ([\d.]+) MB of ([\d.]+) MB per rank; experts ([\d.]+) MB per rank", output)
+        assert match is not None, output
+        held, full, experts = (float(group) for group in match.groups())
+        layer = 2 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) / 1e6
+        assert held <= full / world * 1.02 + layer
+        all_experts = 30 * 8 * (2 * 8 * 576 + 8 * (576 + 192)) * 4 / 1e6
+        assert experts == pytest.approx(all_experts / world, abs=0.01)
+        shutil.rmtree(tmp_path / f"w{world}")
+
+
+def test_no_profile_text_in_logs_or_file_names(tmp_path, tiny_llama, tiny_encoder) -> None:
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "quiet", training={"steps": 1, "warmup_steps": 0})
+    code, output = run(1, [TRAIN, "--config", str(path)])[0]
+    assert code == 0
+    run_dir = load_config(path).run_dir
+    names = " ".join(entry.name for entry in [*run_dir.rglob("*"), *(tmp_path / "cache").rglob("*")])
+    for word in ("Norway", "Country", "country:"):
+        assert word not in output
+        assert word not in names
+    assert os.path.getsize(run_dir / "metrics.jsonl") > 0
