@@ -1,5 +1,7 @@
 """Installation of cuma-ds; each dependency with the reason it is here."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 REQUIRES = [
@@ -28,7 +30,7 @@ setup(
     name="cuma-ds",
     version="0.1.0",
     description="A DeepSpeed trainer for the Cultural Mixture of Adapters (CuMA)",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -1,0 +1,135 @@
+"""Full training step on a real model: ours against PEFT LoRA of equal active rank and against a naive K x E loop.
+
+All variants take turns within one run, so that a drifting machine hurts them alike; medians and ratios are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
+from cuma_ds.adapters.experts import Experts
+from cuma_ds.adapters.gate import Gate
+
+
+class NaiveDispatcher:
+    """What a research script does: for each of the K choices and each expert, the tokens that chose it, one small product at a time."""
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
+
+    def mix(self, x_TD: Tensor, gate: Gate, experts: Experts, gradient_mask_TE: Tensor | None) -> Tensor:
+        """See ``cuma_ds.adapters.experts.Dispatcher``."""
+        weight_TK, choice_TK = gate.weight_TE.topk(self.top_k, dim=-1)
+        out_TO = x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1])
+        for k in range(self.top_k):
+            for expert in range(experts.num_experts):
+                mask_T = choice_TK[:, k] == expert
+                if mask_T.any():
+                    z = x_TD[mask_T] @ experts.lora_a[expert].to(x_TD.dtype).T
+                    y = z @ experts.lora_b[expert].to(x_TD.dtype).T
+                    out_TO[mask_T] = out_TO[mask_T] + weight_TK[mask_T, k, None].to(x_TD.dtype) * y
+        return out_TO
+
+
+def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaModel:
+    """The backbone with 8 experts of rank r, top 2, on q and v."""
+    adapted = inject_adapters(model, CumaConfig(num_experts=8, top_k=2, lora_r=arguments.lora_r, router=arguments.router, profile_dim=384))
+    adapted.set_profile_standardisation(torch.randn(64, 384), 3.0)
+    if naive:
+        for _, layer in adapted.adapted_layers():
+            layer.dispatcher = NaiveDispatcher(2)
+    return adapted
+
+
+def one_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """Forward, backward and AdamW step on a last-token loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.train()
+
+    def step() -> None:
+        out = model(**batch, logits_to_keep=1)
+        loss = out.logits.float().logsumexp(dim=-1).mean()
+        if hasattr(out, "balance_loss"):
+            loss = loss + 0.01 * out.balance_loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="backbone folder")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the backbone")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--length", type=int, default=96, help="tokens per sequence")
+    parser.add_argument("--lora-r", type=int, default=8, help="rank of one expert; PEFT LoRA gets twice that (K = 2)")
+    parser.add_argument("--router", default="linear", choices=["linear", "mlp"], help="router of our adapters")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds, after two for warming up")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    def load() -> nn.Module:
+        dtype = getattr(torch, arguments.dtype)
+        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).requires_grad_(False).to(arguments.device)
+
+    ids = torch.randint(0, 1000, (arguments.batch, arguments.length), device=arguments.device)
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    asked = plain | {"profile_embeddings": torch.randn(arguments.batch, 384, device=arguments.device)}
+    lora = LoraConfig(r=2 * arguments.lora_r, lora_alpha=4 * arguments.lora_r, target_modules=["q_proj", "v_proj"])
+    peft_model = get_peft_model(load(), lora)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    peft_model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    steps = {
+        f"PEFT LoRA, r {2 * arguments.lora_r}": one_step(peft_model, plain),
+        f"cuma-ds, r {arguments.lora_r}, E 8, K 2": one_step(ours(load(), False, arguments).to(arguments.device), asked),
+        "naive K x E loop, same adapters": one_step(ours(load(), True, arguments).to(arguments.device), asked),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_number in range(arguments.rounds + 2):
+        for name, step in steps.items():
+            _synchronise(arguments.device)
+            start = time.perf_counter()
+            step()
+            _synchronise(arguments.device)
+            if round_number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+
+    table = Table(
+        title=f"training step, {arguments.batch} x {arguments.length} tokens, {arguments.dtype}, {arguments.device}, "
+        f"{arguments.threads} threads, median of {arguments.rounds} rounds"
+    )
+    for heading in ("variant", "seconds", "ratio to PEFT LoRA", "min", "max"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    base = statistics.median(next(iter(seconds.values())))
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        table.add_row(name, f"{median:.3f}", f"{median / base:.2f}", f"{min(times):.3f}", f"{max(times):.3f}")
+    Console(width=110).print(table)
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
