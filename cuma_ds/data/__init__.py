@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from cuma_ds.config import DataSection
@@ -9,6 +10,8 @@ from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.sources.jsonl import prepare_jsonl
 from cuma_ds.data.sources.wvs_sample import prepare_wvs_sample
 from cuma_ds.errors import ConfigError, DataError
+
+_DECIDED_WHEN_PREPARED = ("source", "questions", "test_fraction", "heldout_fraction", "split_seed")
 
 __all__ = ["PreparedData", "load_data", "prepare"]
 
@@ -26,15 +29,11 @@ def load_data(config: DataSection, template: str = "generic") -> PreparedData:
     """
     if config.path is not None and (Path(config.path) / "manifest.json").is_file():
         data = PreparedData.load(config.path).with_template(template)
-        for key, name in {
-            "source": "source",
-            "test_fraction": "test_fraction",
-            "heldout_fraction": "heldout_fraction",
-            "split_seed": "seed",
-        }.items():
-            if data.manifest[name] != getattr(config, key):
+        prepared_as = {key: data.manifest["seed" if key == "split_seed" else key] for key in _DECIDED_WHEN_PREPARED}
+        for key, value in json.loads(config.model_dump_json(include=set(_DECIDED_WHEN_PREPARED))).items():
+            if prepared_as[key] != value:
                 raise DataError(
-                    f"{config.path} was prepared with {key} {data.manifest[name]}, but the recipe says data.{key}: {getattr(config, key)}; "
+                    f"{config.path} was prepared with {key} {prepared_as[key]}, but the recipe says data.{key}: {value}; "
                     "change the recipe or prepare the data again"
                 )
     else:

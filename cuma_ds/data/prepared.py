@@ -9,7 +9,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from datasets import Dataset
 import cuma_ds
 from cuma_ds.config import DataSection
 from cuma_ds.data.splits import SPLITS, assign_splits
-from cuma_ds.errors import DataError
+from cuma_ds.errors import DataError, nearest
 from cuma_ds.profiles import ProfileTable, linearize
 from cuma_ds.profiles.linearize import country_of
 from cuma_ds.profiles.table import Encoder
@@ -251,6 +251,18 @@ def prepare_chat(
     return _finish("chat", rows, split_N, splits, profiles, config, inputs)
 
 
+def check_questions(config: DataSection, known: Collection[str]) -> list[str]:
+    """The ids of ``known`` that the recipe keeps, in their order.
+
+    Raises:
+        DataError: ``config.questions`` names one that is not there.
+    """
+    for question in config.questions or ():
+        if question not in known:
+            raise DataError(f"data.questions: there is no question {question!r}{nearest(question, known)}; the data has {', '.join(known)}")
+    return [question for question in known if config.questions is None or question in config.questions]
+
+
 def sha256(file: Path) -> str:
     """Hex digest of a file's content."""
     with file.open("rb") as stream:
@@ -298,6 +310,7 @@ def _finish(
         "test_fraction": config.test_fraction,
         "heldout_fraction": config.heldout_fraction,
         "seed": config.split_seed,
+        "questions": None if config.questions is None else list(config.questions),
         "versions": {"cuma_ds": cuma_ds.__version__, "python": platform.python_version(), "pyarrow": pa.__version__},
         "inputs": inputs,
         "hashes": {},

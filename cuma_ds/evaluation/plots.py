@@ -84,7 +84,7 @@ def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Arra
         panel.scatter(after[part], height, s=28, color=BLUE, zorder=4, clip_on=False)
         panel.set_yticks(height, [_short(groups[int(group)], 26) for group in part], fontsize=8.5)
         panel.set_ylim(len(part) - 0.4, -0.6)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, 1.05 * max(before.max(), after.max(), collapse.max()))
         panel.grid(axis="x", color=LIGHT, linewidth=0.7)
         panel.set_axisbelow(True)
         _bare(panel)

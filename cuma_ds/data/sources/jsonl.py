@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import PreparedData, ProfileList, Question, prepare_chat, prepare_choice, sha256
+from cuma_ds.data.prepared import PreparedData, ProfileList, Question, check_questions, prepare_chat, prepare_choice, sha256
 from cuma_ds.data.rendering import LETTERS
 from cuma_ds.errors import DataError, nearest
 
@@ -51,6 +51,10 @@ def prepare_jsonl(path: str | Path, config: DataSection, template: str) -> Prepa
         kind = kind or row_kind
         if row_kind != kind:
             raise DataError(f"{where}: a {row_kind} row after {kind} rows; one data set holds one kind")
+        if kind == "choice":
+            number, question = _question(row, where, questions)
+            if config.questions is not None and question.question_id not in config.questions:
+                continue
         try:
             profile = profiles.add(_profile(row["profile"], where))
         except DataError as error:
@@ -58,11 +62,11 @@ def prepare_jsonl(path: str | Path, config: DataSection, template: str) -> Prepa
         person = _identifier(row, "person_id", where)
         person = f"row {len(table)}" if person is None else f"id {person}"
         if kind == "choice":
-            number, question = _question(row, where, questions)
             table.append((person, profile, number, _answer(row["answer"], question.options, where)))
         else:
             conversations.append(_messages(row["messages"], where))
             table.append((person, profile, 0, 0))
+    check_questions(config, [question.question_id for _, question in questions.values()])
     if not table:
         raise DataError(f"{path} holds no rows; expected one JSON object per line with {' or '.join(map(_expected, _KEYS))}")
     answers = pd.DataFrame(table, columns=["person", "profile", "question", "answer"])

