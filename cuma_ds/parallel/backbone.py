@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import ModelError
+from cuma_ds.parallel.ds_config import FrozenBackbone
 
 
 def load_backbone(model: ModelSection, device: torch.device | None = None) -> PreTrainedModel:
@@ -52,10 +53,12 @@ class ShardedBackbone:
 
     Attributes:
         model: the frozen model, its parameters partitioned. Adapters must be injected after this object was made.
+
+    With ``max_reuse_distance`` and ``prefetch_bucket_size`` 0, a rank never holds more than its shards and one layer.
     """
 
-    def __init__(self, model: ModelSection, offload: bool = False) -> None:
-        config = stage3_config(model, offload)
+    def __init__(self, model: ModelSection, settings: FrozenBackbone) -> None:
+        config = stage3_config(model, settings.offload == "cpu")
         keep_alive = HfDeepSpeedConfig(config)  # from_pretrained partitions as it loads while this lives
         try:
             self.model = _from_pretrained(model)
@@ -68,6 +71,8 @@ class ShardedBackbone:
             ds_config=config,
             overlap_comm=torch.cuda.is_available(),
             param_persistence_threshold=0,
+            max_reuse_distance=settings.max_reuse_distance,
+            prefetch_bucket_size=settings.prefetch_bucket_size,
         )
 
     def after_backward(self) -> None:
@@ -96,6 +101,12 @@ def resident_bytes(model: nn.Module) -> int:
             held = getattr(parameter, "ds_tensor", parameter)
             total += held.numel() * held.element_size()
     return total
+
+
+def live_bytes(model: nn.Module) -> int:
+    """Bytes of whole frozen parameters that exist at this moment because a layer is running; 0 at rest when sharded."""
+    gathered = [p for p in model.parameters() if not p.requires_grad and hasattr(p, "ds_tensor")]
+    return sum(p.numel() * p.element_size() for p in gathered)
 
 
 def full_bytes(model: nn.Module) -> int:

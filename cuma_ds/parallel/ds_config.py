@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cuma_ds.config import RunConfig
 from cuma_ds.errors import ConfigError, nearest
@@ -23,18 +25,27 @@ _FROM_RECIPE = {
 }
 
 
+class FrozenBackbone(BaseModel):
+    """Our own part of a DeepSpeed JSON: how the frozen backbone is held at stages 1 and 2."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sharded: bool = Field(False, description="partition the backbone over all ranks")
+    offload: Literal["none", "cpu"] = Field("none", description="where the shards live")
+    max_reuse_distance: int = Field(0, ge=0, description="keep a gathered layer that is used again within so many elements")
+    prefetch_bucket_size: int = Field(0, ge=0, description="elements gathered ahead of their use")
+
+
 @dataclass(frozen=True)
 class DeepSpeedSettings:
     """A DeepSpeed configuration taken apart.
 
-    engine: what ``deepspeed.initialize`` gets.  stage: its ZeRO stage.  shard_backbone: whether the frozen backbone is partitioned
-    over all ranks beside the engine.  offload_backbone: whether its shards live in CPU memory.
+    engine: what ``deepspeed.initialize`` gets.  stage: its ZeRO stage.  backbone: how the frozen backbone is held beside it.
     """
 
     engine: dict[str, Any]
     stage: int
-    shard_backbone: bool
-    offload_backbone: bool
+    backbone: FrozenBackbone
 
 
 def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, world: int) -> DeepSpeedSettings:
@@ -61,15 +72,16 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
     for key, ours in _FROM_RECIPE.items():
         if key in values:
             raise ConfigError(f"{path}: {key!r} is decided by the recipe ({ours}); remove it here")
-    backbone = values.pop("frozen_backbone", {})
-    unknown = set(backbone) - {"sharded", "offload"} if isinstance(backbone, dict) else {str(backbone)}
-    if unknown:
-        raise ConfigError(f"{path}: frozen_backbone: unknown {sorted(unknown)[0]!r}; allowed: sharded (true | false), offload (none | cpu)")
+    try:
+        backbone = FrozenBackbone.model_validate(values.pop("frozen_backbone", {}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(["frozen_backbone", *map(str, problem["loc"])])
+        raise ConfigError(f"{path}: {key}: {problem['msg']}; allowed keys: {', '.join(FrozenBackbone.model_fields)}") from None
     stage = values.get("zero_optimization", {}).get("stage", 0)
-    sharded = bool(backbone.get("sharded", False))
     if stage not in (1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage}; allowed: 1, 2, 3")
-    if stage == 3 and sharded:
+    if stage == 3 and backbone.sharded:
         raise ConfigError(f"{path}: frozen_backbone.sharded is for ZeRO stages 1 and 2; stage 3 already shards everything")
     if stage == 3 and config.parallel.ep_size > 1:
         raise ConfigError(
@@ -86,7 +98,7 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
     }
     if stage == 3 and config.model.dtype != "float32":
         engine.setdefault({"bfloat16": "bf16", "float16": "fp16"}[config.model.dtype], {"enabled": True})
-    return DeepSpeedSettings(engine=engine, stage=stage, shard_backbone=sharded, offload_backbone=backbone.get("offload") == "cpu")
+    return DeepSpeedSettings(engine=engine, stage=stage, backbone=backbone)
 
 
 def find_deepspeed_config(name: str) -> Path:

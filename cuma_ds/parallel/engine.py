@@ -48,8 +48,8 @@ class AdapterEngine:
         self.topology = topology
         self.stage = settings.stage
         self.sharded: ShardedBackbone | None = None
-        if settings.shard_backbone:
-            self.sharded = ShardedBackbone(config.model, settings.offload_backbone)
+        if settings.backbone.sharded:
+            self.sharded = ShardedBackbone(config.model, settings.backbone)
             base: nn.Module = self.sharded.model
         elif settings.stage == 3:
             base = _partitioned_at_load(config)
