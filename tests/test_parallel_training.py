@@ -59,9 +59,9 @@ def assert_same_training(path: Path, expected: SingleRun, tolerance: float = 1e-
 
 
 def placements(world: int) -> dict[str, dict]:
-    """Every possible combination of ZeRO stage, sharding, ep_size and dispatch at one world size."""
+    """Every combination of ZeRO stage, sharding, ep_size and dispatch at one world size; on 4 ranks stage 1 stands back for time."""
     cases = {"zero3": {"deepspeed_config": "zero3"}}
-    for stage in ("zero1", "zero2", "zero1_sharded_backbone", "zero2_sharded_backbone"):
+    for stage in ("zero2", "zero2_sharded_backbone", "zero1", "zero1_sharded_backbone")[: 2 if world == 4 else 4]:
         for ep_size in (size for size in (1, 2, 4) if world % size == 0):
             for dispatch in ("all_to_all", "gather_experts", "auto") if ep_size > 1 else ("auto",):
                 cases[f"{stage}-ep{ep_size}-{dispatch}"] = {"deepspeed_config": stage, "ep_size": ep_size, "dispatch": dispatch}

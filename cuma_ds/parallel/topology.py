@@ -102,7 +102,10 @@ def with_expert_groups(topology: Topology, ep_size: int) -> Topology:
         TopologyError: ``ep_size`` does not divide the world size.
     """
     if topology.world % ep_size:
-        raise TopologyError(f"parallel.ep_size is {ep_size}, which does not divide the world size {topology.world}")
+        raise TopologyError(
+            f"parallel.ep_size is {ep_size}, which does not divide the world size {topology.world}; "
+            f"start a multiple of {ep_size} ranks (deepspeed --num_accelerators N), or add --set parallel.ep_size=1"
+        )
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)

@@ -5,6 +5,7 @@ set -euo pipefail
 BIN=${BIN:-$(dirname "$(command -v deepspeed)")}
 MODELS=${MODELS:-.cache/models}
 gpus=$("$BIN/python" -c 'import torch; print(torch.cuda.device_count())')
+[ "$gpus" -gt 0 ] || export DS_ACCELERATOR=cpu
 ranks=$((gpus > 0 ? gpus : 2))
 ep_size=$((ranks % 2 == 0 ? 2 : 1))
 recipe=launchers/recipes/quickstart.yaml

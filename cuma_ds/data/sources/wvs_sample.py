@@ -14,13 +14,8 @@ from cuma_ds.errors import DataError
 
 IMMIGRATION = Question(
     "immigration",
-    "What should the government do about people who come from other countries to work?",
-    (
-        "Let anyone come who wants to",
-        "Let people come as long as there are jobs",
-        "Put strict limits on how many come",
-        "Let nobody come",
-    ),
+    "What should the government do about people from other countries coming here to work?",
+    ("Let anyone come", "Let people come while there are jobs", "Set strict limits", "Let nobody come"),
 )
 POVERTY = Question(
     "poverty",
