@@ -41,7 +41,7 @@ def main() -> None:
         mistake = error
 
     from cuma_ds.parallel.agreement import agreement
-    from cuma_ds.parallel.topology import start_processes, with_expert_groups
+    from cuma_ds.parallel.topology import peers_must_answer, start_processes, with_expert_groups
 
     topology = start_processes(config.parallel.timeout_seconds if config is not None else 120)
     with agreement(mistake):
@@ -49,7 +49,8 @@ def main() -> None:
     assert config is not None
     from cuma_ds.training.loop import train
 
-    train(config, with_expert_groups(topology, config.parallel.ep_size))
+    with peers_must_answer(topology, config.parallel.timeout_seconds):
+        train(config, with_expert_groups(topology, config.parallel.ep_size))
 
 
 if __name__ == "__main__":

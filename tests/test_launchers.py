@@ -70,6 +70,27 @@ def test_killed_in_the_middle_the_same_command_resumes_bit_identically(tmp_path,
     assert [row["step"] for row in rows] == list(range(1, 41))
 
 
+@pytest.mark.parametrize(("sign", "message"), [(signal.SIGKILL, "another rank is gone"), (signal.SIGSTOP, "did not answer within 10 s")])
+def test_a_dead_or_hung_peer_stops_the_others_with_a_reason(sign, message, tmp_path, tiny_llama, tiny_encoder) -> None:
+    endless = {"steps": 100_000, "warmup_steps": 0}
+    parallel = {**SHARDED, "timeout_seconds": 10}
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "lonely", training=endless, parallel=parallel)
+    processes = start(2, [TRAIN, "--config", str(path)])
+    rows = load_config(path).run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes[1].send_signal(sign)
+    try:
+        output, _ = processes[0].communicate(timeout=90)
+    finally:
+        processes[1].kill()
+    assert processes[0].returncode == 2, output
+    assert f"error: rank 0 of 2 stops: {message}" in output, output
+    assert "Traceback" not in output
+    finish(processes[1:])
+
+
 def test_deepspeed_launcher_trains_and_evaluate_reports(tmp_path, tiny_llama, tiny_encoder) -> None:
     path = recipe(tmp_path, tiny_llama, tiny_encoder, "launched", parallel=SHARDED, telemetry={"tensorboard": True})
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port())]

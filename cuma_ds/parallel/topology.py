@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,8 +14,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 from cuma_ds.errors import TopologyError
+
+# While one rank prepares data and the others wait for it; training itself uses parallel.timeout_seconds.
+_PREPARATION_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,37 @@ def start_processes(timeout_seconds: int) -> Topology:
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TopologyError(f"rank {rank} of {world} could not meet its peers at {address}: {str(error).splitlines()[0]}") from None
+    wait_for_peers_at_most(_PREPARATION_SECONDS)
     return Topology(world=world, rank=rank, local_rank=local_rank, device=device)
+
+
+def wait_for_peers_at_most(seconds: float) -> None:
+    """Let every collective of every group fail after so long without an answer.
+
+    DeepSpeed creates its groups with PyTorch's own default of half an hour; a peer that hangs would stop the others as late.
+    """
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextlib.contextmanager
+def peers_must_answer(topology: Topology, seconds: float) -> Iterator[None]:
+    """Turn a lost or hung peer into one line.
+
+    Raises:
+        TopologyError: a collective failed because another rank died, or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).lower()
+        if "timed out" in reason or "timeout" in reason:
+            why = f"another rank did not answer within {seconds:.0f} s (parallel.timeout_seconds)"
+        elif any(sign in reason for sign in ("connection closed", "connection reset", "broken pipe", "nccl")):
+            why = "another rank is gone"
+        else:
+            raise
+        raise TopologyError(f"rank {topology.rank} of {topology.world} stops: {why}; the same command resumes the run") from error
 
 
 def with_expert_groups(topology: Topology, ep_size: int) -> Topology:

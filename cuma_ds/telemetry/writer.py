@@ -107,7 +107,7 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(f"train/{name}", value, step)
 
     def log_routing(self, step: int, names: Sequence[str], load_RE: torch.Tensor | ArrayLike, entropy_R: torch.Tensor | ArrayLike) -> None:
-        """Record where tokens went: scalars of every router and, about twenty times a run, a picture of all of them.
+        """Record where tokens went: scalars of every router and, about ten times a run, a picture of all of them.
 
         Args:
             step: 1-based.
@@ -122,7 +122,7 @@ class MetricsWriter:
             self._tensorboard.add_scalar(f"routing/{name}/entropy", entropies[router], step)
             for expert, load in enumerate(loads[router]):
                 self._tensorboard.add_scalar(f"routing/{name}/load_{expert}", load, step)
-        every = self._config.log_every * max(1, self._total_steps // (20 * self._config.log_every))
+        every = self._config.log_every * max(1, self._total_steps // (10 * self._config.log_every))
         if step % every == 0 or step == self._total_steps:
             self._tensorboard.add_figure("routing/load", _load_figure(names, loads), step)
 

@@ -27,7 +27,7 @@ from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes
 from cuma_ds.parallel.checkpoint import find_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
-from cuma_ds.parallel.topology import Topology
+from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.telemetry.throughput import Throughput
 from cuma_ds.telemetry.writer import MetricsWriter
@@ -77,6 +77,7 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
         if topology.is_main:
             (config.run_dir / "deepspeed.json").write_text(json.dumps(settings.engine, indent=2) + "\n", encoding="utf-8")
     engine = build_engine(config, adapters, settings, topology)
+    wait_for_peers_at_most(config.parallel.timeout_seconds)
     if inputs.table is not None:
         engine.model.set_profile_standardisation(inputs.table.embeddings[inputs.profiles], config.profiles.standardise)
     start = _resume(config, engine, tell)
