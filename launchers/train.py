@@ -41,11 +41,12 @@ def main() -> None:
         mistake = error
 
     from cuma_ds.parallel.agreement import agreement
-    from cuma_ds.parallel.topology import peers_must_answer, start_processes, with_expert_groups
+    from cuma_ds.parallel.topology import check_ep_size, peers_must_answer, start_processes, with_expert_groups
 
     topology = start_processes(config.parallel.timeout_seconds if config is not None else 120)
     with agreement(mistake):
-        pass
+        if config is not None:
+            check_ep_size(topology, config.parallel.ep_size)
     assert config is not None
     from cuma_ds.training.loop import train
 

@@ -70,7 +70,9 @@ def test_killed_in_the_middle_the_same_command_resumes_bit_identically(tmp_path,
     assert [row["step"] for row in rows] == list(range(1, 41))
 
 
-@pytest.mark.parametrize(("sign", "message"), [(signal.SIGKILL, "another rank is gone"), (signal.SIGSTOP, "did not answer within 10 s")])
+@pytest.mark.parametrize(
+    ("sign", "message"), [(signal.SIGKILL, "another rank is gone"), (signal.SIGSTOP, "another rank did not answer within 10 s")]
+)
 def test_a_dead_or_hung_peer_stops_the_others_with_a_reason(sign, message, tmp_path, tiny_llama, tiny_encoder) -> None:
     endless = {"steps": 100_000, "warmup_steps": 0}
     parallel = {**SHARDED, "timeout_seconds": 10}
@@ -219,7 +221,7 @@ def test_a_rank_holds_its_shard_its_experts_and_at_most_one_layer_more(world, em
     results = run(world, [str(ROOT / "tests" / "measure_bytes.py"), str(model), str(world)], timeout=400)
     assert [code for code, _ in results] == [0] * world, results[0][1][-3000:]
     measured = json.loads(next(line for line in results[0][1].splitlines() if line.startswith("measured "))[9:])
-    assert measured["full"] == 4 * 134_515_008
+    assert measured["full"] == 2 * 134_515_008
     assert measured["held"] <= measured["full"] / world * 1.02
     assert measured["live_at_rest"] == 0
     assert 0 < measured["live_at_most"] <= measured["largest_layer"]

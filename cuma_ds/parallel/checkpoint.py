@@ -112,13 +112,7 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> in
     Raises:
         CheckpointError: incomplete, damaged, or of another configuration.
     """
-    state = read_state(folder)
-    if state["fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe"
-        )
-    reader = _Reader(folder, state)
-    step = int(state["step"])
+    reader, step = check_checkpoint(folder, fingerprint)
     _create_optimizer_states(engine, step)
     first, count = engine.topology.experts(engine.model.config.num_experts)
     for name, parameter, is_expert in _parameters(engine):
@@ -139,6 +133,20 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> in
         for name, buffer in engine.model.standardisation().items():
             buffer.copy_(reader.get(f"param/{name}"))
     return step
+
+
+def check_checkpoint(folder: Path, fingerprint: str) -> tuple[_Reader, int]:
+    """Open a checkpoint without reading its tensors; returns its reader and its step.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of another configuration.
+    """
+    state = read_state(folder)
+    if state["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe"
+        )
+    return _Reader(folder, state), int(state["step"])
 
 
 def read_adapters(folder: Path) -> dict[str, Tensor]:

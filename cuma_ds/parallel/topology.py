@@ -131,17 +131,18 @@ def peers_must_answer(topology: Topology, seconds: float) -> Iterator[None]:
         raise TopologyError(f"rank {topology.rank} of {topology.world} stops: {why}; the same command resumes the run") from error
 
 
-def with_expert_groups(topology: Topology, ep_size: int) -> Topology:
-    """Create the expert-parallel and expert-data-parallel groups (once per size and process).
-
-    Raises:
-        TopologyError: ``ep_size`` does not divide the world size.
-    """
+def check_ep_size(topology: Topology, ep_size: int) -> None:
+    """Raise a TopologyError when ``ep_size`` does not divide the world size."""
     if topology.world % ep_size:
         raise TopologyError(
             f"parallel.ep_size is {ep_size}, which does not divide the world size {topology.world}; "
             f"start a multiple of {ep_size} ranks (deepspeed --num_accelerators N), or add --set parallel.ep_size=1"
         )
+
+
+def with_expert_groups(topology: Topology, ep_size: int) -> Topology:
+    """Create the expert-parallel and expert-data-parallel groups (once per size and process)."""
+    check_ep_size(topology, ep_size)
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)

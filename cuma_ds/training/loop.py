@@ -24,7 +24,7 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, CumaError
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
-from cuma_ds.parallel.checkpoint import find_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
+from cuma_ds.parallel.checkpoint import check_checkpoint, find_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
@@ -74,6 +74,8 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
         settings = read_deepspeed_config(config, inputs.stream.micro, inputs.stream.accumulation, topology.world)
         adapters = with_profile_width(config.adapters, inputs.table)
         find_targets(skeleton(config.model), adapters.target_modules)
+        if has_checkpoint(config.run_dir):
+            check_checkpoint(find_checkpoint(config.run_dir), fingerprint(config))
         if topology.is_main:
             (config.run_dir / "deepspeed.json").write_text(json.dumps(settings.engine, indent=2) + "\n", encoding="utf-8")
     engine = build_engine(config, adapters, settings, topology)
