@@ -37,7 +37,7 @@ def read_profile(text: str) -> dict[str, Any] | str:
     try:
         fields = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--profile is broken JSON ({error}); expected e.g. '{{\"country\": \"Norway\", \"age\": 34}}'") from None
+        raise ConfigError(f'--profile is broken JSON ({error}); expected e.g. \'{{"country": "Norway", "age": 34}}\'') from None
     if not isinstance(fields, dict):
         raise ConfigError("--profile is a JSON list; expected an object of fields, or a sentence")
     return fields

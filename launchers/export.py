@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from _cli import run_main
+from _cli import read_profile, run_main, warn_in_one_line
 
 _EXAMPLES = """\
 examples
@@ -22,7 +23,7 @@ def main() -> None:
     """Parse, read, write, say what was written."""
     arguments = _parser().parse_args()
 
-    from _cli import read_profile, warn_in_one_line
+    warn_in_one_line()
 
     from cuma_ds.errors import ConfigError
 
@@ -40,7 +41,7 @@ def main() -> None:
 
         report = write_lora(arguments.run, profiles, arguments.out, arguments.step, arguments.calibration)
         for number, row in enumerate(report["profiles"], start=1):
-            print(f"profile-{number}: rank {row['rank']}, {row['text']}")
+            print(f"profile-{number}: rank {row['rank']}, {_divergence(row)}")
         print(f"{arguments.out}: {len(report['profiles'])} LoRA adapter(s) and report.json")
         return
     if profiles:
@@ -58,16 +59,26 @@ def main() -> None:
     print(f"{folder}: {len(trained.state)} adapter tensors, {size / 1e6:.1f} MB in all")
 
 
+def _divergence(row: dict[str, Any]) -> str:
+    """What a plain LoRA loses, in words."""
+    if row["exact"]:
+        return "exact: the router does not look at the token"
+    text = f"gate averaged over prompts: KL {row['kl_mean']:.4f} nats per token (at most {row['kl_max']:.4f})"
+    if "emd_mean" in row:
+        text += f", EMD between the answer distributions {row['emd_mean']:.4f} (at most {row['emd_max']:.4f})"
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", metavar="FOLDER", help="run folder, output_dir/name of its recipe")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run; default: the newest complete one")
     parser.add_argument("--from-reference", metavar="FOLDER", help="a checkpoint of the authors' code instead of a run")
     parser.add_argument("--base", metavar="FOLDER", help="base model of --from-reference")
-    parser.add_argument("--encoder", metavar="FOLDER", help="sentence encoder of --from-reference; without it, only embeddings are accepted")
+    parser.add_argument("--encoder", metavar="FOLDER", help="sentence encoder of --from-reference; none: embeddings only")
     parser.add_argument("--format", required=True, choices=("hf", "hf-merged-repo", "lora"), help="what to write")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("--profile", action="append", default=[], metavar="JSON", help="who a LoRA adapter is for, as fields or text; repeatable")
+    parser.add_argument("--profile", action="append", default=[], metavar="JSON", help="whom a LoRA is for: fields or text; repeatable")
     parser.add_argument("--calibration", type=int, default=64, metavar="N", help="training prompts the router is averaged over (lora)")
     return parser
 

@@ -33,7 +33,8 @@ _RISK = """\
 Meant for research on how opinions differ between groups of people, and for assistants whose users chose to say who they are. The model
 predicts what people with a profile *on average* answered; **it stereotypes by construction**. Individuals differ from the average
 of their country, religion or age group, and groups with few answers are represented badly. Do not use it to infer what a particular person
-believes, to decide about people (hiring, credit, policing, health, asylum), to impersonate groups in public debate, or in place of asking them.
+believes, to decide about people (hiring, credit, policing, health, asylum), to impersonate groups in public debate, or in place of
+asking them.
 Profiles are sensitive personal data: ask for consent, do not log them, and let people leave fields out.
 """
 
@@ -53,7 +54,9 @@ def model_card(export: Mapping[str, Any], story: str, base: Path, merged: bool) 
     head = ["---", f"license: {licence or 'other'}", "library_name: transformers", "pipeline_tag: text-generation", f"base_model: {name}"]
     head += ["tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]", "---", "", f"# CuMA adapters for {name}", ""]
     adapters = export["adapters"]
-    routed = "nothing (one expert)" if adapters["method"] == "lora" else "the token and the profile" if adapters["profile_dim"] else "the token"
+    routed = "the token and the profile" if adapters["profile_dim"] else "the token"
+    if adapters["method"] == "lora":
+        routed = "nothing (one expert)"
     text = (
         f"A frozen {name} with {adapters['num_experts']} LoRA experts of rank {adapters['lora_r']} beside each of "
         f"{', '.join(adapters['target_modules'])}, {adapters['top_k']} of them active per token, routed by {routed} "
@@ -69,7 +72,7 @@ def model_card(export: Mapping[str, Any], story: str, base: Path, merged: bool) 
         fields = f" Fields it was trained with: {', '.join(about['fields'])}." if about.get("fields") else ""
         profiles = (
             f"A profile is text or fields, embedded by the sentence encoder {encoder} (template `{about['template']}`); "
-            f"`profile_embeddings` [B, {adapters['profile_dim']}] work too.{fields} `base_model=` and `encoder=` name other places of the two."
+            f"`profile_embeddings` [B, {adapters['profile_dim']}] work too.{fields} `base_model=` and `encoder=` name other places."
         )
     else:
         argument = "profile_embeddings=embeddings, "
@@ -77,7 +80,7 @@ def model_card(export: Mapping[str, Any], story: str, base: Path, merged: bool) 
     licence_text = (
         f"The base model's licence ({licence}) applies to it and to what is derived from it."
         if licence
-        else "The base model's own licence applies to it and to what is derived from it; its folder names none, so look it up before you pass this on."
+        else "The base model's licence applies to it and to what is derived from it; its folder names none; look it up."
     )
     use = _USE.replace("{argument}", argument).replace("{profiles}", profiles)
     return "\n".join([*head, text, "", story.strip(), "", use, _RISK, "## Licence", "", licence_text, ""])
@@ -88,12 +91,12 @@ def run_section(run_dir: Path, config: RunConfig, data: PreparedData, checkpoint
     kind = "choice questions" if data.kind == "choice" else "conversations"
     lines = [
         "## Training", "",
-        f"Run `{config.run.name}`, checkpoint `{checkpoint}`: {config.training.objective}, {config.training.global_batch_size} examples per step, "
-        f"peak learning rate {config.training.learning_rate:g}, seed {config.run.seed}.",
+        f"Run `{config.run.name}`, checkpoint `{checkpoint}`: {config.training.objective}, seed {config.run.seed}, "
+        f"{config.training.global_batch_size} examples per step, peak learning rate {config.training.learning_rate:g}.",
         f"Data: {data.manifest['source']} ({kind}), split by person; profiles in {len(data.profiles):,} variants.",
         "", "| split | people | answers | profiles |", "|---|---:|---:|---:|",
     ]  # fmt: skip
-    names = {"train": "training", "test": "test (other people, same countries)", "heldout": "held out (countries or profiles never trained on)"}
+    names = {"train": "training", "test": "test (other people, same countries)", "heldout": "held out (never trained on)"}
     for split, size in data.manifest["splits"].items():
         lines.append(f"| {names.get(split, split)} | {size['people']:,} | {size['answers']:,} | {size['profiles']:,} |")
     return "\n".join([*lines, "", "## Evaluation", "", *_metrics(run_dir / "evaluation" / "report.json", checkpoint)])

@@ -29,10 +29,19 @@ from cuma_ds.config import ModelSection, RunConfig, load_config
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.errors import CheckpointError, ModelError
 from cuma_ds.export.card import model_card, run_section
-from cuma_ds.export.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FACTS, BASE_FOLDER, EXPORT_FORMAT, base_fact, file_sha256
+from cuma_ds.export.modeling import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_FACTS,
+    BASE_FOLDER,
+    EXPORT_FORMAT,
+    CumaForCausalLM,
+    base_fact,
+    file_sha256,
+)
 from cuma_ds.export.source import modeling_source
 from cuma_ds.export.weights import copy_model_files, copy_weights
-from cuma_ds.parallel.backbone import load_tokenizer, skeleton
+from cuma_ds.parallel.backbone import load_backbone, load_tokenizer, skeleton
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
 from cuma_ds.profiles import ProfileTable
 
@@ -115,22 +124,11 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
     """
     with output_folder(out) as folder:
         bare = skeleton(trained.base)
-        base_config: Any = bare.config
         inject_adapters(bare, trained.adapters).load_adapter_state(trained.state)  # on no memory; checks every name and shape
         metadata = {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"}
         save_file({name: tensor.contiguous() for name, tensor in trained.state.items()}, folder / ADAPTER_WEIGHTS, metadata=metadata)
         place = Path(trained.base.path).expanduser()
-        facts = {name: base_fact(base_config, name) for name in BASE_FACTS}
-        export = {
-            "peft_type": "CUMA",
-            "format_version": EXPORT_FORMAT,
-            "base_model_name_or_path": portable(trained.base.path),
-            "adapters": trained.adapters.model_dump(mode="json"),
-            "profiles": trained.profiles,
-            "prompt": trained.prompt,
-            "base": {**facts, "dtype": trained.base.dtype, "trust_remote_code": trained.base.trust_remote_code},
-            "sha256": file_sha256(folder / ADAPTER_WEIGHTS),
-        }
+        export = describe(trained, bare.config) | {"sha256": file_sha256(folder / ADAPTER_WEIGHTS)}
         _dump(folder / ADAPTER_CONFIG, export)
         auto_map = {"AutoConfig": "modeling_cuma.CumaExportConfig", "AutoModelForCausalLM": "modeling_cuma.CumaForCausalLM"}
         _dump(folder / "config.json", {"model_type": "cuma", "architectures": ["CumaForCausalLM"], "auto_map": auto_map})
@@ -145,6 +143,27 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
             copy_weights(place, folder / BASE_FOLDER)
         (folder / "README.md").write_text(model_card(export, trained.story, place, merged), encoding="utf-8")
     return Path(out)
+
+
+def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
+    """The content of ``adapter_config.json``, without the hash of the weights."""
+    facts = {name: base_fact(base_config, name) for name in BASE_FACTS}
+    return {
+        "peft_type": "CUMA",
+        "format_version": EXPORT_FORMAT,
+        "base_model_name_or_path": portable(trained.base.path),
+        "adapters": trained.adapters.model_dump(mode="json"),
+        "profiles": trained.profiles,
+        "prompt": trained.prompt,
+        "base": {**facts, "dtype": trained.base.dtype, "trust_remote_code": trained.base.trust_remote_code},
+    }
+
+
+def load_run(run_dir: str | Path, step: int | None = None) -> CumaForCausalLM:
+    """One checkpoint of a run, ready to be called with profiles as an exported model is (arguments as in :func:`read_run`)."""
+    trained = read_run(run_dir, step)
+    base = load_backbone(trained.base)
+    return CumaForCausalLM.of(base, describe(trained, base.config), trained.state)
 
 
 @contextlib.contextmanager

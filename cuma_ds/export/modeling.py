@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from cuma_ds.adapters.config import CumaConfig
@@ -80,7 +80,7 @@ class CumaForCausalLM(CumaModel):
             CheckpointError: the folder is no export, or its weights were changed.
             ModelError: the backbone is missing or another one.
         """
-        hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        hub: dict[str, Any] = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         for key in ("config", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash", "force_download", "subfolder"):
             kwargs.pop(key, None)
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
@@ -101,6 +101,11 @@ class CumaForCausalLM(CumaModel):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"the base model {path} cannot be loaded: {reason} (base_model= names another place)") from None
         _check_base(str(path), base.config, facts)
+        return cls.of(base, export, state, encoder)
+
+    @classmethod
+    def of(cls, base: nn.Module, export: dict[str, Any], state: dict[str, Tensor], encoder: str | None = None) -> CumaForCausalLM:
+        """Put the adapters that ``export`` describes into a loaded backbone, in eval mode and frozen."""
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
         model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
         model.load_adapter_state(state)
@@ -111,7 +116,9 @@ class CumaForCausalLM(CumaModel):
         model._encoder, model._embedded = None, {}
         return model.eval().requires_grad_(False)
 
-    def forward(self, *args: Any, profiles: Sequence[Profile] | None = None, profile_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, profiles: Sequence[Profile] | None = None, profile_embeddings: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """The backbone's forward, see :meth:`CumaModel.forward`.
 
         Args:
@@ -122,7 +129,9 @@ class CumaForCausalLM(CumaModel):
             profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
         return super().forward(*args, profile_embeddings=profile_embeddings, **kwargs)
 
-    def generate(self, *args: Any, profiles: Sequence[Profile] | None = None, profile_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, profiles: Sequence[Profile] | None = None, profile_embeddings: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """The backbone's ``generate``, every prompt with its own profile (arguments as in :meth:`forward`)."""
         profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
         return super().generate(*args, profile_embeddings=profile_embeddings, **kwargs)
@@ -152,13 +161,14 @@ class CumaForCausalLM(CumaModel):
     def _load_encoder(self) -> ProfileEncoder:
         if self._encoder is None:
             if self.encoder_path is None:
-                raise ModelError("this export names no sentence encoder, so it takes profile_embeddings only; or load it with encoder=FOLDER")
+                raise ModelError("this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER")
             encoder = ProfileEncoder(self.encoder_path)
             known = self.export["profiles"].get("fingerprint")
+            what = f"the sentence encoder {encoder.folder}"
             if encoder.dim != self.config.profile_dim:
-                raise ModelError(f"the sentence encoder {encoder.folder} has width {encoder.dim}; the adapters take {self.config.profile_dim}")
+                raise ModelError(f"{what} has width {encoder.dim}; the adapters take {self.config.profile_dim}")
             if known and encoder.fingerprint != known:
-                raise ModelError(f"the sentence encoder {encoder.folder} is not the one these adapters were trained with (its fingerprint differs)")
+                raise ModelError(f"{what} is not the one these adapters were trained with (its fingerprint differs)")
             self._encoder = encoder
         return self._encoder
 
@@ -201,7 +211,8 @@ def warn_unknown_fields(profile: Profile, known: Sequence[str]) -> None:
     plain = {name.replace("_", " ").lower() for name in known}
     for name in profile:
         if str(name).replace("_", " ").lower() not in plain:
-            message = f"the profile field {str(name)!r} is unknown to this model{nearest(str(name), known)}; trained with: {', '.join(known)}"
+            guess = nearest(str(name), known)
+            message = f"the profile field {str(name)!r} is unknown to this model{guess}; it was trained with {', '.join(known)}"
             warnings.warn(message, UserWarning, stacklevel=2)
 
 

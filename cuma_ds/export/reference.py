@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' research code read in as ours; the same logits, nothing retrained (METHOD: the authors' checkpoint format)."""
+"""Checkpoints of the authors' research code read in as ours: the same logits, nothing retrained."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from cuma_ds.export.hf import Trained, portable
 from cuma_ds.parallel.backbone import skeleton
 from cuma_ds.profiles import ProfileEncoder
 
+# Their sharing flags, and the linears that share a router where the flag is set.
+_SHARING = {"share_router_for_qkv": ("q_proj", "k_proj", "v_proj"), "share_router_for_w_i": ("gate_proj", "up_proj")}
 _NEEDED = ("lora_r", "lora_alpha", "num_experts", "top_k", "target_modules")
 _STORY = """\
 ## Origin
@@ -57,8 +59,12 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
     if "profile_scale" in state:
         state["profile_scale"] = torch.ones(())
     state |= _experts(folder, model, tensors) | _routers(folder, model, routers, theirs)
-    if unused := sorted(name for name in tensors if "._router_manager." not in name and _owner(name) not in dict(model.adapted_layers())):
-        raise ModelError(f"{folder}: {unused[0]} belongs to no adapted linear of {base}; it was trained on {theirs.get('base_model', 'another model')}")
+    adapted = {name for name, _ in model.adapted_layers()}
+    unused = sorted(
+        name for name in tensors if "._router_manager." not in name and re.sub(r"\.lora_[ab](\.\d+)?$", "", name) not in adapted
+    )
+    if unused:
+        raise ModelError(f"{folder}: {unused[0]} belongs to no adapted linear of {base}; the two do not belong together")
     model.load_adapter_state({name: tensor.to("meta") for name, tensor in state.items()})
     profiles: dict[str, Any] = {"encoder": None, "template": "generic", "fields": []}
     if encoder is not None:
@@ -105,13 +111,15 @@ def _read_routers(folder: Path, tensors: dict[str, Tensor]) -> list[list[dict[st
 def _config(folder: Path, theirs: dict[str, Any], routers: list[list[dict[str, Tensor]]]) -> CumaConfig:
     linears = routers[0]
     targets = theirs["target_modules"]
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    leaves = {str(target).rpartition(".")[2] for target in targets}
     try:
         return CumaConfig(
             num_experts=theirs["num_experts"],
             top_k=theirs["top_k"],
             lora_r=theirs["lora_r"],
             lora_alpha=theirs["lora_alpha"],
-            target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
+            target_modules=targets,
             shared_a=bool(theirs.get("use_hydra_lora")),
             router="mlp" if len(linears) > 1 else "linear",
             router_layers=max(2, len(linears)),
@@ -119,7 +127,7 @@ def _config(folder: Path, theirs: dict[str, Any], routers: list[list[dict[str, T
             router_bias="bias" in linears[0],
             gate_norm="softmax_topk_softmax" if theirs.get("top_k_routing_strategy") else "softmax_topk",
             # One flag of ours stands for both of theirs; where they differ, every linear gets its own copy of the router.
-            share_router=bool(theirs.get("share_router_for_qkv")) and bool(theirs.get("share_router_for_w_i")),
+            share_router=all(theirs.get(flag) for flag, group in _SHARING.items() if len(leaves & set(group)) > 1),
             balance_weight=theirs.get("lambda_auxiliary") or 0.0,
             profile_dim=theirs.get("demographic_embed_dim") or 0,
         )
@@ -137,9 +145,10 @@ def _experts(folder: Path, model: CumaModel, tensors: dict[str, Tensor]) -> dict
         return tensors[name].float()
 
     for name, _ in model.adapted_layers():
-        experts = range(config.num_experts)
-        state[f"{name}.experts.lora_a"] = get(f"{name}.lora_a") if config.shared_a else torch.stack([get(f"{name}.lora_a.{i}") for i in experts])
-        state[f"{name}.experts.lora_b"] = torch.stack([get(f"{name}.lora_b.{i}") for i in experts])
+        for part in ("lora_a", "lora_b"):
+            shared = part == "lora_a" and config.shared_a
+            own = [f"{name}.{part}.{expert}" for expert in range(config.num_experts)]
+            state[f"{name}.experts.{part}"] = get(f"{name}.{part}") if shared else torch.stack([get(one) for one in own])
     return state
 
 
@@ -174,11 +183,7 @@ def _routers(folder: Path, model: CumaModel, routers: list[list[dict[str, Tensor
 
 def _router_numbers(names: list[str], theirs: dict[str, Any]) -> dict[str, int]:
     """The number of each linear's router: distinct routers count in module order."""
-    groups = []
-    if theirs.get("share_router_for_qkv"):
-        groups.append(("q_proj", "k_proj", "v_proj"))
-    if theirs.get("share_router_for_w_i"):
-        groups.append(("gate_proj", "up_proj"))
+    groups = [group for flag, group in _SHARING.items() if theirs.get(flag)]
     order: dict[tuple[str, object], int] = {}
     numbers = {}
     for name in names:
@@ -186,7 +191,3 @@ def _router_numbers(names: list[str], theirs: dict[str, Any]) -> dict[str, int]:
         key = (parent, next((group for group in groups if leaf in group), leaf))
         numbers[name] = order.setdefault(key, len(order))
     return numbers
-
-
-def _owner(name: str) -> str:
-    return re.sub(r"\.lora_[ab](\.\d+)?$", "", name)
