@@ -99,6 +99,7 @@ def _stream(talker: Talker, messages: Sequence[dict[str, str]], who: Sequence[An
 
 
 def _compare(talker: Talker, profiles: Sequence[Any], prompt: str, options: Sequence[str], console: Console) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from cuma_ds.evaluation.talk import experts_of
@@ -111,10 +112,10 @@ def _compare(talker: Talker, profiles: Sequence[Any], prompt: str, options: Sequ
     if options:
         chosen = talker.choose(prompt, options, profiles)
         for index, option in enumerate(options):
-            table.add_row(option, *(f"{_bar(row[index], 12)} {row[index]:6.1%}" for row in chosen))
+            table.add_row(escape(option), *(f"{_bar(row[index], 12)} {row[index]:6.1%}" for row in chosen))
         table.add_section()
     else:
-        table.add_row("answer", *talker.answers(messages, profiles))
+        table.add_row("answer", *(escape(answer) for answer in talker.answers(messages, profiles)))
     gates_BRE = talker.gates(messages, profiles)
     for name, shares in [] if gates_BRE is None else experts_of(gates_BRE, talker.model.router_names):
         table.add_row(f"experts, {name}" if "." in name else name, *shares)
@@ -135,9 +136,9 @@ def _bar(share: float, width: int) -> str:
 def _chat(talker: Talker, given: Sequence[Any], console: Console) -> None:
     who = list(given[:1])
     messages: list[dict[str, str]] = []
-    console.print(
-        "Type a message; /help lists the commands." + ("" if who or not talker.takes_profiles else " Say who you are: /profile ...")
-    )
+    console.print("Type a message; /help lists the commands.")
+    if talker.takes_profiles and not who:
+        console.print("Say who you are first: /profile ...")
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()

@@ -116,7 +116,7 @@ class Talker:
     def _who(self, profiles: Sequence[Profile]) -> dict[str, Any]:
         return {"profiles": list(profiles)} if self.model.config.profile_dim else {}
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def _batch(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
         longest = max(len(row) for row in rows)
         padded = [[self.pad_id] * (longest - len(row)) + list(row) for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
@@ -137,7 +137,7 @@ def experts_of(gates_BRE: Tensor, names: Sequence[str], rows: int = 3) -> list[t
         shares = []
         for gate_E in gates_BRE[:, router]:
             top = gate_E.argsort(descending=True)[:2].tolist()
-            shares.append(", ".join(f"{expert} ({float(gate_E[expert]):.0%})" for expert in top if gate_E[expert] > 0))
+            shares.append(", ".join(f"{expert} ({float(gate_E[expert]):.0%})" for expert in top if gate_E[expert] >= 0.005))
         found.append((names[router], shares))
     if len(gates_BRE) > 1:
         same_B = torch.minimum(gates_BRE, gates_BRE[:1]).sum(dim=-1).mean(dim=1)

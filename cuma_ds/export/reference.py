@@ -65,7 +65,7 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
     )
     if unused:
         raise ModelError(f"{folder}: {unused[0]} belongs to no adapted linear of {base}; the two do not belong together")
-    model.load_adapter_state({name: tensor.to("meta") for name, tensor in state.items()})
+    model.load_adapter_state(state)  # on no memory; checks every name and shape
     profiles: dict[str, Any] = {"encoder": None, "template": "generic", "fields": []}
     if encoder is not None:
         width = ProfileEncoder(encoder).dim
