@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 import cuma_ds
@@ -40,7 +39,7 @@ from cuma_ds.export.modeling import (
     file_sha256,
 )
 from cuma_ds.export.source import modeling_source
-from cuma_ds.export.weights import copy_model_files, copy_weights
+from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer, skeleton
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
 from cuma_ds.profiles import ProfileTable
@@ -125,8 +124,7 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
     with output_folder(out) as folder:
         bare = skeleton(trained.base)
         inject_adapters(bare, trained.adapters).load_adapter_state(trained.state)  # on no memory; checks every name and shape
-        metadata = {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"}
-        save_file({name: tensor.contiguous() for name, tensor in trained.state.items()}, folder / ADAPTER_WEIGHTS, metadata=metadata)
+        save_tensors(folder / ADAPTER_WEIGHTS, trained.state, {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"})
         place = Path(trained.base.path).expanduser()
         export = describe(trained, bare.config) | {"sha256": file_sha256(folder / ADAPTER_WEIGHTS)}
         _dump(folder / ADAPTER_CONFIG, export)

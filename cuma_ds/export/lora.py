@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
@@ -31,6 +30,7 @@ from cuma_ds.evaluation.metrics import emd
 from cuma_ds.evaluation.run import load_trained
 from cuma_ds.export.hf import open_run, output_folder, portable
 from cuma_ds.export.modeling import Profile, warn_unknown_fields
+from cuma_ds.export.weights import save_tensors
 from cuma_ds.parallel.backbone import load_tokenizer
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
@@ -177,9 +177,9 @@ def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: 
     linears = dict(model.adapted_layers())
     tensors = {}
     for name, (a, b) in state.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous().cpu()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     targets = list(model.config.target_modules)
     if "all-linear" in targets:
         targets = sorted({name.rpartition(".")[2] for name in state})

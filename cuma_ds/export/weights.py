@@ -1,13 +1,17 @@
-"""Safetensors copied byte by byte into shards: the base weights of an export are never held in memory."""
+"""Safetensors written piece by piece: adapters are not held twice, and base weights are copied into shards without being held at all."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from cuma_ds.errors import ModelError
 
@@ -89,20 +93,35 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         raise ModelError(f"{file} is no readable safetensors file") from None
 
 
-def _write(path: Path, tensors: dict[str, _Stored]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, stored in tensors.items():
-        header[name] = {**stored.about, "data_offsets": [offset, offset + stored.size]}
-        offset += stored.size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write float32 tensors to a new safetensors file, one after another: nothing is held twice."""
+    abouts = {name: {"dtype": "F32", "shape": list(tensor.shape)} for name, tensor in tensors.items()}
     with path.open("xb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
+        out.write(_header(abouts, {name: tensor.numel() * 4 for name, tensor in tensors.items()}, metadata))
+        for tensor in tensors.values():
+            out.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+
+
+def _write(path: Path, tensors: dict[str, _Stored]) -> None:
+    with path.open("xb") as out:
+        sizes = {name: stored.size for name, stored in tensors.items()}
+        out.write(_header({name: stored.about for name, stored in tensors.items()}, sizes, {"format": "pt"}))
         for stored in tensors.values():
             with stored.file.open("rb") as stream:
                 stream.seek(stored.start)
                 _copy(stream, out, stored.size)
+
+
+def _header(abouts: Mapping[str, dict[str, Any]], sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    """The start of a safetensors file whose tensors follow in this order without gaps."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, about in abouts.items():
+        header[name] = {**about, "data_offsets": [offset, offset + sizes[name]]}
+        offset += sizes[name]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _copy(stream: Any, out: Any, size: int) -> None:
