@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cuma_ds.errors import ModelError
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
