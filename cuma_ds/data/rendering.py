@@ -68,6 +68,10 @@ class Renderer:
         text = self._text([{"role": "user", "content": "\n".join(lines)}], sentence, answer_next=True)
         return self._ids(text)[-self.max_length :]
 
+    def encode_prompt(self, messages: Sequence[Message], sentence: str) -> list[int]:
+        """Token ids of a conversation that the assistant is to continue, uncut."""
+        return self._ids(self._text(messages, sentence, answer_next=True))
+
     def letter_ids(self, count: int) -> list[int]:
         """The token of each of the first ``count`` letters, as it would follow :meth:`encode_choice`.
 

@@ -1,0 +1,136 @@
+"""The model card of an export: what it was trained on, how it was judged, what it is for and what it must not be used for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cuma_ds.config import RunConfig
+from cuma_ds.data.prepared import PreparedData
+
+_USE = """\
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+inputs = tokenizer("Happiness is", return_tensors="pt")
+tokens = model.generate(**inputs, {argument}max_new_tokens=20)
+```
+
+`FOLDER` is this folder on your disk: with PEFT installed, transformers would take a hub id for a PEFT adapter, so download it first
+(`huggingface_hub.snapshot_download`). {profiles}
+With cuma-ds installed, `cuma_ds.load_exported(FOLDER)` does the same and runs no code from this folder.
+"""
+_RISK = """\
+## Intended use and risks
+
+Meant for research on how opinions differ between groups of people, and for assistants whose users chose to say who they are. The model
+predicts what people with a profile *on average* answered; **it stereotypes by construction**. Individuals differ from the average
+of their country, religion or age group, and groups with few answers are represented badly. Do not use it to infer what a particular person
+believes, to decide about people (hiring, credit, policing, health, asylum), to impersonate groups in public debate, or in place of
+asking them.
+Profiles are sensitive personal data: ask for consent, do not log them, and let people leave fields out.
+"""
+
+
+def model_card(export: Mapping[str, Any], story: str, base: Path, merged: bool) -> str:
+    """README.md of an exported folder.
+
+    Args:
+        export: the content of adapter_config.json.
+        story: where the adapters come from, as Markdown.
+        base: the base model's folder, if it is one; its licence is read there.
+        merged: whether the base weights are inside.
+    """
+    licence = base_licence(base)
+    name = str(export["base_model_name_or_path"])
+    name = Path(name).name if Path(name).is_dir() else name
+    head = ["---", f"license: {licence or 'other'}", "library_name: transformers", "pipeline_tag: text-generation", f"base_model: {name}"]
+    head += ["tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]", "---", "", f"# CuMA adapters for {name}", ""]
+    adapters = export["adapters"]
+    routed = "the token and the profile" if adapters["profile_dim"] else "the token"
+    if adapters["method"] == "lora":
+        routed = "nothing (one expert)"
+    text = (
+        f"A frozen {name} with {adapters['num_experts']} LoRA experts of rank {adapters['lora_r']} beside each of "
+        f"{', '.join(adapters['target_modules'])}, {adapters['top_k']} of them active per token, routed by {routed} "
+        "([CuMA](https://arxiv.org/abs/2601.04885)). "
+        + ("The base weights are inside, in `base/`." if merged else "The base weights are not inside.")
+    )
+    about = export["profiles"]
+    if not adapters["profile_dim"]:
+        argument, profiles = "", "These adapters take no profiles."
+    elif about.get("encoder"):
+        encoder = Path(about["encoder"]).name if Path(about["encoder"]).is_dir() else about["encoder"]
+        argument = 'profiles=[{"country": "Norway", "age": 34}], '
+        fields = f" Fields it was trained with: {', '.join(about['fields'])}." if about.get("fields") else ""
+        profiles = (
+            f"A profile is text or fields, embedded by the sentence encoder {encoder} (template `{about['template']}`); "
+            f"`profile_embeddings` [B, {adapters['profile_dim']}] work too.{fields} `base_model=` and `encoder=` name other places."
+        )
+    else:
+        argument = "profile_embeddings=embeddings, "
+        profiles = f"No sentence encoder is named: give `profile_embeddings` [B, {adapters['profile_dim']}], or load with `encoder=FOLDER`."
+    licence_text = (
+        f"The base model's licence ({licence}) applies to it and to what is derived from it."
+        if licence
+        else "The base model's licence applies to it and to what is derived from it; its folder names none; look it up."
+    )
+    use = _USE.replace("{argument}", argument).replace("{profiles}", profiles)
+    return "\n".join([*head, text, "", story.strip(), "", use, _RISK, "## Licence", "", licence_text, ""])
+
+
+def run_section(run_dir: Path, config: RunConfig, data: PreparedData, checkpoint: str) -> str:
+    """What a run was trained on and how it did, as Markdown."""
+    kind = "choice questions" if data.kind == "choice" else "conversations"
+    lines = [
+        "## Training", "",
+        f"Run `{config.run.name}`, checkpoint `{checkpoint}`: {config.training.objective}, seed {config.run.seed}, "
+        f"{config.training.global_batch_size} examples per step, peak learning rate {config.training.learning_rate:g}.",
+        f"Data: {data.manifest['source']} ({kind}), split by person; profiles in {len(data.profiles):,} variants.",
+        "", "| split | people | answers | profiles |", "|---|---:|---:|---:|",
+    ]  # fmt: skip
+    names = {"train": "training", "test": "test (other people, same countries)", "heldout": "held out (never trained on)"}
+    for split, size in data.manifest["splits"].items():
+        lines.append(f"| {names.get(split, split)} | {size['people']:,} | {size['answers']:,} | {size['profiles']:,} |")
+    return "\n".join([*lines, "", "## Evaluation", "", *_metrics(run_dir / "evaluation" / "report.json", checkpoint)])
+
+
+def _metrics(file: Path, checkpoint: str) -> list[str]:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if report["checkpoint"] != checkpoint:
+            return [f"Not evaluated: the run's report is about {report['checkpoint']}."]
+        lines = []
+        for split, content in report["splits"].items():
+            rows = content["rows"]
+            columns = list(next(iter(rows.values())))
+            lines += [f"| {split} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+            for name, values in rows.items():
+                cells = ("–" if values[column] is None else f"{values[column]:.4f}" for column in columns)
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append("")
+        return [
+            *lines,
+            "before: the bare base model; swapped: asked with somebody else's profile; collapse: one answer for everyone; "
+            "oracle: each group's own training answers.",
+        ]
+    except (OSError, ValueError, KeyError, StopIteration, TypeError):
+        return ["Not evaluated yet (`launchers/evaluate.py`)."]
+
+
+def base_licence(folder: Path) -> str | None:
+    """The licence a model folder's README names in its front matter."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    match = re.search(r"^licen[sc]e:\s*(\S+)", front[1], re.MULTILINE) if front else None
+    return match[1] if match else None

@@ -1,0 +1,206 @@
+"""Trained adapters as a folder that transformers loads: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+
+The folder holds::
+
+    config.json, modeling_cuma.py            what transformers needs; the code is the package's own, in one file
+    adapter_config.json                      the adapters, the base model, how a profile becomes a vector, how prompts were written
+    adapter_model.safetensors                routers, experts (float32, full expert dimension) and the profile standardisation
+    tokenizer files, README.md               the base model's tokenizer; a model card written from the run
+    base/                                    only in ``hf-merged-repo``: the base model itself
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import cuma_ds
+from cuma_ds.adapters import CumaConfig, inject_adapters
+from cuma_ds.config import ModelSection, RunConfig, load_config
+from cuma_ds.data.prepared import PreparedData
+from cuma_ds.errors import CheckpointError, ModelError
+from cuma_ds.export.card import model_card, run_section
+from cuma_ds.export.modeling import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_FACTS,
+    BASE_FOLDER,
+    EXPORT_FORMAT,
+    CumaForCausalLM,
+    base_fact,
+    file_sha256,
+)
+from cuma_ds.export.source import modeling_source
+from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
+from cuma_ds.parallel.backbone import load_backbone, load_tokenizer, skeleton
+from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
+from cuma_ds.profiles import ProfileTable
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Adapters ready to be exported, from a run or from the authors' format.
+
+    Attributes:
+        adapters: with ``profile_dim`` set.
+        state: as :meth:`CumaModel.load_adapter_state` takes it.
+        base: the frozen model they belong to.
+        profiles: encoder (or None), its fingerprint, template, and the field names of the training profiles.
+        prompt: how training wrote prompts (max_length, profile_in_prompt, system_prompt).
+        story: where they come from, as Markdown for the model card.
+    """
+
+    adapters: CumaConfig
+    state: dict[str, Tensor]
+    base: ModelSection
+    profiles: dict[str, Any]
+    prompt: dict[str, Any] = field(default_factory=dict)
+    story: str = ""
+
+
+def open_run(run_dir: str | Path) -> tuple[Path, RunConfig]:
+    """A run folder and its recipe.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves")
+    return run_dir, load_config(run_dir / "config.yaml")
+
+
+def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
+    """The adapters of one checkpoint of a run, written by any world size and ZeRO stage; no process group, no backbone weights.
+
+    Args:
+        run_dir: a run folder as training leaves it.
+        step: which checkpoint; the newest complete one by default.
+
+    Raises:
+        CumaError: the folder or the checkpoint cannot be used; says why.
+    """
+    run_dir, config = open_run(run_dir)
+    checkpoint = find_checkpoint(run_dir, step)
+    data = PreparedData.load(run_dir / "data")
+    profiles: dict[str, Any] = {"encoder": None, "template": config.profiles.template, "fields": []}
+    width = 0
+    if config.adapters.uses_profiles:
+        table = ProfileTable.load(run_dir / "profiles.safetensors")
+        width = table.embeddings.shape[1]
+        profiles["encoder"] = portable(str(config.profiles.encoder))
+        profiles["fingerprint"] = table.fingerprint
+        profiles["fields"] = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
+    return Trained(
+        adapters=config.adapters.model_copy(update={"profile_dim": width}),
+        state=read_adapters(checkpoint),
+        base=config.model,
+        profiles=profiles,
+        prompt={key: getattr(config.data, key) for key in ("max_length", "profile_in_prompt", "system_prompt")},
+        story=run_section(run_dir, config, data, checkpoint.name),
+    )
+
+
+def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
+    """Write the folder, all of it or nothing.
+
+    Args:
+        trained: what to export.
+        out: a folder that does not exist or is empty.
+        merged: also put the base model inside, its safetensors in shards of at most 5 GB.
+
+    Raises:
+        CheckpointError: ``out`` cannot be written or is not empty.
+        ModelError: the adapters do not fit the base model; names the tensor.
+    """
+    with output_folder(out) as folder:
+        bare = skeleton(trained.base)
+        inject_adapters(bare, trained.adapters).load_adapter_state(trained.state)  # on no memory; checks every name and shape
+        save_tensors(folder / ADAPTER_WEIGHTS, trained.state, {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"})
+        place = Path(trained.base.path).expanduser()
+        export = describe(trained, bare.config) | {"sha256": file_sha256(folder / ADAPTER_WEIGHTS)}
+        _dump(folder / ADAPTER_CONFIG, export)
+        auto_map = {"AutoConfig": "modeling_cuma.CumaExportConfig", "AutoModelForCausalLM": "modeling_cuma.CumaForCausalLM"}
+        _dump(folder / "config.json", {"model_type": "cuma", "architectures": ["CumaForCausalLM"], "auto_map": auto_map})
+        (folder / "modeling_cuma.py").write_text(modeling_source(), encoding="utf-8")
+        with contextlib.suppress(ModelError):  # without one, the export takes token ids only
+            load_tokenizer(trained.base).save_pretrained(folder)
+        if merged:
+            if not place.is_dir():
+                place = _from_hub(trained.base.path)
+            (folder / BASE_FOLDER).mkdir()
+            copy_model_files(place, folder / BASE_FOLDER)
+            copy_weights(place, folder / BASE_FOLDER)
+        (folder / "README.md").write_text(model_card(export, trained.story, place, merged), encoding="utf-8")
+    return Path(out)
+
+
+def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
+    """The content of ``adapter_config.json``, without the hash of the weights."""
+    facts = {name: base_fact(base_config, name) for name in BASE_FACTS}
+    return {
+        "peft_type": "CUMA",
+        "format_version": EXPORT_FORMAT,
+        "base_model_name_or_path": portable(trained.base.path),
+        "adapters": trained.adapters.model_dump(mode="json"),
+        "profiles": trained.profiles,
+        "prompt": trained.prompt,
+        "base": {**facts, "dtype": trained.base.dtype, "trust_remote_code": trained.base.trust_remote_code},
+    }
+
+
+def load_run(run_dir: str | Path, step: int | None = None) -> CumaForCausalLM:
+    """One checkpoint of a run, ready to be called with profiles as an exported model is (arguments as in :func:`read_run`)."""
+    trained = read_run(run_dir, step)
+    base = load_backbone(trained.base)
+    return CumaForCausalLM.of(base, describe(trained, base.config), trained.state)
+
+
+@contextlib.contextmanager
+def output_folder(out: str | Path) -> Iterator[Path]:
+    """A new folder that takes its place only when everything in it was written.
+
+    Raises:
+        CheckpointError: the place is taken by something that is not empty, or cannot be written.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"--out {out} exists and is not empty; nothing is overwritten, choose another folder")
+    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            beside.replace(out)
+        except OSError as error:
+            raise CheckpointError(f"--out {out} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def portable(path: str) -> str:
+    """A folder by its full path, so that the export can be loaded from anywhere; a hub id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.py", "README.md"]))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"the base model {name} cannot be brought from the hub: {reason}") from None
+
+
+def _dump(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

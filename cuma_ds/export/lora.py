@@ -1,0 +1,266 @@
+"""One profile as a plain LoRA adapter, for PEFT and multi-LoRA serving engines that know nothing of routing.
+
+With a fixed gate g, sum_i g_i B_i A_i is one low-rank product: the A_i stacked, the g_i B_i side by side. The gate of one profile is fixed
+where the router does not look at the token; elsewhere its mean over prompts is taken, and what that costs is measured.
+
+Shapes: R routers, E experts, D input features, O output features, r rank of one expert, P profile width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
+from cuma_ds.adapters.gate import compute_gate
+from cuma_ds.adapters.layer import AdaptedLinear
+from cuma_ds.adapters.router import Router
+from cuma_ds.data.batching import EncodedExample, encode_example
+from cuma_ds.data.prepared import PreparedData
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.errors import ConfigError, DataError
+from cuma_ds.evaluation.forward import forward_batches
+from cuma_ds.evaluation.metrics import emd
+from cuma_ds.evaluation.run import load_trained
+from cuma_ds.export.hf import open_run, output_folder, portable
+from cuma_ds.export.modeling import Profile, warn_unknown_fields
+from cuma_ds.export.weights import save_tensors
+from cuma_ds.parallel.backbone import load_tokenizer
+from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
+from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
+
+
+def write_lora(
+    run_dir: str | Path, profiles: Sequence[Profile], out: str | Path, step: int | None = None, prompts: int = 64
+) -> dict[str, Any]:
+    """Write ``out/profile-N/`` for the N-th profile, each a PEFT adapter, and ``out/report.json``.
+
+    No profile text is written: adapters are numbered in the order of ``profiles``.
+
+    Args:
+        run_dir: a run folder as training leaves it.
+        profiles: whom the adapters are for; empty for methods that take no profiles.
+        out: a folder that does not exist or is empty.
+        step: checkpoint; the newest by default.
+        prompts: training prompts that the gate is averaged over, and held-out prompts that the divergence is measured on.
+
+    Returns:
+        The report: for each profile ``exact``, ``rank``, and without exactness ``kl_mean``, ``kl_max`` (nats per predicted token) and
+        ``emd_mean``, ``emd_max`` (between the answer distributions; no distance to people's answers changes by more).
+
+    Raises:
+        CumaError: the run, a profile or the output folder cannot be used.
+    """
+    run_dir, config = open_run(run_dir)
+    if config.adapters.uses_profiles and not profiles:
+        raise ConfigError("--format lora needs at least one --profile: these adapters are routed by who is asking")
+    if profiles and not config.adapters.uses_profiles:
+        raise ConfigError(f"--profile was given, but method {config.adapters.method!r} takes no profiles; leave it out")
+    if prompts < 1:
+        raise ConfigError(f"--calibration is {prompts}; at least one prompt is needed")
+    checkpoint = find_checkpoint(run_dir, step)
+    data = PreparedData.load(run_dir / "data")
+    table = ProfileTable.load(run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
+    sentences = [linearize(profile, config.profiles.template) for profile in profiles]
+    known = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
+    for profile in profiles:
+        warn_unknown_fields(profile, known)
+    with output_folder(out) as folder:
+        model = load_trained(config, read_adapters(checkpoint), table)
+        tokenizer = load_tokenizer(config.model)
+        renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
+        embeddings = [None] if table is None else list(_embed(sentences, table, str(config.profiles.encoder)))
+        measure = _Measure(
+            config.evaluation.batch_size, next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        )
+
+        def examples(split: str, sentence: str) -> list[EncodedExample]:
+            rows = data.splits[split]
+            chosen = np.random.default_rng(0).permutation(len(rows))[:prompts]
+            return [encode_example({**rows[int(row)], "profile": 0}, renderer, [sentence], config.data) for row in chosen]
+
+        split = next((name for name in ("test", "heldout") if len(data.splits[name])), "train")
+        found = []
+        for sentence, embedding in zip(sentences or [""], embeddings, strict=True):
+            exact = all(fixed_gate(router) for router in _routers(model))
+            gate_RE = constant_gates(model, embedding) if exact else measure.mean_gates(model, examples("train", sentence), embedding)
+            held_out = [] if exact else examples(split, sentence)
+            found.append((exact, gate_RE, held_out, [] if exact else measure.distributions(model, held_out, embedding)))
+        states = [fold(model, gate_RE) for _, gate_RE, _, _ in found]
+        plain = plain_lora(model, states)
+        rows = []
+        for number, (state, (exact, _, held_out, before)) in enumerate(zip(states, found, strict=True), start=1):
+            rank = next(iter(state.values()))[0].shape[0]
+            row: dict[str, Any] = {"exact": exact, "rank": rank}
+            if not exact:
+                set_lora(plain, state)
+                row |= divergence(before, measure.distributions(plain, held_out, None), held_out, choice=data.kind == "choice")
+                row["prompts"] = {"averaged over": min(prompts, len(data.splits["train"])), "measured on": len(held_out), "split": split}
+            rows.append(row)
+            write_peft(folder / f"profile-{number}", state, model, portable(config.model.path))
+        report = {"run": config.run.name, "checkpoint": checkpoint.name, "profiles": rows}
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def fixed_gate(router: Router) -> bool:
+    """Whether the gate is the same for every token of a profile: a zero somewhere on the way from the token to the logits."""
+    weights = [router.weight_h, *(layer.weight for layer in router._linears())]
+    return router.config.num_experts == 1 or any(not bool(weight.any()) for weight in weights)
+
+
+@torch.no_grad()
+def constant_gates(model: CumaModel, embedding_P: Tensor | None) -> Tensor:
+    """The gates [R, E] of one profile where no router looks at the token; [0, 1] without routers."""
+    profiles_NP = None if embedding_P is None else ((embedding_P.to(model.profile_mean) - model.profile_mean) * model.profile_scale)[None]
+    gates = []
+    for router in _routers(model):
+        nothing_TD = torch.zeros_like(router.weight_h[:1])
+        logits_TE = router.logits(nothing_TD, profiles_NP, torch.zeros(1, dtype=torch.long, device=nothing_TD.device))
+        gates.append(compute_gate(logits_TE, model.config.top_k, model.config.gate_norm).weight_TE[0].cpu())
+    return torch.stack(gates) if gates else torch.zeros(0, 1)
+
+
+def fold(model: CumaModel, gate_RE: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Plain LoRA factors (A [rank, D], B [O, rank]) of every adapted linear with the gate fixed; B carries the gate.
+
+    Experts whose gate is zero in every router of the model are left out; a shared A stays one block of rank r.
+    """
+    count = int((gate_RE != 0).sum(dim=1).max()) if len(gate_RE) else 1
+    # All linears get one rank: serving engines want it, and zero blocks fill up where fewer experts answer.
+    order_RK = gate_RE.abs().argsort(dim=1, descending=True, stable=True)[:, :count]
+    factors = {}
+    for name, layer in model.adapted_layers():
+        (router,) = layer._router_ref
+        gate_E = torch.ones(1) if router is None else gate_RE[router.index].float()
+        kept_K = torch.zeros(1, dtype=torch.long) if router is None else order_RK[router.index]
+        a = layer.experts.lora_a.detach().float().cpu()
+        b = layer.experts.lora_b.detach().float().cpu() * gate_E[:, None, None]
+        if model.config.shared_a:
+            factors[name] = (a, b.sum(dim=0))
+        else:
+            factors[name] = (a[kept_K].flatten(0, 1), b[kept_K].transpose(0, 1).flatten(1))
+    return factors
+
+
+def plain_lora(model: CumaModel, states: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> CumaModel:
+    """The same backbone with plain LoRA of the states' rank instead of the mixture; ``model`` cannot be used afterwards."""
+    for name, layer in list(model.adapted_layers()):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.base_model.get_submodule(parent), leaf, layer.base)
+    rank = max(a.shape[0] for state in states for a, _ in state.values())
+    config = CumaConfig(
+        method="lora", lora_r=rank, lora_alpha=model.config.scaling * rank, target_modules=tuple(states[0]), num_experts=1, top_k=1
+    )
+    return inject_adapters(model.base_model, config).eval()
+
+
+@torch.no_grad()
+def set_lora(plain: CumaModel, state: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Give a model made by :func:`plain_lora` one profile's factors."""
+    for name, layer in plain.adapted_layers():
+        a, b = state[name]
+        layer.experts.lora_a.zero_()[0, : a.shape[0]] = a
+        layer.experts.lora_b.zero_()[0, :, : b.shape[1]] = b
+
+
+def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: CumaModel, base: str) -> None:
+    """``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT, vLLM and SGLang read them."""
+    folder.mkdir()
+    rank = next(iter(state.values()))[0].shape[0]
+    linears = dict(model.adapted_layers())
+    tensors = {}
+    for name, (a, b) in state.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    save_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    targets = list(model.config.target_modules)
+    if "all-linear" in targets:
+        targets = sorted({name.rpartition(".")[2] for name in state})
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": model.config.scaling * rank,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": any(type(layer.base).__name__ == "Conv1D" for layer in linears.values()),
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def divergence(before: Sequence[Tensor], after: Sequence[Tensor], examples: Sequence[EncodedExample], choice: bool) -> dict[str, float]:
+    """How far the plain LoRA's predictions are from the mixture's.
+
+    Args:
+        before, after: log-probabilities [positions, V] of each example, of the mixture and of the plain LoRA.
+        examples: the prompts.
+        choice: whether they are choice questions, whose options' letters are the targets.
+    """
+    kl = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(before, after, strict=True)]).clamp(min=0)
+    found = {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
+    if choice:
+        answers = [
+            (p[-1, example.target_token].softmax(dim=0).numpy(), q[-1, example.target_token].softmax(dim=0).numpy())
+            for p, q, example in zip(before, after, examples, strict=True)
+        ]
+        distances = [float(emd(p, q)) for p, q in answers]
+        found |= {"emd_mean": float(np.mean(distances)), "emd_max": max(distances)}
+    return found
+
+
+class _Measure:
+    """Runs examples through a model as one profile."""
+
+    def __init__(self, batch_size: int, pad_id: int) -> None:
+        self.batch_size, self.pad_id = batch_size, pad_id
+
+    def mean_gates(self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None) -> Tensor:
+        """Mean gate [R, E] over all real tokens of the prompts."""
+        total_RE, tokens = torch.zeros(()), 0
+        for indices, _, _, gates_BRE in self._run(model, examples, embedding_P, record=True):
+            for row, index in enumerate(indices):
+                assert gates_BRE is not None
+                total_RE = total_RE + gates_BRE[row].double() * len(examples[index].input_ids)
+                tokens += len(examples[index].input_ids)
+        return total_RE / tokens
+
+    def distributions(self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None) -> list[Tensor]:
+        """Next-token log-probabilities [positions, V] of each example, at the positions that predict a target."""
+        found: list[Tensor] = [torch.empty(0)] * len(examples)
+        for indices, batch, logits, _ in self._run(model, examples, embedding_P):
+            for row, index in enumerate(indices):
+                positions = batch.target_position[batch.target_row == row].unique()
+                found[index] = logits[row, positions].cpu().double().log_softmax(dim=-1)
+        return found
+
+    def _run(self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None, record: bool = False) -> Any:
+        embeddings = None if embedding_P is None else embedding_P[None]
+        device = next(model.parameters()).device
+        return forward_batches(model, examples, embeddings, self.batch_size, self.pad_id, device, record)
+
+
+def _routers(model: CumaModel) -> list[Router]:
+    return [layer.router for _, layer in model.adapted_layers() if layer.owns_router and isinstance(layer, AdaptedLinear) and layer.router]
+
+
+def _embed(sentences: Sequence[str], table: ProfileTable, encoder: str) -> Tensor:
+    """Raw embeddings [N, P]: rows of the run's own table, the encoder's for sentences it does not have."""
+    known = dict(zip(table.sentences, table.embeddings, strict=True))
+    missing = [sentence for sentence in dict.fromkeys(sentences) if sentence not in known]
+    if missing:
+        made_by = ProfileEncoder(encoder)
+        if made_by.fingerprint != table.fingerprint:
+            raise DataError(f"the sentence encoder {encoder} is not the one this run was trained with; restore it")
+        known |= dict(zip(missing, made_by(missing), strict=True))
+    return torch.stack([known[sentence] for sentence in sentences])

@@ -1,0 +1,281 @@
+"""An exported model, loaded and called with torch and transformers alone; its source travels inside every exported folder.
+
+Shapes: B sequences, N profiles, P profile width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from cuma_ds.adapters.config import CumaConfig
+from cuma_ds.adapters.inject import inject_adapters
+from cuma_ds.adapters.model import CumaModel
+from cuma_ds.errors import CheckpointError, ModelError, nearest
+from cuma_ds.profiles.encoder import ProfileEncoder
+from cuma_ds.profiles.linearize import linearize
+
+EXPORT_FORMAT = 1
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FOLDER = "adapter_config.json", "adapter_model.safetensors", "base"
+# What two models must share for adapters of the one to make sense on the other.
+BASE_FACTS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+
+Profile = Mapping[str, Any] | str
+
+
+class CumaExportConfig(PreTrainedConfig):
+    """``config.json`` of an exported folder; what the adapters are stands in ``adapter_config.json``."""
+
+    model_type = "cuma"
+
+
+class CumaForCausalLM(CumaModel):
+    """A frozen backbone with trained adapters; ``forward`` and ``generate`` also take profiles as text or fields.
+
+    What this class does not define (``device``, ``dtype``, ``generation_config``, ...) is the backbone's.
+
+    Attributes:
+        export: the content of ``adapter_config.json``.
+        encoder_path: sentence encoder for ``profiles``; loaded at the first use.
+    """
+
+    config_class = CumaExportConfig
+    export: dict[str, Any]
+    encoder_path: str | None
+    _encoder: ProfileEncoder | None
+    _embedded: dict[str, Tensor]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *_: Any,
+        dtype: torch.dtype | str | None = None,
+        base_model: str | None = None,
+        encoder: str | None = None,
+        trust_remote_code: bool | None = None,
+        **kwargs: Any,
+    ) -> CumaForCausalLM:
+        """Load an exported folder (or a hub id of one), in eval mode and frozen.
+
+        Args:
+            folder: what ``launchers/export.py --format hf`` wrote.
+            dtype: of the backbone; by default the one it was trained with. Adapters are float32.
+            base_model: folder or hub id of the backbone, if it is not where the export says.
+            encoder: folder or hub id of the sentence encoder, if it is not where the export says.
+            trust_remote_code: allow code that comes with the *backbone*; only passed on if the training run needed it.
+            kwargs: for the backbone's ``from_pretrained`` (``device_map``, ``attn_implementation``, ...).
+
+        Raises:
+            CheckpointError: the folder is no export, or its weights were changed.
+            ModelError: the backbone is missing or another one.
+        """
+        hub: dict[str, Any] = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        for key in ("config", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash", "force_download", "subfolder"):
+            kwargs.pop(key, None)
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        place = _export_folder(str(folder), hub)
+        export = read_export(place)
+        state = _read_weights(place, export)
+        facts = export["base"]
+        inside = (place / BASE_FOLDER / "config.json").is_file()
+        path = base_model or (str(place / BASE_FOLDER) if inside else export["base_model_name_or_path"])
+        try:
+            base = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=facts["dtype"] if dtype in (None, "auto") else dtype,
+                trust_remote_code=bool(trust_remote_code and facts.get("trust_remote_code")),
+                **kwargs,
+            )
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise ModelError(f"the base model {path} cannot be loaded: {reason} (base_model= names another place)") from None
+        _check_base(str(path), base.config, facts)
+        return cls.of(base, export, state, encoder)
+
+    @classmethod
+    def of(cls, base: nn.Module, export: dict[str, Any], state: dict[str, Tensor], encoder: str | None = None) -> CumaForCausalLM:
+        """Put the adapters that ``export`` describes into a loaded backbone, in eval mode and frozen."""
+        injected = inject_adapters(base, CumaConfig(**export["adapters"]))
+        model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
+        model.load_adapter_state(state)
+        device = next(base.parameters()).device
+        model.profile_mean, model.profile_scale = model.profile_mean.to(device), model.profile_scale.to(device)
+        model.export = export
+        model.encoder_path = encoder or export["profiles"].get("encoder")
+        model._encoder, model._embedded = None, {}
+        return model.eval().requires_grad_(False)
+
+    def forward(
+        self, *args: Any, profiles: Sequence[Profile] | None = None, profile_embeddings: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The backbone's forward, see :meth:`CumaModel.forward`.
+
+        Args:
+            profiles: one per sequence, or a single one for all of them: a sentence, or fields such as ``{"country": "Norway"}``.
+            profile_embeddings: [B, P] (or [1, P]) raw sentence embeddings instead of ``profiles``.
+        """
+        if kwargs.get("profile_index") is None:
+            profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
+        return super().forward(*args, profile_embeddings=profile_embeddings, **kwargs)
+
+    def generate(
+        self, *args: Any, profiles: Sequence[Profile] | None = None, profile_embeddings: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """The backbone's ``generate``, every prompt with its own profile (arguments as in :meth:`forward`)."""
+        profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
+        return super().generate(*args, profile_embeddings=profile_embeddings, **kwargs)
+
+    def embed_profiles(self, profiles: Sequence[Profile]) -> Tensor:
+        """Raw embeddings [N, P] float32 of profiles; each distinct sentence is embedded once.
+
+        A field that no training profile had is a warning: the model cannot know what it means.
+
+        Raises:
+            ModelError: the adapters take no profiles, or the encoder is missing or another one.
+            DataError: a profile without any answer.
+        """
+        about = self.export["profiles"]
+        if not self.config.profile_dim:
+            raise ModelError("profiles were given, but these adapters take none (profile_dim is 0)")
+        if isinstance(profiles, str | Mapping):
+            raise ModelError("profiles is a list with one profile per sequence, not a single profile; write profiles=[...]")
+        for profile in profiles:
+            warn_unknown_fields(profile, about.get("fields") or ())
+        sentences = [linearize(profile, about["template"]) for profile in profiles]
+        missing = sorted(set(sentences) - self._embedded.keys())
+        if missing:
+            self._embedded.update(zip(missing, self._load_encoder()(missing), strict=True))
+        return torch.stack([self._embedded[sentence] for sentence in sentences])
+
+    def _load_encoder(self) -> ProfileEncoder:
+        if self._encoder is None:
+            if self.encoder_path is None:
+                raise ModelError("this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER")
+            encoder = ProfileEncoder(self.encoder_path)
+            known = self.export["profiles"].get("fingerprint")
+            what = f"the sentence encoder {encoder.folder}"
+            if encoder.dim != self.config.profile_dim:
+                raise ModelError(f"{what} has width {encoder.dim}; the adapters take {self.config.profile_dim}")
+            if known and encoder.fingerprint != known:
+                raise ModelError(f"{what} is not the one these adapters were trained with (its fingerprint differs)")
+            self._encoder = encoder
+        return self._encoder
+
+    def _one_per_row(self, rows: int, profiles: Sequence[Profile] | None, embeddings: Tensor | None) -> Tensor | None:
+        if profiles is not None:
+            if embeddings is not None:
+                raise ModelError("profiles and profile_embeddings were both given; give one of them")
+            embeddings = self.embed_profiles(profiles)
+        if embeddings is None or embeddings.dim() != 2:
+            return embeddings  # refused further down, where the needed shape is known
+        if embeddings.shape[0] not in (1, rows):
+            raise ModelError(f"{embeddings.shape[0]} profiles were given for {rows} sequences; give one for each, or a single one for all")
+        return embeddings.expand(rows, -1)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Nothing to remember: an exported folder already carries its code."""
+
+
+def load_exported(folder: str | Path, dtype: torch.dtype | str | None = None, **kwargs: Any) -> CumaForCausalLM:
+    """Load an exported folder with the installed package; no code from the folder runs.
+
+    Arguments and errors as in :meth:`CumaForCausalLM.from_pretrained`.
+    """
+    return CumaForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+
+
+def warn_unknown_fields(profile: Profile, known: Sequence[str]) -> None:
+    """Warn about fields that no training profile had."""
+    if isinstance(profile, str) or not known:
+        return
+    plain = {name.replace("_", " ").lower() for name in known}
+    for name in profile:
+        if str(name).replace("_", " ").lower() not in plain:
+            guess = nearest(str(name), known)
+            message = f"the profile field {str(name)!r} is unknown to this model{guess}; it was trained with {', '.join(known)}"
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of an exported folder.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another kind.
+    """
+    try:
+        export = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        kind = export["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{folder} is no exported model: {ADAPTER_CONFIG} is missing or damaged") from None
+    if kind != "CUMA" or "adapters" not in export:
+        hint = "; import it first (--from-reference)" if kind == "CuMA" else ""
+        raise CheckpointError(f"{folder} holds adapters of type {kind}, not an export of cuma-ds{hint}")
+    if export.get("format_version") != EXPORT_FORMAT:
+        raise CheckpointError(f"{folder} has export format {export.get('format_version')}; this version reads {EXPORT_FORMAT}")
+    return export
+
+
+def file_sha256(file: Path) -> str:
+    """Hex digest of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _export_folder(path: str, hub: dict[str, Any]) -> Path:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no exported model at {path}; expected a folder made by launchers/export.py, or a hub id of one")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, **hub))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is neither a folder nor an exported model the hub gives us: {reason}") from None
+
+
+def _read_weights(folder: Path, export: Mapping[str, Any]) -> dict[str, Tensor]:
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is incomplete: {ADAPTER_WEIGHTS} is missing")
+    if file_sha256(file) != export["sha256"]:
+        raise CheckpointError(f"{file} was changed after the export: its sha256 is not the one in {ADAPTER_CONFIG}; export again")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is no readable safetensors file: {error}") from None
+
+
+def _check_base(path: str, config: Any, facts: Mapping[str, Any]) -> None:
+    for name in BASE_FACTS:
+        wanted, there = facts.get(name), base_fact(config, name)
+        if wanted is not None and there != wanted:
+            raise ModelError(f"{path} is the wrong base model: its {name} is {there}, the adapters were trained on one with {wanted}")
+
+
+def base_fact(config: Any, name: str) -> Any:
+    """One of :data:`BASE_FACTS` from a transformers configuration (of its text part, for models with several)."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config if name == "model_type" else text, name, None)

@@ -1,0 +1,138 @@
+"""Safetensors written piece by piece: adapters are not held twice, and base weights are copied into shards without being held at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cuma_ds.errors import ModelError
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor as it lies in a file: header entry without offsets, and where its bytes are."""
+
+    about: dict[str, Any]
+    file: Path
+    start: int
+    size: int
+
+
+def copy_weights(source: Path, target: Path, shard_bytes: int = 5 * 10**9) -> int:
+    """Copy the weights of a model folder into ``target`` as ``model[-I-of-N].safetensors``; values and dtypes stay.
+
+    Args:
+        source: a Hugging Face model folder with safetensors.
+        target: an existing folder.
+        shard_bytes: most bytes of tensors per file (a single larger tensor gets a file of its own).
+
+    Returns:
+        The number of shards.
+
+    Raises:
+        ModelError: there are no safetensors, or a file is missing or damaged.
+    """
+    tensors = {name: stored for file in _weight_files(source) for name, stored in _read_header(file).items()}
+    shards: list[dict[str, _Stored]] = [{}]
+    for name, stored in tensors.items():
+        if shards[-1] and sum(other.size for other in shards[-1].values()) + stored.size > shard_bytes:
+            shards.append({})
+        shards[-1][name] = stored
+    weight_map: dict[str, str] = {}
+    for index, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        _write(target / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        about = {"metadata": {"total_size": sum(stored.size for stored in tensors.values())}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return len(shards)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ModelError(f"{index} is damaged: it names no weight files") from None
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} holds no {name}; hf-merged-repo needs a base model with safetensors weights")
+    return [folder / name for name in names]
+
+
+def _read_header(file: Path) -> dict[str, _Stored]:
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:
+                raise ValueError
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in header.items():
+            start, end = entry.pop("data_offsets")
+            if 8 + length + end > file.stat().st_size:
+                raise ValueError
+            found[name] = _Stored(entry, file, 8 + length + start, end - start)
+        return found
+    except (ValueError, KeyError, AttributeError, struct.error):
+        raise ModelError(f"{file} is no readable safetensors file") from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write float32 tensors to a new safetensors file, one after another: nothing is held twice."""
+    abouts = {name: {"dtype": "F32", "shape": list(tensor.shape)} for name, tensor in tensors.items()}
+    with path.open("xb") as out:
+        out.write(_header(abouts, {name: tensor.numel() * 4 for name, tensor in tensors.items()}, metadata))
+        for tensor in tensors.values():
+            out.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+
+
+def _write(path: Path, tensors: dict[str, _Stored]) -> None:
+    with path.open("xb") as out:
+        sizes = {name: stored.size for name, stored in tensors.items()}
+        out.write(_header({name: stored.about for name, stored in tensors.items()}, sizes, {"format": "pt"}))
+        for stored in tensors.values():
+            with stored.file.open("rb") as stream:
+                stream.seek(stored.start)
+                _copy(stream, out, stored.size)
+
+
+def _header(abouts: Mapping[str, dict[str, Any]], sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+    """The start of a safetensors file whose tensors follow in this order without gaps."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, about in abouts.items():
+        header[name] = {**about, "data_offsets": [offset, offset + sizes[name]]}
+        offset += sizes[name]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _copy(stream: Any, out: Any, size: int) -> None:
+    while size:
+        chunk = stream.read(min(size, _CHUNK))
+        out.write(chunk)
+        size -= len(chunk)
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy what describes a model beside its weights: configurations, and code where the model brings its own."""
+    for pattern in ("config.json", "generation_config.json", "*.py"):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)

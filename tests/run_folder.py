@@ -1,0 +1,75 @@
+"""Run folders as training leaves them, with random adapters, for tests of what reads them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cuma_ds.adapters import CumaModel, inject_adapters
+from cuma_ds.config import RunConfig
+from cuma_ds.data import prepare
+from cuma_ds.parallel.backbone import load_backbone
+from cuma_ds.profiles import ProfileEncoder, ProfileTable
+
+OPINIONS = Path(__file__).parent / "data" / "opinions.jsonl"
+
+
+def lively(model: CumaModel, seed: int = 3) -> CumaModel:
+    """Give every adapter parameter a value that matters (experts start as zero)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in model.adapter_parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def make_run(
+    folder: Path, backbone: Path, encoder: Path, adapters: dict, constant_routing: bool = False, source: Path = OPINIONS, **sections: dict
+) -> tuple[Path, CumaModel, ProfileTable | None]:
+    """Write a run of one checkpoint.
+
+    Args:
+        adapters: section of the recipe, on top of 4 experts, top 2, rank 2 beside q_proj and v_proj.
+        constant_routing: routers do not look at the token.
+        source: answers or conversations as JSON lines.
+        sections: further sections of the recipe.
+
+    Returns:
+        The folder, the model it holds, and its embedded profiles (None for methods without).
+    """
+    plain = {"num_experts": 4, "top_k": 2, "lora_r": 2, "target_modules": ["q_proj", "v_proj"]}
+    values = {
+        "run": {"name": folder.name, "output_dir": str(folder.parent)},
+        "model": {"path": str(backbone), "dtype": "float32"},
+        "profiles": {"encoder": str(encoder)},
+        "adapters": plain | adapters,
+        "data": {"source": "jsonl", "path": str(source), "test_fraction": 0.4},
+    }
+    for section, changes in sections.items():
+        values[section] = {**values.get(section, {}), **changes}
+    config = RunConfig.model_validate(values)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    data = prepare(config.data, config.profiles.template).save(folder / "data")
+    table = None
+    if config.adapters.uses_profiles:
+        table = ProfileTable.build(data.sentences, ProfileEncoder(str(encoder)), folder.parent / "cache")
+        table.save(folder / "profiles.safetensors")
+    width = table.embeddings.shape[1] if table is not None else 0
+    model = lively(inject_adapters(load_backbone(config.model), config.adapters.model_copy(update={"profile_dim": width})))
+    if table is not None:
+        model.set_profile_standardisation(table.embeddings, 3.0)
+    if constant_routing:
+        with torch.no_grad():
+            for name, parameter in model.adapter_parameters():
+                if name.endswith("router.weight_h"):
+                    parameter.zero_()
+    checkpoint = folder / "checkpoints" / "step-7"
+    checkpoint.mkdir(parents=True)
+    save_file({f"param/{name}": tensor.clone() for name, tensor in model.adapter_state().items()}, checkpoint / "shared.safetensors")
+    files = {"shared.safetensors": (checkpoint / "shared.safetensors").stat().st_size}
+    (checkpoint / "state.json").write_text(json.dumps({"format_version": 1, "step": 7, "fingerprint": "x", "files": files}))
+    return folder, model, table
