@@ -19,11 +19,20 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except CumaError as error:
         if not error.printed_by_main or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _leave(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
-        sys.exit(130)
+        _leave(130)
     sys.exit(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit with ``code`` for certain: process groups of peers that stopped too can abort or block an orderly shutdown."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def read_profile(text: str) -> dict[str, Any] | str:

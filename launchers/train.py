@@ -41,7 +41,7 @@ def main() -> None:
         mistake = error
 
     from cuma_ds.parallel.agreement import agreement
-    from cuma_ds.parallel.topology import check_ep_size, peers_must_answer, start_processes, with_expert_groups
+    from cuma_ds.parallel.topology import check_ep_size, leave_processes, peers_must_answer, start_processes, with_expert_groups
 
     topology = start_processes(config.parallel.timeout_seconds if config is not None else 120)
     with agreement(mistake):
@@ -52,6 +52,7 @@ def main() -> None:
 
     with peers_must_answer(topology, config.parallel.timeout_seconds):
         train(config, with_expert_groups(topology, config.parallel.ep_size))
+        leave_processes()
 
 
 if __name__ == "__main__":

@@ -102,6 +102,12 @@ def start_processes(timeout_seconds: int) -> Topology:
     return Topology(world=world, rank=rank, local_rank=local_rank, device=device)
 
 
+def leave_processes() -> None:
+    """Part from the other ranks in good order, once all are done."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def wait_for_peers_at_most(seconds: float) -> None:
     """Let every collective of every group fail after so long without an answer.
 
