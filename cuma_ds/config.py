@@ -51,8 +51,13 @@ class ProfilesSection(_Section):
 class DataSection(_Section):
     """What is asked and answered."""
 
-    source: Literal["wvs-sample", "jsonl"] = Field("jsonl", description="wvs-sample (embedded survey answers) | jsonl (your own)")
-    path: str | None = Field(None, description="folder made by prepare_data, or for jsonl the file itself; wvs-sample needs none")
+    source: Literal["wvs-sample", "jsonl", "wvb", "community-alignment", "prism"] = Field(
+        "jsonl", description="wvs-sample (embedded survey answers) | jsonl (your own) | wvb | community-alignment | prism"
+    )
+    path: str | None = Field(None, description="folder made by prepare_data, or the raw files; wvs-sample needs none")
+    kind: Literal["choice", "chat", "preference"] | None = Field(
+        None, description="what to make of a source that holds several: community-alignment and prism give chat by default"
+    )
     questions: tuple[str, ...] | None = Field(None, description="question ids to keep (wvs-sample: immigration, poverty); null keeps all")
     histogram_targets: bool = Field(True, description="merge equal questions of one profile into one example with answer counts")
     example_weight: Literal["uniform", "answers"] = Field(
@@ -61,8 +66,10 @@ class DataSection(_Section):
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
     system_prompt: str | None = Field(None, description="system message of prompts that have none; null leaves it to the chat template")
     max_length: int = Field(256, ge=8, description="tokens; longer prompts are cut at the front, never the answer")
+    packing: bool = Field(False, description="several examples per row of max_length tokens, none seeing another; less padding")
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
     heldout_fraction: float = Field(0.15, ge=0, lt=1, description="share of countries (or profiles) held out entirely")
+    heldout_profile_fraction: float = Field(0.0, ge=0, lt=1, description="share of the other profiles held out entirely")
     split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
 
 
@@ -120,7 +127,9 @@ class EvaluationSection(_Section):
     """How a trained run is judged."""
 
     batch_size: int = Field(16, ge=1, description="prompts per forward")
-    min_answers: int = Field(30, ge=1, description="groups with fewer test answers are left out of reports")
+    min_answers: int = Field(30, ge=1, description="groups with fewer test answers (subgroups with fewer people) are left out of reports")
+    min_subgroup: int = Field(5, ge=2, description="people a group needs to count in macro accuracy and sigma-inequity, which name nobody")
+    bootstrap: int = Field(1000, ge=0, description="bootstrap samples of people behind the 95% intervals; 0 = no intervals")
 
 
 class RunConfig(_Section):
@@ -141,6 +150,11 @@ class RunConfig(_Section):
     def _check(self) -> RunConfig:
         if self.adapters.uses_profiles and self.profiles.encoder is None:
             raise ValueError("profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)")
+        if self.data.packing and self.adapters.gradient_mask != "none" and not self.adapters.uses_profiles:
+            raise ValueError(
+                f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences apart, and method "
+                f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
+            )
         if self.adapters.num_experts % self.parallel.ep_size:
             raise ValueError(
                 f"parallel.ep_size is {self.parallel.ep_size}, which does not divide adapters.num_experts {self.adapters.num_experts}"
@@ -184,13 +198,33 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a recipe is a mapping of sections ({', '.join(RunConfig.model_fields)}), not {type(values).__name__}")
 
-    places = {key: f"{path}:{line}" for key, line in _key_lines(tree).items()}
+    return make_config(values, overrides, {key: f"{path}:{line}" for key, line in _key_lines(tree).items()}, str(path))
+
+
+def make_config(
+    values: dict[str, Any],
+    overrides: list[str] | None = None,
+    places: dict[tuple[str, ...], str] | None = None,
+    where: str = "the settings",
+) -> RunConfig:
+    """A recipe that stands in no file, with overrides applied.
+
+    Args:
+        values: sections of keys.
+        overrides: as in :func:`load_config`.
+        places: where each key stands, for messages.
+        where: what to name as the place of all other keys.
+
+    Raises:
+        ConfigError: as in :func:`load_config`.
+    """
+    places = {} if places is None else places
     for override in overrides or []:
         _apply_override(values, override, places)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_problem(error, places, str(path))) from None
+        raise ConfigError(_first_problem(error, places, where)) from None
 
 
 def _key_lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:

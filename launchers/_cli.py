@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cuma_ds.errors import ConfigError, CumaError
+
+if TYPE_CHECKING:
+    from cuma_ds.evaluation.talk import Decoding, Talker
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -55,3 +59,53 @@ def read_profile(text: str) -> dict[str, Any] | str:
 def warn_in_one_line() -> None:
     """Print warnings meant for the user as one line, without the place in the code."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which trained model to load; read by :func:`load_talker`."""
+    parser.add_argument("--run", metavar="FOLDER", help="run folder, output_dir/name of its recipe")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run; default: the newest complete one")
+    parser.add_argument("--export", metavar="FOLDER", help="folder made by launchers/export.py --format hf")
+    parser.add_argument("--base", metavar="FOLDER", help="base model of an export, if it has moved")
+    parser.add_argument("--encoder", metavar="FOLDER", help="sentence encoder of an export, if it has moved or the export names none")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the base model of an export")
+
+
+def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
+    """Refuse combinations that mean nothing, before anything is loaded."""
+    if (arguments.run is None) == (arguments.export is None):
+        raise ConfigError(f"{command} takes one of --run (a run folder) and --export (an exported folder)")
+    if arguments.step is not None and arguments.run is None:
+        raise ConfigError("--step belongs to --run")
+    if arguments.run is not None and (arguments.base or arguments.encoder):
+        raise ConfigError("--base and --encoder belong to --export; a run names its own")
+
+
+def load_talker(arguments: argparse.Namespace, decoding: Decoding) -> Talker:
+    """The model that :func:`add_model_arguments` names, ready to be asked."""
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    from cuma_ds.config import ModelSection
+    from cuma_ds.evaluation.talk import Talker
+    from cuma_ds.export.hf import load_run
+    from cuma_ds.export.modeling import load_exported
+    from cuma_ds.parallel.backbone import load_tokenizer
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if arguments.run is not None:
+        model = load_run(arguments.run, arguments.step)
+        place = model.export["base_model_name_or_path"]
+    else:
+        place = arguments.export
+        model = load_exported(place, base_model=arguments.base, encoder=arguments.encoder, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(ModelSection(path=place, trust_remote_code=arguments.trust_remote_code))
+    return Talker(model.to(device), tokenizer, decoding)

@@ -1,31 +1,49 @@
-"""Evaluate a run: option probabilities against people's answers, before and after training, in one report."""
+"""Evaluate a model: option probabilities against people's answers, before and after training, in one report."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from _cli import run_main
+from _cli import run_main, warn_in_one_line
+
+from cuma_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cuma_ds.evaluation.run import Extra
+    from cuma_ds.evaluation.subject import Subject
 
 _EXAMPLES = """\
 examples
   the newest checkpoint of a run:
     python launchers/evaluate.py --run runs/quickstart
   an earlier one, naming only groups of at least 100 people:
-    python launchers/evaluate.py --run runs/quickstart --step 50 --set evaluation.min_answers=100"""
+    python launchers/evaluate.py --run runs/quickstart --step 50 --set evaluation.min_answers=100
+  an exported folder, a PEFT adapter or a model as it is, on prepared data or your own rows:
+    python launchers/evaluate.py --export exported --data prepared/wvb --out reports/exported
+    python launchers/evaluate.py --adapter lora/profile-1 --data answers.jsonl --out reports/lora
+    python launchers/evaluate.py --model models/SmolLM2-135M-Instruct --data answers.jsonl --out reports/bare
+  conversations: 200 answers before and after training, compared by a judge behind an OpenAI-compatible endpoint:
+    python launchers/evaluate.py --run runs/chat --generate 200 --judge-url http://localhost:8000/v1 --judge-model NAME"""
+_KINDS = ("run", "export", "adapter", "model")
 
 
 def main() -> None:
     """Parse, evaluate, show the table and where the report is."""
     arguments = _parser().parse_args()
+    warn_in_one_line()
+    _check(arguments)
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from transformers.utils import logging
 
-    from cuma_ds.evaluation.run import evaluate_run
+    from cuma_ds.evaluation.run import evaluate
 
-    overrides = list(arguments.set)
-    if arguments.batch_size is not None:
-        overrides.append(f"evaluation.batch_size={arguments.batch_size}")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    extras = _extras(arguments)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -38,21 +56,104 @@ def main() -> None:
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        report = evaluate_run(arguments.run, arguments.step, overrides, progress)
+        report = evaluate(_open(arguments), arguments.out or Path(arguments.run) / "evaluation", progress, extras)
     for table in report.tables():
         console.print(table)
     for name in ("report.md", "report.json", *report.pictures):
         console.print(str(report.folder / name), highlight=False, soft_wrap=True)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    given = [kind for kind in _KINDS if getattr(arguments, kind) is not None]
+    if len(given) != 1:
+        raise ConfigError(f"evaluate takes one of {', '.join(f'--{kind}' for kind in _KINDS)}; {len(given)} were given")
+    if given != ["run"]:
+        for name in ("data", "out"):
+            if getattr(arguments, name) is None:
+                raise ConfigError(f"--{given[0]} needs --{name}; only a run knows its own")
+    for name, kinds in (("step", ("run",)), ("base", ("export", "adapter")), ("encoder", ("export",))):
+        if getattr(arguments, name) is not None and given[0] not in kinds:
+            raise ConfigError(f"--{name} belongs to {' and '.join(f'--{kind}' for kind in kinds)}")
+    place = arguments.data
+    if place is not None and not Path(place).exists() and (place.count("/") != 1 or place.startswith((".", "/", "~"))):
+        raise ConfigError(f"--data {place} does not exist; expected a prepared folder, a file of rows, or a hub id")
+    if arguments.generate is not None and arguments.generate < 1:
+        raise ConfigError(f"--generate is {arguments.generate}; at least one conversation is needed")
+    if (arguments.judge_url is None) != (arguments.judge_model is None):
+        raise ConfigError("--judge-url and --judge-model belong together: the address and the name of the judge")
+    if arguments.judge_url is not None and arguments.generate is None:
+        raise ConfigError("--judge-url needs --generate N, the number of answers to compare")
+
+
+def _extras(arguments: argparse.Namespace) -> list[Extra]:
+    from cuma_ds.evaluation.generation import Generation
+    from cuma_ds.evaluation.gradients import Interference
+    from cuma_ds.evaluation.judge import JudgeSettings
+    from cuma_ds.evaluation.talk import Decoding
+
+    judge = None
+    if arguments.judge_url is not None:
+        judge = JudgeSettings(
+            arguments.judge_url,
+            arguments.judge_model,
+            arguments.judge_key,
+            arguments.judge_concurrency,
+            arguments.judge_timeout,
+            arguments.judge_retries,
+            arguments.judge_max_tokens,
+        )
+    extras: list[Extra] = []
+    if arguments.generate is not None:
+        extras.append(Generation(arguments.generate, Decoding(arguments.max_new_tokens, arguments.temperature), judge))
+    if arguments.gradients:
+        extras.append(Interference())
+    return extras
+
+
+def _open(arguments: argparse.Namespace) -> Subject:
+    from cuma_ds.evaluation.subject import open_export, open_model, open_peft, open_run
+
+    overrides = list(arguments.set)
+    if arguments.batch_size is not None:
+        overrides.append(f"evaluation.batch_size={arguments.batch_size}")
+    if arguments.run is not None:
+        return open_run(arguments.run, arguments.step, arguments.data, overrides)
+    if arguments.export is not None:
+        return open_export(arguments.export, arguments.data, arguments.base, arguments.encoder, overrides)
+    if arguments.adapter is not None:
+        return open_peft(arguments.adapter, arguments.data, arguments.base, overrides)
+    return open_model(arguments.model, arguments.data, overrides)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder, output_dir/name of its recipe")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint to evaluate; default: the newest complete one")
+    parser.add_argument("--run", metavar="FOLDER", help="run folder, output_dir/name of its recipe")
+    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run; default: the newest complete one")
+    parser.add_argument("--export", metavar="FOLDER", help="folder made by launchers/export.py --format hf")
+    parser.add_argument("--adapter", metavar="FOLDER", help="adapter in the format of the peft library")
+    parser.add_argument("--model", metavar="FOLDER", help="causal language model as it is, folder or hub id")
+    parser.add_argument("--base", metavar="FOLDER", help="base model of an export or adapter, if it has moved")
+    parser.add_argument("--encoder", metavar="FOLDER", help="sentence encoder of an export, if it has moved or the export names none")
+    parser.add_argument("--data", metavar="PLACE", help="prepared folder, or file of rows; default for a run: its own data")
+    parser.add_argument("--out", metavar="FOLDER", help="where the report goes; default for a run: its folder evaluation")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the run's recipe"
+        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe, e.g. of evaluation"
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="prompts per forward, same as --set evaluation.batch_size=N")
+    more = parser.add_argument_group("more, each taking its own time")
+    more.add_argument("--gradients", action="store_true", help="interference of groups' gradients, a dense LoRA against the experts")
+    more.add_argument("--generate", type=int, metavar="N", help="answer N held-out conversations: Distinct-1/2, and win rate with a judge")
+    more.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
+    more.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
+    more.add_argument("--judge-url", metavar="URL", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
+    more.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
+    more.add_argument(
+        "--judge-key", default="OPENAI_API_KEY", metavar="VAR", help="environment variable with the key (default OPENAI_API_KEY)"
+    )
+    more.add_argument("--judge-concurrency", type=int, default=8, metavar="N", help="most calls at a time (default 8)")
+    more.add_argument("--judge-timeout", type=float, default=60.0, metavar="S", help="seconds of one call (default 60)")
+    more.add_argument("--judge-retries", type=int, default=5, metavar="N", help="of a call that failed, with growing waits (default 5)")
+    more.add_argument("--judge-max-tokens", type=int, default=256, metavar="N", help="longest verdict (default 256)")
     return parser
 
 

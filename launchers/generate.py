@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from _cli import read_profile, run_main, warn_in_one_line
+from _cli import add_model_arguments, check_model_arguments, load_talker, read_profile, run_main, warn_in_one_line
 
 from cuma_ds.errors import ConfigError, CumaError
 
@@ -39,10 +39,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     warn_in_one_line()
     profiles = [read_profile(text) for text in arguments.profile]
-    if (arguments.run is None) == (arguments.export is None):
-        raise ConfigError("generate takes one of --run (a run folder) and --export (an exported folder)")
-    if arguments.step is not None and arguments.run is None:
-        raise ConfigError("--step belongs to --run")
+    check_model_arguments("generate", arguments)
     if arguments.prompt is None and (arguments.options or arguments.compare):
         raise ConfigError(f"{'--options' if arguments.options else '--compare'} needs --prompt, the question to ask")
     if arguments.prompt is not None and not arguments.prompt.strip():
@@ -54,8 +51,11 @@ def main() -> None:
 
     from rich.console import Console
 
+    from cuma_ds.evaluation.talk import Decoding
+
     console = Console(highlight=False)
-    talker = _load(arguments)
+    decoding = Decoding(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    talker = load_talker(arguments, decoding)
     if arguments.prompt is None:
         _chat(talker, profiles, console)
     elif arguments.compare:
@@ -68,28 +68,6 @@ def main() -> None:
                 _bars(talker.choose(arguments.prompt, arguments.options, who)[0], arguments.options, console)
             else:
                 _stream(talker, [{"role": "user", "content": arguments.prompt}], who)
-
-
-def _load(arguments: argparse.Namespace) -> Talker:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-    from cuma_ds.config import ModelSection
-    from cuma_ds.evaluation.talk import Decoding, Talker
-    from cuma_ds.export.hf import load_run
-    from cuma_ds.export.modeling import load_exported
-    from cuma_ds.parallel.backbone import load_tokenizer
-
-    decoding = Decoding(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    if arguments.run is not None:
-        model = load_run(arguments.run, arguments.step)
-        place = model.export["base_model_name_or_path"]
-    else:
-        model = load_exported(arguments.export, base_model=arguments.base, trust_remote_code=arguments.trust_remote_code)
-        place = arguments.export
-    return Talker(model, load_tokenizer(ModelSection(path=place, trust_remote_code=arguments.trust_remote_code)), decoding)
 
 
 def _stream(talker: Talker, messages: Sequence[dict[str, str]], who: Sequence[Any]) -> str:
@@ -187,10 +165,7 @@ def _switch(talker: Talker, text: str, given: Sequence[Any]) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", metavar="FOLDER", help="run folder, output_dir/name of its recipe")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run; default: the newest complete one")
-    parser.add_argument("--export", metavar="FOLDER", help="folder made by launchers/export.py --format hf")
-    parser.add_argument("--base", metavar="FOLDER", help="base model of an export, if it has moved")
+    add_model_arguments(parser)
     parser.add_argument("--profile", action="append", default=[], metavar="JSON", help="who is asking: fields or a sentence; repeatable")
     parser.add_argument("--prompt", metavar="TEXT", help="what is asked; without it a chat starts")
     parser.add_argument("--options", nargs="+", default=[], metavar="TEXT", help="makes the prompt a choice question")
@@ -199,7 +174,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this share of the probability")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the base model of an export")
     return parser
 
 

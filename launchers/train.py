@@ -10,7 +10,7 @@ if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE"
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local_ranks))
 
-from _cli import run_main
+from _cli import run_main, warn_in_one_line
 
 from cuma_ds.config import RunConfig, load_config
 from cuma_ds.errors import CumaError
@@ -27,11 +27,8 @@ The run lands in run.output_dir/run.name. The same command again resumes it from
 
 def main() -> None:
     """Parse, join the other ranks, train."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML recipe; see launchers/recipes/")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe")
-    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
+    warn_in_one_line()
 
     config: RunConfig | None = None
     mistake: CumaError | None = None
@@ -53,6 +50,14 @@ def main() -> None:
     with peers_must_answer(topology, config.parallel.timeout_seconds):
         train(config, with_expert_groups(topology, config.parallel.ep_size))
         leave_processes()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML recipe; see launchers/recipes/")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser
 
 
 if __name__ == "__main__":

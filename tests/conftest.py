@@ -91,6 +91,15 @@ def embedded_models() -> tuple[Path, Path]:
         pytest.skip(f"needs the demo extra: {error}")
 
 
+@pytest.fixture
+def server():
+    """A judge over real HTTP; ``server.script`` decides each reply."""
+    from judge_server import judge_server
+
+    with judge_server() as state:
+        yield state
+
+
 @dataclass
 class Launched:
     """Exit code and output of a launcher."""

@@ -13,7 +13,7 @@ import pytest
 
 from cuma_ds.config import DataSection
 from cuma_ds.data import load_data
-from cuma_ds.data.splits import assign_splits
+from cuma_ds.data.splits import HELDOUT, TRAIN, assign_splits
 from cuma_ds.errors import ConfigError, DataError
 
 DATA = Path(__file__).parent / "data"
@@ -82,6 +82,41 @@ def test_single_answers_are_the_histogram_row_by_row():
     pd.testing.assert_series_equal(long_format(merged).groupby(keys)["count"].sum(), long_format(single).groupby(keys)["count"].sum())
 
 
+def answers_of_people(data) -> set[tuple[int, str, str]]:
+    """(person, question, option) read back from counts and people."""
+    return {
+        (person, row["question_id"], option)
+        for split in data.splits.values()
+        for row in split
+        for person, option in zip(row["people"], np.repeat(row["options"], row["counts"]), strict=True)
+    }
+
+
+@pytest.mark.parametrize("histogram_targets", [True, False])
+def test_people_stand_beside_the_answers_they_gave(tmp_path, histogram_targets):
+    rng = np.random.default_rng(1)
+    rows = [
+        {
+            **CHOICE, "profile": {"country": str(rng.choice(["Chad", "Mali", "Peru"]))}, "question_id": question, "person_id": f"p{i:03d}",
+            "answer": int(rng.integers(2)),
+        }
+        for i in range(80) for question in ("tea", "coffee")
+    ]  # fmt: skip
+    data = load(jsonl(tmp_path / "a.jsonl", rows), histogram_targets=histogram_targets)
+    number = {name: index for index, name in enumerate(sorted({row["person_id"] for row in rows}))}
+    assert answers_of_people(data) == {(number[row["person_id"]], row["question_id"], row["options"][row["answer"]]) for row in rows}
+    sides = {name: {person for people in split["people"] for person in people} for name, split in data.splits.items()}
+    assert not sides["train"] & (sides["test"] | sides["heldout"])
+
+
+def test_a_conversation_has_one_person(tmp_path):
+    rows = [{**CHAT, "person_id": f"p{i % 10}"} for i in range(40)]
+    data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
+    sides = {name: [person for (person,) in split["people"]] for name, split in data.splits.items()}
+    assert {name: len(set(side)) for name, side in sides.items()} == {"train": 7, "test": 3, "heldout": 0}
+    assert not set(sides["train"]) & set(sides["test"])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_people_and_countries_stay_on_one_side(tmp_path, seed):
     """Each person is the only one with their age, so that a profile tells the person."""
@@ -118,9 +153,9 @@ def test_someone_seen_in_a_held_out_country_is_never_trained_on():
     unit = np.array([0, 1, 1, 1, 1, 1, 2, 2])
     for seed in range(20):
         split = assign_splits(person, unit, 0.3, 0.3, seed)
-        held = set(unit[split == 2])
+        held = set(unit[split == HELDOUT])
         assert len(held) == 1
-        assert not set(person[split == 0]) & set(person[np.isin(unit, list(held))])
+        assert not set(person[split == TRAIN]) & set(person[np.isin(unit, list(held))])
 
 
 def test_without_countries_profiles_are_held_out(tmp_path):
@@ -167,7 +202,7 @@ def message(role, content):
 
 BAD_ROWS = {
     "broken": ('{"profile": ', r":2: broken JSON: .* at column"),
-    "list": ("[1]", r":2: a row is a JSON object .*not list"),
+    "list": ("[1]", r":2: a row is a JSON object, not list"),
     "no kind": ({"profile": "x", "prompt": "y"}, r":2: neither a choice nor a chat row"),
     "mixed kinds": (CHAT, r":2: a chat row after choice rows"),
     "typo": ({**CHOICE, "person_ID": "p"}, r":2: unknown key 'person_ID' \(did you mean 'person_id'\?\)"),

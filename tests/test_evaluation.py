@@ -19,6 +19,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from rich.console import Console
+from run_folder import lively
 from safetensors.torch import save_file
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
@@ -30,8 +31,9 @@ from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.forward import forward_batches
+from cuma_ds.evaluation.pictures import expert_picture
 from cuma_ds.evaluation.plots import discriminating_routers, group_tree, plot_distributions, plot_expert_use, plot_group_emd
-from cuma_ds.evaluation.report import expert_picture, markdown
+from cuma_ds.evaluation.report import markdown
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
@@ -39,15 +41,9 @@ from cuma_ds.profiles import ProfileEncoder, ProfileTable
 ADAPTERS = CumaConfig(num_experts=4, top_k=2, lora_r=2, target_modules=("q_proj", "v_proj"))
 COUNTRIES = ["Chile", "Ghana", "Iran", "Japan", "Kenya", "Norway", "Peru", "Spain"]
 HIDDEN = "Tuvalu"
-
-
-def lively(model: CumaModel, seed: int = 3) -> CumaModel:
-    """Give every adapter parameter a value that matters (experts start as zero)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in model.adapter_parameters():
-            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+METRICS = {
+    "emd", "recovered", "emd_questions", "emd_argmax", "accuracy", "macro_f1", "group_accuracy", "inequity", "entropy", "calibration_error",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -257,12 +253,14 @@ def report(run_dir):
 def test_a_report_has_every_row_for_people_held_out_and_for_groups_held_out(report) -> None:
     splits = report.summary["splits"]
     assert list(splits["test"]["rows"]) == ["collapse", "oracle", "before", "trained", "swapped"]
-    assert list(splits["heldout"]["rows"]) == ["collapse", "before", "trained", "swapped"]
+    assert list(splits["heldout"]["rows"]) == ["collapse", "nearest", "before", "trained", "swapped"]
     for split in splits.values():
         for row in split["rows"].values():
-            assert set(row) == {"emd", "recovered", "accuracy", "entropy"}
-            assert 0 <= row["emd"] <= 1
-            assert 0 <= row["accuracy"] <= 1
+            assert set(row) == METRICS | {"interval"}
+            for metric in METRICS - {"recovered", "entropy"}:
+                low, high = row["interval"][metric]
+                assert low <= row[metric] <= high
+                assert 0 <= row[metric] <= 1
     assert splits["test"]["rows"]["collapse"]["recovered"] == 0
     assert splits["test"]["rows"]["oracle"]["recovered"] == 1
     assert splits["heldout"]["rows"]["trained"]["recovered"] is None
@@ -280,7 +278,8 @@ def test_recovered_follows_from_the_emds_beside_it(report) -> None:
 def test_numbers_follow_from_the_cells_beside_them(report) -> None:
     for split in report.summary["splits"].values():
         weights = [cell["answers"] for cell in split["cells"]]
-        assert sum(weights) == split["answers"] == sum(q["answers"] for q in split["questions"].values())
+        assert sum(weights) == split["compared"]["answers"] == sum(q["compared"]["answers"] for q in split["questions"].values())
+        assert split["answers"] == sum(weights) + split["left_out"]["answers"]
         for row, values in split["rows"].items():
             distances = []
             for cell in split["cells"]:
@@ -292,7 +291,7 @@ def test_numbers_follow_from_the_cells_beside_them(report) -> None:
 def test_predictions_in_the_report_are_the_trained_models(report, run_dir) -> None:
     from cuma_ds.config import load_config
     from cuma_ds.data.prepared import PreparedData
-    from cuma_ds.evaluation.run import load_trained
+    from cuma_ds.evaluation.subject import load_trained
     from cuma_ds.parallel.checkpoint import read_adapters
 
     config, data = load_config(run_dir / "config.yaml"), PreparedData.load(run_dir / "data")
@@ -323,7 +322,7 @@ def test_small_groups_are_counted_and_named_nowhere(report, run_dir) -> None:
     for file in (run_dir / "evaluation").iterdir():
         assert HIDDEN.encode() not in file.read_bytes()
         assert HIDDEN not in file.name
-    assert "Left out as too small: 2" in (run_dir / "evaluation" / "report.md").read_text()
+    assert "Left out there as too small: 2" in (run_dir / "evaluation" / "report.md").read_text()
 
 
 def test_raising_min_answers_hides_more(run_dir) -> None:
@@ -339,7 +338,10 @@ def test_files_of_a_report_are_there_and_pictures_are_pictures(run_dir) -> None:
     report = evaluate_run(run_dir)
     folder = run_dir / "evaluation"
     assert json.loads((folder / "report.json").read_text()) == report.summary
-    assert set(report.pictures) == {"distributions-1.png", "distributions-2.png", "emd-by-group.png", "experts-by-group.png"}
+    assert set(report.pictures) == {
+        "distributions-1.png", "distributions-2.png", "emd-by-group.png", "reliability.png", "subgroups.png", "experts-by-group.png",
+        "expert-load.png", "information.png", "cultural-map.png",
+    }  # fmt: skip
     for name in report.pictures:
         picture = imread(folder / name)
         assert min(picture.shape[:2]) > 200
@@ -351,10 +353,9 @@ def test_markdown_holds_the_numbers_of_the_summary_and_links_that_exist(run_dir)
     report = evaluate_run(run_dir)
     text = (run_dir / "evaluation" / "report.md").read_text()
     trained = report.summary["splits"]["test"]["rows"]["trained"]
-    assert (
-        f"| **trained** | {trained['emd']:.4f} | {trained['recovered']:.2f} | {trained['accuracy']:.3f} | {trained['entropy']:.3f} |"
-        in text
-    )
+    low, high = trained["interval"]["emd"]
+    assert f"| **trained** | {trained['emd']:.4f} [{low:.4f}, {high:.4f}] | {trained['recovered']:.2f}" in text
+    assert f"| {trained['group_accuracy']:.3f} | {trained['inequity']:.3f} | {trained['calibration_error']:.3f} |" in text
     assert "zero-shot" in text
     assert "Question 0?" in text
     links = re.findall(r"\]\(([^)]+)\)", text)
@@ -381,8 +382,8 @@ def test_a_step_can_be_chosen_and_the_newest_is_the_default(report, run_dir) -> 
 def test_batch_size_does_not_change_the_report(report, run_dir) -> None:
     other = evaluate_run(run_dir, overrides=["evaluation.batch_size=3"])
     for name, row in report.summary["splits"]["test"]["rows"].items():
-        for key, value in other.summary["splits"]["test"]["rows"][name].items():
-            assert value == pytest.approx(row[key], abs=1e-4)
+        for metric in METRICS:
+            assert other.summary["splits"]["test"]["rows"][name][metric] == pytest.approx(row[metric], abs=1e-4)
 
 
 def test_progress_names_what_runs(run_dir) -> None:
@@ -420,9 +421,10 @@ def test_chat_runs_report_loss_and_perplexity(tmp_path, tiny_llama, tiny_encoder
         assert list(split["rows"]) == ["before", "trained", "swapped"]
         for row in split["rows"].values():
             assert row["perplexity"] == pytest.approx(np.exp(row["loss"]), rel=1e-4)
+            assert row["interval"]["loss"][0] < row["loss"] < row["interval"]["loss"][1]
     # A random backbone knows nothing about 128 tokens.
     assert report.summary["splits"]["test"]["rows"]["before"]["loss"] > 2
-    assert list(report.pictures) == ["experts-by-group.png"]
+    assert set(report.pictures) == {"experts-by-group.png", "expert-load.png", "information.png", "cultural-map.png"}
     assert "perplexity" in (report.folder / "report.md").read_text()
 
 
@@ -519,7 +521,7 @@ def test_pictures_of_any_number_of_groups(tmp_path: Path, groups: int) -> None:
 def test_experts_are_compared_on_questions_that_everybody_answered(tmp_path: Path, monkeypatch) -> None:
     drawn = SimpleNamespace()
     monkeypatch.setattr(
-        "cuma_ds.evaluation.report.plot_expert_use", lambda path, groups, gates, names: vars(drawn).update(groups=groups, gates=gates)
+        "cuma_ds.evaluation.pictures.plot_expert_use", lambda path, groups, gates, names: vars(drawn).update(groups=groups, gates=gates)
     )
     gates = np.arange(10, dtype=np.float32).reshape(5, 1, 2)
     expert_picture(tmp_path, ["r"], ["q1", "q1", "q2", "q1", "q1"], ["a", "b", "a", "c", "c"], [1, 10, 9, 1, 3], gates)
@@ -532,8 +534,11 @@ def test_one_group_has_no_map() -> None:
 
 
 def test_markdown_of_an_unknown_value_is_a_dash() -> None:
-    rows = {"trained": {"emd": None, "recovered": None, "accuracy": 0.5, "entropy": 1.0}}
-    split = {"groups": 0, "answers": 0, "rows": rows, "questions": {}, "left_out": {"cells": 3, "answers": 7}}
-    text = markdown({"run": "r", "checkpoint": "step-1", "kind": "choice", "min_answers": 30, "splits": {"test": split}}, {})
-    assert "| **trained** | – | – | 0.500 | 1.000 |" in text
-    assert "Left out as too small: 3 (7 answers)" in text
+    rows = {"trained": {"emd": None, "recovered": None, "accuracy": 0.5, "entropy": 1.0, "interval": {"accuracy": [0.4, 0.61]}}}
+    size = {"people": None, "groups": 0, "answers": 7, "compared": {"cells": 0, "answers": 0}, "left_out": {"cells": 3, "answers": 7}}
+    about = {"run": "r", "checkpoint": "step-1", "kind": "choice", "main": "trained", "min_answers": 30, "min_subgroup": 5, "bootstrap": 10}
+    text = markdown({**about, "splits": {"test": {**size, "rows": rows}}}, {})
+    assert "| **trained** | – | – | – | – | 1.000 |" in text
+    assert "| **trained** | 0.500 [0.400, 0.610] | – |" in text
+    assert "Left out there as too small: 3 (7 answers)" in text
+    assert "single answers (the data does not say who gave them)" in text

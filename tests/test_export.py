@@ -6,6 +6,7 @@ import ast
 import copy
 import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -191,6 +192,22 @@ def test_merged_export_needs_no_base_folder(tmp_path, backbones, tiny_encoder, r
             load_exported(light)
         found = load_exported(light, base_model=str(tmp_path / "elsewhere"))
         assert torch.equal(found(**BATCH, profile_embeddings=embeddings).logits, expected)
+
+
+def test_an_export_moves_together_with_its_base_and_encoder(tmp_path, backbones, tiny_encoder) -> None:
+    shutil.copytree(backbones["llama", False], tmp_path / "base")
+    shutil.copytree(tiny_encoder, tmp_path / "encoder")
+    folder, _, _ = make_run(tmp_path / "runs" / "moving", tmp_path / "base", tmp_path / "encoder", {})
+    write_hf(read_run(folder), tmp_path / "light")
+    with torch.no_grad():
+        expected = load_exported(tmp_path / "light")(**BATCH, profiles=PROFILES).logits
+        (tmp_path / "there").mkdir()
+        for name in ("base", "encoder", "light"):
+            (tmp_path / name).rename(tmp_path / "there" / name)
+        assert torch.equal(load_exported(tmp_path / "there" / "light")(**BATCH, profiles=PROFILES).logits, expected)
+    (tmp_path / "there" / "base").rename(tmp_path / "there" / "other")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_exported(tmp_path / "there" / "light")
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 9000])

@@ -206,6 +206,11 @@ def test_foreign_folders_and_incomplete_checkpoints_are_refused_and_left_alone(t
     (run_dir / "checkpoints" / "step-2" / "state.json").unlink()
     one_line(run(2, more, timeout=120), "step-2 is not a complete checkpoint")
 
+    deepspeeds = run_dir / "checkpoints" / "global_step2"
+    deepspeeds.mkdir()
+    (deepspeeds / "zero_pp_rank_0_mp_rank_00_model_states.pt").write_bytes(b"fragments")
+    one_line(run(2, more, timeout=120), "global_step2 was written by DeepSpeed itself", "sharded frozen backbone")
+
     foreign = recipe(tmp_path, tiny_llama, tiny_encoder, "foreign")
     folder = load_config(foreign).run_dir
     folder.mkdir(parents=True)

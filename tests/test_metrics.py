@@ -14,7 +14,6 @@ from scipy import stats
 from cuma_ds.errors import DataError
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
 from cuma_ds.evaluation.metrics import (
-    accuracy,
     emd,
     entropy,
     gather_cells,
@@ -22,7 +21,6 @@ from cuma_ds.evaluation.metrics import (
     mean_collapse_recovered,
     normalise,
     predicted_distributions,
-    score,
 )
 from cuma_ds.evaluation.references import collapse_reference, has_training_answers, oracle_reference
 
@@ -76,25 +74,6 @@ def test_emd_refuses_different_scales() -> None:
 def test_entropy_is_scipys(pair: tuple[np.ndarray, np.ndarray]) -> None:
     p, _ = pair
     assert float(entropy(p)) == pytest.approx(float(stats.entropy(p)), abs=1e-12)
-
-
-def test_accuracy_counts_every_answer_one_by_one() -> None:
-    rng = np.random.default_rng(1)
-    sizes = [2, 4, 3, 5]
-    probabilities = [rng.dirichlet(np.ones(n)) for n in sizes]
-    counts = [rng.integers(0, 9, n) for n in sizes]
-    right = total = 0
-    for p, c in zip(probabilities, counts, strict=True):
-        mode = max(range(len(p)), key=lambda k: p[k])
-        for option, count in enumerate(c):
-            for _ in range(count):
-                total += 1
-                right += option == mode
-    assert accuracy(probabilities, counts) == pytest.approx(right / total)
-
-
-def test_accuracy_of_nothing_is_not_a_number() -> None:
-    assert np.isnan(accuracy([], []))
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.08, 0.0), (0.01, 1.0), (0.045, 0.5), (0.15, -1.0)])
@@ -176,41 +155,6 @@ def test_a_cells_prediction_is_its_peoples_average() -> None:
     for (question, group), predicted in zip(cells.keys, predicted_distributions(cells, given, examples.counts), strict=True):
         asked = people[(people["question"] == question) & (people["group"] == group)]
         np.testing.assert_allclose(predicted, np.mean([by_key[question, profile] for profile in asked["profile"]], axis=0))
-
-
-def test_scores_equal_a_walk_over_single_people() -> None:
-    people = survey(seed=4)
-    examples = merged(people)
-    given = guesses(examples)
-    by_key = {(q, p): given[i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
-    limit = 45
-    kept = people.groupby(["question", "group"]).filter(lambda part: len(part) >= limit)
-    assert 0 < len(kept) < len(people)
-    distances, right, entropies = [], [], []
-    for (question, _), part in kept.groupby(["question", "group"]):
-        options = part["options"].iloc[0]
-        predicted = np.mean([by_key[question, profile] for profile in part["profile"]], axis=0)
-        observed = [np.mean(part["answer"] == k) for k in range(options)]
-        places = np.arange(options) / (options - 1)
-        distances += [stats.wasserstein_distance(places, places, predicted, observed)] * len(part)
-    for person in kept.itertuples():
-        p = by_key[person.question, person.profile]
-        right.append(person.answer == int(np.argmax(p)))
-        entropies.append(stats.entropy(p))
-    result = score(gather_cells(examples.questions, examples.groups, examples.counts, limit), given, examples.counts)
-    assert result.emd == pytest.approx(np.mean(distances))
-    assert result.accuracy == pytest.approx(np.mean(right))
-    assert result.entropy == pytest.approx(np.mean(entropies))
-
-
-def test_a_perfect_prediction_has_no_distance() -> None:
-    examples = merged(survey(seed=6))
-    cells = gather_cells(examples.questions, examples.groups, examples.counts, 1)
-    assert score(cells, [normalise(counts) for counts in examples.counts], examples.counts).emd == pytest.approx(0, abs=1e-12)
-
-
-def test_scores_of_no_cells_are_not_numbers() -> None:
-    assert np.isnan(score(gather_cells(["q"], ["a"], [[1, 1]], 30), [[0.5, 0.5]], [[1, 1]]).emd)
 
 
 def test_collapse_is_the_share_of_all_training_answers() -> None:

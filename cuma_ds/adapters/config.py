@@ -19,7 +19,7 @@ _METHOD_FIXES: dict[str, dict[str, Any]] = {
 
 
 class CumaConfig(BaseModel):
-    """The adapters of one model (METHOD: CuMA, arXiv 2601.04885, section 3; baselines are special cases).
+    """The adapters of one model (CuMA, arXiv 2601.04885, section 3; baselines are special cases).
 
     ``method`` names a preset: ``cuma`` routes on the token and the profile; ``mixlora`` (own A) and ``hydralora``
     (shared A) route on the token alone; ``lora`` is one expert without a router.

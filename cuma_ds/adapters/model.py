@@ -191,9 +191,12 @@ class CumaModel(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, with the profiles this forward had."""
-        self.base_model.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
-        )
+        how = {"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
+        enable = getattr(self.base_model, "activation_checkpointing_enable", None)  # its name in later transformers 5
+        if enable is None:
+            self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
+        else:
+            enable(activation_checkpointing_kwargs=how)
 
     def adapted_layers(self) -> Iterator[tuple[str, AdaptedLinear]]:
         """The adapted linears by their name in the backbone, in module order."""

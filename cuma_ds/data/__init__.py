@@ -7,11 +7,27 @@ from pathlib import Path
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import PreparedData
+from cuma_ds.data.sources.community_alignment import prepare_community_alignment
 from cuma_ds.data.sources.jsonl import prepare_jsonl
+from cuma_ds.data.sources.prism import prepare_prism
+from cuma_ds.data.sources.records import Progress
+from cuma_ds.data.sources.worldvaluesbench import prepare_worldvaluesbench
 from cuma_ds.data.sources.wvs_sample import prepare_wvs_sample
 from cuma_ds.errors import ConfigError, DataError
 
-_DECIDED_WHEN_PREPARED = ("source", "questions", "test_fraction", "heldout_fraction", "split_seed")
+_DECIDED_WHEN_PREPARED = ("source", "questions", "test_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
+_SOURCES = {
+    "jsonl": prepare_jsonl,
+    "wvb": prepare_worldvaluesbench,
+    "community-alignment": prepare_community_alignment,
+    "prism": prepare_prism,
+}
+_NEEDS = {
+    "jsonl": "a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id",
+    "wvb": "the benchmark's folder, or one with the WVS-7 CSV and the benchmark's three JSON files",
+    "community-alignment": "the data set's CSV file or folder",
+    "prism": "the folder with conversations.jsonl and survey.jsonl",
+}
 
 __all__ = ["PreparedData", "load_data", "prepare"]
 
@@ -36,19 +52,39 @@ def load_data(config: DataSection, template: str = "generic") -> PreparedData:
                     f"{config.path} was prepared with {key} {prepared_as[key]}, but the recipe says data.{key}: {value}; "
                     "change the recipe or prepare the data again"
                 )
+        if config.kind not in (None, data.kind):
+            raise DataError(f"{config.path} was prepared as kind {data.kind}, but the recipe says data.kind: {config.kind}")
     else:
         data = prepare(config, template)
     return data if config.histogram_targets else data.with_single_answers()
 
 
-def prepare(config: DataSection, template: str = "generic") -> PreparedData:
-    """Read a raw source; answers of one profile to one question are merged into counts."""
-    if config.source == "jsonl":
-        if config.path is None:
-            raise ConfigError("data.path is missing; source jsonl needs a .jsonl or .jsonl.gz file, or a prepared folder")
-        return prepare_jsonl(config.path, config, template)
-    if config.path is not None:
-        raise DataError(
-            f"{config.path} is no prepared folder: there is no manifest.json; make it with launchers/prepare_data.py wvs-sample"
-        )
-    return prepare_wvs_sample(config, template)
+def prepare(
+    config: DataSection,
+    template: str = "generic",
+    spool: Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Read a raw source; answers of one profile to one question are merged into counts.
+
+    Args:
+        config: source, path and split settings.
+        template: how profile fields become a sentence.
+        spool: folder for large intermediate files; in memory without one.
+        workers: processes that read; by the size of the input if None.
+        progress: told (done, in all).
+
+    Raises:
+        DataError: raw files that are missing or wrong; one line.
+        ConfigError: a source that needs a path and has none.
+    """
+    if config.source == "wvs-sample":
+        if config.path is not None:
+            raise DataError(
+                f"{config.path} is no prepared folder: there is no manifest.json; make it with launchers/prepare_data.py wvs-sample"
+            )
+        return prepare_wvs_sample(config, template)
+    if config.path is None:
+        raise ConfigError(f"data.path is missing; source {config.source} needs {_NEEDS[config.source]}, or a prepared folder")
+    return _SOURCES[config.source](config.path, config, template, spool, workers, progress)

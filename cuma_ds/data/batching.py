@@ -60,18 +60,19 @@ def encode_example(row: Mapping[str, Any], renderer: Renderer, sentences: Sequen
 
 @dataclass(frozen=True)
 class Batch:
-    """One left-padded micro-batch and its targets.
+    """One micro-batch and its targets: an example per row, left-padded, or several per row (:func:`pack`).
 
     Attributes:
         input_ids: [B, S] int64.
         attention_mask: [B, S] int64, 1 for real tokens.
-        position_ids: [B, S] int64, counting real tokens from 0; 0 on padding.
-        profile_index: [B] int64, row in the table of profiles; -1 for a filler that only keeps ranks in step.
+        position_ids: [B, S] int64, counting the tokens of an example from 0; 0 on left padding.
+        profile_index: [B] int64, row in the table of profiles; -1 for a filler that only keeps ranks in step. [B, S] where
+            examples share rows, -1 on padding.
         target_row: [N] int64, row of the batch.
-        target_position: [N] int64, index into the last ``keep`` positions.
+        target_position: [N] int64, index into the positions that ``keep`` names.
         target_token: [N] int64.
         target_weight: [N] float32; 0 for fillers.
-        keep: how many trailing positions need logits (``logits_to_keep``).
+        keep: ``logits_to_keep``: how many trailing positions need logits, or which ones ([K] int64) where examples share rows.
     """
 
     input_ids: Tensor
@@ -82,7 +83,12 @@ class Batch:
     target_position: Tensor
     target_token: Tensor
     target_weight: Tensor
-    keep: int
+    keep: int | Tensor
+
+    @property
+    def packed(self) -> bool:
+        """Whether examples share rows."""
+        return self.profile_index.dim() == 2
 
     @property
     def weight_sum(self) -> float:
@@ -129,6 +135,60 @@ def collate(examples: Sequence[EncodedExample | None], pad_id: int, profile_fill
     )
 
 
+def pack(examples: Sequence[EncodedExample], pad_id: int, length: int) -> Batch:
+    """Put examples one behind the other into as few rows as fit, longest first, each into the first row with room.
+
+    Positions start again with each example; that is how the backbone tells examples of a row apart (it is given no attention
+    mask), so none sees another, and what is learned is what single rows would teach.
+
+    Args:
+        examples: real ones and fillers (profile -1).
+        pad_id: token id of padding, at the end of rows.
+        length: tokens of a row; a longer example has a row of its own length.
+    """
+    rows: list[list[EncodedExample]] = []
+    used: list[int] = []
+    limit = max(length, *(len(example.input_ids) for example in examples))
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        size = len(example.input_ids)
+        row = next((row for row, tokens in enumerate(used) if tokens + size <= limit), len(rows))
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append(example)
+        used[row] += size
+    width = max(used)
+    input_ids_BS = torch.full((len(rows), width), pad_id)
+    position_BS, profile_BS, mask_BS = (torch.full((len(rows), width), fill) for fill in (0, -1, 0))
+    targets: list[tuple[int, int, int, float]] = []
+    for row, members in enumerate(rows):
+        start = 0
+        for example in members:
+            end = start + len(example.input_ids)
+            input_ids_BS[row, start:end] = torch.tensor(example.input_ids)
+            position_BS[row, start:end] = torch.arange(end - start)
+            profile_BS[row, start:end] = example.profile
+            mask_BS[row, start:end] = 1
+            places = zip(example.target_position, example.target_token, example.target_weight, strict=True)
+            targets.extend((row, start + position, token, weight) for position, token, weight in places)
+            start = end
+        # Padding is an example of nobody's.
+        position_BS[row, start:] = torch.arange(width - start)
+    row_N, position_N, token_N, weight_N = zip(*targets, strict=True)
+    keep_K, target_position = torch.unique(torch.tensor(position_N), return_inverse=True)
+    return Batch(
+        input_ids=input_ids_BS,
+        attention_mask=mask_BS,
+        position_ids=position_BS,
+        profile_index=profile_BS,
+        target_row=torch.tensor(row_N),
+        target_position=target_position,
+        target_token=torch.tensor(token_N),
+        target_weight=torch.tensor(weight_N, dtype=torch.float32),
+        keep=keep_K,
+    )
+
+
 def as_filler(example: EncodedExample, profile: int = -1) -> EncodedExample:
     """The same tokens without any say in the loss or the routing statistics."""
     return dataclasses.replace(example, target_weight=[0.0] * len(example.target_weight), profile=profile)
@@ -149,6 +209,7 @@ class BatchStream:
         seed: of the permutations.
         encode: row number to example; called again whenever a row comes up.
         pad_id: token id of padding.
+        pack_length: tokens of a row that several examples share; None gives each a row of its own.
 
     Attributes:
         accumulation: micro-batches per step and rank.
@@ -168,12 +229,13 @@ class BatchStream:
         seed: int,
         encode: Callable[[int], EncodedExample],
         pad_id: int,
+        pack_length: int | None = None,
     ) -> None:
         if n_examples < 1:
             raise DataError("there are no training examples; at least one is needed")
         self.n_examples, self.global_batch_size = n_examples, global_batch_size
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.encode, self.pad_id = encode, pad_id
+        self.encode, self.pad_id, self.pack_length = encode, pad_id, pack_length
         slots = -(-global_batch_size // world_size)
         self.accumulation = -(-slots // micro_batch_size)
         self.micro = -(-slots // self.accumulation)
@@ -196,7 +258,10 @@ class BatchStream:
                 first = self._row(step, 0)
                 assert first is not None
                 examples[0] = as_filler(self.encode(first))
-            batches.append(collate(examples, self.pad_id))
+            if self.pack_length is None:
+                batches.append(collate(examples, self.pad_id))
+            else:
+                batches.append(pack([example for example in examples if example is not None], self.pad_id, self.pack_length))
         return batches
 
     def _row(self, step: int, offset: int) -> int | None:

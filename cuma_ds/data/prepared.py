@@ -9,77 +9,71 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset
 
 import cuma_ds
 from cuma_ds.config import DataSection
+from cuma_ds.data.rows import (
+    BATCH_ROWS,
+    QUESTION_SCHEMA,
+    SCHEMAS,
+    ArrowFile,
+    Question,
+    Split,
+    choice_batch,
+    people_lists,
+    single_answers,
+)  # fmt: skip
 from cuma_ds.data.splits import SPLITS, assign_splits
 from cuma_ds.errors import DataError, nearest
 from cuma_ds.profiles import ProfileTable, linearize
 from cuma_ds.profiles.linearize import country_of
 from cuma_ds.profiles.table import Encoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TABLE_FILE = "profiles.safetensors"
+_ALWAYS = ("train", "test", "heldout")
 
-_SCHEMAS = {
-    "choice": pa.schema(
-        {
-            "profile": pa.int32(),
-            "question_id": pa.string(),
-            "question": pa.string(),
-            "options": pa.list_(pa.string()),
-            "counts": pa.list_(pa.int32()),
-            "group": pa.string(),
-        }
-    ),
-    "chat": pa.schema(
-        {"profile": pa.int32(), "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})), "group": pa.string()}
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Question:
-    """A choice question; the order of its options is its scale."""
-
-    question_id: str
-    text: str
-    options: tuple[str, ...]
+__all__ = ["PreparedData", "ProfileList", "Question", "Rows", "check_questions", "prepare_choice", "prepare_rows", "sha256"]
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Splits ``train``, ``test`` (other people, same countries) and ``heldout`` (countries or profiles never trained on).
+    """Splits ``train``, ``test`` (other people, same countries), ``heldout`` (countries never trained on; profiles where there is
+    no country), and where asked for ``heldout_profiles`` and, where the source names such people, ``valid``.
 
     Attributes:
-        manifest: format_version, source, kind (choice | chat), template, split settings, versions, hashes, and per split
-            the number of examples, answers (before merging), people and profiles.
-        splits: rows of kind choice hold profile, question_id, question, options, counts (answers per option), group (the
-            country, or ""); of kind chat profile, messages, group.
+        manifest: format_version, source, kind (choice | chat | preference), template, split settings, versions, hashes, and per
+            split the number of examples, answers (before merging), people and profiles.
+        splits: rows by split, see :class:`~cuma_ds.data.rows.Split`.
         profiles: distinct profiles as ``{"sentence": str, "fields": dict}``; ``profile`` is a row of this list.
         root: the folder it was read from, None for data that is only in memory.
     """
 
     manifest: dict[str, Any]
-    splits: dict[str, Dataset]
+    splits: dict[str, Split]
     profiles: list[dict[str, Any]]
     root: Path | None = None
 
     @property
     def kind(self) -> str:
-        """``choice`` or ``chat``."""
+        """``choice``, ``chat`` or ``preference``."""
         return self.manifest["kind"]
 
     @property
+    def evaluation_splits(self) -> list[str]:
+        """Splits to judge a model on: all but ``train`` and ``valid``, in order, where there are rows."""
+        return [name for name in SPLITS if name not in ("train", "valid") and len(self.splits.get(name, ()))]
+
+    @cached_property
     def sentences(self) -> list[str]:
         """Profile sentences by profile index."""
         return [profile["sentence"] for profile in self.profiles]
@@ -108,11 +102,10 @@ class PreparedData:
         beside.mkdir()
         try:
             for name, split in self.splits.items():
-                table = split.with_format(None).data.table.combine_chunks()
-                with pa.OSFile(str(beside / f"{name}.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-                    writer.write_table(table)
-            lines = [json.dumps(profile, ensure_ascii=False) for profile in self.profiles]
-            (beside / "profiles.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+                split.rows.save(beside / f"{name}.arrow")
+            self.splits["train"].questions.save(beside / "questions.arrow")
+            with (beside / "profiles.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(profile, ensure_ascii=False) + "\n" for profile in self.profiles)
             hashes = {file.name: sha256(file) for file in sorted(beside.iterdir())}
             manifest = {**self.manifest, "hashes": hashes}
             (beside / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -125,7 +118,8 @@ class PreparedData:
                 os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        return dataclasses.replace(self, manifest=manifest, root=target)
+        splits = {name: split.at(target / f"{name}.arrow", target / "questions.arrow") for name, split in self.splits.items()}
+        return dataclasses.replace(self, manifest=manifest, splits=splits, root=target)
 
     @classmethod
     def load(cls, folder: str | Path) -> PreparedData:
@@ -136,14 +130,15 @@ class PreparedData:
         """
         root = Path(folder)
         manifest = _read_manifest(root)
-        for name in (*(f"{split}.arrow" for split in SPLITS), "profiles.jsonl"):
+        for name in (*(f"{split}.arrow" for split in manifest["splits"]), "questions.arrow", "profiles.jsonl"):
             if not (root / name).is_file():
                 raise DataError(f"the prepared folder {root} is incomplete: {name} is missing; prepare it again")
             if sha256(root / name) != manifest["hashes"].get(name):
                 raise DataError(f"the prepared folder {root} is damaged: {name} has changed since it was written; prepare it again")
-        splits = {name: Dataset.from_file(str(root / f"{name}.arrow")) for name in SPLITS}
         with (root / "profiles.jsonl").open(encoding="utf-8") as lines:
             profiles = [json.loads(line) for line in lines]
+        questions, groups = ArrowFile.open(root / "questions.arrow"), [country_of(profile["fields"]) for profile in profiles]
+        splits = {name: Split(manifest["kind"], ArrowFile.open(root / f"{name}.arrow"), questions, groups) for name in manifest["splits"]}
         return cls(manifest, splits, profiles, root)
 
     def with_template(self, template: str) -> PreparedData:
@@ -157,13 +152,7 @@ class PreparedData:
         """The same data with one row per answer (one-hot counts) in ``train``; the other splits stay merged."""
         if self.kind != "choice":
             return self
-        table = self.splits["train"].data.table.combine_chunks()
-        counts = [np.asarray(row) for row in table["counts"].to_pylist()]
-        rows = np.repeat(np.arange(len(counts)), [row.sum() for row in counts])
-        one_hot = [np.eye(len(row), dtype=np.int32)[option] for row in counts for option in np.repeat(np.arange(len(row)), row)]
-        place = table.schema.get_field_index("counts")
-        table = table.take(pa.array(rows)).set_column(place, "counts", pa.array(one_hot, type=pa.list_(pa.int32())))
-        return dataclasses.replace(self, splits={**self.splits, "train": Dataset(table)})
+        return dataclasses.replace(self, splits={**self.splits, "train": single_answers(self.splits["train"])})
 
 
 class ProfileList:
@@ -174,6 +163,7 @@ class ProfileList:
         self.profiles: list[dict[str, Any]] = []
         self.groups: list[str] = []
         self._rows: dict[str, int] = {}
+        self._seen: dict[Any, int] = {}
 
     def add(self, profile: dict[str, Any] | str) -> int:
         """The profile's row.
@@ -181,74 +171,147 @@ class ProfileList:
         Raises:
             DataError: nothing in the profile is usable.
         """
-        sentence = linearize(profile, self.template)
+        fields = {} if isinstance(profile, str) else dict(profile)
+        key = (profile if isinstance(profile, str) else "", *((name, type(value), value) for name, value in fields.items()))
+        if key not in self._seen:
+            self._seen[key] = self._add(linearize(profile, self.template), fields)
+        return self._seen[key]
+
+    def merge(self, other: ProfileList, row: int) -> int:
+        """The row of a profile that another list (of the same template) holds."""
+        return self._add(**other.profiles[row])
+
+    def _add(self, sentence: str, fields: dict[str, Any]) -> int:
         if sentence not in self._rows:
             self._rows[sentence] = len(self.profiles)
-            self.profiles.append({"sentence": sentence, "fields": {} if isinstance(profile, str) else dict(profile)})
-            self.groups.append(country_of(profile))
+            self.profiles.append({"sentence": sentence, "fields": fields})
+            self.groups.append(country_of(fields))
         return self._rows[sentence]
 
 
-def prepare_choice(
-    answers: pd.DataFrame, questions: Sequence[Question], profiles: ProfileList, config: DataSection, inputs: dict[str, str]
-) -> PreparedData:
-    """Split answers by person and merge equal questions of one profile into answer counts.
+@dataclass(frozen=True)
+class Rows:
+    """What a source read, before it is split: one entry per answer, conversation or preference.
+
+    Attributes:
+        kind: choice | chat | preference.
+        person_N, profile_N: [N] int32.
+        profiles: all profiles.
+        inputs: what was read, name to version or sha256.
+        questions: all questions (kind choice).
+        question_N, answer_N: [N] int32 (kind choice).
+        payload: the other stored columns of ``SCHEMAS[kind]``, N rows in the same order (other kinds).
+        skipped: what was left out, reason to count.
+        given_N: [N] split of each row's person where the source says so.
+    """
+
+    kind: str
+    person_N: np.ndarray
+    profile_N: np.ndarray
+    profiles: ProfileList
+    inputs: dict[str, str]
+    questions: ArrowFile = field(default_factory=lambda: ArrowFile(QUESTION_SCHEMA.empty_table()))
+    question_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    answer_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    payload: ArrowFile | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    given_N: np.ndarray | None = None
+
+
+def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> PreparedData:
+    """Split by person, and merge equal questions of one profile into answer counts.
 
     Args:
-        answers: one row per answer, integer columns person, profile, question (index into ``questions``), answer.
-        questions: all questions.
-        profiles: all profiles.
+        rows: of a source.
         config: split settings.
-        inputs: what the answers were read from, name to version or sha256.
+        spool: folder for the splits' files; in memory without one.
 
     Raises:
-        DataError: no answers, or none left for training.
+        DataError: no rows, or none left for training.
     """
-    split_N = _split(answers, profiles, config)
-    splits = {}
+    split_N = split_rows(rows.person_N, rows.profile_N, rows.profiles, config, rows.given_N)
+    files, sizes = {}, {}
     for number, name in enumerate(SPLITS):
-        part = answers[split_N == number]
-        counts = part.groupby(["question", "profile", "answer"]).size().rename("count").reset_index()
-        rows = counts.groupby(["question", "profile"], sort=True).ngroup().to_numpy()
-        keys = counts.drop_duplicates(["question", "profile"])
-        widest = max(len(question.options) for question in questions)
-        histogram = np.zeros((len(keys), widest), np.int32)
-        histogram[rows, counts["answer"].to_numpy()] = counts["count"].to_numpy()
-        asked = [questions[index] for index in keys["question"]]
-        columns = {
-            "profile": keys["profile"].to_numpy(np.int32),
-            "question_id": [question.question_id for question in asked],
-            "question": [question.text for question in asked],
-            "options": [list(question.options) for question in asked],
-            "counts": [row[: len(question.options)] for row, question in zip(histogram, asked, strict=True)],
-            "group": [profiles.groups[index] for index in keys["profile"]],
-        }
-        splits[name] = Dataset(pa.table(columns, schema=_SCHEMAS["choice"]))
-    return _finish("choice", answers, split_N, splits, profiles, config, inputs)
+        chosen_N = split_N == number
+        if name not in _ALWAYS and not chosen_N.any():
+            continue
+        file = None if spool is None else spool / f"{name}.arrow"
+        if rows.kind == "choice":
+            options_Q = np.array([len(options) for options in rows.questions.table["options"]], np.int64)
+            batches = histogram_batches(
+                rows.person_N[chosen_N], rows.profile_N[chosen_N], rows.question_N[chosen_N], rows.answer_N[chosen_N], options_Q
+            )
+        else:
+            batches = _chosen_batches(rows, chosen_N)
+        files[name] = ArrowFile.collect(SCHEMAS[rows.kind], batches, file)
+        sizes[name] = count_sizes(rows.person_N[chosen_N], rows.profile_N[chosen_N])
+    return finish(rows.kind, files, sizes, rows.questions, rows.profiles, config, rows.inputs, rows.skipped)
 
 
-def prepare_chat(
-    rows: pd.DataFrame, conversations: list[list[dict[str, str]]], profiles: ProfileList, config: DataSection, inputs: dict[str, str]
+def prepare_choice(
+    answers: pd.DataFrame,
+    questions: Sequence[Question],
+    profiles: ProfileList,
+    config: DataSection,
+    inputs: dict[str, str],
+    spool: Path | None = None,
 ) -> PreparedData:
-    """Split conversations by person.
+    """:func:`prepare_rows` for answers in a data frame with integer columns person, profile, question and answer."""
+    columns = [answers[name].to_numpy(np.int32) for name in ("person", "profile", "question", "answer")]
+    person_N, profile_N, question_N, answer_N = columns
+    table = question_file(questions, None if spool is None else spool / "questions.arrow")
+    rows = Rows("choice", person_N, profile_N, profiles, inputs, questions=table, question_N=question_N, answer_N=answer_N)
+    return prepare_rows(rows, config, spool)
+
+
+def question_file(questions: Sequence[Question], file: Path | None) -> ArrowFile:
+    """Questions as an Arrow table."""
+    columns = [[q.question_id for q in questions], [q.text for q in questions], [list(q.options) for q in questions]]
+    batch = pa.RecordBatch.from_arrays([pa.array(c, t.type) for c, t in zip(columns, QUESTION_SCHEMA, strict=True)], schema=QUESTION_SCHEMA)
+    return ArrowFile.collect(QUESTION_SCHEMA, [batch], file)
+
+
+def histogram_batches(
+    person_N: np.ndarray, profile_N: np.ndarray, question_N: np.ndarray, answer_N: np.ndarray, options_Q: np.ndarray
+) -> Iterator[pa.RecordBatch]:
+    """Answers merged into one row per (question, profile) with counts per option, in that order.
 
     Args:
-        rows: one row per conversation, integer columns person and profile.
-        conversations: messages of each row.
-        profiles, config, inputs: as in :func:`prepare_choice`.
+        person_N, profile_N, question_N, answer_N: [N] int.
+        options_Q: [Q] number of options of each question.
     """
-    split_N = _split(rows, profiles, config)
-    splits = {}
-    for number, name in enumerate(SPLITS):
-        chosen = np.flatnonzero(split_N == number)
-        profile_M = rows["profile"].to_numpy(np.int32)[chosen]
-        columns = {
-            "profile": profile_M,
-            "messages": [conversations[index] for index in chosen],
-            "group": [profiles.groups[index] for index in profile_M],
-        }
-        splits[name] = Dataset(pa.table(columns, schema=_SCHEMAS["chat"]))
-    return _finish("chat", rows, split_N, splits, profiles, config, inputs)
+    if not len(profile_N):
+        return
+    width, profiles = int(options_Q.max()), int(profile_N.max()) + 1
+    key_N = (question_N.astype(np.int64) * profiles + profile_N) * width + answer_N
+    order_N = np.lexsort((person_N, key_N))
+    cells, first_C, count_C = np.unique(key_N[order_N], return_index=True, return_counts=True)
+    # A row may not be torn apart: cells of one row are neighbours.
+    row_C = cells // width
+    starts = np.flatnonzero(np.concatenate([[True], row_C[1:] != row_C[:-1]]))
+    for first in range(0, len(starts), BATCH_ROWS):
+        begin = starts[first]
+        end = starts[first + BATCH_ROWS] if first + BATCH_ROWS < len(starts) else len(cells)
+        keys, index_C = np.unique(row_C[begin:end], return_inverse=True)
+        question_M, counts = keys // profiles, count_C[begin:end]
+        people = order_N[first_C[begin] : first_C[begin] + counts.sum()]
+        answers_M = np.bincount(index_C, counts).astype(np.int64)
+        yield choice_batch(
+            keys % profiles, question_M, options_Q[question_M], index_C, cells[begin:end] % width, counts, person_N[people], answers_M
+        )
+
+
+def _chosen_batches(rows: Rows, chosen_N: np.ndarray) -> Iterator[pa.RecordBatch]:
+    assert rows.payload is not None
+    start = 0
+    for batch in rows.payload.table.to_batches(4096):
+        places = np.flatnonzero(chosen_N[start : start + len(batch)])
+        if len(places):
+            profile_M = pa.array(rows.profile_N[start + places].astype(np.int32))
+            people_M = people_lists(rows.person_N[start + places], np.ones(len(places), np.int32))
+            part = batch.take(pa.array(places))
+            yield pa.RecordBatch.from_arrays([profile_M, people_M, *part.columns], schema=SCHEMAS[rows.kind])
+        start += len(batch)
 
 
 def check_questions(config: DataSection, known: Collection[str]) -> list[str]:
@@ -269,39 +332,52 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _split(answers: pd.DataFrame, profiles: ProfileList, config: DataSection) -> np.ndarray:
+def split_rows(
+    person_N: np.ndarray, profile_N: np.ndarray, profiles: ProfileList, config: DataSection, given_N: np.ndarray | None = None
+) -> np.ndarray:
+    """[N] int8 index into ``SPLITS``, by the recipe's fractions and seed.
+
+    Raises:
+        DataError: nothing is left for training.
+    """
     countries = sorted(set(profiles.groups) - {""})
     code = {country: index for index, country in enumerate(countries)}
-    profile_N = answers["profile"].to_numpy()
-    unit_N = np.array([code.get(group, -1) for group in profiles.groups])[profile_N] if countries else profile_N
-    split_N = assign_splits(answers["person"].to_numpy(), unit_N, config.test_fraction, config.heldout_fraction, config.split_seed)
+    unit_N = np.array([code.get(group, -1) for group in profiles.groups], np.int32)[profile_N] if countries else profile_N
+    split_N = assign_splits(
+        person_N, unit_N, config.test_fraction, config.heldout_fraction, config.split_seed,
+        profile_N, config.heldout_profile_fraction, given_N,
+    )  # fmt: skip
     if not (split_N == 0).any():
-        people = answers["person"].nunique()
         raise DataError(
-            f"nothing is left for training: {len(answers)} rows of {people} people with test_fraction {config.test_fraction} and "
-            f"heldout_fraction {config.heldout_fraction}; give more people or hold out less"
+            f"nothing is left for training: {len(person_N)} rows of {len(np.unique(person_N))} people with test_fraction "
+            f"{config.test_fraction} and heldout_fraction {config.heldout_fraction}; give more people or hold out less"
         )
     return split_N
 
 
-def _finish(
+def count_sizes(person_N: np.ndarray, profile_N: np.ndarray) -> dict[str, int]:
+    """Answers, people and profiles of a split."""
+    return {"answers": len(person_N), "people": len(np.unique(person_N)), "profiles": len(np.unique(profile_N))}
+
+
+def finish(
     kind: str,
-    answers: pd.DataFrame,
-    split_N: np.ndarray,
-    splits: dict[str, Dataset],
+    files: dict[str, ArrowFile],
+    sizes: dict[str, dict[str, int]],
+    questions: ArrowFile,
     profiles: ProfileList,
     config: DataSection,
     inputs: dict[str, str],
+    skipped: Mapping[str, int],
 ) -> PreparedData:
-    sizes = {}
-    for number, name in enumerate(SPLITS):
-        part = answers[split_N == number]
-        sizes[name] = {
-            "examples": len(splits[name]),
-            "answers": len(part),
-            "people": int(part["person"].nunique()),
-            "profiles": int(part["profile"].nunique()),
-        }
+    """Splits with their manifest.
+
+    Args:
+        files: stored rows by split.
+        sizes: answers, people and profiles by split.
+    """
+    splits = {name: Split(kind, file, questions, profiles.groups) for name, file in files.items()}
+    heldout = np.unique(splits["heldout"].numbers("profile"))
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": config.source,
@@ -309,13 +385,15 @@ def _finish(
         "template": profiles.template,
         "test_fraction": config.test_fraction,
         "heldout_fraction": config.heldout_fraction,
+        "heldout_profile_fraction": config.heldout_profile_fraction,
         "seed": config.split_seed,
         "questions": None if config.questions is None else list(config.questions),
         "versions": {"cuma_ds": cuma_ds.__version__, "python": platform.python_version(), "pyarrow": pa.__version__},
         "inputs": inputs,
+        "skipped": dict(skipped),
         "hashes": {},
-        "splits": sizes,
-        "heldout_groups": sorted(set(splits["heldout"]["group"]) - {""}),
+        "splits": {name: {"examples": len(splits[name]), **sizes[name]} for name in splits},
+        "heldout_groups": sorted({profiles.groups[profile] for profile in heldout} - {""}),
     }
     return PreparedData(manifest, splits, profiles.profiles)
 

@@ -1,13 +1,13 @@
 """How surprised a model is by held-out conversations: token-level loss of the assistant's words.
 
-Shapes: M conversations, N profiles, P profile width, R routers, E experts.
+Shapes: M conversations, R routers, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cuma_ds.data.batching import EncodedExample
-from cuma_ds.evaluation.forward import Progress, forward_batches
+from cuma_ds.evaluation.forward import ForwardOptions, RoutingTally, forward_batches
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class ChatLosses:
         nll: nats, float64 [M].
         tokens: float64 [M].
         gates_MRE: mean gate weight over the tokens, float32 [M, R, E]; None if not recorded.
+        routing: of all conversations together.
     """
 
     nll: NDArray[np.float64]
     tokens: NDArray[np.float64]
     gates_MRE: NDArray[np.float32] | None = None
+    routing: RoutingTally = field(default_factory=RoutingTally)
 
     @property
     def loss(self) -> float:
@@ -44,17 +46,12 @@ def chat_losses(
     embeddings_NP: Tensor | None,
     batch_size: int,
     pad_id: int,
-    device: torch.device | str = "cpu",
-    profiles: Sequence[int] | None = None,
-    record: bool = False,
-    progress: Progress | None = None,
+    **options: Unpack[ForwardOptions],
 ) -> ChatLosses:
-    """Loss of each conversation's target tokens (arguments as in :func:`cuma_ds.evaluation.choice.predict_choices`)."""
-    if profiles is not None:
-        examples = [replace(example, profile=profile) for example, profile in zip(examples, profiles, strict=True)]
+    """Loss of each conversation's target tokens (arguments as in :func:`cuma_ds.evaluation.forward.forward_batches`)."""
     nll, tokens = np.zeros(len(examples)), np.zeros(len(examples))
-    gates: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(examples)
-    for indices, batch, logits, gates_BRE in forward_batches(model, examples, embeddings_NP, batch_size, pad_id, device, record, progress):
+    routing = RoutingTally()
+    for indices, batch, logits, gates_BRE in forward_batches(model, examples, embeddings_NP, batch_size, pad_id, **options):
         predicted = logits[batch.target_row, batch.target_position]
         losses = torch.nn.functional.cross_entropy(predicted, batch.target_token, reduction="none").double().cpu().numpy()
         rows = batch.target_row.cpu().numpy()
@@ -62,8 +59,5 @@ def chat_losses(
         chosen = np.array(indices)[rows]
         np.add.at(nll, chosen, losses * weights)
         np.add.at(tokens, chosen, weights)
-        if gates_BRE is not None:
-            for row, index in enumerate(indices):
-                gates[index] = gates_BRE[row].numpy()
-    recorded = record and bool(gates) and gates[0].size > 0
-    return ChatLosses(nll, tokens, np.stack(gates) if recorded else None)
+        routing.add(model, indices, gates_BRE)
+    return ChatLosses(nll, tokens, routing.gates_of(range(len(examples))), routing)

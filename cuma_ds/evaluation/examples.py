@@ -21,6 +21,7 @@ class ChoiceExamples:
         profiles: row of each example's profile.
         counts: answers of each example, float64 [n], n its number of options.
         texts: question id -> (question, options).
+        people: who gave the answers of each example, those of its first option first; None where the data does not say.
     """
 
     questions: list[str]
@@ -28,6 +29,7 @@ class ChoiceExamples:
     profiles: list[int]
     counts: list[NDArray[np.float64]]
     texts: dict[str, tuple[str, list[str]]]
+    people: list[NDArray[np.int64]] | None = None
 
     @classmethod
     def of(cls, split: Any) -> ChoiceExamples:
@@ -37,12 +39,25 @@ class ChoiceExamples:
         texts: dict[str, tuple[str, list[str]]] = {}
         for question, text, options in zip(questions, split["question"], split["options"], strict=True):
             texts.setdefault(question, (text, list(options)))
+        names = getattr(split, "column_names", None) or list(split)
         return cls(
             questions=questions,
             groups=[group or f"profile {profile}" for group, profile in zip(split["group"], profiles, strict=True)],
             profiles=profiles,
             counts=[np.asarray(counts, dtype=np.float64) for counts in split["counts"]],
             texts=texts,
+            people=[np.asarray(people, dtype=np.int64) for people in split["people"]] if "people" in names else None,
+        )
+
+    def only(self, chosen: Sequence[int]) -> ChoiceExamples:
+        """The chosen examples, in their order."""
+        return ChoiceExamples(
+            questions=[self.questions[index] for index in chosen],
+            groups=[self.groups[index] for index in chosen],
+            profiles=[self.profiles[index] for index in chosen],
+            counts=[self.counts[index] for index in chosen],
+            texts=self.texts,
+            people=None if self.people is None else [self.people[index] for index in chosen],
         )
 
     def __len__(self) -> int:

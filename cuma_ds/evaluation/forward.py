@@ -8,14 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, Unpack
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cuma_ds.data.batching import Batch, EncodedExample, collate
 
 Progress = Callable[[int, int], None]
+
+
+class ForwardOptions(TypedDict, total=False):
+    """How examples are run, beside the model and the batch size.
+
+    device: where batches go; default: the CPU.
+    profiles: rows of the embeddings to ask as, instead of the examples' own (the prompts stay as they are).
+    record: also collect the routing.
+    progress: called with (examples done, examples in all) after each batch.
+    """
+
+    device: torch.device | str
+    profiles: Sequence[int] | None
+    record: bool
+    progress: Progress | None
 
 
 @torch.no_grad()
@@ -25,22 +43,22 @@ def forward_batches(
     embeddings_NP: Tensor | None,
     batch_size: int,
     pad_id: int,
-    device: torch.device | str = "cpu",
-    record: bool = False,
-    progress: Progress | None = None,
+    **options: Unpack[ForwardOptions],
 ) -> Iterator[tuple[list[int], Batch, Tensor, Tensor | None]]:
     """Run every example once, longest first (so that memory is known to suffice from the first batch).
 
     Args:
         model: a :class:`CumaModel` (or anything called alike) in eval mode.
         embeddings_NP: raw profile embeddings that ``example.profile`` points into; None for a model without profiles.
-        record: also return the routing.
-        progress: called with (examples done, examples in all) after each batch.
+        batch_size: sequences per forward; does not change the result.
 
     Yields:
         Indices of the batch's examples, the batch, its logits float32 [B, keep, V], and with ``record`` the mean gates [B, R, E]
         float32 (None where the model has no routers).
     """
+    device, progress = options.get("device", "cpu"), options.get("progress")
+    record = bool(options.get("record")) and hasattr(model, "recording_routing")
+    examples = asked_as(examples, options.get("profiles"))
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -62,3 +80,51 @@ def forward_batches(
         yield indices, batch, out.logits.float(), gates_BRE
         if progress is not None:
             progress(start + len(indices), len(order))
+
+
+def asked_as(examples: Sequence[EncodedExample], profiles: Sequence[int] | None) -> Sequence[EncodedExample]:
+    """The same prompts with other profiles; as they are for None."""
+    if profiles is None:
+        return examples
+    return [replace(example, profile=profile) for example, profile in zip(examples, profiles, strict=True)]
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The token that fills up batches; which one does not matter, it is masked."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+@dataclass
+class RoutingTally:
+    """Where the tokens of many forwards went.
+
+    Attributes:
+        router_names: R names; empty where nothing was routed.
+        gates: example -> mean gate over its tokens, float32 [R, E].
+        load_RE: top-k assignments of all tokens.
+        entropy_R: summed entropy of the tokens' gates, in nats.
+        tokens: number of tokens.
+    """
+
+    router_names: tuple[str, ...] = ()
+    gates: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    load_RE: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    entropy_R: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    tokens: float = 0.0
+
+    def add(self, model: Any, indices: Sequence[int], gates_BRE: Tensor | None) -> None:
+        """Count the forward that ``model`` ran last; nothing where it was not recorded."""
+        if gates_BRE is None:
+            return
+        statistics = model.routing_statistics()
+        self.gates.update(zip(indices, gates_BRE.numpy(), strict=True))
+        if not self.router_names:
+            self.router_names = tuple(model.router_names)
+            self.load_RE, self.entropy_R = np.zeros(statistics.load_RE.shape), np.zeros(len(statistics.entropy_R))
+        self.load_RE += statistics.load_RE.double().cpu().numpy()
+        self.entropy_R += statistics.entropy_R.double().cpu().numpy()
+        self.tokens += float(statistics.tokens)
+
+    def gates_of(self, examples: Sequence[int]) -> NDArray[np.float32] | None:
+        """Mean gates [len(examples), R, E]; None where nothing was recorded."""
+        return np.stack([self.gates[index] for index in examples]) if self.gates else None

@@ -16,7 +16,7 @@ from cuma_ds.errors import DataError
 Array = NDArray[np.float64]
 
 
-def emd(p: ArrayLike, q: ArrayLike) -> Array:
+def emd(p: ArrayLike, q: ArrayLike, steps: ArrayLike | None = None) -> Array:
     """Earth mover's distance of two distributions on ordered options, normalised to [0, 1].
 
     The options stand at k / (n - 1), so this is the Wasserstein-1 distance there: sum_k |P_k - Q_k| / (n - 1) with P, Q
@@ -24,6 +24,7 @@ def emd(p: ArrayLike, q: ArrayLike) -> Array:
 
     Args:
         p, q: [..., n] probabilities, broadcast against each other.
+        steps: [...] n - 1 of each, where distributions of fewer options were filled up with zeros.
 
     Raises:
         DataError: different numbers of options.
@@ -31,7 +32,7 @@ def emd(p: ArrayLike, q: ArrayLike) -> Array:
     p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
     if p.shape[-1] != q.shape[-1]:
         raise DataError(f"distributions over {p.shape[-1]} and {q.shape[-1]} options cannot be compared")
-    return np.abs(np.cumsum(p - q, axis=-1)).sum(axis=-1) / max(p.shape[-1] - 1, 1)
+    return np.abs(np.cumsum(p - q, axis=-1)).sum(axis=-1) / (max(p.shape[-1] - 1, 1) if steps is None else np.asarray(steps))
 
 
 def entropy(p: ArrayLike) -> Array:
@@ -40,15 +41,55 @@ def entropy(p: ArrayLike) -> Array:
     return -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
 
 
-def accuracy(probabilities: Sequence[ArrayLike], counts: Sequence[ArrayLike]) -> float:
-    """Share of all answers that are the most probable option of their example (the first, on a tie).
+def macro_f1(true: ArrayLike, predicted: ArrayLike, both: ArrayLike) -> Array:
+    """Unweighted mean over letters of F1 = 2 both / (true + predicted); letters that neither side uses do not count.
 
     Args:
-        probabilities, counts: M examples, [n] each; n may differ between examples.
+        true, predicted, both: [..., n] how often each letter was the answer, was predicted, and was both at once.
     """
-    right = sum(float(np.asarray(c)[int(np.argmax(p))]) for p, c in zip(probabilities, counts, strict=True))
-    total = sum(float(np.sum(c)) for c in counts)
-    return right / total if total else float("nan")
+    used = np.asarray(true, dtype=np.float64) + np.asarray(predicted, dtype=np.float64)
+    scores = np.divide(2 * np.asarray(both, dtype=np.float64), used, out=np.zeros_like(used), where=used > 0)
+    return scores.sum(axis=-1) / np.maximum((used > 0).sum(axis=-1), 1)
+
+
+def calibration_error(right: ArrayLike, confidence: ArrayLike, total: ArrayLike) -> Array:
+    """Expected calibration error: mean over answers of |accuracy - confidence| of the bin they fall into.
+
+    Args:
+        right, confidence: [..., bins] correct answers, and summed confidence (probability of the predicted option), of each bin.
+        total: [...] answers in all.
+    """
+    gap = np.abs(np.asarray(right, dtype=np.float64) - np.asarray(confidence, dtype=np.float64)).sum(axis=-1)
+    total = np.asarray(total, dtype=np.float64)
+    return np.divide(gap, total, out=np.full_like(gap, np.nan), where=total > 0)
+
+
+def inequity(accuracies: Sequence[ArrayLike], size: int = 1) -> Array:
+    """Sigma-inequity: mean over profile fields of the standard deviation (of the population) of subgroup accuracy.
+
+    Args:
+        accuracies: for each field [size, subgroups]; nan for a subgroup without answers.
+        size: length of the result, nan where no field has two subgroups with answers.
+    """
+    spreads = []
+    for values in accuracies:
+        values = np.asarray(values, dtype=np.float64)
+        known = np.isfinite(values)
+        count = known.sum(axis=-1)
+        mean = np.where(known, values, 0.0).sum(axis=-1) / np.maximum(count, 1)
+        square = np.where(known, (values - mean[..., None]) ** 2, 0.0).sum(axis=-1) / np.maximum(count, 1)
+        spreads.append(np.where(count > 1, np.sqrt(square), np.nan))
+    if not spreads:
+        return np.full(size, np.nan)
+    stacked = np.stack(spreads)
+    known = np.isfinite(stacked)
+    return np.divide(np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0), out=np.full(size, np.nan), where=known.any(axis=0))
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Distinct-n: different n-grams over all n-grams of the texts' words (lower case, split at white space); nan without any."""
+    grams = [tuple(words[start : start + n]) for words in (text.lower().split() for text in texts) for start in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def mean_collapse_recovered(collapse: float, oracle: float, value: float) -> float | None:
@@ -149,34 +190,6 @@ def predicted_distributions(cells: Cells, probabilities: Sequence[ArrayLike], co
         stacked = np.stack([np.asarray(probabilities[example], dtype=np.float64) for example in members])
         result.append(normalise(weights @ stacked))
     return result
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How well one set of predictions fits: all means are weighted by answers."""
-
-    emd: float
-    accuracy: float
-    entropy: float
-
-
-def score(cells: Cells, probabilities: Sequence[ArrayLike], counts: Sequence[ArrayLike]) -> Scores:
-    """EMD of the cells' distributions; accuracy and predictive entropy of the examples in them.
-
-    Args:
-        probabilities, counts: of all M examples, [n] each.
-    """
-    if not cells.keys:
-        return Scores(float("nan"), float("nan"), float("nan"))
-    distances = [float(emd(p, q)) for p, q in zip(predicted_distributions(cells, probabilities, counts), cells.observed, strict=True)]
-    inside = cells.examples
-    weights = np.array([np.sum(counts[example]) for example in inside], dtype=np.float64)
-    entropies = np.array([float(entropy(probabilities[example])) for example in inside])
-    return Scores(
-        emd=float(np.average(distances, weights=cells.answers)),
-        accuracy=accuracy([probabilities[example] for example in inside], [counts[example] for example in inside]),
-        entropy=float(np.average(entropies, weights=weights)),
-    )
 
 
 def mean_by_group(values: NDArray[np.floating], groups: Sequence[Hashable], weights: ArrayLike) -> dict[Hashable, Array]:

@@ -6,7 +6,7 @@ Shapes: G groups, n options, R routers, E experts.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def plot_distributions(
-    path: Path, question: str, options: Sequence[str], groups: Sequence[str], observed_Gn: Array, predicted_Gn: Array, global_n: Array
+    path: Path,
+    question: str,
+    options: Sequence[str],
+    groups: Sequence[str],
+    observed_Gn: Array,
+    predicted_Gn: Array,
+    global_n: Array,
+    model: str = "trained model",
 ) -> None:
     """Paired bars of observed and predicted answers, one small panel per group, the global distribution as a line over each pair."""
     columns = min(4, len(groups))
@@ -34,13 +41,13 @@ def plot_distributions(
     width = max(2.35 * columns, 6.4)
     title, answers = _wrap(question, 11 * width), _answers(options, 13 * width)
     header, body = 0.65 + 0.2 * title.count("\n"), 1.75 * rows + 0.45 + 0.17 * answers.count("\n")
-    figure = _figure(width, header + body)
+    figure = new_figure(width, header + body)
     subfigures: Any = figure.subfigures(2, 1, height_ratios=[header, body])
     top, bottom = subfigures
     top.suptitle(title, fontsize=11.5, x=0.01, ha="left")
     handles = [
         Patch(color=GREY, label="observed, held-out people"),
-        Patch(color=BLUE, label="predicted, trained model"),
+        Patch(color=BLUE, label=f"predicted, {model}"),
         Line2D([], [], color=VERMILLION, linewidth=1.8, label="one global distribution"),
     ]
     top.legend(handles=handles, loc="lower left", ncols=3, frameon=False, fontsize=9.5)
@@ -51,27 +58,29 @@ def plot_distributions(
         panel.bar(place - 0.2, observed, 0.36, color=GREY)
         panel.bar(place + 0.2, predicted, 0.36, color=BLUE)
         panel.hlines(global_n, place - 0.44, place + 0.44, color=VERMILLION, linewidth=1.8)
-        panel.set_title(_short(name, 26), fontsize=10)
+        panel.set_title(short(name, 26), fontsize=10)
         panel.set_xticks(place, _marks(len(options)))
         panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        _bare(panel)
+        bare(panel)
         panel.tick_params(labelbottom=True)
     for panel in panels[len(groups) :]:
         panel.remove()
     bottom.supxlabel(answers, fontsize=9.5, x=0.01, ha="left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Array, collapse: Array) -> None:
     """A dumbbell per group from the bare backbone's EMD to the trained model's, sorted, in two columns where there are many groups.
 
     Args:
-        before, after, collapse: EMD of each group [G]; ``collapse`` is that of the global distribution.
+        before, after, collapse: EMD of each group [G]; ``collapse`` is that of the global distribution. The same array twice draws
+            an untrained model by itself.
     """
+    trained = after is not before
     order = np.argsort(after, kind="stable")
     columns = 2 if len(groups) > 34 else 1
     rows = -(-len(groups) // columns)
-    figure = _figure(4.9 * columns, 0.19 * rows + 1.3)
+    figure = new_figure(4.9 * columns, 0.19 * rows + 1.3)
     panels = np.atleast_1d(figure.subplots(1, columns, sharex=True))
     # The worst groups come first: that is where to look.
     for panel, part in zip(panels, np.array_split(order[::-1], columns), strict=True):
@@ -80,14 +89,15 @@ def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Arra
             height, np.minimum(before[part], after[part]), np.maximum(before[part], after[part]), color=LIGHT, linewidth=2.2, zorder=1
         )
         panel.scatter(collapse[part], height, marker="|", s=52, color=VERMILLION, linewidth=1.8, zorder=2)
-        panel.scatter(before[part], height, s=26, facecolor="white", edgecolor=GREY, linewidth=1.3, zorder=3)
+        if trained:
+            panel.scatter(before[part], height, s=26, facecolor="white", edgecolor=GREY, linewidth=1.3, zorder=3)
         panel.scatter(after[part], height, s=28, color=BLUE, zorder=4, clip_on=False)
-        panel.set_yticks(height, [_short(groups[int(group)], 26) for group in part], fontsize=8.5)
+        panel.set_yticks(height, [short(groups[int(group)], 26) for group in part], fontsize=8.5)
         panel.set_ylim(len(part) - 0.4, -0.6)
         panel.set_xlim(0, 1.05 * max(before.max(), after.max(), collapse.max()))
         panel.grid(axis="x", color=LIGHT, linewidth=0.7)
         panel.set_axisbelow(True)
-        _bare(panel)
+        bare(panel)
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)
     figure.supxlabel("EMD between predicted and observed answers (0 = equal)", fontsize=10)
@@ -102,11 +112,12 @@ def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Arra
             markersize=5.5,
             label="backbone before training",
         ),
-        Line2D([], [], marker="o", linestyle="", color=BLUE, markersize=5.5, label="trained"),
+        Line2D([], [], marker="o", linestyle="", color=BLUE, markersize=5.5, label="trained" if trained else "model as it is"),
         Line2D([], [], marker="|", linestyle="", color=VERMILLION, markersize=9, markeredgewidth=1.8, label="one global distribution"),
     ]
+    handles = handles if trained else handles[1:]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9.5, columnspacing=1.2, handletextpad=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_expert_use(path: Path, groups: Sequence[str], gates_GRE: Array, router_names: Sequence[str], shown: int = 3) -> None:
@@ -124,17 +135,17 @@ def plot_expert_use(path: Path, groups: Sequence[str], gates_GRE: Array, router_
     chosen = discriminating_routers(gates_GRE, shown)
     cell = 0.30 if experts <= 16 else 4.8 / experts
     width = cell * experts
-    figure = _figure(2.0 + (width + 0.15) * len(chosen) + 1.3, 0.165 * count + 1.5)
+    figure = new_figure(2.0 + (width + 0.15) * len(chosen) + 1.3, 0.165 * count + 1.5)
     panels = np.atleast_1d(figure.subplots(1, len(chosen) + 1, width_ratios=[width] * len(chosen) + [0.8]))
     top = float(max(gates_GRE[:, chosen].max(), 1e-6))
     image: Any = None
     for column, router in enumerate(chosen):
         panel: Any = panels[column]
         image = panel.imshow(gates_GRE[order, router], aspect="auto", cmap="Blues", vmin=0.0, vmax=top, interpolation="nearest")
-        panel.set_title(_router_label(router_names[router]), fontsize=9)
+        panel.set_title(router_label(router_names[router]), fontsize=9)
         step = 1 if experts <= 16 else -(-experts // 8)
         panel.set_xticks(range(0, experts, step), [str(expert + 1) for expert in range(0, experts, step)], fontsize=8)
-        panel.set_yticks(range(count), [_short(groups[int(group)], 26) for group in order] if column == 0 else [], fontsize=8.5)
+        panel.set_yticks(range(count), [short(groups[int(group)], 26) for group in order] if column == 0 else [], fontsize=8.5)
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
     _draw_tree(panels[-1], tree, count)
@@ -142,7 +153,66 @@ def plot_expert_use(path: Path, groups: Sequence[str], gates_GRE: Array, router_
     figure.colorbar(
         image, ax=list(panels[:-1]), location="top", label="mean gate weight", shrink=0.6 if len(chosen) > 1 else 1.0, aspect=30, pad=0.01
     )
-    _save(figure, path)
+    save(figure, path)
+
+
+def plot_reliability(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Reliability diagrams side by side: accuracy against confidence of each bin, and below how many answers each bin holds.
+
+    Args:
+        rows: title -> ``accuracy``, ``confidence``, ``answers`` of each bin, and ``error``, the expected calibration error.
+    """
+    figure = new_figure(3.3 * len(rows) + 0.4, 4.1)
+    panels = figure.subplots(2, len(rows), sharex=True, sharey="row", height_ratios=[3, 1], squeeze=False)
+    for (top, bottom), (title, row) in zip(panels.T, rows.items(), strict=True):
+        bins = len(row["answers"])
+        share = np.array(row["answers"], dtype=float) / max(sum(row["answers"]), 1)
+        filled = [k for k in range(bins) if row["answers"][k]]
+        right, sure = ([row[key][k] for k in filled] for key in ("accuracy", "confidence"))
+        top.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle="--")
+        top.vlines(sure, np.minimum(sure, right), np.maximum(sure, right), color=VERMILLION, linewidth=1.2, alpha=0.7)
+        top.scatter(sure, right, s=18 + 160 * share[filled], color=BLUE, edgecolor="white", linewidth=0.7, zorder=3)
+        top.set_title(f"{title}\nECE {row['error']:.3f}", fontsize=10)
+        top.set_xlim(0, 1)
+        top.set_ylim(0, 1)
+        bottom.bar((np.arange(bins) + 0.5) / bins, share, 0.9 / bins, color=GREY)
+        bottom.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        bare(top)
+        bare(bottom)
+    panels[0, 0].set_ylabel("accuracy", fontsize=10)
+    panels[1, 0].set_ylabel("answers", fontsize=10)
+    figure.supxlabel("confidence: probability of the predicted option", fontsize=10)
+    save(figure, path)
+
+
+def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Accuracy of each subgroup with its 95% interval, field by field, that of all of them together as a line.
+
+    Args:
+        fields: field -> rows of ``label``, ``people``, ``answers``, ``accuracy``, ``interval`` (or None).
+    """
+    count = sum(len(rows) + 1.2 for rows in fields.values())
+    figure = new_figure(6.4, 0.24 * count + 0.9)
+    panels = np.atleast_1d(figure.subplots(len(fields), 1, sharex=True, height_ratios=[len(rows) + 0.4 for rows in fields.values()]))
+    for panel, (field, rows) in zip(panels, fields.items(), strict=True):
+        height = np.arange(len(rows))
+        together = np.average([row["accuracy"] for row in rows], weights=[row["answers"] for row in rows])
+        panel.axvline(float(together), color=VERMILLION, linewidth=1.2)
+        for place, row in enumerate(rows):
+            if row["interval"] is not None:
+                panel.hlines(place, *row["interval"], color=BLUE, linewidth=2.2, alpha=0.4)
+        panel.scatter([row["accuracy"] for row in rows], height, s=26, color=BLUE, zorder=3)
+        panel.set_yticks(height, [f"{short(row['label'], 34)}  ({row['people']:,})" for row in rows], fontsize=8.5)
+        panel.set_ylim(len(rows) - 0.4, -0.6)
+        panel.set_title(field.replace("_", " "), fontsize=10, loc="left")
+        panel.grid(axis="x", color=LIGHT, linewidth=0.7)
+        panel.set_axisbelow(True)
+        bare(panel)
+        panel.spines["left"].set_visible(False)
+        panel.tick_params(axis="y", length=0)
+    panels[-1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.supxlabel("accuracy (line: all of a field together; number of people in brackets)", fontsize=10)
+    save(figure, path)
 
 
 def group_tree(gates_GRE: Array) -> NDArray[np.float64] | None:
@@ -171,12 +241,13 @@ def _draw_tree(panel: Any, tree: NDArray[np.float64] | None, count: int) -> None
     panel.set_xlim(left=0)
 
 
-def _router_label(name: str) -> str:
+def router_label(name: str) -> str:
+    """``layer 3`` over the rest of the module name, or the name where it holds no number."""
     parts = name.split(".")
     number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
     if number is None:
-        return _short(name, 22)
-    return f"layer {int(parts[number]) + 1}\n{_short('.'.join(parts[number + 1 :]), 22)}"
+        return short(name, 22)
+    return f"layer {int(parts[number]) + 1}\n{short('.'.join(parts[number + 1 :]), 22)}"
 
 
 def _marks(count: int) -> list[str]:
@@ -184,7 +255,7 @@ def _marks(count: int) -> list[str]:
 
 
 def _answers(options: Sequence[str], width: float) -> str:
-    named = [f"{mark}  {_short(option, 70)}" for mark, option in zip(_marks(len(options)), options, strict=True)]
+    named = [f"{mark}  {short(option, 70)}" for mark, option in zip(_marks(len(options)), options, strict=True)]
     lines = [named[0]]
     for item in named[1:]:
         if len(lines[-1]) + len(item) + 5 <= width:
@@ -194,17 +265,20 @@ def _answers(options: Sequence[str], width: float) -> str:
     return "\n".join(lines).replace("$", r"\$")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, laid out so that nothing overlaps."""
     return Figure(figsize=(width, height), dpi=170, layout="constrained")
 
 
-def _bare(axes: Any) -> None:
+def bare(axes: Any) -> None:
+    """Leave away the lines that say nothing."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     axes.tick_params(colors=INK, labelsize=8.5, color=GREY)
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
+    """The text in one line of at most ``length`` characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
@@ -214,7 +288,8 @@ def _wrap(text: str, width: float) -> str:
     return textwrap.fill(text, int(width)).replace("$", r"\$")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a PNG, complete or not at all."""
     beside = path.with_name("." + path.name)
     figure.savefig(beside, format="png", facecolor="white")
     beside.replace(path)

@@ -46,6 +46,26 @@ def oracle_reference(train: ChoiceExamples, test: ChoiceExamples) -> list[Array]
     return result
 
 
+def nearest_reference(train: ChoiceExamples, test: ChoiceExamples, embeddings_NP: NDArray[np.floating]) -> list[Array]:
+    """Each profile gets the training answers of the training profile whose sentence embedding is nearest (cosine).
+
+    What a look-up by similarity achieves for profiles that were never trained on; the question's global distribution where the
+    nearest profile did not answer it.
+
+    Args:
+        embeddings_NP: raw embeddings of all profiles.
+    """
+    own = _histograms(zip(train.questions, train.profiles, strict=True), train)
+    known = np.unique(train.profiles)
+    unit_NP = embeddings_NP / np.maximum(np.linalg.norm(embeddings_NP, axis=1, keepdims=True), 1e-12)
+    nearest = {profile: int(known[(unit_NP[known] @ unit_NP[profile]).argmax()]) for profile in set(test.profiles)}
+    result = []
+    for question, profile, fallback in zip(test.questions, test.profiles, collapse_reference(train, test), strict=True):
+        counts = own.get((question, nearest[profile]))
+        result.append(fallback if counts is None or counts.sum() == 0 else normalise(counts))
+    return result
+
+
 def has_training_answers(train: ChoiceExamples, test: ChoiceExamples) -> bool:
     """Whether any (question, profile) of ``test`` was answered in ``train``, so that there is an oracle at all."""
     return not set(zip(train.questions, train.profiles, strict=True)).isdisjoint(zip(test.questions, test.profiles, strict=True))

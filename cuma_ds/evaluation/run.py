@@ -1,4 +1,4 @@
-"""From a run folder to its report: the backbone, one checkpoint of adapters, the data it was trained on."""
+"""From a model and its data to a report: every split asked before and after training, and with profiles swapped."""
 
 from __future__ import annotations
 
@@ -6,194 +6,220 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from cuma_ds.adapters import CumaModel, inject_adapters
-from cuma_ds.config import RunConfig, load_config
 from cuma_ds.data.batching import EncodedExample, encode_example
-from cuma_ds.data.prepared import PreparedData
-from cuma_ds.data.rendering import Renderer
-from cuma_ds.errors import CheckpointError, DataError
+from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
+from cuma_ds.evaluation.forward import pad_id_of
 from cuma_ds.evaluation.metrics import gather_cells
-from cuma_ds.evaluation.references import collapse_reference, has_training_answers, oracle_reference
-from cuma_ds.evaluation.report import Report, chat_split, choice_pictures, choice_split, expert_picture, write_report
-from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
-from cuma_ds.profiles import ProfileTable
+from cuma_ds.evaluation.pictures import choice_pictures, expert_picture, routing_pictures, subgroup_picture
+from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference
+from cuma_ds.evaluation.report import Report, write_report
+from cuma_ds.evaluation.routing import expert_load
+from cuma_ds.evaluation.sections import chat_split, choice_split
+from cuma_ds.evaluation.subgroups import subgroups
+from cuma_ds.evaluation.subject import Subject, open_run
+
+Array = NDArray[np.float64]
 
 # Called with (what is being run, examples done, examples in all).
 Progress = Callable[[str, int, int], None]
+# Judged beside the rest of a report: gets the evaluator, returns a section of the summary (by name) and pictures.
+Extra = Callable[["Evaluator"], tuple[dict[str, Any], dict[str, str]]]
 
 
 def evaluate_run(run_dir: str | Path, step: int | None = None, overrides: Sequence[str] = (), progress: Progress | None = None) -> Report:
-    """Evaluate one checkpoint of a run and write ``run_dir/evaluation/``.
+    """Evaluate one checkpoint of a run and write ``run_dir/evaluation/`` (arguments as in :func:`cuma_ds.evaluation.subject.open_run`)."""
+    return evaluate(open_run(run_dir, step, overrides=overrides), Path(run_dir) / "evaluation", progress)
+
+
+def evaluate(subject: Subject, folder: str | Path, progress: Progress | None = None, extras: Sequence[Extra] = ()) -> Report:
+    """Evaluate a model on its data and write a report.
 
     Args:
-        run_dir: a run folder as training leaves it (config.yaml, data/, profiles.safetensors, checkpoints/).
-        step: which checkpoint; the newest complete one by default.
-        overrides: ``section.key=value`` on top of the run's recipe, e.g. ``evaluation.min_answers=50``.
+        subject: the model and the data.
+        folder: where report.json, report.md and the pictures go.
         progress: told how far each pass is.
+        extras: what else to judge, e.g. generated answers.
 
     Raises:
-        CumaError: the folder, its checkpoint, data or model cannot be used; says which and why.
+        CumaError: there is nothing to evaluate on, or an extra cannot be done.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves")
-    config = load_config(run_dir / "config.yaml", list(overrides))
-    checkpoint = find_checkpoint(run_dir, step)
-    data = PreparedData.load(run_dir / "data")
-    table = ProfileTable.load(run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
-    if table is not None and table.sentences != data.sentences:
-        raise DataError(
-            f"{run_dir}: profiles.safetensors and data/ hold different profiles; this run folder was put together from two runs"
-        )
-    model = load_trained(config, read_adapters(checkpoint), table)
-    renderer = Renderer(
-        load_tokenizer(config.model), config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt
-    )
-    folder = run_dir / "evaluation"
-    folder.mkdir(exist_ok=True)
-    judge = Judge(model, renderer, data, table.embeddings if table is not None else None, config, folder, progress)
-    splits, pictures = judge.chat() if data.kind == "chat" else judge.choice()
-    summary = {
-        "run": config.run.name,
-        "checkpoint": checkpoint.name,
-        "kind": data.kind,
-        "min_answers": config.evaluation.min_answers,
-        "splits": splits,
+    evaluator = Evaluator(subject, Path(folder), progress)
+    evaluator.folder.mkdir(parents=True, exist_ok=True)
+    summary, pictures = evaluator.chat() if subject.data.kind == "chat" else evaluator.choice()
+    for extra in extras:
+        section, more = extra(evaluator)
+        summary |= section
+        pictures |= more
+    settings = subject.config.evaluation
+    about = {
+        "run": subject.name,
+        "checkpoint": subject.checkpoint,
+        "kind": subject.data.kind,
+        "main": evaluator.main,
+        "min_answers": settings.min_answers,
+        "min_subgroup": settings.min_subgroup,
+        "bootstrap": settings.bootstrap,
     }
-    return write_report(folder, summary, pictures)
+    return write_report(evaluator.folder, about | summary, pictures)
 
 
-def load_trained(config: RunConfig, adapters: dict[str, Tensor], table: ProfileTable | None) -> CumaModel:
-    """The backbone with trained adapters, in eval mode.
-
-    Args:
-        adapters: as :func:`cuma_ds.parallel.checkpoint.read_adapters` returns them.
-        table: embedded profiles; None for methods without profiles.
-    """
-    width = table.embeddings.shape[1] if table is not None else 0
-    model = inject_adapters(load_backbone(config.model), config.adapters.model_copy(update={"profile_dim": width}))
-    model.load_adapter_state(adapters)
-    return model.eval()
-
-
-class Judge:
-    """One model asked about every split: bare, trained, and trained with profiles swapped.
+class Evaluator:
+    """One model asked about every split.
 
     Args:
-        model: in eval mode.
-        embeddings_NP: raw profile embeddings; None for methods without profiles (then there is nothing to swap).
+        subject: the model and the data.
         folder: where pictures go.
+
+    Attributes:
+        main: the row of the report that is about the model itself: ``trained``, or ``before`` where nothing was trained.
+        splits: names of the splits that hold anything, ``train`` apart.
     """
 
-    def __init__(
-        self,
-        model: CumaModel,
-        renderer: Renderer,
-        data: PreparedData,
-        embeddings_NP: Tensor | None,
-        config: RunConfig,
-        folder: Path,
-        progress: Progress | None = None,
-    ) -> None:
-        self.model = model
-        self.renderer = renderer
-        self.data = data
-        self.embeddings_NP = embeddings_NP
-        self.config = config
+    def __init__(self, subject: Subject, folder: Path, progress: Progress | None = None) -> None:
+        self.subject = subject
         self.folder = folder
         self.progress = progress
-        self.splits = [name for name in ("test", "heldout") if len(data.splits[name])]
+        self.main = "before" if subject.untrained is None else "trained"
+        self.splits = subject.data.evaluation_splits
+        if subject.data.kind not in ("choice", "chat"):
+            raise DataError(f"data of kind {subject.data.kind!r} cannot be evaluated; allowed: choice questions and conversations")
         if not self.splits:
             raise DataError("there is nothing to evaluate on: the splits test and heldout are empty; hold out more people")
 
     def choice(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Sections of the summary and pictures, for choice questions."""
-        train = ChoiceExamples.of(self.data.splits["train"])
-        limit = self.config.evaluation.min_answers
+        data, settings = self.subject.data, self.subject.config.evaluation
+        train = ChoiceExamples.of(data.splits["train"])
+        fields = subgroups(data.profiles)
         sections: dict[str, Any] = {}
+        summary: dict[str, Any] = {"splits": sections}
         pictures: dict[str, str] = {}
         for name in self.splits:
-            examples = ChoiceExamples.of(self.data.splits[name])
-            rows = {"collapse": collapse_reference(train, examples)}
-            if has_training_answers(train, examples):
-                rows["oracle"] = oracle_reference(train, examples)
+            examples = ChoiceExamples.of(data.splits[name])
+            rows = self._references(train, examples)
             results = self._passes(predict_choices, name, examples.questions, examples.groups)
             rows |= {row: result.probabilities for row, result in results.items()}
-            sections[name] = choice_split(examples, rows, limit)
+            sections[name] = choice_split(examples, rows, fields, settings, self.main)
+            unseen = _unseen(train, examples) if name == "test" else []
+            if sum(examples.counts[index].sum() for index in unseen) >= settings.min_answers:
+                part = examples.only(unseen)
+                own = self._references(train, part) | {row: [r.probabilities[i] for i in unseen] for row, r in results.items()}
+                sections["unseen"] = choice_split(part, own, fields, settings, self.main)
             if not pictures and sections[name]["cells"]:
-                pictures = choice_pictures(self.folder, sections[name])
-                trained = results["trained"]
-                if trained.gates_MRE is not None:
-                    seen = gather_cells(examples.questions, examples.groups, examples.counts, limit).examples
-                    pictures |= expert_picture(
-                        self.folder,
-                        trained.router_names,
-                        [examples.questions[index] for index in seen],
-                        [examples.groups[index] for index in seen],
-                        [float(examples.counts[index].sum()) for index in seen],
-                        trained.gates_MRE[seen],
-                    )
-        return sections, pictures
+                pictures = choice_pictures(self.folder, sections[name], self.main) | subgroup_picture(
+                    self.folder, sections[name], self.main
+                )
+                found = results[self.main]
+                if found.gates_MRE is not None:
+                    seen = gather_cells(examples.questions, examples.groups, examples.counts, settings.min_answers).examples
+                    summary["routing"], more = self._routing(examples.only(seen), found, seen, fields)
+                    pictures |= more
+        return summary, pictures
 
     def chat(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Sections of the summary and pictures, for conversations; groups are drawn from ``min_answers`` conversations on."""
+        settings = self.subject.config.evaluation
+        fields = subgroups(self.subject.data.profiles)
         sections: dict[str, Any] = {}
+        summary: dict[str, Any] = {"splits": sections}
         pictures: dict[str, str] = {}
         for name in self.splits:
-            groups = list(self.data.splits[name]["group"])
-            profiles = self.data.splits[name]["profile"]
-            named = [group or f"profile {profile}" for group, profile in zip(groups, profiles, strict=True)]
-            results = self._passes(chat_losses, name, [""] * len(named), named)
-            sections[name] = chat_split(results)
-            gates_MRE = results["trained"].gates_MRE
-            if not pictures and gates_MRE is not None:
-                cells = gather_cells([""] * len(named), named, [[1.0]] * len(named), self.config.evaluation.min_answers)
-                seen = cells.examples
-                pictures = expert_picture(
-                    self.folder,
-                    self.model.router_names,
-                    [""] * len(seen),
-                    [named[index] for index in seen],
-                    [1.0] * len(seen),
-                    gates_MRE[seen],
-                )
-        return sections, pictures
+            split = self.subject.data.splits[name]
+            talks = _as_examples(split)
+            results = self._passes(chat_losses, name, talks.questions, talks.groups)
+            people = None if talks.people is None else [int(row[0]) for row in talks.people]
+            sections[name] = chat_split(results, people, settings.bootstrap)
+            found = results[self.main]
+            if not pictures and found.gates_MRE is not None:
+                seen = gather_cells(talks.questions, talks.groups, talks.counts, settings.min_answers).examples
+                if seen:
+                    summary["routing"], pictures = self._routing(talks.only(seen), found, seen, fields)
+        return summary, pictures
+
+    def encode(self, split: str) -> list[EncodedExample]:
+        """All rows of a split as token ids."""
+        subject = self.subject
+        return [encode_example(row, subject.renderer, subject.data.sentences, subject.config.data) for row in subject.data.splits[split]]
+
+    def tell(self, what: str) -> Callable[[int, int], None] | None:
+        """A progress function of (done, in all) for one piece of work."""
+        told = self.progress
+        return None if told is None else lambda done, total: told(what, done, total)
+
+    def _references(self, train: ChoiceExamples, examples: ChoiceExamples) -> dict[str, Sequence[Array]]:
+        rows: dict[str, Sequence[Array]] = {"collapse": collapse_reference(train, examples)}
+        if has_training_answers(train, examples):
+            rows["oracle"] = oracle_reference(train, examples)
+        elif self.subject.embeddings_NP is not None:
+            rows["nearest"] = nearest_reference(train, examples, self.subject.embeddings_NP.numpy())
+        return rows
 
     def _passes(self, run: Callable[..., Any], split: str, units: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
         """``run`` (predict_choices or chat_losses) on a split, by row name: before, trained, and swapped where there are profiles."""
-        examples = self._encode(split)
+        subject, examples = self.subject, self.encode(split)
 
-        def go(label: str, **options: Any) -> Any:
-            told = self.progress
-            tell = None if told is None else (lambda done, total: told(f"{split}: {label}", done, total))
+        def go(label: str, embeddings_NP: Any, **options: Any) -> Any:
             return run(
-                self.model,
+                subject.model,
                 examples,
-                batch_size=self.config.evaluation.batch_size,
-                pad_id=self._pad_id,
-                device=next(self.model.parameters()).device,
-                progress=tell,
+                embeddings_NP,
+                subject.config.evaluation.batch_size,
+                pad_id_of(subject.renderer.tokenizer),
+                device=subject.device,
+                progress=self.tell(f"{split}: {label}"),
                 **options,
             )
 
-        with self.model.adapters_disabled():
-            results = {"before": go("before training", embeddings_NP=None)}
-        results["trained"] = go("trained", embeddings_NP=self.embeddings_NP, record=True)
-        if self.embeddings_NP is not None:
+        if subject.untrained is None:
+            return {"before": go("as it is", None)}
+        with subject.untrained():
+            results = {"before": go("before training", None)}
+        results["trained"] = go("trained", subject.embeddings_NP, record=True)
+        if subject.embeddings_NP is not None:
             swapped = swap_profiles(units, groups, [example.profile for example in examples])
-            results["swapped"] = go("profiles swapped", embeddings_NP=self.embeddings_NP, profiles=swapped)
+            results["swapped"] = go("profiles swapped", subject.embeddings_NP, profiles=swapped)
         return results
 
-    def _encode(self, split: str) -> list[EncodedExample]:
-        return [encode_example(row, self.renderer, self.data.sentences, self.config.data) for row in self.data.splits[split]]
+    def _routing(
+        self, examples: ChoiceExamples, found: Any, seen: Sequence[int], fields: dict[str, list[str | None]]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """The section ``routing`` and its pictures, from examples of groups that may be named (``seen`` among all of the split)."""
+        gates_MRE, names = found.gates_MRE[seen], found.routing.router_names
+        weights = [float(counts.sum()) for counts in examples.counts]
+        pictures = expert_picture(self.folder, names, examples.questions, examples.groups, weights, gates_MRE)
+        section, more = routing_pictures(self.folder, expert_load(found.routing), examples, gates_MRE, fields)
+        return {"tokens": int(found.routing.tokens), **section}, pictures | more
 
-    @property
-    def _pad_id(self) -> int:
-        tokenizer = self.renderer.tokenizer
-        return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+def check_kind(subject: Subject, kind: str, option: str) -> None:
+    """Refuse an option that makes no sense for the data.
+
+    Raises:
+        ConfigError: the data is of another kind.
+    """
+    if subject.data.kind != kind:
+        raise ConfigError(f"{option} needs data of kind {kind}, but this is {subject.data.kind}")
+
+
+def _unseen(train: ChoiceExamples, test: ChoiceExamples) -> list[int]:
+    """Examples whose exact profile was never trained on; none where that is true of all of them."""
+    known = set(train.profiles)
+    found = [index for index, profile in enumerate(test.profiles) if profile not in known]
+    return found if len(found) < len(test) else []
+
+
+def _as_examples(split: Any) -> ChoiceExamples:
+    """Conversations as examples of one question with one answer each, for what only asks who was asked."""
+    columns = {"profile": split["profile"], "group": split["group"]}
+    if "people" in (getattr(split, "column_names", None) or list(split)):
+        columns["people"] = split["people"]
+    count = len(columns["profile"])
+    return ChoiceExamples.of(
+        {**columns, "question_id": [""] * count, "question": [""] * count, "options": [[""]] * count, "counts": [[1]] * count}
+    )

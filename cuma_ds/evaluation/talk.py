@@ -15,7 +15,8 @@ from transformers import TextStreamer
 
 from cuma_ds.data.rendering import Message, Renderer
 from cuma_ds.errors import ConfigError, ModelError
-from cuma_ds.export.modeling import CumaForCausalLM, Profile
+from cuma_ds.evaluation.forward import pad_id_of
+from cuma_ds.export.modeling import CumaForCausalLM, Profile, base_fact
 from cuma_ds.profiles import linearize
 
 # Where a model does not say how far it can look back.
@@ -58,7 +59,8 @@ class Talker:
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         prompt = {"max_length": _LONGEST, **model.export["prompt"]}
         self.renderer = Renderer(tokenizer, prompt["max_length"], bool(prompt.get("profile_in_prompt")), prompt.get("system_prompt"))
-        self.pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+        self.pad_id = pad_id_of(tokenizer)
+        self.longest = int(base_fact(model.base_model.config, "max_position_embeddings") or _LONGEST)
         self._device = next(model.parameters()).device
 
     @property
@@ -75,7 +77,7 @@ class Talker:
             write: called with each piece of text as it comes; for a single profile.
         """
         rows = [self.renderer.encode_prompt(messages, sentence) for sentence in self._sentences(profiles)]
-        longest = int(getattr(self.model.base_model.config, "max_position_embeddings", None) or _LONGEST) - self.decoding.max_new_tokens
+        longest = self.longest - self.decoding.max_new_tokens
         if longest < 1:
             raise ConfigError(f"--max-new-tokens {self.decoding.max_new_tokens} leaves no room for a prompt; lower it")
         inputs = self._batch([row[-longest:] for row in rows])

@@ -9,6 +9,7 @@ Shapes: R routers, E experts, D input features, O output features, r rank of one
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from cuma_ds.data.batching import EncodedExample, encode_example
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
-from cuma_ds.evaluation.forward import forward_batches
+from cuma_ds.evaluation.forward import forward_batches, pad_id_of
 from cuma_ds.evaluation.metrics import emd
-from cuma_ds.evaluation.run import load_trained
+from cuma_ds.evaluation.subject import load_trained
 from cuma_ds.export.hf import open_run, output_folder, portable
-from cuma_ds.export.modeling import Profile, warn_unknown_fields
+from cuma_ds.export.modeling import Profile, unknown_fields
 from cuma_ds.export.weights import save_tensors
 from cuma_ds.parallel.backbone import load_tokenizer
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
@@ -70,15 +71,14 @@ def write_lora(
     sentences = [linearize(profile, config.profiles.template) for profile in profiles]
     known = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
     for profile in profiles:
-        warn_unknown_fields(profile, known)
+        for message in unknown_fields(profile, known):
+            warnings.warn(message, UserWarning, stacklevel=2)
     with output_folder(out) as folder:
         model = load_trained(config, read_adapters(checkpoint), table)
         tokenizer = load_tokenizer(config.model)
         renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
         embeddings = [None] if table is None else list(_embed(sentences, table, str(config.profiles.encoder)))
-        measure = _Measure(
-            config.evaluation.batch_size, next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        )
+        measure = _Measure(config.evaluation.batch_size, pad_id_of(tokenizer))
 
         def examples(split: str, sentence: str) -> list[EncodedExample]:
             rows = data.splits[split]
@@ -247,7 +247,7 @@ class _Measure:
     def _run(self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None, record: bool = False) -> Any:
         embeddings = None if embedding_P is None else embedding_P[None]
         device = next(model.parameters()).device
-        return forward_batches(model, examples, embeddings, self.batch_size, self.pad_id, device, record)
+        return forward_batches(model, examples, embeddings, self.batch_size, self.pad_id, device=device, record=record)
 
 
 def _routers(model: CumaModel) -> list[Router]:

@@ -29,6 +29,8 @@ EXPORT_FORMAT = 1
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FOLDER = "adapter_config.json", "adapter_model.safetensors", "base"
 # What two models must share for adapters of the one to make sense on the other.
 BASE_FACTS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+# Profiles whose embeddings are kept.
+_REMEMBERED = 4096
 
 Profile = Mapping[str, Any] | str
 
@@ -71,8 +73,8 @@ class CumaForCausalLM(CumaModel):
         Args:
             folder: what ``launchers/export.py --format hf`` wrote.
             dtype: of the backbone; by default the one it was trained with. Adapters are float32.
-            base_model: folder or hub id of the backbone, if it is not where the export says.
-            encoder: folder or hub id of the sentence encoder, if it is not where the export says.
+            base_model: folder or hub id of the backbone, if it is neither where the export says nor beside the export.
+            encoder: folder or hub id of the sentence encoder, likewise.
             trust_remote_code: allow code that comes with the *backbone*; only passed on if the training run needed it.
             kwargs: for the backbone's ``from_pretrained`` (``device_map``, ``attn_implementation``, ...).
 
@@ -89,7 +91,7 @@ class CumaForCausalLM(CumaModel):
         state = _read_weights(place, export)
         facts = export["base"]
         inside = (place / BASE_FOLDER / "config.json").is_file()
-        path = base_model or (str(place / BASE_FOLDER) if inside else export["base_model_name_or_path"])
+        path = base_model or (str(place / BASE_FOLDER) if inside else _moved(export["base_model_name_or_path"], place))
         try:
             base = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -101,7 +103,8 @@ class CumaForCausalLM(CumaModel):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"the base model {path} cannot be loaded: {reason} (base_model= names another place)") from None
         _check_base(str(path), base.config, facts)
-        return cls.of(base, export, state, encoder)
+        named = export["profiles"].get("encoder")
+        return cls.of(base, export, state, encoder or (named and _moved(named, place)))
 
     @classmethod
     def of(cls, base: nn.Module, export: dict[str, Any], state: dict[str, Tensor], encoder: str | None = None) -> CumaForCausalLM:
@@ -137,7 +140,7 @@ class CumaForCausalLM(CumaModel):
         return super().generate(*args, profile_embeddings=profile_embeddings, **kwargs)
 
     def embed_profiles(self, profiles: Sequence[Profile]) -> Tensor:
-        """Raw embeddings [N, P] float32 of profiles; each distinct sentence is embedded once.
+        """Raw embeddings [N, P] float32 of profiles; a sentence seen lately is not embedded again.
 
         A field that no training profile had is a warning: the model cannot know what it means.
 
@@ -151,12 +154,16 @@ class CumaForCausalLM(CumaModel):
         if isinstance(profiles, str | Mapping):
             raise ModelError("profiles is a list with one profile per sequence, not a single profile; write profiles=[...]")
         for profile in profiles:
-            warn_unknown_fields(profile, about.get("fields") or ())
+            for message in unknown_fields(profile, about.get("fields") or ()):
+                warnings.warn(message, UserWarning, stacklevel=2)
         sentences = [linearize(profile, about["template"]) for profile in profiles]
         missing = sorted(set(sentences) - self._embedded.keys())
         if missing:
             self._embedded.update(zip(missing, self._load_encoder()(missing), strict=True))
-        return torch.stack([self._embedded[sentence] for sentence in sentences])
+        rows_NP = torch.stack([self._embedded[sentence] for sentence in sentences])
+        for oldest in list(self._embedded)[: max(0, len(self._embedded) - _REMEMBERED)]:
+            del self._embedded[oldest]
+        return rows_NP
 
     def _load_encoder(self) -> ProfileEncoder:
         if self._encoder is None:
@@ -204,16 +211,17 @@ def load_exported(folder: str | Path, dtype: torch.dtype | str | None = None, **
     return CumaForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
 
 
-def warn_unknown_fields(profile: Profile, known: Sequence[str]) -> None:
-    """Warn about fields that no training profile had."""
+def unknown_fields(profile: Profile, known: Sequence[str]) -> list[str]:
+    """One sentence about each field that no training profile had."""
     if isinstance(profile, str) or not known:
-        return
+        return []
     plain = {name.replace("_", " ").lower() for name in known}
+    messages = []
     for name in profile:
         if str(name).replace("_", " ").lower() not in plain:
             guess = nearest(str(name), known)
-            message = f"the profile field {str(name)!r} is unknown to this model{guess}; it was trained with {', '.join(known)}"
-            warnings.warn(message, UserWarning, stacklevel=2)
+            messages.append(f"the profile field {str(name)!r} is unknown to this model{guess}; it was trained with {', '.join(known)}")
+    return messages
 
 
 def read_export(folder: Path) -> dict[str, Any]:
@@ -254,6 +262,12 @@ def _export_folder(path: str, hub: dict[str, Any]) -> Path:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} is neither a folder nor an exported model the hub gives us: {reason}") from None
+
+
+def _moved(path: str, export: Path) -> str:
+    """A folder that is no longer where the export says, but beside the export; else ``path`` as it is."""
+    beside = export.resolve().parent / Path(path).name
+    return str(beside) if Path(path).is_absolute() and not Path(path).exists() and beside.is_dir() else path
 
 
 def _read_weights(folder: Path, export: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.utils.timer import NoopTimer
 from safetensors import SafetensorError
@@ -18,7 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import ModelError
+from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.ds_config import FrozenBackbone
+from cuma_ds.parallel.streaming import NotStreamable, load_partitioned, plan_streaming
 
 
 def load_backbone(model: ModelSection, device: torch.device | None = None) -> PreTrainedModel:
@@ -59,12 +63,7 @@ class ShardedBackbone:
 
     def __init__(self, model: ModelSection, settings: FrozenBackbone) -> None:
         config = stage3_config(model, settings.offload == "cpu")
-        keep_alive = HfDeepSpeedConfig(config)  # from_pretrained partitions as it loads while this lives
-        try:
-            self.model = _from_pretrained(model)
-        finally:
-            del keep_alive
-        self.model.requires_grad_(False).eval()
+        self.model = load_sharded(model, config)
         self._offload = DeepSpeedZeRoOffload(
             self.model,
             timers=NoopTimer(),
@@ -78,6 +77,43 @@ class ShardedBackbone:
     def after_backward(self) -> None:
         """Release parameters whose backward hook never fired (layers below the first trained one)."""
         self._offload.release_backward_leftovers()
+
+
+def load_sharded(model: ModelSection, stage3: dict[str, Any]) -> PreTrainedModel:
+    """Load a causal language model partitioned over all ranks, frozen and in eval mode; all ranks call it.
+
+    Each rank reads its own part from safetensors. What cannot be read so goes through transformers' own loading, where rank 0
+    reads everything and sends each layer to the others; that is said once.
+
+    Raises:
+        ModelError: the folder or hub id cannot be loaded, or is another one on another rank's machine.
+    """
+    plan, reason = None, None
+    with agreement():
+        _check_place(model)
+        with _as_model_error(model), _quiet_transformers():
+            try:
+                plan = plan_streaming(model)
+            except NotStreamable as error:
+                reason = str(error)
+    found: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(found, (reason, plan.digest if plan else None))
+    reasons = [reason for reason, _ in found if reason is not None]
+    if plan is not None and not reasons:
+        others = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
+        with agreement():
+            if others:
+                raise ModelError(f"model.path: {model.path!r} holds other weights for rank {others[0]} than for rank 0; copy one folder")
+        with _as_model_error(model):
+            return load_partitioned(plan, stage3).requires_grad_(False).eval()
+    del plan
+    if dist.get_rank() == 0:
+        warnings.warn(f"model.path: {model.path} is loaded through rank 0, which reads all of it: {reasons[0]}", stacklevel=2)
+    keep_alive = HfDeepSpeedConfig(stage3)  # from_pretrained partitions as it loads while this lives
+    try:
+        return _from_pretrained(model).requires_grad_(False).eval()
+    finally:
+        del keep_alive
 
 
 def stage3_config(model: ModelSection, offload: bool = False) -> dict[str, Any]:
@@ -130,12 +166,17 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 def _from_pretrained(model: ModelSection) -> PreTrainedModel:
     _check_place(model)
     with _as_model_error(model), _quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=getattr(torch, model.dtype),
             attn_implementation=model.attention,
             trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
         )
+    backbone, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"model.path: {model.path!r} holds no weights for {missing[0]} ({len(missing)} missing)")
+    return backbone
 
 
 @contextlib.contextmanager

@@ -48,8 +48,8 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
     ``keep_last`` are removed.
 
     Args:
-        engine: after at least one optimizer step.
-        step: optimizer steps done.
+        engine: at any time.
+        step: training steps done.
         fingerprint: of the configuration that decides what is learned; checked on resume.
         keep_last: complete checkpoints to keep.
     """
@@ -60,7 +60,11 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    _link_optimizer_states(engine)
+    optimizer_steps = step if engine.stage == 3 else _optimizer_steps(engine)
+    if optimizer_steps:
+        _link_optimizer_states(engine)
+    else:
+        _create_optimizer_states(engine, 0)
     shared: dict[str, Tensor] = {}
     experts: dict[str, Tensor] = {}
     first, count = topology.experts(engine.model.config.num_experts)
@@ -85,6 +89,7 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
         state = {
             "format_version": FORMAT_VERSION,
             "step": step,
+            "optimizer_steps": optimizer_steps,  # fewer where float16 gradients overflowed
             "fingerprint": fingerprint,
             "written_by": {"world": topology.world, "ep_size": topology.ep_size, "zero_stage": engine.stage},
             "num_experts": engine.model.config.num_experts,
@@ -113,7 +118,7 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> in
         CheckpointError: incomplete, damaged, or of another configuration.
     """
     reader, step = check_checkpoint(folder, fingerprint)
-    _create_optimizer_states(engine, step)
+    _create_optimizer_states(engine, int(reader.state.get("optimizer_steps", step)))
     first, count = engine.topology.experts(engine.model.config.num_experts)
     for name, parameter, is_expert in _parameters(engine):
 
@@ -143,9 +148,7 @@ def check_checkpoint(folder: Path, fingerprint: str) -> tuple[_Reader, int]:
     """
     state = read_state(folder)
     if state["fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe"
-        )
+        raise CheckpointError(f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe")
     return _Reader(folder, state), int(state["step"])
 
 
@@ -173,7 +176,13 @@ def read_adapters(folder: Path) -> dict[str, Tensor]:
 
 
 def has_checkpoint(run_dir: Path | str) -> bool:
-    """Whether a run has anything to resume from, complete or not."""
+    """Whether a run has anything to resume from, complete or not.
+
+    Raises:
+        CheckpointError: it has a checkpoint that DeepSpeed itself wrote.
+    """
+    for folder in (Path(run_dir) / "checkpoints").glob("*/"):
+        _refuse_deepspeed(folder)
     return bool(_steps(Path(run_dir)))
 
 
@@ -198,6 +207,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: what is missing or damaged.
     """
+    _refuse_deepspeed(folder)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         version, files = state["format_version"], state["files"]
@@ -214,6 +224,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def _refuse_deepspeed(folder: Path) -> None:
+    """DeepSpeed's own files hold fragments of a sharded frozen backbone, which load without complaint and to wrong weights."""
+    for file in sorted(folder.glob("*_states.pt")):
+        raise CheckpointError(
+            f"{folder} was written by DeepSpeed itself ({file.name}) and may hold fragments of a sharded frozen backbone; "
+            "it is not resumed from: move it away, or give this run another run.name"
+        )
+
+
 def _written_by(state: dict[str, Any]) -> str:
     by = state.get("written_by", {})
     return f"written by {by.get('world')} ranks, ep_size {by.get('ep_size')}"
@@ -228,6 +247,7 @@ class _Reader:
     """Tensors of a checkpoint by key, read one at a time."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        self.state = state
         self._folder = folder
         self._places: dict[str, Any] = {}
         for name in state["files"]:
@@ -262,11 +282,22 @@ def _link_optimizer_states(engine: AdapterEngine) -> None:
         lazy_init_hp_params_optimizer_state(params, flat, zero.optimizer.state)
 
 
+def _flat_parameters(engine: AdapterEngine) -> list[Tensor]:
+    """What the optimizer steps on: this rank's part of each group, flat."""
+    zero = engine.engine.optimizer
+    return list(zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups)
+
+
+def _optimizer_steps(engine: AdapterEngine) -> int:
+    """How often the optimizer has stepped at stage 1 or 2; a step whose gradients overflowed does not count."""
+    states = [engine.engine.optimizer.optimizer.state.get(flat) for flat in _flat_parameters(engine)]
+    return max((int(state["step"]) for state in states if state), default=0)
+
+
 def _create_optimizer_states(engine: AdapterEngine, step: int) -> None:
     """Adam state as after ``step`` steps, its moments to be filled in."""
     zero = engine.engine.optimizer
-    flats = zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups
-    for flat in flats:
+    for flat in _flat_parameters(engine):
         zero.optimizer.state[flat] = {
             "step": torch.tensor(float(step)),  # one tensor each: a shared counter would be advanced several times
             "exp_avg": torch.zeros_like(flat),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from cuma_ds.adapters.experts import Experts, mixture
 from cuma_ds.adapters.gate import Gate
+from cuma_ds.parallel.wire import ExpertShapes, cheaper_dispatch
 
 DispatchKind = Literal["auto", "all_to_all", "gather_experts"]
 
@@ -24,27 +25,35 @@ class ExpertParallelDispatcher:
     """The distributed :class:`cuma_ds.adapters.experts.Dispatcher`.
 
     ``gather_experts`` all-gathers the group's (small) LoRA weights and mixes locally; ``all_to_all`` sends each token to the
-    ranks that hold its experts and brings the answers back; ``auto`` takes whichever moves fewer bytes for the layer at hand.
+    ranks that hold its experts and brings the answers back; ``auto`` takes whichever sends fewer bytes for the layer at hand
+    (cuma_ds.parallel.wire).
+
+    Args:
+        kind: as above.
+        group: the expert-parallel group.
+        top_k: K, experts per token.
+        forwards: how often a step runs each forward; 2 with activation checkpointing.
 
     Attributes:
         bytes_sent: payload bytes this rank sent to others, by collective, since the last :meth:`take_bytes_sent`.
-        tokens: most tokens any rank of the group has in this forward; ``auto`` decides by it, so that all ranks decide alike.
+        tokens: real tokens of this forward, averaged over the group; ``auto`` decides by it, so that all ranks decide alike.
     """
 
-    def __init__(self, kind: DispatchKind, group: dist.ProcessGroup, top_k: int) -> None:
+    def __init__(self, kind: DispatchKind, group: dist.ProcessGroup, top_k: int, forwards: int = 1) -> None:
         self.kind = kind
         self.group = group
         self.size = dist.get_world_size(group)
         self.top_k = top_k
-        self.tokens = 0
+        self.forwards = forwards
+        self.tokens = 0.0
         self.bytes_sent: Counter[str] = Counter()
 
-    def agree_on_tokens(self, tokens: int, device: torch.device) -> None:
-        """Tell the group how many tokens this rank's forward has; needed by ``auto`` alone."""
+    def agree_on_tokens(self, real_tokens: Tensor) -> None:
+        """Tell the group how many real tokens (a scalar tensor) this rank's forward has; needed by ``auto`` alone."""
         if self.kind == "auto":
-            most = torch.tensor([tokens], device=device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
-            self.tokens = int(most)
+            total = real_tokens.clone()
+            dist.all_reduce(total, group=self.group)
+            self.tokens = float(total) / self.size
 
     def take_bytes_sent(self) -> dict[str, int]:
         """The counters so far; they start again at zero."""
@@ -53,19 +62,25 @@ class ExpertParallelDispatcher:
 
     def mix(self, x_TD: Tensor, gate: Gate, experts: Experts, gradient_mask_TE: Tensor | None) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
-        if self._choose(experts) == "gather_experts":
+        if self._choose(experts, x_TD) == "gather_experts":
             return self._gather_experts(x_TD, gate, experts, gradient_mask_TE)
         return self._all_to_all(x_TD, gate, experts, gradient_mask_TE)
 
-    def _choose(self, experts: Experts) -> DispatchKind:
+    def _choose(self, experts: Experts, x_TD: Tensor) -> str:
         if self.kind != "auto":
             return self.kind
-        out_features, rank = experts.lora_b.shape[1:]
-        in_features = experts.lora_a.shape[-1]
-        sent = rank if experts.shared_a else in_features
-        tokens = self.tokens * min(self.top_k, experts.num_experts) * (sent + out_features)
-        weights = experts.num_experts * rank * (out_features + (0 if experts.shared_a else in_features))
-        return "gather_experts" if weights <= tokens else "all_to_all"
+        top_k = min(self.top_k, experts.num_experts)
+        backward = torch.is_grad_enabled()
+        return cheaper_dispatch(
+            expert_shapes(experts),
+            self.size,
+            self.tokens,
+            top_k,
+            x_TD.element_size(),
+            experts.lora_b.element_size(),
+            forwards=self.forwards if backward else 1,
+            backward=backward,
+        )
 
     def _gather_experts(self, x_TD: Tensor, gate: Gate, experts: Experts, mask_TE: Tensor | None) -> Tensor:
         def gather(weight: Tensor) -> Tensor:
@@ -79,6 +94,7 @@ class ExpertParallelDispatcher:
         counts_E = gate.chosen_TE.sum(dim=0)
         received_RL = torch.empty_like(counts_E).view(self.size, local)
         dist.all_to_all_single(received_RL, counts_E.view(self.size, local), group=self.group)
+        self.bytes_sent["all_to_all"] += (self.size - 1) * local * counts_E.element_size()
         send = counts_E.view(self.size, local).sum(dim=1).tolist()
         by_source = received_RL.tolist()
         receive = [sum(row) for row in by_source]
@@ -110,6 +126,12 @@ class ExpertParallelDispatcher:
         returned = exchange(answers_M, receive, send)
         weighted = returned * gate.weight_TE[token_M, expert_M].to(returned.dtype)[:, None]
         return x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1]).index_add(0, token_M, weighted)
+
+
+def expert_shapes(experts: Experts) -> ExpertShapes:
+    """Sizes of one linear's experts over all ranks."""
+    out_features, rank = experts.lora_b.shape[1:]
+    return ExpertShapes(experts.num_experts, rank, experts.lora_a.shape[-1], out_features, experts.shared_a)
 
 
 def _linear(x: Tensor, weight: Tensor, mask_M: Tensor | None) -> Tensor:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from deepspeed.accelerator import get_accelerator
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cuma_ds.config import RunConfig
 from cuma_ds.errors import ConfigError, nearest
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+_Part = TypeVar("_Part", bound=BaseModel)
 
 # What the recipe decides; a DeepSpeed JSON that also sets it could silently contradict the recipe.
 _FROM_RECIPE = {
@@ -22,6 +25,7 @@ _FROM_RECIPE = {
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size and micro_batch_size",
     "gradient_clipping": "training.max_grad_norm",
+    "bf16": "model.dtype",
 }
 
 
@@ -36,16 +40,30 @@ class FrozenBackbone(BaseModel):
     prefetch_bucket_size: int = Field(0, ge=0, description="elements gathered ahead of their use")
 
 
+class LossScale(BaseModel):
+    """DeepSpeed's ``fp16`` options that have a meaning here; used when the backbone is float16."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss_scale: float = Field(0.0, ge=0, description="fixed factor; 0 lets it follow the gradients")
+    initial_scale_power: int = Field(12, ge=0, description="first factor, as a power of two")
+    loss_scale_window: int = Field(1000, ge=1, description="steps without overflow before the factor doubles")
+    hysteresis: int = Field(2, ge=1, description="overflows before the factor halves")
+    min_loss_scale: float = Field(1.0, gt=0, description="smallest factor")
+
+
 @dataclass(frozen=True)
 class DeepSpeedSettings:
     """A DeepSpeed configuration taken apart.
 
     engine: what ``deepspeed.initialize`` gets.  stage: its ZeRO stage.  backbone: how the frozen backbone is held beside it.
+    loss_scale: for a float16 backbone at stages 1 and 2, else None (at stage 3 the engine scales by itself).
     """
 
     engine: dict[str, Any]
     stage: int
     backbone: FrozenBackbone
+    loss_scale: LossScale | None = None
 
 
 def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, world: int) -> DeepSpeedSettings:
@@ -58,7 +76,7 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         world: number of ranks.
 
     Raises:
-        ConfigError: the file is missing, is no JSON object, or sets what the recipe decides.
+        ConfigError: the file is missing, is no JSON object, sets what the recipe decides, or cannot hold what it asks for.
     """
     path = find_deepspeed_config(config.parallel.deepspeed_config)
     try:
@@ -72,12 +90,8 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
     for key, ours in _FROM_RECIPE.items():
         if key in values:
             raise ConfigError(f"{path}: {key!r} is decided by the recipe ({ours}); remove it here")
-    try:
-        backbone = FrozenBackbone.model_validate(values.pop("frozen_backbone", {}))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(["frozen_backbone", *map(str, problem["loc"])])
-        raise ConfigError(f"{path}: {key}: {problem['msg']}; allowed keys: {', '.join(FrozenBackbone.model_fields)}") from None
+    backbone = _part(FrozenBackbone, path, "frozen_backbone", values)
+    loss_scale = _part(LossScale, path, "fp16", values)
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage}; allowed: 1, 2, 3")
@@ -96,9 +110,25 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         "gradient_clipping": config.training.max_grad_norm,
         "steps_per_print": 10**9,
     }
-    if stage == 3 and config.model.dtype != "float32":
-        engine.setdefault({"bfloat16": "bf16", "float16": "fp16"}[config.model.dtype], {"enabled": True})
-    return DeepSpeedSettings(engine=engine, stage=stage, backbone=backbone)
+    if stage < 3:
+        return DeepSpeedSettings(engine, stage, backbone, loss_scale if config.model.dtype == "float16" else None)
+    if config.model.dtype == "float16":
+        if not get_accelerator().is_fp16_supported():
+            raise ConfigError(f"{path}: ZeRO stage 3 and model.dtype float16 need a device that computes in it; use bfloat16 or float32")
+        engine["fp16"] = {"enabled": True, **loss_scale.model_dump()}
+    elif config.model.dtype == "bfloat16":
+        engine["bf16"] = {"enabled": True}
+    return DeepSpeedSettings(engine, stage, backbone)
+
+
+def _part(kind: type[_Part], path: Path, key: str, values: dict[str, Any]) -> _Part:
+    """Take our part out of a DeepSpeed JSON."""
+    try:
+        return kind.model_validate(values.pop(key, {}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join([key, *map(str, problem["loc"])])
+        raise ConfigError(f"{path}: {where}: {problem['msg']}; allowed keys: {', '.join(kind.model_fields)}") from None
 
 
 def find_deepspeed_config(name: str) -> Path:

@@ -10,14 +10,15 @@ import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
-from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, stage3_config
+from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, load_sharded, stage3_config
 from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
-from cuma_ds.parallel.ds_config import DeepSpeedSettings
+from cuma_ds.parallel.ds_config import DeepSpeedSettings, LossScale
 from cuma_ds.parallel.topology import Topology
 
 ParamGroups = list[dict[str, Any]]
@@ -34,6 +35,7 @@ class AdapterEngine:
         engine: DeepSpeed's engine.
         topology: this rank's place, with expert-parallel groups.
         dispatcher: byte counters of expert parallelism, or None with ``ep_size`` 1.
+        loss_scaler: DeepSpeed's, for a float16 backbone at stages 1 and 2; else None.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class AdapterEngine:
             self.sharded = ShardedBackbone(config.model, settings.backbone)
             base: nn.Module = self.sharded.model
         elif settings.stage == 3:
-            base = _partitioned_at_load(config)
+            base = load_sharded(config.model, stage3_config(config.model))
         else:
             base = load_backbone(config.model, topology.device)
         self.model = inject_adapters(base, adapters, config.run.seed).to(topology.device)
@@ -64,16 +66,40 @@ class AdapterEngine:
         module = self.model if settings.stage == 3 else _TrainedPart(self.model, topology.ep_size)
         self.engine: DeepSpeedEngine
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=make_optimizer(self._param_groups()), config=settings.engine, dist_init_required=False
+            model=module,
+            optimizer=make_optimizer(self._param_groups()),
+            config=self._with_fitting_bucket(settings),
+            dist_init_required=False,
         )
+        self.loss_scaler = self._scale_losses(settings.loss_scale)
         self.engine.train()
+
+    def _scale_losses(self, options: LossScale | None) -> LossScalerBase | None:
+        """Let DeepSpeed scale the loss although the adapters are float32: a float16 backbone loses small gradients on their way."""
+        if options is None:
+            return None
+        scaler: LossScalerBase = LossScaler(options.loss_scale)
+        if not options.loss_scale:
+            scaler = DynamicLossScaler(
+                init_scale=2.0**options.initial_scale_power,
+                scale_window=options.loss_scale_window,
+                min_scale=options.min_loss_scale,
+                delayed_shift=options.hysteresis,
+                consecutive_hysteresis=False,
+                raise_error_at_min_scale=False,
+            )
+        self.engine.optimizer.loss_scaler = scaler
+        return scaler
 
     def _place_experts(self, config: RunConfig) -> ExpertParallelDispatcher | None:
         topology = self.topology
         expert_parallel = self.stage != 3
         dispatcher = None
         if topology.ep_size > 1 and topology.ep_group is not None:
-            dispatcher = ExpertParallelDispatcher(config.parallel.dispatch, topology.ep_group, self.model.config.top_k)
+            adapters = self.model.config
+            active = adapters.num_experts if adapters.gate_norm == "softmax" else adapters.top_k
+            forwards = 2 if config.model.gradient_checkpointing else 1
+            dispatcher = ExpertParallelDispatcher(config.parallel.dispatch, topology.ep_group, active, forwards)
         for _, layer in self.model.adapted_layers():
             if dispatcher is not None:
                 layer.experts.keep(*topology.experts(layer.experts.num_experts))
@@ -97,10 +123,21 @@ class AdapterEngine:
             groups.append({"params": expert, "name": self.topology.ep_group_name, "moe": True})
         return groups
 
+    def _with_fitting_bucket(self, settings: DeepSpeedSettings) -> dict[str, Any]:
+        """ZeRO-1/2 allocate the whole gradient bucket; adapters seldom fill one of the usual size."""
+        zero = settings.engine["zero_optimization"]
+        if settings.stage == 3:
+            return settings.engine
+        trained = sum(parameter.numel() for _, parameter in self.model.adapter_parameters())
+        bucket = min(int(zero.get("reduce_bucket_size", trained)), trained)
+        return {**settings.engine, "zero_optimization": {**zero, "reduce_bucket_size": bucket}}
+
     def forward(self, **inputs: Any) -> Any:
         """One forward of the adapted model under the engine."""
         if self.dispatcher is not None:
-            self.dispatcher.agree_on_tokens(inputs["input_ids"].numel(), self.topology.device)
+            # Examples that share rows come without a mask: padding is nobody's.
+            real = inputs["attention_mask"] > 0 if "attention_mask" in inputs else inputs["profile_index"] >= 0
+            self.dispatcher.agree_on_tokens(real.sum())
         return self.engine(**inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -166,13 +203,3 @@ class _ExpertParallelMark(MoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """The groups exist already."""
-
-
-def _partitioned_at_load(config: RunConfig) -> nn.Module:
-    from transformers.integrations import HfDeepSpeedConfig
-
-    keep_alive = HfDeepSpeedConfig(stage3_config(config.model))
-    try:
-        return load_backbone(config.model)
-    finally:
-        del keep_alive

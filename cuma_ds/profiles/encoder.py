@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,11 @@ class ProfileEncoder:
         if not any(file for pattern in _WEIGHTS for file in self.folder.glob(pattern)):
             raise ModelError(f"{self.folder} holds no encoder weights; expected one of {', '.join(_WEIGHTS)}")
 
-    def __call__(self, sentences: list[str] | str) -> Tensor:
+    def __call__(self, sentences: list[str] | str, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Embed sentences.
+
+        Args:
+            progress: told (sentences done, in all) after each batch.
 
         Returns:
             [N, P] float32 on the CPU, rows in the order given (N = 1 for a single string).
@@ -65,6 +69,8 @@ class ProfileEncoder:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             embeddings_NP[rows] = self._embed([texts[row] for row in rows])
+            if progress is not None:
+                progress(start + len(rows), len(order))
         return embeddings_NP
 
     @cached_property

@@ -29,7 +29,7 @@ _MAN = {"male", "man", "m", "men"}
 _WOMAN = {"female", "woman", "f", "women"}
 _NOT_RELIGIOUS = {
     "no", "none", "no religion", "not religious", "non-religious", "nonreligious", "unaffiliated",
-    "do not belong to a denomination", "no denomination",
+    "do not belong to a denomination", "no denomination", "no affiliation",
 }  # fmt: skip
 _BELIEVERS = {
     "yes": "religious", "islam": "Muslim", "christianity": "Christian", "buddhism": "Buddhist", "hinduism": "Hindu",

@@ -21,7 +21,7 @@ from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.batching import Batch, BatchStream, encode_example
 from cuma_ds.data.rendering import Renderer
-from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.errors import ConfigError, CumaError, DataError
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
 from cuma_ds.parallel.checkpoint import check_checkpoint, find_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
@@ -111,8 +111,9 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     table = ProfileTable.load(config.run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
+    if data.kind == "preference":
+        raise DataError("the data holds preferences, but objective sft learns from answers or conversations; prepare it with --kind chat")
     rows, sentences = data.splits["train"], data.sentences
-    people = np.array([sum(counts) for counts in rows["counts"]]) if data.kind == "choice" else np.ones(len(rows))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     stream = BatchStream(
         n_examples=len(rows),
@@ -123,8 +124,9 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
         seed=config.run.seed,
         encode=lambda row: encode_example(rows[row], renderer, sentences, config.data),
         pad_id=pad_id or 0,
+        pack_length=config.data.max_length if config.data.packing else None,
     )
-    return TrainingInputs(stream, table, np.unique(rows["profile"]), people)
+    return TrainingInputs(stream, table, np.unique(rows.numbers("profile")), rows.answers())
 
 
 def with_profile_width(adapters: CumaConfig, table: ProfileTable | None) -> CumaConfig:
@@ -148,14 +150,19 @@ def model_inputs(batch: Batch, table: ProfileTable | None, device: torch.device)
     """Keyword arguments of the adapted model for one batch; each distinct profile is passed once."""
     inputs: dict[str, Tensor | int] = {
         "input_ids": batch.input_ids.to(device),
-        "attention_mask": batch.attention_mask.to(device),
         "position_ids": batch.position_ids.to(device),
-        "logits_to_keep": batch.keep,
+        "logits_to_keep": batch.keep.to(device) if isinstance(batch.keep, Tensor) else batch.keep,
     }
+    if batch.packed:
+        # Without a mask and a cache, transformers finds the examples of a row by their positions.
+        inputs["use_cache"] = False
+    else:
+        inputs["attention_mask"] = batch.attention_mask.to(device)
     rows_N, index_B = torch.unique(batch.profile_index.clamp(min=0), return_inverse=True)
     index_B = index_B.masked_fill(batch.profile_index < 0, -1)
     if table is None:
-        index_B = torch.arange(len(index_B)).masked_fill(batch.profile_index < 0, -1)
+        nobody_B = torch.zeros_like(index_B) if batch.packed else torch.arange(len(index_B))
+        index_B = nobody_B.masked_fill(batch.profile_index < 0, -1)
     else:
         inputs["profile_embeddings"] = table.embeddings[rows_N].to(device)
     inputs["profile_index"] = index_B.to(device)
@@ -235,6 +242,8 @@ def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, rate: float, t
         raise CumaError(f"the loss became {scalars['loss']} at step {step}; lower training.learning_rate or check the data")
     if routing is not None:
         scalars["balance"] = balance / topology.world
+    if engine.loss_scaler is not None:
+        scalars["loss_scale"] = float(engine.loss_scaler.loss_scale)
     if engine.dispatcher is not None:
         scalars |= {f"bytes_sent/{name}": float(count) for name, count in engine.dispatcher.take_bytes_sent().items()}
     writer.log(step, scalars)

@@ -17,6 +17,7 @@ _FREE_KEYS = {
     ("training", "micro_batch_size"),
     ("model", "attention"),
     ("model", "gradient_checkpointing"),
+    ("data", "packing"),
     ("profiles", "batch_size"),
     ("profiles", "cache_dir"),
 }

@@ -1,0 +1,248 @@
+"""Rows of one split, memory-mapped: what belongs to a question or a profile is looked up, never repeated on disk.
+
+Shapes: M rows of a split, Q questions, n options of a question.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+_MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+_PEOPLE = pa.list_(pa.int32())
+SCHEMAS = {
+    "choice": pa.schema({"profile": pa.int32(), "people": _PEOPLE, "question": pa.int32(), "counts": pa.list_(pa.int32())}),
+    "chat": pa.schema({"profile": pa.int32(), "people": _PEOPLE, "messages": _MESSAGES}),
+    "preference": pa.schema(
+        {"profile": pa.int32(), "people": _PEOPLE, "prompt": _MESSAGES, "chosen": pa.string(), "rejected": pa.string()}
+    ),
+}
+QUESTION_SCHEMA = pa.schema({"question_id": pa.string(), "question": pa.string(), "options": pa.list_(pa.string())})
+BATCH_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Question:
+    """A choice question; the order of its options is its scale."""
+
+    question_id: str
+    text: str
+    options: tuple[str, ...]
+
+
+class ArrowFile:
+    """An Arrow table in one file (memory-mapped) or in memory.
+
+    Attributes:
+        table: its rows.
+        file: where it is on disk; None in memory.
+    """
+
+    def __init__(self, table: pa.Table, file: Path | None = None) -> None:
+        self.table = table
+        self.file = file
+
+    @classmethod
+    def open(cls, file: Path) -> ArrowFile:
+        """Map a file that :meth:`write` made."""
+        with pa.memory_map(str(file)) as source:
+            return cls(pa.ipc.open_stream(source).read_all(), file)
+
+    @classmethod
+    @contextmanager
+    def write(cls, schema: pa.Schema, file: Path | None) -> Iterator[Callable[[pa.RecordBatch], None]]:
+        """A function that appends batches to a new file."""
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            yield writer.write_batch
+
+    @classmethod
+    def collect(cls, schema: pa.Schema, batches: Iterable[pa.RecordBatch], file: Path | None) -> ArrowFile:
+        """Batches as one table: streamed to ``file``, or in memory without one."""
+        if file is None:
+            return cls(pa.Table.from_batches(list(batches), schema))
+        with cls.write(schema, file) as append:
+            for batch in batches:
+                append(batch)
+        return cls.open(file)
+
+    def save(self, file: Path) -> None:
+        """Put the table at ``file``: linked where it is a file already and the disk allows, else written."""
+        if self.file is None:
+            with self.write(self.table.schema, file) as append:
+                for batch in self.table.to_batches(BATCH_ROWS):
+                    append(batch)
+            return
+        try:
+            os.link(self.file, file)
+        except OSError:
+            shutil.copyfile(self.file, file)
+
+
+class Split:
+    """Rows as mappings, columns as lists; read from disk when asked for.
+
+    A row of kind choice has profile, question_id, question, options, counts (answers per option), people (one number per answer,
+    those who chose the first option first) and group (the country, or ""); of kind chat profile, messages, people (the one person),
+    group; of kind preference profile, prompt, chosen, rejected, people, group. Numbers of people mean nothing outside this data.
+
+    Args:
+        kind: choice | chat | preference.
+        rows: the stored columns (``SCHEMAS``).
+        questions: Q rows of ``QUESTION_SCHEMA``.
+        groups: country of each profile, or "".
+    """
+
+    def __init__(self, kind: str, rows: ArrowFile, questions: ArrowFile, groups: Sequence[str]) -> None:
+        self.kind = kind
+        self.rows = rows
+        self.questions = questions
+        self.groups = groups
+        # Offsets of the batches, so that one row is found without walking through all of them.
+        self._batches = rows.table.to_batches()
+        self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])
+
+    @property
+    def column_names(self) -> list[str]:
+        """Keys of a row."""
+        stored = list(SCHEMAS[self.kind].names)
+        if self.kind == "choice":
+            stored = ["profile", "question_id", "question", "options", "counts", "people"]
+        return [*stored, "group"]
+
+    def __len__(self) -> int:
+        return self.rows.table.num_rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.rows.table.to_batches(4096):
+            for row in batch.to_pylist():
+                yield self._complete(row)
+
+    def __getitem__(self, key: Any) -> Any:
+        """One row by number, or one column by name as a list."""
+        if isinstance(key, str):
+            return self._column(key)
+        number = int(key)
+        number = number + len(self) if number < 0 else number
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {key} of {len(self)}")
+        place = int(np.searchsorted(self._starts, number, side="right")) - 1
+        batch = self._batches[place].slice(number - self._starts[place], 1)
+        return self._complete(batch.to_pylist()[0])
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """All rows."""
+        return list(self)
+
+    def select(self, numbers: Iterable[int]) -> Split:
+        """The rows with these numbers, in memory."""
+        chosen = self.rows.table.take(pa.array(list(numbers), pa.int64()))
+        return Split(self.kind, ArrowFile(chosen), self.questions, self.groups)
+
+    def at(self, rows: Path, questions: Path) -> Split:
+        """The same rows, known to stand in these files now."""
+        return Split(self.kind, ArrowFile(self.rows.table, rows), ArrowFile(self.questions.table, questions), self.groups)
+
+    def numbers(self, name: str) -> np.ndarray:
+        """[M] int32: the stored column ``profile``, or ``question`` (the question's row)."""
+        return self.rows.table[name].to_numpy()
+
+    def answers(self) -> np.ndarray:
+        """[M] int64: people's answers behind each row; 1 for a conversation or a preference."""
+        if self.kind != "choice":
+            return np.ones(len(self), np.int64)
+        totals = [np.zeros(0, np.int64)]
+        for chunk in self.rows.table["counts"].chunks:
+            offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
+            if len(chunk):
+                totals.append(np.add.reduceat(values[: offsets[-1]], offsets[:-1], dtype=np.int64))
+        return np.concatenate(totals)
+
+    def question(self, number: int) -> Question:
+        """A question by its row."""
+        question_id, text, options = (self.questions.table[name][number].as_py() for name in QUESTION_SCHEMA.names)
+        return Question(question_id, text, tuple(options))
+
+    def _column(self, name: str) -> list[Any]:
+        if name == "group":
+            return [self.groups[profile] for profile in self.numbers("profile")]
+        if self.kind == "choice" and name in QUESTION_SCHEMA.names:
+            numbers, place = np.unique(self.numbers("question"), return_inverse=True)
+            values = self.questions.table[name].take(pa.array(numbers)).to_pylist() if len(numbers) else []
+            return [values[index] for index in place]
+        if name not in self.column_names:
+            raise KeyError(name)
+        return self.rows.table[name].to_pylist()
+
+    def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.kind == "choice":
+            question = self.question(row["question"])
+            row = {
+                "profile": row["profile"], "question_id": question.question_id, "question": question.text,
+                "options": list(question.options), "counts": row["counts"], "people": row["people"],
+            }  # fmt: skip
+        return {**row, "group": self.groups[row["profile"]]}
+
+
+def single_answers(split: Split) -> Split:
+    """One row per answer of a choice split (one-hot counts), in the order of its rows."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for batch in split.rows.table.to_batches(BATCH_ROWS):
+            lists = batch.column("counts")
+            start = lists.offsets[0].as_py()
+            counts, lengths = lists.flatten().to_numpy(), np.diff(lists.offsets.to_numpy())
+            row_of = np.repeat(np.arange(len(lengths)), lengths)
+            option_of = np.arange(len(counts)) - np.repeat(lists.offsets.to_numpy()[:-1] - start, lengths)
+            row_A, option_A = np.repeat(row_of, counts), np.repeat(option_of, counts)
+            people_A = batch.column("people").flatten().to_numpy()
+            yield choice_batch(
+                batch.column("profile").to_numpy()[row_A], batch.column("question").to_numpy()[row_A], lengths[row_A],
+                np.arange(len(row_A)), option_A, np.ones(len(row_A), np.int32), people_A, np.ones(len(row_A), np.int32),
+            )  # fmt: skip
+
+    return Split("choice", ArrowFile.collect(SCHEMAS["choice"], batches(), None), split.questions, split.groups)
+
+
+def choice_batch(
+    profile_M: np.ndarray,
+    question_M: np.ndarray,
+    options_M: np.ndarray,
+    row_C: np.ndarray,
+    option_C: np.ndarray,
+    count_C: np.ndarray,
+    person_A: np.ndarray,
+    answers_M: np.ndarray,
+) -> pa.RecordBatch:
+    """A batch of answer histograms from their cells.
+
+    Args:
+        profile_M, question_M: [M] of each row.
+        options_M: [M] number of options.
+        row_C, option_C, count_C: [C] cells that are not zero.
+        person_A: [A] who answered, in the order of the cells.
+        answers_M: [M] answers of each row.
+    """
+    offsets = _offsets(options_M)
+    values = np.zeros(offsets[-1], np.int32)
+    values[offsets[row_C] + option_C] = count_C
+    counts = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    people = people_lists(person_A, answers_M)
+    columns = [pa.array(profile_M.astype(np.int32)), people, pa.array(question_M.astype(np.int32)), counts]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMAS["choice"])
+
+
+def people_lists(person_A: np.ndarray, answers_M: np.ndarray) -> pa.ListArray:
+    """The people of each row: the next ``answers_M[m]`` of ``person_A``."""
+    return pa.ListArray.from_arrays(pa.array(_offsets(answers_M)), pa.array(person_A.astype(np.int32)))
+
+
+def _offsets(lengths_M: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths_M)]).astype(np.int32)

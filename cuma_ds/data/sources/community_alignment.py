@@ -1,0 +1,111 @@
+"""Community Alignment (facebook/community-alignment-dataset, v1.1): one CSV row a conversation of up to four turns, four answers each."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cuma_ds.config import DataSection
+from cuma_ds.data.prepared import PreparedData
+from cuma_ds.data.sources.files import csv_columns, find_csv, require_columns
+from cuma_ds.data.sources.records import Converted, Progress, Row, anonymous, prepare_records
+from cuma_ds.errors import DataError
+
+_TURNS = ("first", "second", "third", "fourth")
+_LETTERS = ("a", "b", "c", "d")
+_FIELDS = {
+    "annotator_country": "country",
+    "annotator_age": "age",
+    "annotator_gender": "gender",
+    "annotator_education_level": "education",
+    "annotator_ethnicity": "ethnicity",
+    "annotator_political": "political orientation",
+}
+_END = "<|end_of_text|>"
+_KINDS = ("chat", "choice", "preference")
+
+
+def prepare_community_alignment(
+    path: str | Path,
+    config: DataSection,
+    template: str,
+    spool: Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Read conversations by ``config.kind``.
+
+    ``chat`` (default): the conversation along the preferred answers. ``choice``: which of the four first answers the person
+    prefers; equal prompts with equal answers are one question. ``preference``: in each turn, the preferred answer against each
+    of the other three.
+
+    Args:
+        path: the CSV file (also gzipped), or a folder that holds exactly one.
+        config: split settings; people are annotators.
+        template, spool, workers, progress: as in :func:`cuma_ds.data.sources.records.prepare_records`.
+
+    Raises:
+        DataError: no or several CSV files, a missing column, an unknown preferred response, a conversation that comes twice.
+    """
+    file = _find(Path(path))
+    turns = [f"{turn}_turn_{part}" for turn in _TURNS for part in ("prompt", *(f"response_{x}" for x in _LETTERS), "preferred_response")]
+    columns = ["conversation_id", "annotator_id", *_FIELDS, *turns]
+    require_columns(file, csv_columns(file), columns)
+    convert = partial(convert_conversation, kind=config.kind or "chat")
+    return prepare_records(find_csv(file, columns), convert, config, template, spool, workers, progress)
+
+
+def convert_conversation(record: Row, where: str, kind: str) -> Converted:
+    """Rows of one conversation; a turn without prompt, preference or preferred answer ends it."""
+    for name in ("conversation_id", "annotator_id"):
+        if not record.get(name):
+            raise DataError(f"{where}: {name} is empty; each conversation names itself and its annotator")
+    profile = {field: _readable(field, record.get(column)) for column, field in _FIELDS.items()}
+    if anonymous(profile):
+        return Converted([], record["conversation_id"], "conversations of people of whom nothing is known")
+    who = {"profile": profile, "person_id": record["annotator_id"]}
+    messages: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
+    for turn in _TURNS:
+        answers = {x: (record.get(f"{turn}_turn_response_{x}") or "").replace(_END, "").strip() for x in _LETTERS}
+        prompt, preferred = (record.get(f"{turn}_turn_prompt") or "").strip(), record.get(f"{turn}_turn_preferred_response")
+        if preferred is not None and preferred.removeprefix("response_") not in _LETTERS:
+            raise DataError(f"{where}: {turn}_turn_preferred_response is {preferred!r}; allowed: response_a to response_d, or nothing")
+        chosen = answers[preferred.removeprefix("response_")] if preferred else ""
+        if not prompt or not chosen:
+            break
+        messages.append({"role": "user", "content": prompt})
+        if kind == "choice":
+            options = list(answers.values())
+            if not all(options) or len(set(options)) < len(options):
+                return Converted([], record["conversation_id"], "conversations whose four first answers are not four different texts")
+            question = f"{prompt}\n\nWhich of these answers does this person prefer?"
+            question_id = hashlib.sha256("\0".join([prompt, *options]).encode()).hexdigest()[:12]
+            return Converted(
+                [{**who, "question": question, "options": options, "answer": options.index(chosen), "question_id": question_id}],
+                record["conversation_id"],
+            )
+        others = [answer for answer in dict.fromkeys(answers.values()) if answer and answer != chosen]
+        rows.extend({**who, "prompt": list(messages), "chosen": chosen, "rejected": other} for other in others)
+        messages.append({"role": "assistant", "content": chosen})
+    if not messages:
+        return Converted([], record["conversation_id"], "conversations without a first prompt and a preferred answer to it")
+    return Converted([{**who, "messages": messages}] if kind == "chat" else rows, record["conversation_id"])
+
+
+def _readable(field: str, value: str | None) -> str | None:
+    return value.title() if field == "country" and value and value.islower() else value
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise DataError(f"there is no data at {path}; expected the CSV file of Community Alignment, or its folder")
+    files = sorted({file for pattern in ("*.csv", "*.csv.gz") for file in (*path.glob(pattern), *(path / "data").glob(pattern))})
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise DataError(f"{path} holds {len(files)} CSV files ({found}); name one, e.g. filtered_community_alignment.csv")
+    return files[0]

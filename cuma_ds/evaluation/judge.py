@@ -1,0 +1,275 @@
+"""Which of two answers a person would prefer, asked of a language model behind an OpenAI-compatible endpoint.
+
+Every pair is asked in both orders. A call that fails and a verdict that cannot be read are counted apart and never become a result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cuma_ds.data.rendering import Message
+from cuma_ds.errors import ConfigError
+from cuma_ds.evaluation.resampling import interval, resample
+from cuma_ds.profiles.table import default_cache_dir
+
+_TASK = "You compare two answers to the same request and say which one the person who asked would prefer."
+_QUESTION = "Which answer would this person prefer? Reply with exactly one of: A, B, tie."
+_READABLE = re.compile(r"^(?:answer\s+)?(a|b|tie)$", re.IGNORECASE)
+_BRACKETED = re.compile(r"\[\[(a|b|c|tie)\]\]", re.IGNORECASE)
+_THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Whom to ask, and how patiently.
+
+    Attributes:
+        url: base address, e.g. ``http://localhost:8000/v1``.
+        model: its name there.
+        key_variable: environment variable that holds the key; servers without keys need none.
+        concurrency: most calls at a time.
+        timeout: seconds of one call.
+        retries: of a call that timed out, was refused for its rate, or met a failing server; waits grow exponentially.
+        max_tokens: longest verdict; raise it for judges that think aloud first.
+        cache_dir: where verdicts are kept; default: the user's cache folder.
+    """
+
+    url: str
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout: float = 60.0
+    retries: int = 5
+    max_tokens: int = 256
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"--judge-url {self.url!r} is no address; expected e.g. http://localhost:8000/v1")
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0 or self.max_tokens < 1:
+            raise ConfigError("a judge needs a concurrency and max tokens of at least 1, a positive timeout and no negative retries")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one conversation.
+
+    Attributes:
+        about: the sentence about the person; "" where nothing is known.
+        messages: the conversation, the last message from the user.
+        ours, base: the answers to compare.
+        person: who asked; pairs of one person are drawn together in the interval.
+    """
+
+    about: str
+    messages: Sequence[Message]
+    ours: str
+    base: str
+    person: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of every pair: ``win``, ``loss`` (both orders agree), ``tie`` (both say so, or they disagree), ``failed`` (a call
+    came to nothing) or ``unreadable`` (neither A, B nor tie was said).
+
+    Attributes:
+        results: of each pair.
+        people: of each pair.
+        disagreed: ties in which the two orders did not agree.
+        first: how many readable verdicts preferred the answer shown first, and how many readable verdicts preferred either.
+        failures: kind of failure -> calls.
+        cached: verdicts that were known already.
+    """
+
+    results: list[str]
+    people: list[int]
+    disagreed: int
+    first: tuple[int, int]
+    failures: dict[str, int]
+    cached: int
+
+    @property
+    def win_rate(self) -> float | None:
+        """(wins + ties / 2) / (wins + losses + ties); None where nothing was decided."""
+        scores = [_SCORE[result] for result in self.results if result in _SCORE]
+        return float(np.mean(scores)) if scores else None
+
+    def summary(self, replicates: int, seed: int = 0) -> dict[str, Any]:
+        """Counts and the win rate with its interval over people, as plain JSON."""
+        counts = Counter(self.results)
+        decided = [index for index, result in enumerate(self.results) if result in _SCORE]
+        spread = None
+        if decided and replicates:
+            scores = np.array([_SCORE[self.results[index]] for index in decided])
+            person = np.unique([self.people[index] for index in decided], return_inverse=True)[1]
+            total_U, pairs_U = np.bincount(person, scores), np.bincount(person).astype(np.float64)
+            weights = np.concatenate(list(resample(np.ones(len(pairs_U), dtype=np.int64), replicates, seed, replicates)))
+            spread = interval((weights @ total_U) / (weights @ pairs_U), float(scores.mean()))
+        return {
+            "pairs": len(self.results),
+            **{name: counts[name] for name in ("win", "loss", "tie", "failed", "unreadable")},
+            "disagreed": self.disagreed,
+            "win_rate": None if self.win_rate is None else round(self.win_rate, 6),
+            "interval": None if spread is None else [round(end, 6) for end in spread],
+            "first_preferred": round(self.first[0] / self.first[1], 6) if self.first[1] else None,
+            "failures": self.failures,
+        }
+
+
+_SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+
+
+def compare(pairs: Sequence[Pair], settings: JudgeSettings, progress: Callable[[int, int], None] | None = None) -> Comparison:
+    """Ask the judge about every pair in both orders.
+
+    Raises:
+        ConfigError: the ``openai`` package is missing, or the judge refuses the key or does not know the model.
+    """
+    cache = _Cache((settings.cache_dir or default_cache_dir().parent / "judge") / "verdicts.jsonl")
+    requests = [_request(pair, swapped) for pair in pairs for swapped in (False, True)]
+    asked = asyncio.run(_ask_all(requests, settings, cache, progress))
+    results, disagreed = [], 0
+    for first, second in zip(asked.verdicts[::2], asked.verdicts[1::2], strict=True):
+        if first == "failed" or second == "failed":
+            results.append("failed")
+        elif "unreadable" in (first, second):
+            results.append("unreadable")
+        else:
+            ours = {"A": "win", "B": "loss", "tie": "tie"}[first], {"A": "loss", "B": "win", "tie": "tie"}[second]
+            disagreed += ours[0] != ours[1]
+            results.append(ours[0] if ours[0] == ours[1] else "tie")
+    counts = Counter(asked.verdicts)
+    return Comparison(
+        results, [pair.person for pair in pairs], disagreed, (counts["A"], counts["A"] + counts["B"]), dict(asked.failures), asked.cached
+    )
+
+
+def read_verdict(text: str) -> str:
+    """``A``, ``B``, ``tie``, or ``unreadable`` for anything that does not say exactly one of them."""
+    text = _THOUGHTS.sub("", text).strip()
+    bracketed = {found.lower() for found in _BRACKETED.findall(text)}
+    if len(bracketed) == 1:
+        said = bracketed.pop()
+        return "tie" if said in ("c", "tie") else said.upper()
+    plain = _READABLE.match(text.strip(" \t\n.!*_\"'`"))
+    if plain is None or bracketed:
+        return "unreadable"
+    return "tie" if plain[1].lower() == "tie" else plain[1].upper()
+
+
+@dataclass
+class _Asked:
+    verdicts: list[str]
+    failures: Counter[str] = field(default_factory=Counter)
+    cached: int = 0
+
+
+def _request(pair: Pair, swapped: bool) -> list[dict[str, str]]:
+    first, second = (pair.base, pair.ours) if swapped else (pair.ours, pair.base)
+    talk = "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in pair.messages)
+    parts = [f"About the person: {pair.about}"] if pair.about else []
+    parts += [f"Conversation:\n{talk}", f"Answer A:\n{first}", f"Answer B:\n{second}", _QUESTION]
+    return [{"role": "system", "content": _TASK}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+async def _ask_all(
+    requests: Sequence[list[dict[str, str]]], settings: JudgeSettings, cache: _Cache, progress: Callable[[int, int], None] | None
+) -> _Asked:
+    try:
+        import openai
+    except ImportError:
+        raise ConfigError("a judge is asked through the package openai, which is not installed; pip install 'cuma-ds[judge]'") from None
+
+    asked = _Asked([""] * len(requests))
+    limit = asyncio.Semaphore(settings.concurrency)
+    done = 0
+
+    async def ask(client: openai.AsyncOpenAI, index: int) -> None:
+        nonlocal done
+        key = _key(settings, requests[index])
+        known = cache.verdicts.get(key)
+        if known is not None:
+            asked.verdicts[index] = known
+            asked.cached += 1
+        else:
+            async with limit:
+                asked.verdicts[index], failure = await _call(client, settings, requests[index])
+            if failure:
+                asked.failures[failure] += 1
+            elif asked.verdicts[index] != "unreadable":
+                cache.add(key, asked.verdicts[index])
+        done += 1
+        if progress is not None:
+            progress(done, len(requests))
+
+    key = os.environ.get(settings.key_variable) or "none"
+    async with openai.AsyncOpenAI(base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.retries) as client:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in range(len(requests)):
+                    group.create_task(ask(client, index))
+        except* ConfigError as errors:
+            raise errors.exceptions[0] from None
+    return asked
+
+
+async def _call(client: Any, settings: JudgeSettings, messages: list[dict[str, str]]) -> tuple[str, str]:
+    """A verdict, and the kind of failure ("" for none)."""
+    import openai
+
+    try:
+        answer = await client.chat.completions.create(
+            model=settings.model, messages=messages, temperature=0.0, max_tokens=settings.max_tokens
+        )
+        return read_verdict(answer.choices[0].message.content), ""
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        raise ConfigError(f"the judge at {settings.url} refuses the key in {settings.key_variable} (status {error.status_code})") from None
+    except openai.NotFoundError:
+        raise ConfigError(f"the judge at {settings.url} knows no model {settings.model!r}, or the address is wrong (status 404)") from None
+    except openai.APIStatusError as error:
+        return "failed", f"status {error.status_code}"
+    except openai.OpenAIError as error:
+        return "failed", type(error).__name__
+    except (AttributeError, IndexError, TypeError, ValueError):
+        # An answer that is no chat completion.
+        return "failed", "no chat completion"
+
+
+def _key(settings: JudgeSettings, messages: list[dict[str, str]]) -> str:
+    content = json.dumps([settings.model, settings.max_tokens, messages], ensure_ascii=False)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class _Cache:
+    """Verdicts by hash of what was asked, one JSON line each; no text of a profile, prompt or answer is kept."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.verdicts: dict[str, str] = {}
+        if file.is_file():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    key, verdict = json.loads(line)
+                except (ValueError, TypeError):
+                    continue  # A line cut off by a stop only costs asking again.
+                if verdict in ("A", "B", "tie"):
+                    self.verdicts[key] = verdict
+
+    def add(self, key: str, verdict: str) -> None:
+        """Remember a verdict at once, so that a stopped run has lost nothing."""
+        self.verdicts[key] = verdict
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps([key, verdict]) + "\n")

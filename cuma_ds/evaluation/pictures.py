@@ -1,0 +1,240 @@
+"""Which pictures a report gets, from its numbers; drawn by :mod:`cuma_ds.evaluation.plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuma_ds.evaluation.examples import ChoiceExamples
+from cuma_ds.evaluation.metrics import mean_by_group
+from cuma_ds.evaluation.plots import plot_distributions, plot_expert_use, plot_group_emd, plot_reliability, plot_subgroups, short
+from cuma_ds.evaluation.routing import comparable_means, cultural_map, field_information
+from cuma_ds.evaluation.routing_plots import PALETTE, plot_information, plot_load, plot_map
+from cuma_ds.evaluation.sections import number
+
+Array = NDArray[np.floating]
+
+# Pictures stay readable: the groups with most answers, the questions with most answers.
+_MOST_GROUPS, _MOST_QUESTIONS, _MOST_DIFFERENT = 100, 3, 8
+# Fields that tell most, panels of the map beside the first, subgroups of one field in a picture.
+_MOST_FIELDS, _MOST_PANELS, _MOST_SUBGROUPS = 7, 3, 12
+
+
+def choice_pictures(folder: Path, split: Mapping[str, Any], main: str = "trained") -> dict[str, str]:
+    """Draw predicted against observed answers, the EMD of each group, and calibration, from a split made by :func:`choice_split`.
+
+    Args:
+        main: the row that is about the model itself.
+
+    Returns:
+        File name -> caption.
+    """
+    pictures = {}
+    compared = {question: part["compared"]["answers"] for question, part in split["questions"].items() if part["compared"]["answers"]}
+    largest = sorted(compared, key=lambda question: -compared[question])[:_MOST_QUESTIONS]
+    for place, question in enumerate(largest, start=1):
+        cells = [cell for cell in split["cells"] if cell["question_id"] == question]
+        cells = sorted(cells, key=lambda cell: -cell["emd"]["collapse"])[:_MOST_DIFFERENT]
+        name = f"distributions-{place}.png"
+        asked = split["questions"][question]
+        plot_distributions(
+            folder / name,
+            asked["question"],
+            asked["options"],
+            [cell["group"] for cell in cells],
+            np.array([cell["observed"] for cell in cells]),
+            np.array([cell["predicted"][main] for cell in cells]),
+            np.array(cells[0]["predicted"]["collapse"]),
+            "trained model" if main == "trained" else "model as it is",
+        )
+        pictures[name] = f"Predicted and observed answers of the {len(cells)} groups that differ most from the global distribution."
+    if split["cells"]:
+        groups, answers = _largest_groups(split["cells"])
+        rows = {row: _emd_by_group(split["cells"], row) for row in ("before", main, "collapse")}
+        drawn = {row: np.array([values[group] for group in groups]) for row, values in rows.items()}
+        plot_group_emd(folder / "emd-by-group.png", groups, drawn["before"], drawn[main], drawn["collapse"])
+        when = "before and after training, " if main == "trained" else ""
+        pictures["emd-by-group.png"] = f"EMD of each group, {when}worst first." + _shown(groups, answers)
+    shown = {
+        name: title for name, title in (("before", "backbone before training"), ("trained", "trained")) if name in split["reliability"]
+    }
+    reliability = {
+        title: {**split["reliability"][name], "error": split["rows"][name]["calibration_error"]} for name, title in shown.items()
+    }
+    plot_reliability(folder / "reliability.png", reliability)
+    pictures["reliability.png"] = "Calibration: how often the predicted option is the person's answer, by the probability it was given."
+    return pictures
+
+
+def expert_picture(
+    folder: Path,
+    names: Sequence[str],
+    questions: Sequence[str],
+    groups: Sequence[str],
+    weights: Sequence[float],
+    gates_MRE: NDArray[np.float32],
+) -> dict[str, str]:
+    """Draw which experts serve which group, from M examples of groups that may be named.
+
+    Args:
+        names: R router names.
+        questions, groups, weights: of each example.
+        gates_MRE: mean gate weight of each example [M, R, E].
+    """
+    size: dict[str, float] = {}
+    for group, weight in zip(groups, weights, strict=True):
+        size[group] = size.get(group, 0.0) + weight
+    if len(size) < 2:
+        return {}
+    means = comparable_means(questions, groups, weights, gates_MRE)
+    chosen = sorted(means, key=lambda group: -size[str(group)])[:_MOST_GROUPS]
+    plot_expert_use(folder / "experts-by-group.png", [str(group) for group in chosen], np.stack([means[group] for group in chosen]), names)
+    caption = "Experts used by each group in the routers that tell groups apart best; groups with similar routing stand together."
+    return {"experts-by-group.png": caption + _shown(chosen, means)}
+
+
+def routing_pictures(
+    folder: Path,
+    load: Sequence[Mapping[str, Any]],
+    examples: ChoiceExamples,
+    gates_MRE: NDArray[np.float32],
+    fields: Mapping[str, Sequence[str | None]],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Expert load, information about profile fields, and the map of profiles: numbers and pictures.
+
+    Args:
+        load: as :func:`cuma_ds.evaluation.routing.expert_load` returns it.
+        examples: M examples of groups that may be named.
+        gates_MRE: their routing.
+        fields: label of every profile, by field.
+
+    Returns:
+        ``routers``, ``information`` and ``map`` for the report, and file name -> caption.
+    """
+    plot_load(folder / "expert-load.png", load)
+    pictures = {"expert-load.png": "Share of the tokens that each router sends to each expert, and how even that is."}
+    section: dict[str, Any] = {"routers": list(load)}
+    weights = [float(counts.sum()) for counts in examples.counts]
+    means = comparable_means(examples.questions, examples.profiles, weights, gates_MRE)
+    profiles = sorted(means)
+    if len(profiles) < 3:
+        return section, pictures
+    gates_NRE = np.stack([means[profile] for profile in profiles])
+    labels = {field: [values[profile] for profile in profiles] for field, values in fields.items()}
+    labels = {field: values for field, values in labels.items() if len(set(values) - {None}) > 1}
+    whole = field_information(gates_NRE, [str(profile) for profile in profiles])
+    by_field = {field: field_information(gates_NRE, values) for field, values in labels.items()}
+    section["information"] = {
+        "profile": _nats(whole.value_R),
+        "fields": {
+            field: {
+                "value": _nats(found.value_R),
+                "shuffled": None if found.null_R is None else _nats(found.null_R),
+                "shuffled_95": None if found.high_R is None else _nats(found.high_R),
+                "corrected": _nats(found.corrected_R),
+            }
+            for field, found in by_field.items()
+        },
+    }
+    names = [str(router["router"]) for router in load]
+    telling = sorted(by_field, key=lambda field: -float(by_field[field].corrected_R.sum()))[:_MOST_FIELDS]
+    plot_information(folder / "information.png", names, whole, {field: by_field[field] for field in telling})
+    pictures["information.png"] = (
+        "Mutual information between the chosen expert and profile fields along the routers, less that of shuffled labels."
+        + (
+            " A field that tells every profile apart has no shuffled labels to compare with."
+            if any(f.null_R is None for f in by_field.values())
+            else ""
+        )
+    )
+    section["map"], more = _map_picture(folder, examples, profiles, gates_NRE, labels)
+    return section, pictures | more
+
+
+def _map_picture(
+    folder: Path,
+    examples: ChoiceExamples,
+    profiles: Sequence[int],
+    gates_NRE: Array,
+    labels: Mapping[str, Sequence[str | None]],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    drawn = cultural_map(gates_NRE)
+    place = {profile: index for index, profile in enumerate(profiles)}
+    answers_N, group_N = np.zeros(len(profiles)), [""] * len(profiles)
+    for profile, group, counts in zip(examples.profiles, examples.groups, examples.counts, strict=True):
+        if profile in place:
+            answers_N[place[profile]] += counts.sum()
+            group_N[place[profile]] = group
+    alone = len(set(group_N)) == len(group_N)
+    # Where a group has several profiles, its name stands at the one with most answers.
+    largest = {group: max((k for k, g in enumerate(group_N) if g == group), key=lambda k: answers_N[k]) for group in set(group_N)}
+    names = [group if largest[group] == index and not group.startswith("profile ") else "" for index, group in enumerate(group_N)]
+    few = {field: values for field, values in labels.items() if len(set(values) - {None}) <= len(PALETTE)}
+    values = _mean_answer(examples, place) if alone else None
+    plot_map(folder / "cultural-map.png", drawn.xy_N2, answers_N, names, values, dict(list(few.items())[:_MOST_PANELS]))
+    points = [
+        {"group": group, "x": round(float(x), 6), "y": round(float(y), 6)} for group, (x, y) in zip(group_N, drawn.xy_N2, strict=True)
+    ]
+    caption = (
+        f"The latent cultural topology: {len(profiles):,} profiles placed by their routing ({drawn.method}; rank correlation of distances "
+        f"{drawn.fidelity:.2f}). Neighbours are answered by the same experts; the axes have no meaning of their own."
+    )
+    return {"method": drawn.method, "fidelity": number(drawn.fidelity), "points": points}, {"cultural-map.png": caption}
+
+
+def _mean_answer(examples: ChoiceExamples, place: Mapping[int, int]) -> tuple[str, Array] | None:
+    """Mean observed answer of each profile (0 = first option, 1 = last) to the question that most answered; None if some did not."""
+    total: dict[str, float] = {}
+    for question, counts in zip(examples.questions, examples.counts, strict=True):
+        total[question] = total.get(question, 0.0) + float(counts.sum())
+    asked = max(total, key=lambda question: total[question])
+    sums: dict[int, NDArray[np.float64]] = {}
+    for question, profile, counts in zip(examples.questions, examples.profiles, examples.counts, strict=True):
+        if question == asked and profile in place:
+            sums[place[profile]] = sums.get(place[profile], np.zeros(len(counts))) + counts
+    options = examples.texts[asked][1]
+    if len(sums) < len(place) or len(options) < 2:
+        return None
+    scale = np.arange(len(options)) / (len(options) - 1)
+    values = np.array([float(sums[index] @ scale / sums[index].sum()) for index in range(len(place))])
+    return f"mean answer, from “{short(options[0], 30)}” to “{short(options[-1], 30)}”", values
+
+
+def subgroup_picture(folder: Path, split: Mapping[str, Any], main: str) -> dict[str, str]:
+    """Draw the accuracy of the subgroups of fields with few labels, from a split made by :func:`choice_split`."""
+    fields = {}
+    for field, part in split["subgroups"].items():
+        rows = [
+            {**row, "accuracy": row["rows"][main]["accuracy"], "interval": row["rows"][main]["interval"].get("accuracy")}
+            for row in part["shown"]
+        ]
+        if 2 <= len(rows) <= _MOST_SUBGROUPS:
+            fields[field] = rows
+    if not fields:
+        return {}
+    plot_subgroups(folder / "subgroups.png", dict(list(fields.items())[:_MOST_FIELDS]))
+    return {"subgroups.png": "Accuracy of each subgroup of people, with 95% intervals over people."}
+
+
+def _nats(values: Array) -> list[float]:
+    return [round(float(value), 6) for value in values]
+
+
+def _emd_by_group(cells: Sequence[Mapping[str, Any]], row: str) -> dict[Any, Any]:
+    values = np.array([cell["emd"][row] for cell in cells])
+    return mean_by_group(values, [cell["group"] for cell in cells], np.array([cell["answers"] for cell in cells]))
+
+
+def _largest_groups(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, int]]:
+    answers: dict[str, int] = {}
+    for cell in cells:
+        answers[cell["group"]] = answers.get(cell["group"], 0) + cell["answers"]
+    return sorted(answers, key=lambda group: -answers[group])[:_MOST_GROUPS], answers
+
+
+def _shown(some: Sequence[Any], every: Mapping[Any, Any]) -> str:
+    return "" if len(some) == len(every) else f" The {len(some)} of {len(every)} groups with most answers are shown."

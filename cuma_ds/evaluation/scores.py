@@ -1,0 +1,321 @@
+"""Every number of a split of choice questions, with intervals: functions of sums over people, so that resampling is one product.
+
+Shapes: M examples, A answers, Y kinds of people, N most options of any question, C cells (question, group), Q questions, G groups,
+S subgroups of all profile fields, K bins of confidence, B replicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
+
+from cuma_ds.evaluation.examples import ChoiceExamples
+from cuma_ds.evaluation.metrics import (
+    calibration_error,
+    emd,
+    entropy,
+    gather_cells,
+    inequity,
+    macro_f1,
+    mean_collapse_recovered,
+    normalise,
+)
+from cuma_ds.evaluation.resampling import Answers, interval, resample
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+BINS = 15
+# Most numbers of one chunk of replicates: 64 MB of float64.
+_CHUNK = 8_000_000
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number and its bootstrap interval (None without replicates, or where it is no number)."""
+
+    value: float | None
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class SplitScores:
+    """What :meth:`Scorer.scores` found.
+
+    Attributes:
+        rows: row name -> metric -> score.
+        differences: row name -> metric -> score of the named row minus this one, over the same drawn people.
+        reliability: row name -> (accuracy, mean confidence, answers) of each bin [K]; nan where a bin is empty.
+        subgroups: field -> label -> row name -> accuracy, of subgroups large enough to be named.
+    """
+
+    rows: dict[str, dict[str, Score]]
+    differences: dict[str, dict[str, Score]]
+    reliability: dict[str, tuple[Array, Array, Array]]
+    subgroups: dict[str, dict[str, dict[str, Score]]]
+
+
+class Scorer:
+    """Judges predictions for the examples of one split.
+
+    EMD is that of cells (question, group) with at least ``min_answers`` answers; everything else counts every answer.
+
+    Args:
+        examples: the split.
+        fields: subgroup of every profile, by field (as :func:`cuma_ds.evaluation.subgroups.subgroups` returns them).
+        min_answers: smaller cells and subgroups are not looked at alone.
+        min_subgroup: people a group needs to count in macro accuracy and inequity.
+
+    Attributes:
+        sizes: field -> label -> number of people, for every subgroup.
+    """
+
+    def __init__(
+        self, examples: ChoiceExamples, fields: Mapping[str, Sequence[str | None]], min_answers: int = 30, min_subgroup: int = 5
+    ) -> None:
+        self.examples = examples
+        self.cells = gather_cells(examples.questions, examples.groups, examples.counts, min_answers)
+        self.answers = Answers.of(examples)
+        self.min_answers = min_answers
+        kind_U, self._people_Y = self.answers.kinds()
+        # One person stands for all of a kind.
+        first_Y = np.unique(kind_U, return_index=True)[1]
+        chosen_A = np.isin(self.answers.person_A, first_Y)
+        self._kind_A = kind_U[self.answers.person_A[chosen_A]]
+        self._example_A, self._option_A = self.answers.example_A[chosen_A], self.answers.option_A[chosen_A]
+
+        self._options_M = np.array([len(counts) for counts in examples.counts], dtype=np.int64)
+        self._width = int(self._options_M.max(initial=1))
+        self._cell_M = np.full(len(examples), -1)
+        for cell, members in enumerate(self.cells.members):
+            self._cell_M[members] = cell
+        self._question_M = _codes(examples.questions)
+        self._steps_C = np.array([max(len(shares) - 1, 1) for shares in self.cells.observed], dtype=np.float64)
+        self._steps_Q = np.ones(int(self._question_M.max(initial=-1)) + 1)
+        self._steps_Q[self._question_M] = np.maximum(self._options_M - 1, 1)
+
+        group_M = _codes(examples.groups)
+        self._group_M = np.where(self._people_of(group_M)[group_M] >= min_subgroup, group_M, -1)
+        self.sizes: dict[str, dict[str, int]] = {}
+        self._labels: list[tuple[str, str, bool]] = []
+        self._subgroup_M: list[Indices] = []
+        for field, labels in fields.items():
+            of_example = [labels[profile] for profile in examples.profiles]
+            names = sorted({label for label in of_example if label is not None}, key=_natural)
+            place = {name: index for index, name in enumerate(names)}
+            code_M = np.array([-1 if label is None else place[label] for label in of_example], dtype=np.int64)
+            people = self._people_of(code_M)
+            self.sizes[field] = {name: int(people[index]) for index, name in enumerate(names)}
+            self._subgroup_M.append(np.where(code_M >= 0, code_M + len(self._labels), -1))
+            self._labels += [(field, name, self.sizes[field][name] >= min_subgroup) for name in names]
+
+    def scores(self, rows: Mapping[str, Sequence[ArrayLike]], replicates: int = 0, seed: int = 0, against: str = "trained") -> SplitScores:
+        """Score option probabilities of every example, by row name.
+
+        Args:
+            rows: M arrays [n] each; rows ``collapse`` and ``oracle`` give ``recovered`` its ends.
+            replicates: bootstrap samples of people; 0 gives no intervals.
+            seed: of the bootstrap; all rows meet the same people.
+            against: the row that differences are taken from.
+        """
+        shared, blocks = self._shared(), {name: self._of_row(row) for name, row in rows.items()}
+        layout = _Layout([shared, *blocks.values()], self._kind_A, len(self._people_Y))
+        point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(rows), against)
+        drawn: list[dict[tuple[str, ...], Array]] = []
+        if replicates and len(self._people_Y):
+            chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
+            for weights_BY in resample(self._people_Y, replicates, seed, chunk):
+                drawn.append(self._all(layout.sums(weights_BY), list(rows), against))
+        found = {}
+        for key, value in point.items():
+            number = float(value[0])
+            spread = interval(np.concatenate([part[key] for part in drawn]), number) if drawn else None
+            found[key] = Score(number if np.isfinite(number) else None, spread)
+        subgroups: dict[str, dict[str, dict[str, Score]]] = {}
+        for place, score in found.items():
+            if place[0] == "subgroup" and self.sizes[place[2]][place[3]] >= self.min_answers:
+                subgroups.setdefault(place[2], {}).setdefault(place[3], {})[place[1]] = score
+        return SplitScores(
+            rows=_nested(found, "row"),
+            differences=_nested(found, "difference"),
+            reliability={name: self._reliability(row) for name, row in rows.items()},
+            subgroups=subgroups,
+        )
+
+    def _people_of(self, code_M: Indices) -> Indices:
+        """Number of different people behind the examples of each code >= 0."""
+        code_A = code_M[self.answers.example_A]
+        known = code_A >= 0
+        pairs = np.unique(code_A[known] * self.answers.people + self.answers.person_A[known])
+        return np.bincount(pairs // max(self.answers.people, 1), minlength=int(code_M.max(initial=-1)) + 1)
+
+    def _shared(self) -> dict[str, _Block]:
+        example_A, option_A, width = self._example_A, self._option_A, self._width
+        one_A = np.ones(len(example_A))
+        return {
+            "cell": _Block(len(self._steps_C) * width, [(_join(self._cell_M[example_A], option_A, width), one_A)]),
+            "question": _Block(len(self._steps_Q) * width, [(_join(self._question_M[example_A], option_A, width), one_A)]),
+            "true": _Block(width, [(option_A, one_A)]),
+            "group": _Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], one_A)]),
+            "subgroup": _Block(len(self._labels), [(codes[example_A], one_A) for codes in self._subgroup_M]),
+        }
+
+    def _of_row(self, probabilities: Sequence[ArrayLike]) -> dict[str, _Block]:
+        example_A, option_A, width = self._example_A, self._option_A, self._width
+        shares_MN = np.zeros((len(self.examples), width))
+        for example, shares in enumerate(probabilities):
+            shares_MN[example, : self._options_M[example]] = normalise(shares)
+        mode_M, confidence_M, entropy_M = shares_MN.argmax(axis=1), shares_MN.max(axis=1), entropy(shares_MN)
+        mode_A, one_A = mode_M[example_A], np.ones(len(example_A))
+        right_A = (mode_A == option_A).astype(np.float64)
+        bin_A = np.minimum((confidence_M * BINS).astype(np.int64), BINS - 1)[example_A]
+        cell_A, question_A = self._cell_M[example_A], self._question_M[example_A]
+
+        def spread(code_A: Indices) -> list[tuple[Indices, Array]]:
+            return [(_join(code_A, np.full_like(code_A, option), width), shares_MN[example_A, option]) for option in range(width)]
+
+        return {
+            "cell_predicted": _Block(len(self._steps_C) * width, spread(cell_A)),
+            "question_predicted": _Block(len(self._steps_Q) * width, spread(question_A)),
+            "question_mode": _Block(len(self._steps_Q) * width, [(_join(question_A, mode_A, width), one_A)]),
+            "predicted": _Block(width, [(mode_A, one_A)]),
+            "both": _Block(width, [(mode_A, right_A)]),
+            "group_right": _Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], right_A)]),
+            "subgroup_right": _Block(len(self._labels), [(codes[example_A], right_A) for codes in self._subgroup_M]),
+            "bin_right": _Block(BINS, [(bin_A, right_A)]),
+            "bin_confidence": _Block(BINS, [(bin_A, confidence_M[example_A])]),
+            "entropy": _Block(1, [(np.zeros_like(option_A), entropy_M[example_A])]),
+        }
+
+    def _all(self, sums: list[dict[str, Array]], names: list[str], against: str) -> dict[tuple[str, ...], Array]:
+        """Every number of every row [B], by ("row", row, metric), ("difference", ...) or ("subgroup", row, field, label)."""
+        shared, *rest = sums
+        by_row = {name: self._row(shared, own) for name, own in zip(names, rest, strict=True)}
+        if {"collapse", "oracle"} <= by_row.keys():
+            ends = by_row["collapse"]["emd"], by_row["oracle"]["emd"]
+            for row in by_row.values():
+                row["recovered"] = np.array([_or_nan(mean_collapse_recovered(c, o, v)) for c, o, v in zip(*ends, row["emd"], strict=True)])
+        found: dict[tuple[str, ...], Array] = {
+            ("row", name, metric): value for name, row in by_row.items() for metric, value in row.items()
+        }
+        for name, row in by_row.items():
+            if against in by_row and name != against:
+                found |= {("difference", name, metric): by_row[against][metric] - value for metric, value in row.items()}
+        for name, own in zip(names, rest, strict=True):
+            accuracy_BS = _ratio(own["subgroup_right"], shared["subgroup"])
+            found |= {("subgroup", name, field, label): accuracy_BS[:, s] for s, (field, label, _) in enumerate(self._labels)}
+        return found
+
+    def _row(self, shared: dict[str, Array], own: dict[str, Array]) -> dict[str, Array]:
+        total_B = shared["true"].sum(axis=1)
+        return {
+            "emd": self._emd(shared["cell"], own["cell_predicted"], self._steps_C, by_answers=True),
+            "emd_questions": self._emd(shared["question"], own["question_predicted"], self._steps_Q, by_answers=False),
+            "emd_argmax": self._emd(shared["question"], own["question_mode"], self._steps_Q, by_answers=False),
+            "accuracy": _ratio(own["both"].sum(axis=1), total_B),
+            "macro_f1": macro_f1(shared["true"], own["predicted"], own["both"]),
+            "group_accuracy": _mean(_ratio(own["group_right"], shared["group"])),
+            "inequity": self._inequity(_ratio(own["subgroup_right"], shared["subgroup"])),
+            "entropy": _ratio(own["entropy"][:, 0], total_B),
+            "calibration_error": calibration_error(own["bin_right"], own["bin_confidence"], total_B),
+        }
+
+    def _emd(self, observed: Array, predicted: Array, steps: Array, by_answers: bool) -> Array:
+        """Mean EMD [B] of distributions that stand side by side, ``width`` options each."""
+        shape = (len(observed), len(steps), self._width)
+        observed, predicted = observed.reshape(shape), predicted.reshape(shape)
+        answers = observed.sum(axis=-1)
+        distances = emd(_ratio(predicted, answers[..., None]), _ratio(observed, answers[..., None]), steps)
+        weights = answers if by_answers else (answers > 0).astype(np.float64)
+        return _ratio(np.where(answers > 0, distances * weights, 0.0).sum(axis=1), weights.sum(axis=1))
+
+    def _inequity(self, accuracy_BS: Array) -> Array:
+        fields = dict.fromkeys(field for field, _, _ in self._labels)
+        columns = [[s for s, (name, _, counts) in enumerate(self._labels) if name == field and counts] for field in fields]
+        return inequity([accuracy_BS[:, chosen] for chosen in columns if len(chosen) > 1], len(accuracy_BS))
+
+    def _reliability(self, probabilities: Sequence[ArrayLike]) -> tuple[Array, Array, Array]:
+        row = self._of_row(probabilities)
+        parts = {name: row[name] for name in ("bin_right", "bin_confidence")}
+        bin_A, _ = parts["bin_right"].parts[0]
+        parts["total"] = _Block(BINS, [(bin_A, np.ones(len(bin_A)))])
+        (sums,) = _Layout([parts], self._kind_A, len(self._people_Y)).sums(self._people_Y[None].astype(np.float64))
+        total = sums["total"][0]
+        return _ratio(sums["bin_right"][0], total), _ratio(sums["bin_confidence"][0], total), total
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Columns of sums: what each answer adds to which of ``width`` columns (-1: to none), in one or several parts."""
+
+    width: int
+    parts: list[tuple[Indices, Array]]
+
+
+class _Layout:
+    """All blocks as one sparse matrix [Y, columns]: what one person of each kind adds to every sum."""
+
+    def __init__(self, groups: Sequence[Mapping[str, _Block]], kind_A: Indices, kinds: int) -> None:
+        self.places: list[dict[str, slice]] = []
+        rows, columns, values = [], [], []
+        self.width = 0
+        for group in groups:
+            self.places.append({})
+            for name, block in group.items():
+                self.places[-1][name] = slice(self.width, self.width + block.width)
+                for column_A, value_A in block.parts:
+                    used = (column_A >= 0) & (value_A != 0)
+                    rows.append(kind_A[used])
+                    columns.append(column_A[used] + self.width)
+                    values.append(value_A[used])
+                self.width += block.width
+        shape = (kinds, self.width)
+        self._matrix = csr_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=shape)
+
+    def sums(self, weights_BY: Array) -> list[dict[str, Array]]:
+        """The sums [B, width] of every block when each kind of people counts ``weights_BY`` times."""
+        total = np.asarray((self._matrix.T @ weights_BY.T).T)
+        return [{name: total[:, place] for name, place in group.items()} for group in self.places]
+
+
+def _nested(found: Mapping[tuple[str, ...], Any], kind: str) -> dict[str, dict[str, Any]]:
+    result: dict[str, dict[str, Any]] = {}
+    for key, score in found.items():
+        if key[0] == kind:
+            result.setdefault(key[1], {})[key[2]] = score
+    return result
+
+
+def _codes(names: Sequence[str]) -> Indices:
+    place = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    return np.array([place[name] for name in names], dtype=np.int64)
+
+
+def _join(code_A: Indices, option_A: Indices, width: int) -> Indices:
+    return np.where(code_A >= 0, code_A * width + option_A, -1)
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """Quotient; nan where the denominator is zero."""
+    return np.divide(numerator, denominator, out=np.full(np.broadcast(numerator, denominator).shape, np.nan), where=denominator > 0)
+
+
+def _mean(values_BG: Array) -> Array:
+    """Mean over the last axis of what is a number; nan where nothing is."""
+    known = np.isfinite(values_BG)
+    return _ratio(np.where(known, values_BG, 0.0).sum(axis=-1), known.sum(axis=-1).astype(np.float64))
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _natural(label: str) -> tuple[float, str]:
+    """Labels that begin with a number stand in its order, after them the others by name."""
+    head = label.split()[0].rstrip("+,.-") if label.split() else ""
+    return (float(head), label) if head.isdigit() else (float("inf"), label)

@@ -1,0 +1,255 @@
+"""The operators of the mixture: compiled where they were built (csrc/), plain PyTorch elsewhere; the same results from both.
+
+Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K assignments, W features.
+Compiled: float32, bfloat16 and float16 with float32 arithmetic, on the CPU and on CUDA, deterministic; float64 takes plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cuma_ds.errors import ModelError
+from cuma_ds.ops import library, reference
+from cuma_ds.ops.reference import GATE_NORMS, GateOutput, dense_gate
+
+__all__ = [
+    "GATE_NORMS",
+    "GateOutput",
+    "demographic_gate",
+    "dense_gate",
+    "describe",
+    "gate_scale",
+    "gate_scale_backward",
+    "permute_gather",
+    "permute_scatter",
+    "sort_by_expert",
+]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What the compiled gate holds per token.
+_MOST_CHOICES = 32
+
+
+def demographic_gate(
+    hidden_logits_TE: Tensor, profile_logits_NE: Tensor | None, profile_index_T: Tensor, top_k: int, norm: str
+) -> GateOutput:
+    """From router logits s = hidden + profile[index] to mixture weights (method, step 3, and its variants), in one pass.
+
+    Args:
+        hidden_logits_TE: [T, E] float32, bfloat16, float16 or float64; what the tokens say. E is at most 512.
+        profile_logits_NE: [N, E]; what the profiles say, one row for all tokens of a profile. None: the hidden part is all.
+        profile_index_T: [T] int64, each token's row of ``profile_logits_NE``; -1 marks padding, which is counted nowhere.
+        top_k: K; ties go to the lower expert index. With ``softmax`` all experts are kept and K = E.
+        norm: ``topk_softmax`` softmax over the top-k logits | ``softmax`` over all | ``softmax_topk`` top-k of the softmax,
+            not renormalised | ``softmax_topk_softmax`` softmax of the top-k values of the softmax.
+
+    Returns:
+        A :class:`GateOutput`; gradients flow through ``weight_TK`` and ``weight_sum_E``. float32 (float64 for float64 logits).
+
+    Raises:
+        ModelError: shapes, dtypes or devices that do not fit; on the CPU also NaN or inf logits and indices out of range. (On CUDA
+            nobody waits for the check: such tokens are not routed and ``invalid`` counts them.)
+    """
+    tokens, experts = _matrix("hidden_logits_TE", hidden_logits_TE, _FLOATS)
+    if norm not in GATE_NORMS:
+        raise ModelError(f"norm is {norm!r}; allowed are {', '.join(GATE_NORMS)}")
+    if not 1 <= top_k <= experts:
+        raise ModelError(f"top_k is {top_k}; expected 1 to the number of experts, {experts}")
+    _check("profile_index_T", profile_index_T, (torch.int64,), (tokens,), hidden_logits_TE)
+    if profile_logits_NE is not None:
+        _check("profile_logits_NE", profile_logits_NE, _FLOATS, (None, experts), hidden_logits_TE)
+    top_k = experts if norm == "softmax" else top_k
+    eager_cpu = hidden_logits_TE.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(hidden_logits_TE)
+    if eager_cpu and tokens:
+        _check_range(profile_index_T, None if profile_logits_NE is None else profile_logits_NE.shape[0])
+    if library.supports(hidden_logits_TE) and experts <= 512 and (norm == "softmax" or top_k <= _MOST_CHOICES):
+        profile_logits_NE = None if profile_logits_NE is None else profile_logits_NE.float()
+        out = GateOutput(*torch.ops.cuma_ds.gate(hidden_logits_TE, profile_logits_NE, profile_index_T, top_k, GATE_NORMS.index(norm)))
+    else:
+        out = reference.demographic_gate(hidden_logits_TE, profile_logits_NE, profile_index_T, top_k, norm)
+    if eager_cpu and out.invalid.item():
+        broken = f"the router logits of {int(out.invalid)} of {tokens} tokens are NaN or inf"
+        raise ModelError(f"{broken}; the input or the router's weights are broken")
+    return out
+
+
+def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts: int, scale: float = 1.0) -> Tensor:
+    """scale * g_i * z_i for the chosen experts, zero for the others: what one dense product with all B then sums.
+
+    Args:
+        z_TER: [T, E, r], or [T, 1, r] when one A serves all experts.
+        weight_TK, expert_TK: of the gate.
+        num_experts: E.
+        scale: alpha / r.
+
+    Returns:
+        [T, E, r] in the dtype of ``z_TER``. Differentiable in ``z_TER`` and ``weight_TK``.
+
+    Raises:
+        ModelError: shapes, dtypes or devices that do not fit.
+    """
+    _check_scale(z_TER, weight_TK, expert_TK, num_experts)
+    if library.supports(z_TER):
+        return torch.ops.cuma_ds.gate_scale(z_TER, weight_TK.float(), expert_TK, num_experts, scale)
+    return reference.gate_scale(z_TER, weight_TK, expert_TK, num_experts, scale)
+
+
+def gate_scale_backward(
+    d_out_TER: Tensor,
+    z_TER: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    scale: float = 1.0,
+    mask_NE: Tensor | None = None,
+    profile_index_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`gate_scale`, and what the weights of A and B may learn from under a gradient mask.
+
+    Args:
+        d_out_TER: [T, E, r] gradient of the result.
+        z_TER, weight_TK, expert_TK, scale: as given to :func:`gate_scale`.
+        mask_NE: [N, E] in [0, 1], share of its weight gradients that a profile sends to an expert; None for all.
+        profile_index_T: [T] int64 rows of ``mask_NE``, -1 for padding; given with ``mask_NE``.
+
+    Returns:
+        d_z (shape of z) and d_weight [T, K], both blind to the mask, so that inputs and gates learn as without it; then d_z times the mask,
+        for the gradient of A, and the scaled z times the mask, [T, E, r], for the gradient of B. The last two are empty without a mask.
+
+    Raises:
+        ModelError: shapes, dtypes or devices that do not fit.
+    """
+    _check_scale(z_TER, weight_TK, expert_TK, d_out_TER.shape[1])
+    _check("d_out_TER", d_out_TER, (z_TER.dtype,), (z_TER.shape[0], None, z_TER.shape[2]), z_TER)
+    if (mask_NE is None) != (profile_index_T is None):
+        raise ModelError("mask_NE and profile_index_T must be given together")
+    if mask_NE is not None and profile_index_T is not None:
+        _check("mask_NE", mask_NE, _FLOATS, (None, d_out_TER.shape[1]), z_TER)
+        _check("profile_index_T", profile_index_T, (torch.int64,), (z_TER.shape[0],), z_TER)
+    if library.supports(z_TER):
+        mask_NE = None if mask_NE is None else mask_NE.float()
+        return torch.ops.cuma_ds.gate_scale_backward(d_out_TER, z_TER, weight_TK.float(), expert_TK, scale, mask_NE, profile_index_T)
+    return reference.gate_scale_backward(d_out_TER, z_TER, weight_TK, expert_TK, scale, mask_NE, profile_index_T)
+
+
+def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort the assignments of tokens to experts by expert, stably, without a device sync.
+
+    Args:
+        expert_TK: [T, K] int32; -1 for what is sent nowhere.
+        num_experts: E.
+
+    Returns:
+        order [M] int32, the assignment (t * K + k) at each sorted place, -1 past the last one; position [T, K] int32, the place of each
+        assignment, -1 if it has none; end [E] int32, where each expert's places end (the offsets grouped products take).
+
+    Raises:
+        ModelError: a wrong shape or dtype; on the CPU also an expert out of range.
+    """
+    _check("expert_TK", expert_TK, (torch.int32,), (None, None), expert_TK)
+    if library.supports(expert_TK.new_empty(0, dtype=torch.float32)) and num_experts <= 512:
+        return torch.ops.cuma_ds.sort_by_expert(expert_TK, num_experts)
+    return reference.sort_by_expert(expert_TK, num_experts)
+
+
+def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+    """The tokens' rows in the order of :func:`sort_by_expert`, times their weight if given; zero where there is none.
+
+    Args:
+        x_TW: [T, W].
+        order_M, position_TK: of :func:`sort_by_expert`.
+        weight_TK: [T, K] or None.
+
+    Returns:
+        [M, W] in the dtype of ``x_TW``. Differentiable in ``x_TW`` and ``weight_TK``.
+
+    Raises:
+        ModelError: shapes, dtypes or devices that do not fit.
+    """
+    _matrix("x_TW", x_TW, _FLOATS)
+    _check_permutation(x_TW, order_M, position_TK, weight_TK)
+    if x_TW.shape[0] != position_TK.shape[0]:
+        raise ModelError(f"x_TW has {x_TW.shape[0]} rows; position_TK has {position_TK.shape[0]}")
+    if library.supports(x_TW):
+        return torch.ops.cuma_ds.permute_gather(x_TW, order_M, position_TK, None if weight_TK is None else weight_TK.float())
+    return reference.permute_gather(x_TW, order_M, position_TK, weight_TK)
+
+
+def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+    """Back from the order of :func:`sort_by_expert` to the tokens: each token's K rows, times their weights if given, summed.
+
+    Args:
+        y_MW: [M, W].
+        order_M, position_TK: of :func:`sort_by_expert`.
+        weight_TK: [T, K] or None.
+
+    Returns:
+        [T, W] in the dtype of ``y_MW``. Differentiable in ``y_MW`` and ``weight_TK``.
+
+    Raises:
+        ModelError: shapes, dtypes or devices that do not fit.
+    """
+    _matrix("y_MW", y_MW, _FLOATS)
+    _check_permutation(y_MW, order_M, position_TK, weight_TK)
+    if y_MW.shape[0] != len(order_M):
+        raise ModelError(f"y_MW has {y_MW.shape[0]} rows; order_M has {len(order_M)}")
+    if library.supports(y_MW):
+        return torch.ops.cuma_ds.permute_scatter(y_MW, order_M, position_TK, None if weight_TK is None else weight_TK.float())
+    return reference.permute_scatter(y_MW, order_M, position_TK, weight_TK)
+
+
+def describe() -> str:
+    """One line: what computes the operators here, and why not the compiled ones if not."""
+    if library.reason:
+        return f"operators: plain PyTorch ({library.reason})"
+    if library.architectures:
+        return f"operators: compiled for the CPU and for CUDA ({', '.join(library.architectures)})"
+    return "operators: compiled for the CPU; plain PyTorch on CUDA (built without nvcc or with CUMA_DS_CUDA=0)"
+
+
+def _matrix(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> tuple[int, int]:
+    _check(name, tensor, dtypes, (None, None), tensor)
+    return tensor.shape[0], tensor.shape[1]
+
+
+def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: tuple[int | None, ...], beside: Tensor) -> None:
+    if tensor.dtype not in dtypes:
+        raise ModelError(f"{name} is {_short(tensor.dtype)}; expected {' or '.join(map(_short, dtypes))}")
+    if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)):
+        expected = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ModelError(f"{name} has shape {list(tensor.shape)}; expected [{expected}]")
+    if tensor.device != beside.device:
+        raise ModelError(f"{name} is on {tensor.device}; the other arguments are on {beside.device}")
+
+
+def _check_range(profile_index_T: Tensor, profiles: int | None) -> None:
+    low, high = (int(bound) for bound in profile_index_T.aminmax())
+    if low < -1 or (profiles is not None and high >= profiles):
+        wrong = low if low < -1 else high
+        rows = "a row" if profiles is None else f"a row below {profiles}"
+        raise ModelError(f"profile_index_T reaches {wrong}; expected -1 (padding) or {rows}")
+
+
+def _check_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts: int) -> None:
+    _check("z_TER", z_TER, _FLOATS, (None, None, None), z_TER)
+    if z_TER.shape[1] not in (1, num_experts):
+        raise ModelError(f"z_TER has {z_TER.shape[1]} experts; expected {num_experts}, or 1 when they share A")
+    _check("weight_TK", weight_TK, _FLOATS, (z_TER.shape[0], None), z_TER)
+    _check("expert_TK", expert_TK, (torch.int32,), tuple(weight_TK.shape), z_TER)
+
+
+def _check_permutation(beside: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None) -> None:
+    _check("position_TK", position_TK, (torch.int32,), (None, None), beside)
+    _check("order_M", order_M, (torch.int32,), (position_TK.numel(),), beside)
+    if weight_TK is not None:
+        _check("weight_TK", weight_TK, _FLOATS, tuple(position_TK.shape), beside)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)

@@ -1,0 +1,147 @@
+"""The compiled operators as torch sees them: loaded, with shapes for tracing and gradients.
+
+Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K assignments, W features.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cuma_ds.errors import ConfigError
+
+# Why the compiled operators are not in use, or "".
+reason = ""
+# CUDA architectures they were built for.
+architectures: tuple[str, ...] = ()
+
+
+def _load() -> str:
+    """Load the extension; returns why not, or an empty string."""
+    global architectures
+    wish = os.environ.get("CUMA_DS_OPS", "auto")
+    if wish not in ("auto", "reference"):
+        raise ConfigError(f"CUMA_DS_OPS is {wish!r}; allowed are auto and reference")
+    if wish == "reference":
+        return "CUMA_DS_OPS=reference"
+    if platform.machine().lower() in ("x86_64", "amd64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return "this CPU has no AVX2"
+    try:
+        from cuma_ds.ops import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        missing = "No module named" in str(error) or "cannot import name" in str(error)
+        return "they are not built; run: python setup.py build_ext --inplace" if missing else str(error).splitlines()[0]
+    architectures = tuple(_C.CUDA_ARCHITECTURES.split())
+    return ""
+
+
+def supports(tensor: Tensor) -> bool:
+    """Whether the compiled operators take this tensor: float32, bfloat16 or float16 on the CPU, or on CUDA if built for it."""
+    if reason or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return tensor.device.type in ("cpu", "meta") or (tensor.device.type == "cuda" and bool(architectures))
+
+
+def _register() -> None:
+    ops = torch.ops.cuma_ds
+
+    @torch.library.register_fake("cuma_ds::gate")
+    def gate_shapes(hidden: Tensor, profile: Tensor | None, index: Tensor, top_k: int, norm: int) -> tuple[Tensor, ...]:
+        tokens, experts = hidden.shape
+        weight = hidden.new_empty(tokens, top_k, dtype=torch.float32)
+        scalar = weight.new_empty(())
+        sums = weight.new_empty(experts)
+        return weight, weight.new_empty(tokens, top_k, dtype=torch.int32), sums, torch.empty_like(sums), scalar, torch.empty_like(scalar)
+
+    @torch.library.register_fake("cuma_ds::gate_backward")
+    def gate_backward_shapes(
+        hidden: Tensor,
+        profile: Tensor | None,
+        index: Tensor,
+        weight: Tensor,
+        expert: Tensor,
+        d_weight: Tensor | None,
+        d_weight_sum: Tensor | None,
+        norm: int,
+    ) -> tuple[Tensor, ...]:
+        profiles = 0 if profile is None else profile.shape[0]
+        return torch.empty_like(hidden), hidden.new_empty(profiles, hidden.shape[1], dtype=torch.float32)
+
+    def gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, profile, index, _, ctx.norm = inputs
+        weight, expert, load, _, entropy, invalid = output
+        ctx.mark_non_differentiable(expert, load, entropy, invalid)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, profile, index, weight, expert)
+
+    def gate_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        d_weight, d_weight_sum = grads[0], grads[3]
+        hidden, profile, index, weight, expert = ctx.saved_tensors
+        if d_weight is None and d_weight_sum is None:
+            return None, None, None, None, None
+        d_hidden, d_profile = ops.gate_backward(hidden, profile, index, weight, expert, d_weight, d_weight_sum, ctx.norm)
+        return d_hidden, None if profile is None else d_profile, None, None, None
+
+    torch.library.register_autograd("cuma_ds::gate", gate_gradient, setup_context=gate_context)
+
+    @torch.library.register_fake("cuma_ds::gate_scale")
+    def scale_shape(z: Tensor, weight: Tensor, expert: Tensor, num_experts: int, scale: float) -> Tensor:
+        return z.new_empty(z.shape[0], num_experts, z.shape[2])
+
+    @torch.library.register_fake("cuma_ds::gate_scale_backward")
+    def scale_backward_shapes(
+        d_out: Tensor, z: Tensor, weight: Tensor, expert: Tensor, scale: float, mask: Tensor | None, profile_index: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        masked = (0,) if mask is None else z.shape
+        return z.new_empty(z.shape), torch.empty_like(weight), z.new_empty(masked), z.new_empty((0,) if mask is None else d_out.shape)
+
+    def scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, weight, expert, _, ctx.scale = inputs
+        ctx.save_for_backward(z, weight, expert)
+
+    def scale_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+        d_z, d_weight, _, _ = ops.gate_scale_backward(d_out, *ctx.saved_tensors, ctx.scale, None, None)
+        return d_z, d_weight, None, None, None
+
+    torch.library.register_autograd("cuma_ds::gate_scale", scale_gradient, setup_context=scale_context)
+
+    @torch.library.register_fake("cuma_ds::sort_by_expert")
+    def sort_shapes(expert: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+        return expert.new_empty(expert.numel()), expert.new_empty(expert.shape), expert.new_empty(num_experts)
+
+    @torch.library.register_fake("cuma_ds::permute_gather")
+    def gather_shape(x: Tensor, order: Tensor, position: Tensor, weight: Tensor | None) -> Tensor:
+        return x.new_empty(order.shape[0], x.shape[1])
+
+    @torch.library.register_fake("cuma_ds::permute_scatter")
+    def scatter_shape(y: Tensor, order: Tensor, position: Tensor, weight: Tensor | None) -> Tensor:
+        return y.new_empty(position.shape[0], y.shape[1])
+
+    @torch.library.register_fake("cuma_ds::permute_products")
+    def products_shape(d: Tensor, y: Tensor, position: Tensor) -> Tensor:
+        return d.new_empty(position.shape, dtype=torch.float32)
+
+    def permute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def gather_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+        x, order, position, weight = ctx.saved_tensors
+        d_weight = None if weight is None else ops.permute_products(x, d_out, position)
+        return ops.permute_scatter(d_out, order, position, weight), None, None, d_weight
+
+    def scatter_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+        y, order, position, weight = ctx.saved_tensors
+        d_weight = None if weight is None else ops.permute_products(d_out, y, position)
+        return ops.permute_gather(d_out, order, position, weight), None, None, d_weight
+
+    torch.library.register_autograd("cuma_ds::permute_gather", gather_gradient, setup_context=permute_context)
+    torch.library.register_autograd("cuma_ds::permute_scatter", scatter_gradient, setup_context=permute_context)
+
+
+reason = _load()
+if not reason:
+    _register()

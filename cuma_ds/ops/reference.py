@@ -1,0 +1,131 @@
+"""The operators in plain PyTorch: what the compiled ones must equal, and what runs where those are missing.
+
+Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K assignments, W features.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GATE_NORMS = ("topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax")
+
+
+class GateOutput(NamedTuple):
+    """What :func:`demographic_gate` returns.
+
+    weight_TK: [T, K] mixture weights, zero for padding.  expert_TK: [T, K] int32, largest weight first, -1 for padding.
+    load_E: [E] assignments per expert.  weight_sum_E: [E] summed weights, differentiable.  entropy: [] summed entropy of the gate, nats.
+    invalid: [] real tokens left unrouted because a logit is NaN or inf.
+    """
+
+    weight_TK: Tensor
+    expert_TK: Tensor
+    load_E: Tensor
+    weight_sum_E: Tensor
+    entropy: Tensor
+    invalid: Tensor
+
+
+def demographic_gate(
+    hidden_logits_TE: Tensor, profile_logits_NE: Tensor | None, profile_index_T: Tensor, top_k: int, norm: str
+) -> GateOutput:
+    """See :func:`cuma_ds.ops.demographic_gate`."""
+    logits_TE = hidden_logits_TE.float() if hidden_logits_TE.dtype in (torch.bfloat16, torch.float16) else hidden_logits_TE
+    real_T = profile_index_T >= 0
+    if profile_logits_NE is not None:
+        logits_TE = logits_TE + profile_logits_NE.to(logits_TE.dtype)[profile_index_T.clamp(min=0)]
+    finite_T = logits_TE.detach().isfinite().all(dim=-1)
+    routed_T = real_T & finite_T
+    logits_TE = logits_TE.masked_fill(~routed_T[:, None], 0.0)
+    tokens, experts = logits_TE.shape
+    if norm == "softmax":
+        expert_TK = torch.arange(experts, device=logits_TE.device).expand(tokens, experts)
+        weight_TK = logits_TE.softmax(dim=-1)
+    else:
+        expert_TK = logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        values_TE = logits_TE if norm == "topk_softmax" else logits_TE.softmax(dim=-1)
+        weight_TK = values_TE.gather(-1, expert_TK)
+        if norm != "softmax_topk":
+            weight_TK = weight_TK.softmax(dim=-1)
+    weight_TK = weight_TK.masked_fill(~routed_T[:, None], 0.0)
+    detached_TK = weight_TK.detach()
+    flat = expert_TK.reshape(-1)
+    zeros_E = detached_TK.new_zeros(experts)
+    return GateOutput(
+        weight_TK=weight_TK,
+        expert_TK=expert_TK.masked_fill(~routed_T[:, None], -1).to(torch.int32),
+        load_E=zeros_E.scatter_add(0, flat, routed_T[:, None].expand_as(expert_TK).reshape(-1).to(zeros_E.dtype)),
+        weight_sum_E=zeros_E.scatter_add(0, flat, weight_TK.reshape(-1)),
+        entropy=-torch.special.xlogy(detached_TK, detached_TK).sum(),
+        invalid=(real_T & ~finite_T).sum().to(detached_TK.dtype),
+    )
+
+
+def dense_gate(weight_TK: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor:
+    """The gate as a [T, E] matrix: weights of the chosen experts, zero elsewhere."""
+    chosen_TK = expert_TK >= 0
+    zeros_TE = weight_TK.new_zeros(weight_TK.shape[0], num_experts)
+    return zeros_TE.scatter_add(1, expert_TK.clamp(min=0).long(), weight_TK * chosen_TK)
+
+
+def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts: int, scale: float = 1.0) -> Tensor:
+    """See :func:`cuma_ds.ops.gate_scale`."""
+    return z_TER * (scale * dense_gate(weight_TK, expert_TK, num_experts))[:, :, None].to(z_TER.dtype)
+
+
+def gate_scale_backward(
+    d_out_TER: Tensor,
+    z_TER: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    scale: float = 1.0,
+    mask_NE: Tensor | None = None,
+    profile_index_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`cuma_ds.ops.gate_scale_backward`."""
+    gate_TE = scale * dense_gate(weight_TK, expert_TK, d_out_TER.shape[1])
+    d_gate_TE = scale * (d_out_TER.to(weight_TK.dtype) * z_TER.to(weight_TK.dtype)).sum(dim=-1)
+    d_weight_TK = d_gate_TE.gather(1, expert_TK.clamp(min=0).long()) * (expert_TK >= 0)
+
+    def d_z(share_TE: Tensor) -> Tensor:
+        d = d_out_TER * share_TE[:, :, None].to(d_out_TER.dtype)
+        return d.sum(dim=1, keepdim=True) if z_TER.shape[1] == 1 else d
+
+    if mask_NE is None or profile_index_T is None:
+        nothing = z_TER.new_empty(0)
+        return d_z(gate_TE), d_weight_TK, nothing, nothing
+    allowed_TE = gate_TE * mask_NE.to(gate_TE.dtype)[profile_index_T.clamp(min=0)] * (profile_index_T >= 0)[:, None]
+    return d_z(gate_TE), d_weight_TK, d_z(allowed_TE), z_TER * allowed_TE[:, :, None].to(z_TER.dtype)
+
+
+def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`cuma_ds.ops.sort_by_expert`."""
+    expert_M = expert_TK.reshape(-1).long()
+    key_M = expert_M.masked_fill(expert_M < 0, num_experts)
+    order_M = key_M.argsort(stable=True)
+    place_M = torch.arange(len(order_M), device=order_M.device)
+    position_M = torch.empty_like(order_M).scatter(0, order_M, place_M)
+    end_E = torch.zeros(num_experts + 1, dtype=torch.long, device=key_M.device).scatter_add(0, key_M, torch.ones_like(key_M)).cumsum(0)[:-1]
+    order_M = order_M.masked_fill(place_M >= end_E[-1:], -1)
+    position_M = position_M.masked_fill(expert_M < 0, -1)
+    return order_M.to(torch.int32), position_M.to(torch.int32).view(expert_TK.shape), end_E.to(torch.int32)
+
+
+def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+    """See :func:`cuma_ds.ops.permute_gather`."""
+    from_M = order_M.clamp(min=0).long()
+    rows_MW = x_TW[from_M // position_TK.shape[1]]
+    if weight_TK is not None:
+        rows_MW = rows_MW * weight_TK.reshape(-1)[from_M, None].to(rows_MW.dtype)
+    return rows_MW.masked_fill(order_M[:, None] < 0, 0.0)
+
+
+def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
+    """See :func:`cuma_ds.ops.permute_scatter`."""
+    y_TKW = y_MW[position_TK.clamp(min=0).long()].masked_fill(position_TK[:, :, None] < 0, 0.0)
+    if weight_TK is not None:
+        y_TKW = y_TKW * weight_TK[:, :, None].to(y_TKW.dtype)
+    return y_TKW.sum(dim=1)

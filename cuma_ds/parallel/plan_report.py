@@ -1,0 +1,106 @@
+"""Plans as tables in the terminal and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cuma_ds.parallel.plan import Hardware, Plan
+
+_PARTS = ("backbone", "live layer", "adapters", "gradients", "optimizer", "activations")
+
+
+def print_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, console: Console | None = None) -> None:
+    """One table of memory and speed and one of bytes for each backbone."""
+    console = console or Console(width=150, highlight=False)
+    for name, rows in plans.items():
+        first = rows[0]
+        work = first.work
+        sizes = f"{first.backbone_parameters / 1e9:.2f} B frozen, {first.trained_parameters / 1e6:.1f} M trained parameters"
+        shape = f"{work['sequences']} x {work['length']} tokens per GPU and forward, {work['accumulation']} forward(s) per step"
+        console.print(f"\n[bold]{name}[/bold]: {sizes}; {shape}")
+        console.print(_memory_table(rows, hardware))
+        console.print(_wire_table(rows))
+    memory = f"{hardware.memory / 1e9:.0f} GB of which {hardware.reserved / 1e9:.1f} GB reserved"
+    speed = f"{hardware.flops / 1e12:.0f} TFLOP/s at {hardware.efficiency:.0%}"
+    within, between = hardware.intra_bandwidth / 1e9, hardware.inter_bandwidth / 1e9
+    links = f"{within:.0f} GB/s within machines of {hardware.gpus_per_node}, {between:.0f} GB/s between them"
+    console.print(f"Assumed per GPU: {memory}; {speed}; {links}; no overlap of compute and communication.")
+
+
+def _memory_table(rows: Sequence[Plan], hardware: Hardware) -> Table:
+    table = Table(title="GB per GPU at the peak, and speed", box=box.SIMPLE_HEAD, title_justify="left")
+    parts = [part for part in _PARTS if any(part in plan.memory for plan in rows)]
+    hosts = sorted({part for plan in rows for part in plan.host_memory})
+    for column in ("GPUs", *parts, "total", "fits", "max micro batch", "tokens/s", *(f"{part} on host" for part in hosts)):
+        table.add_column(column, justify="right")
+    for plan in rows:
+        fits = "yes" if plan.fits else f"no ({(hardware.memory - hardware.reserved) / 1e9:.0f})"
+        table.add_row(
+            f"{plan.gpus:,}",
+            *(f"{plan.memory.get(part, 0) / 1e9:.2f}" for part in parts),
+            f"{plan.total_memory / 1e9:.2f}",
+            fits,
+            f"{plan.max_micro_batch:,}" if plan.max_micro_batch else "none",
+            f"{plan.tokens_per_second:,.0f}",
+            *(f"{plan.host_memory.get(part, 0) / 1e9:.2f}" for part in hosts),
+        )
+    return table
+
+
+def _wire_table(rows: Sequence[Plan]) -> Table:
+    table = Table(title="MB that one GPU sends per step, and seconds", box=box.SIMPLE_HEAD, title_justify="left")
+    kinds = list(dict.fromkeys(kind for plan in rows for kind in plan.wire))
+    for column in ("GPUs", "dispatch", *kinds, "compute s", "wire s"):
+        table.add_column(column, justify="right")
+    for plan in rows:
+        compute = plan.seconds["compute"]
+        table.add_row(
+            f"{plan.gpus:,}",
+            plan.dispatch,
+            *(f"{plan.wire.get(kind, 0) / 1e6:,.1f}" for kind in kinds),
+            f"{compute:.3f}",
+            f"{sum(plan.seconds.values()) - compute:.3f}",
+        )
+    return table
+
+
+def plot_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, path: Path) -> None:
+    """Stacked memory per GPU (left) and tokens per second (right) against the number of GPUs; PNG at ``path``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(len(plans), 2, figsize=(11, 0.9 + 3.1 * len(plans)), squeeze=False, layout="constrained")
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for (name, rows), (left, right) in zip(plans.items(), axes, strict=True):
+        labels = [f"{plan.gpus:,}" for plan in rows]
+        bottom = [0.0] * len(rows)
+        for colour, part in zip(colours, _PARTS, strict=False):
+            heights = [plan.memory.get(part, 0) / 1e9 for plan in rows]
+            left.bar(labels, heights, bottom=bottom, color=colour, label=part, width=0.6)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        left.axhline((hardware.memory - hardware.reserved) / 1e9, color="black", linestyle="--", linewidth=1, label="available")
+        left.set(title=f"{name}: memory per GPU", ylabel="GB", xlabel="GPUs")
+        left.set_ylim(0, 1.25 * max(max(bottom), hardware.memory / 1e9))
+        speeds = [plan.tokens_per_second for plan in rows]
+        right.plot([plan.gpus for plan in rows], speeds, marker="o", color=colours[0], label="predicted")
+        ideal = [speeds[0] * plan.gpus / rows[0].gpus for plan in rows]
+        right.plot([plan.gpus for plan in rows], ideal, linestyle=":", color="grey", label="linear from the first")
+        for plan, speed in zip(rows, speeds, strict=True):
+            if not plan.fits:
+                right.annotate("does not fit", (plan.gpus, speed), textcoords="offset points", xytext=(8, 8), fontsize=8)
+        right.set(title=f"{name}: speed", ylabel="tokens/s", xlabel="GPUs", xscale="log", yscale="log")
+        right.set_xticks([plan.gpus for plan in rows], labels)
+        right.minorticks_off()
+        right.grid(alpha=0.3)
+        right.legend(frameon=False, fontsize=8)
+        left.legend(frameon=False, fontsize=8, ncols=4, loc="upper center")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

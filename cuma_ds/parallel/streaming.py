@@ -1,0 +1,253 @@
+"""Load a model partitioned, straight from safetensors: each rank reads its own part of every tensor and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import cached_file
+
+from cuma_ds.config import ModelSection
+
+# A tensor is read in pieces of at most so many bytes, so that nothing but the shard grows with the model.
+_PIECE_BYTES = 8 * 2**20
+_END_BYTES = 2**16
+
+
+class NotStreamable(Exception):
+    """Why a model cannot be read tensor by tensor; transformers' own loading can still do it."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint holds a tensor: file and key."""
+
+    file: str
+    key: str
+
+
+@dataclass(frozen=True)
+class StreamingPlan:
+    """What this rank would load.
+
+    backbone: without parameters (meta device).  tensors: names of each distinct tensor of the model, and where the checkpoint holds
+    it, by file; several names when it is tied, several places when the checkpoint holds more than one of them.  digest: of the files.
+    """
+
+    backbone: PreTrainedModel
+    tensors: list[tuple[list[str], list[_Place]]]
+    digest: str
+
+
+def plan_streaming(model: ModelSection) -> StreamingPlan:
+    """Build a causal language model without parameters and find each of them in a folder or hub id; no collectives.
+
+    Raises:
+        NotStreamable: no safetensors, weights that transformers converts while loading, or tensors missing or of another shape.
+        OSError, ValueError, KeyError, SafetensorError: as ``from_pretrained``.
+    """
+    files = _checkpoint_files(model.path)
+    backbone = _empty_model(model)
+    return StreamingPlan(backbone, _places(backbone, files, getattr(torch, model.dtype)), _digest(files))
+
+
+def load_partitioned(plan: StreamingPlan, stage3: dict[str, Any]) -> PreTrainedModel:
+    """Fill the planned model with ZeRO-3 partitions over all ranks; all ranks call it.
+
+    A rank allocates its shards and, on a GPU, the one parameter being partitioned; no rank reads another's part and nothing is
+    sent. Buffers are whole and computed as in ``from_pretrained``; tied parameters stay tied.
+
+    Args:
+        plan: of this rank; all ranks must have found the same files.
+        stage3: DeepSpeed configuration that partitions (``cuma_ds.parallel.backbone.stage3_config``).
+    """
+    backbone = plan.backbone
+    # A module without parameters: nothing is converted yet, and linears no longer keep gathered weights for the backward pass.
+    partitioner = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=stage3)
+    with contextlib.ExitStack() as open_files:
+        checkpoint = _Checkpoint(open_files)
+        for names, places in plan.tensors:
+            empty = _tensor_at(backbone, names[0])
+            if not isinstance(empty, nn.Parameter):
+                checkpoint.read(places[0], 0, empty.numel(), empty.view(-1))
+                continue
+            parts = [_partition(partitioner, empty, checkpoint, place) for place in places]
+            shared = len(parts) > 1 and _equal_on_all_ranks(parts)
+            for index, name in enumerate(names):
+                part = parts[0] if shared or len(parts) == 1 else parts[index]
+                _put(backbone, name, part)
+                if len(parts) > 1 and not shared:
+                    backbone.all_tied_weights_keys.pop(name, None)
+    return backbone.eval()
+
+
+def _digest(files: list[str]) -> str:
+    """Of the names, sizes and ends of files: tells one set of weights from another without reading them."""
+    digest = hashlib.sha256()
+    for file in map(Path, files):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            content.seek(max(0, size - _END_BYTES))
+            digest.update(f"{file.name} {size} ".encode() + content.read())
+    return digest.hexdigest()
+
+
+def _checkpoint_files(path: str) -> list[str]:
+    """The safetensors files of a model: one, or those of an index."""
+
+    def find(name: str) -> str | None:
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+
+    if find("adapter_config.json") is not None:
+        raise NotStreamable("the folder holds an adapter")
+    if (single := find("model.safetensors")) is not None:
+        return [single]
+    if (index := find("model.safetensors.index.json")) is None:
+        raise NotStreamable("it has no safetensors files")
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [str(cached_file(path, name)) for name in names]
+
+
+def _empty_model(model: ModelSection) -> PreTrainedModel:
+    """The model with its buffers computed and its parameters on the meta device."""
+    config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamable("its weights are quantised")
+    if getattr(config, "transformers_weights", None) is not None:
+        raise NotStreamable("its configuration names its own weight file")
+    with _parameters_on_meta():
+        backbone = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, model.dtype),
+            attn_implementation=model.attention,
+            trust_remote_code=model.trust_remote_code,
+        )
+    with contextlib.suppress(OSError):
+        backbone.generation_config = GenerationConfig.from_pretrained(model.path)
+    return backbone
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, modules put parameters on the meta device as they register them; buffers are made as usual."""
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _places(backbone: PreTrainedModel, files: list[str], dtype: torch.dtype) -> list[tuple[list[str], list[_Place]]]:
+    """See :class:`StreamingPlan`; raises what :func:`plan_streaming` says."""
+    if backbone._get_dtype_plan(dtype):
+        raise NotStreamable("transformers keeps some of its weights in float32")
+    state = backbone.state_dict(keep_vars=True)
+    mapping = get_model_conversion_mapping(backbone)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = backbone.base_model_prefix
+    found: dict[str, _Place] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118  a safetensors handle is no dict
+                name, converter = rename_source_key(key, renamings, converters, prefix, state)
+                if name not in state and key in state:
+                    name, converter = key, None
+                if name not in state:
+                    continue
+                if converter is not None:
+                    raise NotStreamable(f"transformers converts {key} while loading")
+                if content.get_slice(key).get_shape() != list(state[name].shape):
+                    raise NotStreamable(f"{key} has shape {content.get_slice(key).get_shape()}, not {list(state[name].shape)}")
+                found[name] = _Place(file, key)
+    by_tensor: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    wanted = []
+    for names in by_tensor.values():
+        held = [name for name in names if name in found]
+        if not held:
+            raise NotStreamable(f"it holds no weights for {names[0]}")
+        if 1 < len(held) < len(names):
+            raise NotStreamable(f"it holds some of the tied weights {', '.join(names)}")
+        wanted.append((names, [found[name] for name in held]))
+    return sorted(wanted, key=lambda one: files.index(one[1][0].file))
+
+
+class _Checkpoint:
+    """Reads flat ranges of tensors; keeps only the file in use mapped."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._open: tuple[str, Any] | None = None
+
+    def read(self, place: _Place, start: int, end: int, out: Tensor) -> None:
+        """Fill ``out`` [end - start] with the elements start .. end of a tensor in row-major order, in the dtype of ``out``."""
+        if self._open is None or self._open[0] != place.file:
+            self._stack.close()
+            self._open = (place.file, self._stack.enter_context(safe_open(place.file, framework="pt")))
+        part = self._open[1].get_slice(place.key)
+        shape = part.get_shape()
+        if not shape:
+            out.copy_(self._open[1].get_tensor(place.key).view(1)[start:end])
+            return
+        width = 1
+        for size in shape[1:]:
+            width *= size
+        rows = max(1, _PIECE_BYTES // (8 * max(1, width)))
+        for row in range(start // width, -(-end // width), rows):
+            first, last = max(start, row * width), min(end, (row + rows) * width)
+            piece = part[row : -(-last // width)].reshape(-1)
+            out[first - start : last - start].copy_(piece[first - row * width : last - row * width])
+
+
+def _partition(partitioner: deepspeed.zero.Init, empty: nn.Parameter, checkpoint: _Checkpoint, place: _Place) -> nn.Parameter:
+    """A ZeRO-3 parameter like ``empty`` (meta) whose shard on this rank comes from the checkpoint."""
+    whole = nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype, device=partitioner.local_device), requires_grad=False)
+    partitioner._convert_to_deepspeed_param(whole)
+    whole.partition()  # type: ignore[attr-defined]
+    shard: Tensor = whole.ds_tensor  # type: ignore[attr-defined]
+    start = shard.numel() * dist.get_rank()
+    end = max(start, min(start + shard.numel(), empty.numel()))
+    shard[end - start :].zero_()
+    if end > start:
+        checkpoint.read(place, start, end, shard[: end - start])
+    return whole
+
+
+def _equal_on_all_ranks(parts: list[nn.Parameter]) -> bool:
+    """Whether partitioned parameters hold the same values."""
+    shards = [part.ds_tensor for part in parts]  # type: ignore[attr-defined]
+    equal = torch.tensor(float(all(torch.equal(shards[0], shard) for shard in shards)), device=parts[0].device)
+    dist.all_reduce(equal, op=dist.ReduceOp.MIN)
+    return bool(equal)
+
+
+def _tensor_at(module: nn.Module, name: str) -> Tensor:
+    parent, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(parent), leaf)
+
+
+def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent)._parameters[leaf] = parameter

@@ -1,0 +1,240 @@
+"""The HTTP side: ``/v1/chat/completions``, ``/v1/models``, ``/health``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from cuma_ds.errors import CumaError
+from cuma_ds.evaluation.talk import Talker
+from cuma_ds.export.modeling import unknown_fields
+from cuma_ds.profiles import linearize
+from cuma_ds.serving.engine import Engine, Job, Piece, QueueFullError
+from cuma_ds.serving.guard import Guard
+from cuma_ds.serving.protocol import ChatRequest, ServingError, chunk, completion, error_content, usage
+from cuma_ds.serving.sampling import Sampler
+from cuma_ds.serving.text import TextStream
+
+
+def make_app(
+    talker: Talker, engine: Engine, name: str, max_tokens: int, max_length: int, max_body: int, api_key: str | None = None
+) -> FastAPI:
+    """The application; it starts and stops the engine.
+
+    Args:
+        talker: model, tokenizer and how prompts are written.
+        engine: of the same model, not yet started.
+        name: what clients call the model.
+        max_tokens: longest answer anybody may ask for, and what they get who ask for none.
+        max_length: tokens of prompt and answer together.
+        max_body: bytes of a request.
+        api_key: what clients must send; None lets everybody in.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        try:
+            yield
+        finally:
+            engine.stop()
+
+    app = FastAPI(title="cuma-ds", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, api_key=api_key, max_body=max_body)
+    for mistake in (ServingError, HTTPException, RequestValidationError):
+        app.add_exception_handler(mistake, _refuse)
+    desk = Desk(talker, engine, name, max_tokens, max_length)
+
+    @app.get("/health")
+    async def health() -> Response:
+        running, waiting = engine.load()
+        status = "ok" if engine.alive else "stopped"
+        return JSONResponse({"status": status, "running": running, "waiting": waiting}, 200 if engine.alive else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [desk.model_card()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        desk.check_model(model)
+        return desk.model_card()
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await desk.answer(body, request)
+
+    return app
+
+
+class Desk:
+    """Turns requests into jobs and their pieces into responses (arguments as in :func:`make_app`)."""
+
+    def __init__(self, talker: Talker, engine: Engine, name: str, max_tokens: int, max_length: int) -> None:
+        self.talker, self.engine, self.name = talker, engine, name
+        self.max_tokens, self.max_length = max_tokens, max_length
+        self._created = int(time.time())
+
+    def model_card(self) -> dict[str, Any]:
+        """The model as ``/v1/models`` shows it."""
+        card = {"id": self.name, "object": "model", "created": self._created, "owned_by": "cuma-ds"}
+        return card | {"max_model_len": self.max_length, "takes_profiles": self.talker.takes_profiles}
+
+    def check_model(self, name: str) -> None:
+        """Refuse every name but ours."""
+        if name != self.name:
+            raise ServingError(404, f"there is no model of that name; this server has {self.name!r}", "model", "model_not_found")
+
+    async def answer(self, body: ChatRequest, request: Request) -> Response:
+        """Queue the request and answer it, as a stream or in one piece."""
+        self.check_model(body.model)
+        sentence, warnings = self._who(body)
+        prompt = self._prompt(body, sentence or "")
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+        sampler = Sampler(body.temperature, body.top_p, secrets.randbits(63) if body.seed is None else body.seed)
+        job = Job(
+            prompt,
+            sentence if self.talker.model.config.profile_dim else None,
+            self._longest_answer(body, len(prompt)),
+            sampler,
+            TextStream(self.talker.tokenizer, [stop for stop in body.stop or [] if stop]),
+            lambda piece: _hand_over(loop, pieces, piece),
+        )
+        try:
+            self.engine.submit(job)
+        except QueueFullError:
+            raise ServingError(
+                429, f"{self.engine.limits.max_queue} requests are waiting already; try again later", None, "queue_full", "rate_limit_error"
+            ) from None
+        request.state.job = job  # the guard ends it with the request, whatever happens
+        identity = request.state.id
+        if body.stream:
+            stream = self._stream(identity, job, pieces, bool(body.stream_options and body.stream_options.include_usage), warnings)
+            return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        whole = asyncio.ensure_future(_whole(pieces))
+        gone = asyncio.ensure_future(_disconnected(request))
+        await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not whole.done():
+            whole.cancel()
+            return Response(status_code=499)  # nobody reads it
+        text, finish = whole.result()
+        return JSONResponse(completion(identity, self.name, text, finish, usage(len(prompt), len(job.tokens)), warnings))
+
+    def _who(self, body: ChatRequest) -> tuple[str | None, list[str]]:
+        """The profile's sentence, and what the client should know about it."""
+        if body.profile is None:
+            if self.talker.takes_profiles:
+                message = 'this model answers by who is asking; give a "profile": a sentence, or fields such as {"country": "Norway"}'
+                raise ServingError(400, message, "profile", "profile_missing")
+            return None, []
+        if not self.talker.takes_profiles:
+            raise ServingError(400, "a profile was given, but this model takes none", "profile", "profile_unknown")
+        about = self.talker.model.export["profiles"]
+        try:
+            return _text(linearize(body.profile, about["template"]), "profile"), unknown_fields(body.profile, about.get("fields") or ())
+        except CumaError as error:
+            raise ServingError(400, str(error), "profile", "profile_empty") from None
+
+    def _prompt(self, body: ChatRequest, sentence: str) -> list[int]:
+        messages = [message.plain() for message in body.messages]
+        for turn in messages:
+            _text(turn["content"], "messages")
+        try:
+            prompt = self.talker.renderer.encode_prompt(messages, sentence)
+        except CumaError as error:
+            raise ServingError(400, str(error), "messages") from None
+        if len(prompt) >= self.max_length:
+            message = f"the messages have {len(prompt)} tokens; this server takes {self.max_length} with the answer"
+            raise ServingError(400, message, "messages", "context_length_exceeded")
+        return prompt
+
+    def _longest_answer(self, body: ChatRequest, prompt_tokens: int) -> int:
+        asked = body.max_completion_tokens or body.max_tokens
+        room = self.max_length - prompt_tokens
+        if asked is None:
+            return min(self.max_tokens, room)
+        param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
+        if asked > self.max_tokens:
+            raise ServingError(400, f"{param} is {asked}; this server allows up to {self.max_tokens}", param, "max_tokens_exceeded")
+        if asked > room:
+            message = f"{param} is {asked} and the messages have {prompt_tokens} tokens; this server takes {self.max_length} together"
+            raise ServingError(400, message, param, "context_length_exceeded")
+        return asked
+
+    async def _stream(
+        self, identity: str, job: Job, pieces: asyncio.Queue[Piece], include_usage: bool, warnings: list[str]
+    ) -> AsyncIterator[str]:
+        more: dict[str, Any] = {"usage": None} if include_usage else {}
+        first = more | ({"warnings": warnings} if warnings else {})
+        yield _event(chunk(identity, self.name, {"role": "assistant", "content": ""}, **first))
+        while True:
+            piece = await pieces.get()
+            if piece.error is not None:
+                yield _event(error_content("the server failed to answer this request", "server_error", code="internal_error"))
+                return
+            if piece.text:
+                yield _event(chunk(identity, self.name, {"content": piece.text}, **more))
+            if piece.finish:
+                break
+        yield _event(chunk(identity, self.name, {}, piece.finish, **more))
+        if include_usage:
+            yield _event(chunk(identity, self.name, None, usage=usage(len(job.prompt), len(job.tokens))))
+        yield "data: [DONE]\n\n"
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[Piece], piece: Piece) -> None:
+    loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+
+async def _whole(pieces: asyncio.Queue[Piece]) -> tuple[str, str]:
+    text = ""
+    while True:
+        piece = await pieces.get()
+        if piece.error is not None:
+            raise piece.error
+        text += piece.text
+        if piece.finish:
+            return text, piece.finish
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _text(text: str, param: str) -> str:
+    """``text`` if it can be written as UTF-8; JSON can smuggle in half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ServingError(400, f"{param} holds characters that are no Unicode text", param) from None
+    return text
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    """Every error in OpenAI's format."""
+    if isinstance(error, ServingError):
+        return JSONResponse(error.content, error.status, {"Retry-After": "1"} if error.status == 429 else None)
+    if isinstance(error, RequestValidationError):
+        problem = error.errors()[0]
+        param = ".".join(str(part) for part in problem["loc"] if part != "body") or None
+        what = "is no parameter of this server" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+        message = f"{param}: {what}" if param else what
+        return JSONResponse(error_content(message, "invalid_request_error", param), 400)
+    assert isinstance(error, HTTPException)
+    return JSONResponse(error_content(str(error.detail), "invalid_request_error"), error.status_code, error.headers)

@@ -1,0 +1,242 @@
+"""The thread that answers: takes waiting requests into the running batch at every step, writes one token for all, lets the finished go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from cuma_ds.errors import CumaError
+from cuma_ds.export.modeling import CumaForCausalLM
+from cuma_ds.serving.batch import Batch
+from cuma_ds.serving.sampling import Sampler, next_tokens
+from cuma_ds.serving.text import TextStream
+
+logger = logging.getLogger(__name__)
+
+# Most tokens, padding included, of the prompts that are read between two steps of the running answers.
+_PROMPT_TOKENS = 4096
+
+
+class QueueFullError(Exception):
+    """As many requests as allowed are waiting already."""
+
+
+class Piece(NamedTuple):
+    """What was written since the last piece; ``finish`` ("stop", "length") or ``error`` ends the answer."""
+
+    text: str
+    finish: str | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the engine takes.
+
+    Attributes:
+        max_batch: answers written at a time.
+        max_queue: requests waiting beyond them.
+    """
+
+    max_batch: int = 32
+    max_queue: int = 256
+
+
+class Job:
+    """One answer to write.
+
+    Args:
+        prompt: token ids.
+        sentence: who is asking; None for a model that takes no profiles.
+        max_tokens: longest answer.
+        sampler: how its tokens are chosen.
+        text: turns its tokens to text.
+        deliver: called from the engine's thread with every :class:`Piece`.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], sentence: str | None, max_tokens: int, sampler: Sampler, text: TextStream,
+        deliver: Callable[[Piece], None],
+    ) -> None:  # fmt: skip
+        self.prompt, self.sentence, self.max_tokens = prompt, sentence, max_tokens
+        self.sampler, self.text, self._deliver = sampler, text, deliver
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+        self.arrived = time.monotonic()
+        self.waited: float | None = None
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Nobody wants the answer any more; its place is free at the next step. Harmless when it is complete."""
+        self.cancelled = True
+
+    def add(self, token: int, ends: bool) -> None:
+        """Take the next token and deliver what became text.
+
+        Args:
+            token: its id.
+            ends: whether this token ends an answer.
+        """
+        self.tokens.append(token)
+        piece = self.text.add(token)
+        if ends or self.text.stopped:
+            self.finish = "stop"
+        elif len(self.tokens) >= self.max_tokens:
+            self.finish = "length"
+        if self.finish:
+            piece += self.text.finish()
+            if self.text.stopped:
+                self.finish = "stop"
+        if piece or self.finish:
+            self._deliver(Piece(piece, self.finish))
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        self.finish = "error"
+        self._deliver(Piece("", error=error))
+
+
+class Engine:
+    """Continuous batching of one model on one thread.
+
+    Args:
+        model: in eval mode.
+        end_ids: tokens that end an answer.
+        pad_id: padding.
+        limits: batch and queue sizes.
+    """
+
+    def __init__(self, model: CumaForCausalLM, end_ids: Sequence[int], pad_id: int, limits: Limits) -> None:
+        self.limits = limits
+        self._model, self._end_ids = model, frozenset(end_ids)
+        self._batch = Batch(model, pad_id)
+        self._running: list[Job] = []
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def check(self) -> None:
+        """Read and write one token, so that a model that cannot be served says so before anybody asks.
+
+        Raises:
+            ModelError: it keeps other states than attention keys and values, or its sentence encoder is missing.
+        """
+        who = self._model.embed_profiles(["A person."]) if self._model.config.profile_dim else None
+        self._batch.join([[self._batch.pad_id]], who)
+        self._batch.step([self._batch.pad_id])
+        self._batch.keep([0])
+        self._batch.keep([])
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the step that is running, drop everything else."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread answers."""
+        return self._thread.is_alive()
+
+    def load(self) -> tuple[int, int]:
+        """How many answers are being written, and how many requests wait."""
+        return len(self._running), len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Queue a job.
+
+        Raises:
+            QueueFullError: too many wait.
+        """
+        with self._changed:
+            if len(self._waiting) >= self.limits.max_queue:
+                raise QueueFullError
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._stopping)
+            try:
+                self._step()
+            except Exception as error:  # one broken forward must not end the server
+                logger.error("step failed", exc_info=error)
+                self._fail(self._running, error)
+                self._running = []
+                self._batch.keep([])
+
+    def _step(self) -> None:
+        """Let the cancelled go, take new ones in, and write one token for everybody."""
+        self._leave()
+        if jobs := self._admitted():
+            try:
+                logits_BV = self._batch.join([job.prompt for job in jobs], self._embeddings(jobs))
+            except CumaError as error:
+                self._fail(jobs, error)
+            except Exception:
+                self._running += jobs  # fail with the others
+                raise
+            else:
+                self._running += jobs
+                self._write(jobs, logits_BV)
+                self._leave()
+        if self._running:
+            self._write(self._running, self._batch.step([job.tokens[-1] for job in self._running]))
+            self._leave()
+
+    def _admitted(self) -> list[Job]:
+        """The next jobs in line that fit the batch and one forward."""
+        jobs: list[Job] = []
+        longest = 0
+        with self._changed:
+            while self._waiting and len(self._running) + len(jobs) < self.limits.max_batch:
+                job = self._waiting[0]
+                if not job.cancelled:
+                    longest = max(longest, len(job.prompt))
+                    if jobs and longest * (len(jobs) + 1) > _PROMPT_TOKENS:
+                        break
+                    job.waited = time.monotonic() - job.arrived
+                    jobs.append(job)
+                self._waiting.popleft()
+        return jobs
+
+    def _embeddings(self, jobs: Sequence[Job]) -> Tensor | None:
+        sentences = [job.sentence for job in jobs if job.sentence is not None]
+        return self._model.embed_profiles(sentences) if sentences else None
+
+    def _write(self, jobs: Sequence[Job], logits_BV: Tensor) -> None:
+        for job, token in zip(jobs, next_tokens(logits_BV, [job.sampler for job in jobs]), strict=True):
+            if not job.cancelled:
+                job.add(token, token in self._end_ids)
+
+    def _leave(self) -> None:
+        rows = [row for row, job in enumerate(self._running) if not (job.cancelled or job.finish)]
+        if len(rows) < len(self._running):
+            self._running = [self._running[row] for row in rows]
+            self._batch.keep(rows)
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in jobs:
+            if not job.finish:
+                job.fail(error)
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, as the model's generation configuration and the tokenizer name them."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
+    return sorted({token for token in ids if token is not None})

@@ -1,0 +1,101 @@
+"""Will it fit, how fast will it be, what goes over the wire: before any GPU is rented, from shapes alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from _cli import run_main
+
+EPILOG = """\
+examples:
+  python launchers/plan.py --config launchers/recipes/quickstart.yaml --model-config launchers/model_configs/llama-70b.json --gpus 8
+  python launchers/plan.py --config RECIPE --model-config FOLDER/config.json --gpus 8 64 512 4096 --length 2048 --plot plan.png
+  python launchers/plan.py --config RECIPE --model-config A.json B.json --gpus 64 --json > plan.json
+
+The recipe gives adapters, dtype, DeepSpeed configuration, ep_size, dispatch and micro batch; its model.path is not read.
+Memory and bytes follow from shapes (docs/scale.md); seconds from the hardware you assume below, with nothing overlapped.
+"""
+
+
+def main() -> None:
+    """Parse, plan, print."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML recipe")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe")
+    parser.add_argument("--model-config", required=True, nargs="+", metavar="JSON", help="config.json of the backbone; no weights")
+    parser.add_argument("--gpus", required=True, type=_positive, nargs="+", metavar="N", help="ranks to plan for")
+    work = parser.add_argument_group("work of one rank and forward")
+    work.add_argument("--micro-batch", type=_positive, metavar="B", help="sequences; default: training.micro_batch_size")
+    work.add_argument("--length", type=_positive, metavar="S", help="tokens of a sequence; default: data.max_length")
+    work.add_argument("--kept-logits", type=_positive, metavar="K", help="last positions with logits; default: all (choice questions: 1)")
+    work.add_argument("--accumulation", type=_positive, default=1, metavar="A", help="micro steps of one optimizer step (default: 1)")
+    work.add_argument("--profile-dim", type=_positive, default=384, metavar="P", help="width of the profile embeddings (default: 384)")
+    gpu = parser.add_argument_group("hardware, per GPU (defaults: an 80 GB H100 with NVLink and 400 Gbit/s)")
+    gpu.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N")
+    gpu.add_argument("--memory-gb", type=_amount, default=80.0, metavar="GB")
+    gpu.add_argument("--reserved-gb", type=_amount, default=2.0, metavar="GB", help="CUDA context, NCCL, fragmentation (default: 2)")
+    gpu.add_argument("--tflops", type=_amount, default=989.0, metavar="T", help="peak in the backbone's dtype (default: 989)")
+    gpu.add_argument("--efficiency", type=_amount, default=0.4, metavar="SHARE", help="share of the peak that is reached (default: 0.4)")
+    gpu.add_argument("--intra-gbps", type=_amount, default=300.0, metavar="GB/s", help="to GPUs of the same machine (default: 300)")
+    gpu.add_argument("--inter-gbps", type=_amount, default=40.0, metavar="GB/s", help="to other machines (default: 40)")
+    parser.add_argument("--json", action="store_true", help="print JSON (bytes, seconds) instead of tables")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw memory and speed against the number of GPUs")
+    arguments = parser.parse_args()
+
+    from cuma_ds.config import load_config
+    from cuma_ds.parallel.plan import Hardware, Planner, Work, read_model_config
+
+    config = load_config(arguments.config, arguments.set)
+    length = arguments.length or config.data.max_length
+    shape = Work(
+        sequences=arguments.micro_batch or config.training.micro_batch_size,
+        length=length,
+        kept=min(arguments.kept_logits or length, length),
+        accumulation=arguments.accumulation,
+    )
+    hardware = Hardware(
+        gpus_per_node=arguments.gpus_per_node,
+        memory=arguments.memory_gb * 1e9,
+        reserved=arguments.reserved_gb * 1e9,
+        flops=arguments.tflops * 1e12,
+        efficiency=arguments.efficiency,
+        intra_bandwidth=arguments.intra_gbps * 1e9,
+        inter_bandwidth=arguments.inter_gbps * 1e9,
+    )
+    plans = {}
+    for path in arguments.model_config:
+        planner = Planner(config, read_model_config(path), arguments.profile_dim)
+        name = Path(path).parent.name if Path(path).name == "config.json" else Path(path).name.removesuffix(".json")
+        plans[name or path] = [planner.plan(gpus, shape, hardware) for gpus in sorted(set(arguments.gpus))]
+    if arguments.plot:
+        from cuma_ds.parallel.plan_report import plot_plans
+
+        plot_plans(plans, hardware, arguments.plot)
+    if arguments.json:
+        print(json.dumps({name: [plan.as_dict() for plan in rows] for name, rows in plans.items()}, indent=2))
+        return
+    from cuma_ds.parallel.plan_report import print_plans
+
+    print_plans(plans, hardware)
+    if arguments.plot:
+        print(f"plot: {arguments.plot}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,114 @@
+"""Serve a trained model over HTTP as OpenAI's chat completions, with a profile beside the messages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+from _cli import add_model_arguments, check_model_arguments, load_talker, run_main, warn_in_one_line
+
+from cuma_ds.errors import ConfigError
+
+_EXAMPLES = """\
+examples
+  serve a run, then ask it as somebody:
+    python launchers/serve.py --run runs/quickstart --port 8000
+    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
+        -d '{"model": "quickstart", "profile": {"country": "Norway"}, "messages": [{"role": "user", "content": "What is a good life?"}]}'
+  with OpenAI's Python client:
+    client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client.chat.completions.create(model="quickstart", messages=[...], extra_body={"profile": {"country": "Norway"}})
+  for others, with a key that clients must send:
+    python launchers/serve.py --export exported --host 0.0.0.0 --api-key-file key.txt
+
+A profile is fields or a sentence. Requests of different people are answered in one batch. Logs are JSON lines on stderr and hold
+neither profiles nor messages. There is no encryption: on an open network put a TLS proxy in front."""
+
+
+def main() -> None:
+    """Parse, load, listen."""
+    arguments = _parser().parse_args()
+    warn_in_one_line()
+    check_model_arguments("serve", arguments)
+    for name, least in (("max_batch", 1), ("max_queue", 1), ("max_tokens", 1), ("max_length", 2), ("max_body", 1024), ("port", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; at least {least} is needed")
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise ConfigError("serving needs fastapi and uvicorn: pip install 'cuma-ds[serve]'")
+    api_key = _api_key(arguments.api_key_file)
+    listener = _listen(arguments.host, arguments.port)
+
+    import uvicorn
+
+    from cuma_ds.evaluation.talk import Decoding
+    from cuma_ds.serving.app import make_app
+    from cuma_ds.serving.engine import Engine, Limits, end_ids
+    from cuma_ds.serving.logs import configure_logs
+
+    talker = load_talker(arguments, Decoding())
+    max_tokens, max_length = _lengths(arguments, talker.longest)
+    ends = end_ids(talker.model, talker.tokenizer)
+    engine = Engine(talker.model, ends, talker.pad_id, Limits(arguments.max_batch, arguments.max_queue))
+    engine.check()
+    name = arguments.name or Path(arguments.run or arguments.export).resolve().name
+    app = make_app(talker, engine, name, max_tokens, max_length, arguments.max_body, api_key)
+    host, port = listener.getsockname()[:2]
+    print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+    configure_logs()
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server.run(sockets=[listener])
+
+
+def _api_key(file: str | None) -> str | None:
+    """From the file, or from CUMA_API_KEY; never from the command line, which everybody on the machine can read."""
+    if file is None:
+        return os.environ.get("CUMA_API_KEY") or None
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file} cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    if not key:
+        raise ConfigError(f"--api-key-file {file} is empty")
+    return key
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on --host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _lengths(arguments: argparse.Namespace, longest: int) -> tuple[int, int]:
+    """Tokens of the longest answer, and of prompt and answer together."""
+    length = min(longest, 4096) if arguments.max_length is None else arguments.max_length
+    if length > longest:
+        raise ConfigError(f"--max-length is {length}, but the model looks back {longest} tokens at most")
+    answer = min(512, length // 2) if arguments.max_tokens is None else arguments.max_tokens
+    if answer >= length:
+        raise ConfigError(f"--max-length {length} leaves no room for a prompt beside --max-tokens {answer}; lower the latter")
+    return answer, length
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--name", metavar="NAME", help="what clients call the model; default: the folder's name")
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default %(default)s: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port (default %(default)s); 0 takes a free one")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with the key clients must send; or set CUMA_API_KEY; default: none")
+    parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="answers written at a time (default %(default)s)")
+    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="waiting requests; more get 429 (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: half of --max-length, at most 512)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the model's, at most 4096)")
+    parser.add_argument("--max-body", type=int, default=262144, metavar="BYTES", help="largest request (default %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

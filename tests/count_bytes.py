@@ -1,0 +1,62 @@
+"""One rank that trains a small backbone while every collective is counted; prints that and what the planner predicts."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from counting import sent
+
+from cuma_ds.config import load_config
+from cuma_ds.parallel.ds_config import read_deepspeed_config
+from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.plan import Hardware, Planner, Work, read_model_config
+from cuma_ds.parallel.topology import start_processes, with_expert_groups
+from cuma_ds.training.optimizer import make_optimizer
+
+WIDTH = 16
+
+topology = start_processes(120)
+
+
+def count(path: str, work: Work) -> dict:
+    """Two steps of one recipe, the second of them counted."""
+    config = load_config(path)
+    placed = with_expert_groups(topology, config.parallel.ep_size)
+    settings = read_deepspeed_config(config, work.sequences, work.accumulation, placed.world)
+    adapters = config.adapters.model_copy(update={"profile_dim": WIDTH})
+    engine = AdapterEngine(config, adapters, settings, placed, lambda groups: make_optimizer(groups, config.training))
+    generator = torch.Generator().manual_seed(placed.rank)
+
+    def step() -> None:
+        for _ in range(work.accumulation):
+            ids_BS = torch.randint(6, 100, (work.sequences, work.length), generator=generator)
+            out = engine.forward(
+                input_ids=ids_BS,
+                attention_mask=torch.ones_like(ids_BS),
+                logits_to_keep=work.kept,
+                profile_embeddings=torch.randn(work.sequences, WIDTH, generator=generator),
+            )
+            engine.backward(out.logits.logsumexp(-1).mean() + getattr(out, "balance_loss", 0.0))
+            engine.step(1e-3)
+
+    step()  # ZeRO learns the order of the modules in its first step
+    sent.clear()
+    if engine.dispatcher is not None:
+        engine.dispatcher.take_bytes_sent()
+    chosen_LE: list[list[int]] = []  # tokens that each adapted linear sends to each expert, forward by forward
+    for _, layer in engine.model.adapted_layers():
+        layer.experts.register_forward_pre_hook(lambda _, inputs: chosen_LE.append(inputs[1].chosen_TE.sum(dim=0).tolist()))
+    step()
+    planner = Planner(config, read_model_config(config.model.path), WIDTH)
+    return {
+        "counted": {name: moved for name, moved in sent.items() if moved},
+        "dispatcher": engine.dispatcher.take_bytes_sent() if engine.dispatcher is not None else {},
+        "predicted": planner.plan(placed.world, work, Hardware()).wire,
+        "chosen": chosen_LE,
+    }
+
+
+results = [count(path, Work(**json.loads(sys.argv[2]))) for path in json.loads(sys.argv[1])]
+print(f"counted {topology.rank} " + json.dumps(results), flush=True)

@@ -1,0 +1,43 @@
+"""One rank that mixes a sweep of shapes with every dispatch and prints the bytes counted for each."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from counting import sent
+
+from cuma_ds.adapters import CumaConfig
+from cuma_ds.adapters.experts import Experts
+from cuma_ds.adapters.gate import Gate
+from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
+
+cases = json.loads(sys.argv[1])
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+results = []
+for case in cases:
+    config = CumaConfig(num_experts=case["experts"], top_k=case["top_k"], lora_r=case["rank"], shared_a=case["shared_a"])
+    dtype = getattr(torch, case["dtype"])
+    tokens, top_k = case["tokens"], case["top_k"]
+    # Balanced routing: the pairs walk around the experts.
+    pairs = torch.arange(tokens * top_k).view(tokens, top_k) % config.num_experts
+    chosen_TE = torch.zeros(tokens, config.num_experts, dtype=torch.bool).scatter(1, pairs, True)
+    counted = {}
+    for kind in ("all_to_all", "gather_experts", "auto"):
+        experts = Experts(config, case["in_features"], case["out_features"])
+        experts.reset_parameters(torch.Generator().manual_seed(0))
+        experts.keep(rank * config.num_experts // world, config.num_experts // world)
+        dispatcher = ExpertParallelDispatcher(kind, dist.group.WORLD, top_k)
+        dispatcher.agree_on_tokens(torch.tensor(tokens))
+        x_TD = torch.randn(tokens, case["in_features"], dtype=dtype, requires_grad=True)
+        gate = Gate((chosen_TE / top_k).requires_grad_(True), chosen_TE)
+        sent.clear()
+        experts(x_TD, gate, dispatcher, None).float().square().sum().backward()
+        counted[kind] = {name: count for name, count in sent.items() if count}
+        assert sum(dispatcher.bytes_sent.values()) == sum(counted[kind].values()), (case, kind, dispatcher.bytes_sent, counted[kind])
+    results.append(counted)
+print(f"counted {rank} " + json.dumps(results), flush=True)
+dist.destroy_process_group()

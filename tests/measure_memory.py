@@ -1,0 +1,64 @@
+"""One rank that trains two steps on a real backbone and prints its peak of anonymous memory; started by a test.
+
+Run with small malloc thresholds, so that freed tensors go back to the system and the peak is that of live tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+import torch
+
+from cuma_ds.config import load_config
+from cuma_ds.parallel.ds_config import read_deepspeed_config
+from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.plan import Work
+from cuma_ds.parallel.topology import start_processes, with_expert_groups
+from cuma_ds.training.optimizer import make_optimizer
+
+WIDTH = 16
+
+
+def anonymous_bytes() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+class Peak(threading.Thread):
+    """Samples anonymous memory every two milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.most = anonymous_bytes()
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.002):
+            self.most = max(self.most, anonymous_bytes())
+
+
+config, work = load_config(sys.argv[1]), Work(**json.loads(sys.argv[2]))
+topology = with_expert_groups(start_processes(120), config.parallel.ep_size)
+torch.randn(64, 64, requires_grad=True).matmul(torch.randn(64, 64)).sum().backward()  # thread pools and allocator
+peak = Peak()
+settings = read_deepspeed_config(config, work.sequences, work.accumulation, topology.world)
+adapters = config.adapters.model_copy(update={"profile_dim": WIDTH})
+engine = AdapterEngine(config, adapters, settings, topology, lambda groups: make_optimizer(groups, config.training))
+peak.start()
+for _ in range(2):
+    ids_BS = torch.randint(0, 1000, (work.sequences, work.length))
+    out = engine.forward(
+        input_ids=ids_BS,
+        attention_mask=torch.ones_like(ids_BS),
+        logits_to_keep=work.kept,
+        profile_embeddings=torch.randn(work.sequences, WIDTH),
+    )
+    loss = out.logits.flatten(0, 1).float().logsumexp(-1).sum() + out.balance_loss
+    del out
+    engine.backward(loss)
+    engine.step(1e-3)
+peak.done.set()
+peak.join()
+print(f"counted {topology.rank} " + json.dumps({"peak": peak.most - peak.before}), flush=True)

@@ -1,0 +1,210 @@
+"""The judge over real HTTP: a scripted server with every fault, both orders, the cache, and what counts as a result."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from judge_server import BAD, GOOD, Reply, fault, prefers_good, verdict
+
+from cuma_ds.errors import ConfigError
+from cuma_ds.evaluation.judge import Comparison, JudgeSettings, Pair, compare, read_verdict
+
+
+def pairs(count: int, swap: Callable[[int], bool] = lambda _: False) -> list[Pair]:
+    """Requests of ``count`` people; ours is the good answer unless ``swap`` says otherwise."""
+    found = []
+    for number in range(count):
+        ours, base = (BAD, GOOD) if swap(number) else (GOOD, BAD)
+        found.append(Pair(f"Person {number}.", [{"role": "user", "content": f"Question {number}?"}], ours, base, number))
+    return found
+
+
+def settings(server: SimpleNamespace, tmp_path: Path, **changes: Any) -> JudgeSettings:
+    return JudgeSettings(**{"url": server.url, "model": "m", "retries": 2, "cache_dir": tmp_path / "cache", **changes})
+
+
+def test_every_pair_is_asked_in_both_orders_and_better_answers_win(server, tmp_path) -> None:
+    told: list[tuple[int, int]] = []
+    found = compare(pairs(6, swap=lambda number: number == 2), settings(server, tmp_path), lambda *at: told.append(at))
+    assert found.results == ["win", "win", "loss", "win", "win", "win"]
+    assert found.win_rate == pytest.approx(5 / 6)
+    assert (found.disagreed, found.failures) == (0, {})
+    assert found.first == (6, 12), "an unbiased judge prefers the first answer half of the time"
+    assert told[-1] == (12, 12)
+    prompts = [call["messages"][-1]["content"] for call in server.calls]
+    assert len(prompts) == len(set(prompts)) == 12
+    assert all(f"About the person: Person {number}." in "".join(prompts) for number in range(6))
+    assert all(call["model"] == "m" and call["temperature"] == 0 for call in server.calls)
+
+
+def test_a_judge_that_always_prefers_the_first_gives_ties(server, tmp_path) -> None:
+    server.script = lambda *_: verdict("A")
+    found = compare(pairs(3), settings(server, tmp_path))
+    assert found.results == ["tie"] * 3
+    assert (found.disagreed, found.first, found.win_rate) == (3, (6, 6), 0.5)
+
+
+def test_ties_are_ties(server, tmp_path) -> None:
+    server.script = lambda *_: verdict("Tie.")
+    found = compare(pairs(2), settings(server, tmp_path))
+    assert found.results == ["tie", "tie"]
+    assert (found.disagreed, found.first) == (0, (0, 0))
+
+
+def test_a_verdict_nobody_can_read_is_no_result_and_is_asked_again(server, tmp_path) -> None:
+    server.script = lambda prompt, _: verdict("I like both of them") if "Question 1?" in prompt else prefers_good(prompt, 0)
+    found = compare(pairs(3), settings(server, tmp_path))
+    assert found.results == ["win", "unreadable", "win"]
+    assert found.win_rate == 1.0
+    server.script = prefers_good
+    again = compare(pairs(3), settings(server, tmp_path))
+    assert again.results == ["win"] * 3
+    assert again.cached == 4
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_call_that_fails_twice_succeeds_at_the_third_try(server, tmp_path, status) -> None:
+    seen: dict[str, int] = {}
+
+    def script(prompt: str, _: int) -> Reply:
+        seen[prompt] = seen.get(prompt, 0) + 1
+        return fault(status) if seen[prompt] < 3 else prefers_good(prompt, 0)
+
+    server.script = script
+    found = compare(pairs(2), settings(server, tmp_path))
+    assert found.results == ["win", "win"]
+    assert set(seen.values()) == {3}
+
+
+@pytest.mark.parametrize("status", [429, 500, 400])
+def test_calls_that_keep_failing_are_counted_apart(server, tmp_path, status) -> None:
+    server.script = lambda prompt, _: fault(status) if "Question 0?" in prompt else prefers_good(prompt, 0)
+    found = compare(pairs(3), settings(server, tmp_path))
+    assert found.results == ["failed", "win", "win"]
+    assert found.failures == {f"status {status}": 2}
+    assert found.summary(100)["win_rate"] == 1.0
+    again = compare(pairs(3), settings(server, tmp_path))
+    assert again.cached == 4, "a failure is never remembered"
+
+
+def test_a_judge_that_hangs_times_out(server, tmp_path) -> None:
+    release = threading.Event()
+
+    def script(prompt: str, _: int) -> Reply:
+        if "Question 0?" in prompt:
+            release.wait(20)
+        return prefers_good(prompt, 0)
+
+    server.script = script
+    try:
+        found = compare(pairs(2), settings(server, tmp_path, timeout=0.3, retries=0))
+    finally:
+        release.set()
+    assert found.results == ["failed", "win"]
+    assert found.failures == {"APITimeoutError": 2}
+
+
+def test_nobody_at_the_address(tmp_path) -> None:
+    nowhere = SimpleNamespace(url="http://127.0.0.1:9/v1")
+    found = compare(pairs(1), settings(nowhere, tmp_path, retries=0))
+    assert found.results == ["failed"]
+    assert found.failures == {"APIConnectionError": 2}
+    assert found.win_rate is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        (200, {"Content-Type": "text/html"}, b"<html>It works!</html>"),
+        (200, {"Content-Type": "application/json"}, b'{"choices": ['),
+        (200, {"Content-Type": "application/json"}, b'{"choices": []}'),
+        (200, {"Content-Type": "application/json"}, b"[1, 2]"),
+        (200, {"Content-Type": "application/json"}, b'{"choices": [{"message": null}]}'),
+        verdict(None),
+    ],
+)
+def test_nonsense_is_a_failure(server, tmp_path, reply) -> None:
+    server.script = lambda *_: reply
+    found = compare(pairs(1), settings(server, tmp_path, retries=0))
+    assert found.results == ["failed"]
+    assert sum(found.failures.values()) == 2
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "refuses the key"), (403, "refuses the key"), (404, "knows no model 'm'")])
+def test_a_wrong_key_or_model_stops_at_once(server, tmp_path, status, message) -> None:
+    server.script = lambda *_: fault(status)
+    with pytest.raises(ConfigError, match=message):
+        compare(pairs(2), settings(server, tmp_path))
+
+
+def test_the_key_comes_from_the_environment(server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MY_JUDGE_KEY", "secret-1")
+    compare(pairs(1), settings(server, tmp_path, key_variable="MY_JUDGE_KEY"))
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret-1"}
+
+
+def test_no_more_calls_at_a_time_than_asked_for(server, tmp_path) -> None:
+    together = threading.Barrier(3)
+
+    def script(prompt: str, _: int) -> Reply:
+        together.wait(10)  # three calls are there at once, and a fourth would show in ``most``
+        return prefers_good(prompt, 0)
+
+    server.script = script
+    found = compare(pairs(6), settings(server, tmp_path, concurrency=3))
+    assert found.results == ["win"] * 6
+    assert server.most == 3
+
+
+def test_known_verdicts_cost_no_call_and_hold_no_text(server, tmp_path) -> None:
+    first = compare(pairs(3), settings(server, tmp_path))
+    file = tmp_path / "cache" / "verdicts.jsonl"
+    with file.open("a") as lines:
+        lines.write('["cut off')
+    calls = len(server.calls)
+    second = compare(pairs(3), settings(server, tmp_path))
+    assert (len(server.calls), second.cached, second.results) == (calls, 6, first.results)
+    text = file.read_text()
+    assert not any(word in text for word in ("Person", "Question", "good", "bad"))
+    third = compare(pairs(3), settings(server, tmp_path, model="other"))
+    assert third.cached == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A", "A"), (" b.\n", "B"), ("**B**", "B"), ("Answer A", "A"), ("TIE", "tie"), ("[[B]]", "B"), ("[[C]]", "tie"),
+        ("<think>A is longer, but B</think>\nB", "B"), ("Because it is kinder: [[A]]", "A"),
+        ("", "unreadable"), ("A or B", "unreadable"), ("[[A]] no, [[B]]", "unreadable"), ("Both", "unreadable"), ("C", "unreadable"),
+        ("A is better", "unreadable"),
+    ],
+)  # fmt: skip
+def test_verdicts_are_read_strictly(text: str, expected: str) -> None:
+    assert read_verdict(text) == expected
+
+
+def test_summary_counts_and_draws_people() -> None:
+    results = ["win"] * 30 + ["loss"] * 10 + ["tie"] * 20 + ["failed"] * 5 + ["unreadable"] * 3
+    alone = Comparison(results, list(range(68)), 4, (50, 100), {"status 500": 7}, 0).summary(2000)
+    assert {name: alone[name] for name in ("pairs", "win", "loss", "tie", "failed", "unreadable")} == {
+        "pairs": 68, "win": 30, "loss": 10, "tie": 20, "failed": 5, "unreadable": 3,
+    }  # fmt: skip
+    assert alone["win_rate"] == pytest.approx(40 / 60, abs=1e-6)
+    assert alone["first_preferred"] == 0.5
+    scores = np.array([1.0] * 30 + [0.0] * 10 + [0.5] * 20)
+    spread = 1.96 * scores.std() / np.sqrt(60)
+    assert alone["interval"] == pytest.approx([40 / 60 - spread, 40 / 60 + spread], abs=0.02)
+    few = Comparison(results, [number // 6 for number in range(68)], 0, (0, 0), {}, 0).summary(2000)
+    assert few["interval"][1] - few["interval"][0] > 1.5 * (alone["interval"][1] - alone["interval"][0])
+
+
+@pytest.mark.parametrize("changes", [{"url": "localhost:8000"}, {"concurrency": 0}, {"timeout": 0}, {"retries": -1}])
+def test_settings_that_cannot_work(changes) -> None:
+    with pytest.raises(ConfigError):
+        JudgeSettings(**{"url": "http://x/v1", "model": "m", **changes})

@@ -1,0 +1,271 @@
+"""Scores and bootstrap intervals of a split against walks over single people with pandas, SciPy and scikit-learn."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import accuracy_score, f1_score
+
+from cuma_ds.evaluation.examples import ChoiceExamples
+from cuma_ds.evaluation.metrics import calibration_error, distinct, inequity, macro_f1
+from cuma_ds.evaluation.resampling import Answers, interval, resample
+from cuma_ds.evaluation.scores import BINS, Scorer
+from cuma_ds.evaluation.subgroups import subgroups
+
+OPTIONS = {"q1": 4, "q2": 3, "q3": 2}
+FIELDS = {"gender": ["man", "woman", None] * 8, "age": [str(k % 4) for k in range(24)]}
+
+
+@pytest.fixture(scope="module")
+def people() -> pd.DataFrame:
+    """One row per answer of 150 people with 24 profiles in 5 countries; most answer two or three questions."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for person in range(150):
+        profile = int(rng.integers(24))
+        for question in rng.choice(list(OPTIONS), size=int(rng.integers(1, 4)), replace=False):
+            taste = np.random.default_rng([profile % 5, ord(question[1])]).dirichlet(np.ones(OPTIONS[question]))
+            rows.append((person, str(question), f"land {profile % 5}", profile, int(rng.choice(OPTIONS[question], p=taste))))
+    return pd.DataFrame(rows, columns=["person", "question", "group", "profile", "answer"])
+
+
+@pytest.fixture(scope="module")
+def examples(people) -> ChoiceExamples:
+    split: dict[str, list] = {name: [] for name in ("question_id", "question", "options", "group", "profile", "counts", "people")}
+    for (question, group, profile), part in people.groupby(["question", "group", "profile"]):
+        part = part.sort_values("answer")
+        counts = [int((part["answer"] == k).sum()) for k in range(OPTIONS[question])]
+        row = (question, f"{question}?", list("abcd")[: OPTIONS[question]], group, profile, counts, list(part["person"]))
+        for name, value in zip(split, row, strict=True):
+            split[name].append(value)
+    return ChoiceExamples.of(split)
+
+
+@pytest.fixture(scope="module")
+def rows(examples) -> dict[str, list[np.ndarray]]:
+    found = {}
+    for seed, name in enumerate(["collapse", "oracle", "trained"]):
+        rng = np.random.default_rng(seed)
+        found[name] = [rng.dirichlet(np.ones(len(counts))) for counts in examples.counts]
+    # The oracle is what people answered, so that it is better than the rest.
+    found["oracle"] = [(counts + 0.1) / (counts + 0.1).sum() for counts in examples.counts]
+    return found
+
+
+def walk(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarray], kept: set, large: dict) -> dict[str, float]:
+    """Every metric from single answers.
+
+    kept: (question, group) cells that are compared.  large: column -> labels with enough people.
+    """
+    by_key = {(q, p): given[i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
+    shares = [by_key[row.question, row.profile] for row in people.itertuples()]
+    table = people.assign(mode=[int(np.argmax(p)) for p in shares], sure=[p.max() for p in shares], share=shares)
+    table["right"] = table["mode"] == table["answer"]
+
+    def distance(part: pd.DataFrame, argmax: bool = False) -> float:
+        options = OPTIONS[part["question"].iloc[0]]
+        places = np.arange(options) / (options - 1)
+        if argmax:
+            return stats.wasserstein_distance(part["answer"] / (options - 1), part["mode"] / (options - 1))
+        observed = [np.mean(part["answer"] == k) for k in range(options)]
+        return stats.wasserstein_distance(places, places, np.mean(list(part["share"]), axis=0), observed)
+
+    cells = [part for key, part in table.groupby(["question", "group"]) if key in kept]
+    fields = table.assign(**{field: [labels[p] for p in table["profile"]] for field, labels in FIELDS.items()})
+    bins = np.minimum((table["sure"] * BINS).astype(int), BINS - 1)
+    spreads = []
+    for field in FIELDS:
+        accuracy = fields[fields[field].isin(large[field])].groupby(field)["right"].mean()
+        spreads.append(np.std(accuracy))
+    return {
+        "emd": np.average([distance(part) for part in cells], weights=[len(part) for part in cells]),
+        "emd_questions": np.mean([distance(part) for _, part in table.groupby("question")]),
+        "emd_argmax": np.mean([distance(part, argmax=True) for _, part in table.groupby("question")]),
+        "accuracy": accuracy_score(table["answer"], table["mode"]),
+        "macro_f1": f1_score(table["answer"], table["mode"], average="macro", zero_division=0),
+        "group_accuracy": table[table["group"].isin(large["group"])].groupby("group")["right"].mean().mean(),
+        "inequity": np.mean(spreads),
+        "entropy": np.mean([stats.entropy(p) for p in shares]),
+        "calibration_error": sum(len(b) / len(table) * abs(b["right"].mean() - b["sure"].mean()) for _, b in table.groupby(bins)),
+    }
+
+
+def settings(people: pd.DataFrame, limit: int, smallest: int) -> tuple[set, dict]:
+    kept = {key for key, part in people.groupby(["question", "group"]) if len(part) >= limit}
+    labelled = people.assign(**{field: [labels[p] for p in people["profile"]] for field, labels in FIELDS.items()})
+    large = {}
+    for column in ("group", *FIELDS):
+        sizes = labelled.groupby(column)["person"].nunique()
+        large[column] = set(sizes[sizes >= smallest].index)
+    return kept, large
+
+
+@pytest.mark.parametrize(("limit", "smallest"), [(1, 2), (20, 2), (20, 31)])
+def test_scores_equal_a_walk_over_single_answers(people, examples, rows, limit, smallest) -> None:
+    kept, large = settings(people, limit, smallest)
+    found = Scorer(examples, FIELDS, limit, smallest).scores(rows).rows
+    assert limit == 1 or 0 < len(kept) < 15
+    assert smallest < 30 or 0 < len(large["group"]) < 5
+    for name, given in rows.items():
+        for metric, value in walk(people, examples, given, kept, large).items():
+            assert found[name][metric].value == pytest.approx(value, abs=1e-12), (name, metric)
+    span = found["collapse"]["emd"].value - found["oracle"]["emd"].value
+    assert found["trained"]["recovered"].value == pytest.approx((found["collapse"]["emd"].value - found["trained"]["emd"].value) / span)
+
+
+def test_people_with_the_same_answers_are_one_kind(people, examples) -> None:
+    answers = Answers.of(examples)
+    sets = people.groupby("person")[["question", "profile", "answer"]].apply(lambda part: frozenset(map(tuple, part.to_numpy().tolist())))
+    kind_U, people_Y = answers.kinds()
+    assert answers.people == people["person"].nunique()
+    assert sorted(people_Y) == sorted(Counter(sets).values())
+    assert max(people_Y) > 1
+    for kind in set(kind_U):
+        assert len({sets.iloc[person] for person in np.flatnonzero(kind_U == kind)}) == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_intervals_equal_a_loop_over_drawn_people(people, examples, rows, chunk, monkeypatch) -> None:
+    limit, smallest, replicates = 20, 5, 5
+    scorer = Scorer(examples, FIELDS, limit, smallest)
+    monkeypatch.setattr("cuma_ds.evaluation.scores._CHUNK", chunk * 100_000)
+    kept, large = settings(people, limit, smallest)
+    found = scorer.scores(rows, replicates, seed=3)
+    kind_U, people_Y = Answers.of(examples).kinds()
+    first = [int(np.flatnonzero(kind_U == kind)[0]) for kind in range(len(people_Y))]
+    looped: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
+    for (weights,) in resample(people_Y, replicates, 3, 1):
+        drawn = [part for kind, times in zip(first, weights, strict=True) for part in [people[people["person"] == kind]] * int(times)]
+        assert len(drawn) == 150
+        for name, given in rows.items():
+            for metric, value in walk(pd.concat(drawn), examples, given, kept, large).items():
+                looped[name].setdefault(metric, []).append(value)
+    for name in rows:
+        for metric, values in looped[name].items():
+            expected = np.percentile(values, [2.5, 97.5]) - np.mean(values) + found.rows[name][metric].value
+            assert found.rows[name][metric].interval == pytest.approx(tuple(expected), abs=1e-12), metric
+    gap = np.array(looped["trained"]["emd"]) - np.array(looped["collapse"]["emd"])
+    assert found.differences["collapse"]["emd"].interval == pytest.approx(
+        tuple(np.percentile(gap, [2.5, 97.5]) - np.mean(gap) + found.differences["collapse"]["emd"].value)
+    )
+
+
+def test_an_interval_covers_what_drawing_new_people_gives() -> None:
+    """Accuracy of one question with independent people: the interval has the width of the binomial one."""
+    split = {"question_id": ["q"], "question": ["?"], "options": [["a", "b"]], "group": ["x"], "profile": [0], "counts": [[300, 100]]}
+    scorer = Scorer(ChoiceExamples.of(split | {"people": [list(range(400))]}), {})
+    low, high = scorer.scores({"trained": [[0.9, 0.1]]}, replicates=4000).rows["trained"]["accuracy"].interval
+    assert (low, high) == pytest.approx(stats.norm.interval(0.95, 0.75, np.sqrt(0.75 * 0.25 / 400)), abs=0.004)
+
+
+def test_answers_of_one_person_are_drawn_together() -> None:
+    """Ten people who each answer twenty questions alike are ten draws, not two hundred."""
+    names = [f"q{k}" for k in range(20)]
+    split = {"question_id": names, "question": names, "options": [["a", "b"]] * 20, "group": ["x"] * 20, "profile": [0] * 20}
+    counts, right = {"counts": [[5, 5]] * 20}, [[0.9, 0.1]] * 20
+    together = Scorer(ChoiceExamples.of({**split, **counts, "people": [list(range(10))] * 20}), {})
+    apart = Scorer(ChoiceExamples.of({**split, **counts}), {})
+    assert (together.answers.people, together.answers.known, apart.answers.people, apart.answers.known) == (10, True, 200, False)
+    wide, narrow = (s.scores({"trained": right}, replicates=2000).rows["trained"]["accuracy"].interval for s in (together, apart))
+    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(np.sqrt(20), rel=0.1)
+
+
+def test_the_same_seed_draws_the_same_people_in_any_chunks() -> None:
+    sizes = np.array([3, 1, 6])
+    whole = np.concatenate(list(resample(sizes, 9, 1, 9)))
+    np.testing.assert_array_equal(whole, np.concatenate(list(resample(sizes, 9, 1, 2))))
+    assert (whole.sum(axis=1) == 10).all()
+    many = np.concatenate(list(resample(sizes, 4000, 0, 500)))
+    np.testing.assert_allclose(many.mean(axis=0), sizes, atol=0.1)
+
+
+def test_an_interval_of_nothing_is_none() -> None:
+    assert interval(np.array([np.nan, np.nan]), 1.0) is None
+    assert interval(np.array([1.0, np.nan, 3.0]), float("nan")) is None
+    assert interval(np.array([1.0, np.nan, 3.0]), 12.0) == pytest.approx((11.05, 12.95))
+
+
+def test_no_cell_is_large_enough_and_accuracy_still_counts(people, examples, rows) -> None:
+    found = Scorer(examples, FIELDS, min_answers=10_000).scores(rows, replicates=10)
+    assert found.rows["trained"]["emd"].value is None
+    assert found.rows["trained"]["emd"].interval is None
+    assert found.rows["trained"]["accuracy"].value > 0
+    assert found.subgroups == {}
+
+
+def test_subgroups_are_named_from_the_size_on_and_carry_intervals(people, examples, rows) -> None:
+    kept = people.assign(age=[FIELDS["age"][p] for p in people["profile"]])
+    sizes = kept.groupby("age")["person"].nunique()
+    limit = int(sizes.sort_values().iloc[1])
+    scorer = Scorer(examples, FIELDS, min_answers=limit)
+    found = scorer.scores(rows, replicates=20).subgroups
+    assert scorer.sizes["age"] == sizes.to_dict()
+    assert set(found["age"]) == set(sizes[sizes >= limit].index)
+    label = next(iter(found["age"]))
+    by_key = {(q, p): rows["trained"][i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
+    part = kept[kept["age"] == label]
+    score = found["age"][label]["trained"]
+    assert score.value == pytest.approx(np.mean([row.answer == np.argmax(by_key[row.question, row.profile]) for row in part.itertuples()]))
+    assert score.interval[0] <= score.value <= score.interval[1]
+
+
+def test_reliability_bins_hold_every_answer_once(people, examples, rows) -> None:
+    found = Scorer(examples, {}).scores(rows)
+    right, sure, answers = found.reliability["trained"]
+    assert answers.sum() == len(people)
+    filled = answers > 0
+    assert calibration_error((right * answers)[filled], (sure * answers)[filled], len(people)) == pytest.approx(
+        found.rows["trained"]["calibration_error"].value
+    )
+    assert (np.floor(sure[filled] * BINS).clip(max=BINS - 1) == np.flatnonzero(filled)).all()
+
+
+def test_macro_f1_is_scikit_learns() -> None:
+    rng = np.random.default_rng(2)
+    for letters in (2, 4, 7):
+        true, predicted = rng.integers(0, letters, 200), rng.integers(0, max(letters - 1, 2), 200)
+        counts = [np.bincount(x, minlength=9) for x in (true, predicted, true[true == predicted])]
+        assert float(macro_f1(*counts)) == pytest.approx(f1_score(true, predicted, average="macro", zero_division=0))
+
+
+def test_calibration_error_by_hand() -> None:
+    # Ten answers said with 0.9 of which eight are right, ten with 0.6 of which seven are: (|8 - 9| + |7 - 6|) / 20.
+    assert float(calibration_error([8, 7], [9, 6], 20)) == pytest.approx(0.1)
+
+
+def test_inequity_by_hand() -> None:
+    # Standard deviations 0.1 and 0.2 of two fields; a subgroup without answers does not count.
+    found = inequity([np.array([[0.4, 0.6]]), np.array([[0.1, 0.5, np.nan]])])
+    assert float(found[0]) == pytest.approx(0.15)
+    assert np.isnan(inequity([])).all()
+    assert np.isnan(inequity([np.array([[0.4, np.nan]])])).all()
+
+
+@pytest.mark.parametrize(
+    ("texts", "n", "expected"),
+    [
+        (["a b a b"], 1, 2 / 4),
+        (["a b a b"], 2, 2 / 3),
+        (["The cat", "the cat sat"], 2, 2 / 3),
+        (["one", "two"], 1, 1.0),
+    ],
+)
+def test_distinct_by_hand(texts: list[str], n: int, expected: float) -> None:
+    assert distinct(texts, n) == pytest.approx(expected)
+
+
+def test_distinct_of_too_short_texts_is_not_a_number() -> None:
+    assert np.isnan(distinct(["one", "two"], 2))
+
+
+def test_subgroups_of_profiles() -> None:
+    ages = list(range(20, 60, 2))
+    profiles = [{"fields": {"age": age, "sex": "f" if age < 40 else "Prefer not to say", "one": 1, "kids": age % 3}} for age in ages]
+    found = subgroups([*profiles, {"fields": {}}])
+    assert set(found) == {"age", "kids"}
+    assert Counter(found["age"]) == {"20 to 28": 5, "30 to 38": 5, "40 to 48": 5, "50 to 58": 5, None: 1}
+    assert found["kids"][:3] == ["2", "1", "0"]
