@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.experts import Experts
-from cuma_ds.adapters.gate import compute_gate
 from cuma_ds.config import RunConfig
+from cuma_ds.ops import demographic_gate
 from cuma_ds.parallel.dispatch import DispatchKind, ExpertParallelDispatcher
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
@@ -51,7 +51,7 @@ def layer_steps(case: str, topology: Topology) -> dict[str, tuple[Step, ExpertPa
     layer.keep(*topology.experts(experts))
     torch.manual_seed(topology.rank)
     x_TD = torch.randn(tokens, width, requires_grad=True)
-    gate = compute_gate(torch.randn(tokens, experts), top_k, "topk_softmax")
+    gate = demographic_gate(torch.randn(tokens, experts), None, torch.zeros(tokens, dtype=torch.long), top_k, "topk_softmax")
     steps = {}
     for kind in KINDS:
         dispatcher = ExpertParallelDispatcher(kind, topology.ep_group, top_k)

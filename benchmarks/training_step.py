@@ -19,27 +19,24 @@ from transformers import AutoModelForCausalLM
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.adapters.experts import Experts
-from cuma_ds.adapters.gate import Gate
+from cuma_ds.adapters.mixture import GradientMask
+from cuma_ds.ops import GateOutput
 
 
 class NaiveDispatcher:
     """What a research script does: for each of the K choices and each expert, the tokens that chose it, one small product at a time."""
 
-    def __init__(self, top_k: int) -> None:
-        self.top_k = top_k
-
-    def mix(self, x_TD: Tensor, gate: Gate, experts: Experts, gradient_mask_TE: Tensor | None) -> Tensor:
+    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         """See ``cuma_ds.adapters.experts.Dispatcher``."""
-        weight_TK, choice_TK = gate.weight_TE.topk(self.top_k, dim=-1)
         out_TO = x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1])
-        for k in range(self.top_k):
+        for k in range(gate.expert_TK.shape[1]):
             for expert in range(experts.num_experts):
-                mask_T = choice_TK[:, k] == expert
+                mask_T = gate.expert_TK[:, k] == expert
                 if mask_T.any():
                     z = x_TD[mask_T] @ experts.lora_a[expert].to(x_TD.dtype).T
                     y = z @ experts.lora_b[expert].to(x_TD.dtype).T
-                    out_TO[mask_T] = out_TO[mask_T] + weight_TK[mask_T, k, None].to(x_TD.dtype) * y
-        return out_TO
+                    out_TO[mask_T] = out_TO[mask_T] + gate.weight_TK[mask_T, k, None].to(x_TD.dtype) * y
+        return experts.scaling * out_TO
 
 
 def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaModel:
@@ -48,7 +45,7 @@ def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaMo
     adapted.set_profile_standardisation(torch.randn(64, 384), 3.0)
     if naive:
         for _, layer in adapted.adapted_layers():
-            layer.dispatcher = NaiveDispatcher(2)
+            layer.dispatcher = NaiveDispatcher()
     return adapted
 
 

@@ -47,7 +47,7 @@ def count(path: str, work: Work) -> dict:
         engine.dispatcher.take_bytes_sent()
     chosen_LE: list[list[int]] = []  # tokens that each adapted linear sends to each expert, forward by forward
     for _, layer in engine.model.adapted_layers():
-        layer.experts.register_forward_pre_hook(lambda _, inputs: chosen_LE.append(inputs[1].chosen_TE.sum(dim=0).tolist()))
+        layer.experts.register_forward_pre_hook(lambda _, inputs: chosen_LE.append(inputs[1].load_E.long().tolist()))
     step()
     planner = Planner(config, read_model_config(config.model.path), WIDTH)
     return {

@@ -11,7 +11,7 @@ from counting import sent
 
 from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.experts import Experts
-from cuma_ds.adapters.gate import Gate
+from cuma_ds.ops import GateOutput
 from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
 
 cases = json.loads(sys.argv[1])
@@ -24,7 +24,7 @@ for case in cases:
     tokens, top_k = case["tokens"], case["top_k"]
     # Balanced routing: the pairs walk around the experts.
     pairs = torch.arange(tokens * top_k).view(tokens, top_k) % config.num_experts
-    chosen_TE = torch.zeros(tokens, config.num_experts, dtype=torch.bool).scatter(1, pairs, True)
+    nothing = torch.zeros(())
     counted = {}
     for kind in ("all_to_all", "gather_experts", "auto"):
         experts = Experts(config, case["in_features"], case["out_features"])
@@ -33,7 +33,8 @@ for case in cases:
         dispatcher = ExpertParallelDispatcher(kind, dist.group.WORLD, top_k)
         dispatcher.agree_on_tokens(torch.tensor(tokens))
         x_TD = torch.randn(tokens, case["in_features"], dtype=dtype, requires_grad=True)
-        gate = Gate((chosen_TE / top_k).requires_grad_(True), chosen_TE)
+        weight_TK = torch.full(pairs.shape, 1 / top_k, requires_grad=True)
+        gate = GateOutput(weight_TK, pairs.int(), nothing, nothing, nothing, nothing)
         sent.clear()
         experts(x_TD, gate, dispatcher, None).float().square().sum().backward()
         counted[kind] = {name: count for name, count in sent.items() if count}

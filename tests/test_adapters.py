@@ -10,8 +10,8 @@ from reference import reference_balance, reference_gate, reference_logits, refer
 from torch import nn
 
 from cuma_ds.adapters import CumaConfig, CumaModel, balance_loss, inject_adapters
-from cuma_ds.adapters.gate import compute_gate
 from cuma_ds.errors import ModelError
+from cuma_ds.ops import demographic_gate, dense_gate
 
 NORMS = ["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
 D, O, P, E, R, B, S = 12, 10, 5, 6, 4, 3, 7  # noqa: E741
@@ -262,15 +262,16 @@ def test_who_is_asking_changes_the_answer_only_of_who_asked() -> None:
 
 def test_ties_go_to_the_lower_expert() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
-    gate = compute_gate(logits, 2, "topk_softmax")
-    assert gate.chosen_TE.tolist() == [[False, True, True, False], [True, True, False, False]]
-    assert gate.weight_TE.tolist() == [[0, 0.5, 0.5, 0], [0.5, 0.5, 0, 0]]
+    gate = demographic_gate(logits, None, torch.zeros(2, dtype=torch.long), 2, "topk_softmax")
+    assert gate.expert_TK.tolist() == [[1, 2], [0, 1]]
+    assert gate.weight_TK.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert dense_gate(gate.weight_TK, gate.expert_TK, 4).tolist() == [[0, 0.5, 0.5, 0], [0.5, 0.5, 0, 0]]
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_gate_weights_sum_as_the_norm_says(norm: str) -> None:
     logits = torch.randn(50, 8, dtype=torch.float64)
-    sums = compute_gate(logits, 2, norm).weight_TE.sum(dim=1)
+    sums = demographic_gate(logits, None, torch.zeros(50, dtype=torch.long), 2, norm).weight_TK.sum(dim=1)
     if norm == "softmax_topk":
         top = logits.softmax(dim=1).topk(2, dim=1).values.sum(dim=1)
         torch.testing.assert_close(sums, top)

@@ -246,7 +246,7 @@ def test_the_travelling_code_is_the_packages_own_without_clashes() -> None:
     assigned = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
     names += Counter(target.id for target in assigned if isinstance(target, ast.Name))
     assert [name for name, count in names.items() if count > 1] == []
-    for name in ("AdaptedLinear", "Router", "compute_gate", "mixture", "CumaForCausalLM"):
+    for name in ("AdaptedLinear", "Router", "demographic_gate", "mixture", "CumaForCausalLM"):
         assert names[name] == 1
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not any((module or "").startswith(("cuma_ds", "pydantic", "deepspeed")) for module in modules)

@@ -49,8 +49,15 @@ class CumaConfig(BaseModel):
     shared_a: bool = Field(False, description="one A for all experts of a linear (HydraLoRA style)")
     share_router: bool = Field(True, description="one router for q,k,v of a layer and one for gate,up")
     balance_weight: float = Field(0.01, ge=0, description="lambda of the load-balance loss; 0 switches it off")
-    gradient_mask: Literal["none", "dominant"] = Field(
-        "none", description="none (paper) | dominant: only a sequence's main expert receives its weight gradients"
+    gradient_mask: Literal["none", "dominant", "groups"] = Field(
+        "none",
+        description="which experts learn from whom: none, all that answer (paper) | dominant, only a profile's main expert | "
+        "groups, those that gradient_groups names",
+    )
+    gradient_groups: dict[str, dict[str, tuple[int, ...]]] | None = Field(
+        None,
+        description="with gradient_mask: groups, the experts that each value of one profile field may teach, e.g. "
+        "{country: {Germany: [0, 1], Thailand: [2], '*': [3]}}; * is everybody else (all experts if left out)",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the experts' input and between router layers")
     profile_dim: int = Field(0, ge=0, description="P, width of the profile embedding; 0 = no demographics; set from the encoder in a run")
@@ -71,6 +78,16 @@ class CumaConfig(BaseModel):
     def _check(self) -> CumaConfig:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k is {self.top_k} but num_experts is {self.num_experts}; top_k must not exceed num_experts")
+        if (self.gradient_mask == "groups") != (self.gradient_groups is not None):
+            raise ValueError("gradient_mask: groups and gradient_groups go together; one of them is missing")
+        if self.gradient_groups is not None:
+            if len(self.gradient_groups) != 1:
+                raise ValueError(f"gradient_groups has {len(self.gradient_groups)} profile fields; exactly one is allowed")
+            for field, groups in self.gradient_groups.items():
+                for value, experts in groups.items():
+                    if not experts or any(not 0 <= expert < self.num_experts for expert in experts):
+                        wanted = f"expected one or more of 0 to {self.num_experts - 1}"
+                        raise ValueError(f"gradient_groups.{field}.{value} lists the experts {list(experts)}; {wanted}")
         if self.profile_dim and self.method != "cuma":
             raise ValueError(f"method {self.method!r} takes no profiles, but profile_dim is {self.profile_dim}; use method 'cuma'")
         return self

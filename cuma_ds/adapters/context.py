@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cuma_ds.adapters.gate import Gate
 from cuma_ds.errors import ModelError
+from cuma_ds.ops import GateOutput, dense_gate
 
 
 class TokenIndex:
@@ -105,23 +105,18 @@ class RoutingContext:
         self.enabled = True
         self.num_routers = num_routers
 
-    def collect(self, router_index: int, gate: Gate, tokens: TokenIndex) -> None:
+    def collect(self, router_index: int, gate: GateOutput, tokens: TokenIndex) -> None:
         """Add one router's gate to the statistics of this forward (once per router, never while recomputing)."""
         if not self.state.collect:
             return
-        weight_TE = gate.weight_TE
-        detached_TE = weight_TE.detach()
         gate_BE = None
         if self.state.record_sequences:
-            sums_BE = detached_TE.new_zeros(tokens.batch, weight_TE.shape[1]).index_add_(0, tokens.sequence_T, detached_TE)
-            counts_B = detached_TE.new_zeros(tokens.batch).index_add_(0, tokens.sequence_T, tokens.real_T.to(detached_TE.dtype))
+            gate_TE = dense_gate(gate.weight_TK.detach(), gate.expert_TK, len(gate.load_E))
+            sums_BE = gate_TE.new_zeros(tokens.batch, gate_TE.shape[1]).index_add_(0, tokens.sequence_T, gate_TE)
+            counts_B = gate_TE.new_zeros(tokens.batch).index_add_(0, tokens.sequence_T, tokens.real_T.to(gate_TE.dtype))
             gate_BE = sums_BE / counts_B.clamp(min=1)[:, None]
         self.state.statistics[router_index] = RouterStatistics(
-            load_E=gate.chosen_TE.sum(dim=0).to(detached_TE.dtype),
-            weight_sum_E=weight_TE.sum(dim=0),
-            entropy_sum=-torch.special.xlogy(detached_TE, detached_TE).sum(),
-            tokens=tokens.real_T.sum().to(detached_TE.dtype),
-            gate_BE=gate_BE,
+            gate.load_E, gate.weight_sum_E, gate.entropy, tokens.real_T.sum().to(gate.load_E.dtype), gate_BE
         )
 
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

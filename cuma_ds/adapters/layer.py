@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.context import RoutingContext, TokenIndex
 from cuma_ds.adapters.experts import Dispatcher, Experts, LocalDispatcher
-from cuma_ds.adapters.gate import Gate
+from cuma_ds.adapters.mixture import GradientMask
 from cuma_ds.adapters.router import Router
+from cuma_ds.ops import GateOutput, dense_gate
 
 
 class AdaptedLinear(nn.Module):
@@ -54,21 +55,22 @@ class AdaptedLinear(nn.Module):
         (router,) = self._router_ref
         gate = _whole_gate(tokens) if router is None else router(x, self.context, self.owns_router)
         x_TD = F.dropout(x.reshape(-1, x.shape[-1]), self.config.dropout, self.training)
-        y_TO = self.experts(x_TD, gate, self.dispatcher, self._gradient_mask(gate, tokens))
-        return out + (y_TO * self.config.scaling).view(out.shape)
+        return out + self.experts(x_TD, gate, self.dispatcher, self._gradient_mask(gate, tokens)).view(out.shape)
 
-    def _gradient_mask(self, gate: Gate, tokens: TokenIndex) -> Tensor | None:
-        """M [T, E] of the method's table, or None for all ones (the paper)."""
+    def _gradient_mask(self, gate: GateOutput, tokens: TokenIndex) -> GradientMask | None:
+        """M of the method's table, or None for all ones (the paper)."""
         state = self.context.state
         mask_NE = state.gradient_mask_NE
         if mask_NE is None and self.config.gradient_mask == "dominant" and self.training:
-            mass_NE = gate.weight_TE.new_zeros(state.num_profiles, gate.weight_TE.shape[1])
-            mass_NE.index_add_(0, tokens.row_T, gate.weight_TE.detach())
-            mask_NE = F.one_hot(mass_NE.argmax(dim=1), mass_NE.shape[1]).to(mass_NE.dtype)
-        return None if mask_NE is None else mask_NE[tokens.row_T]
+            gate_TE = dense_gate(gate.weight_TK.detach(), gate.expert_TK, self.config.num_experts)
+            mass_NE = gate_TE.new_zeros(state.num_profiles, self.config.num_experts).index_add_(0, tokens.row_T, gate_TE)
+            mask_NE = F.one_hot(mass_NE.argmax(dim=1), self.config.num_experts).to(mass_NE.dtype)
+        return None if mask_NE is None else GradientMask(mask_NE, tokens.profile_T)
 
 
-def _whole_gate(tokens: TokenIndex) -> Gate:
+def _whole_gate(tokens: TokenIndex) -> GateOutput:
     """Plain LoRA: the one expert answers every real token."""
-    chosen_TE = tokens.real_T[:, None]
-    return Gate(chosen_TE.to(torch.float32), chosen_TE)
+    weight_T1 = tokens.real_T[:, None].to(torch.float32)
+    total_1 = weight_T1.sum(dim=0)
+    nothing = total_1.new_zeros(())
+    return GateOutput(weight_T1, tokens.real_T[:, None].to(torch.int32) - 1, total_1, total_1, nothing, nothing)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.context import RoutingContext, RoutingState
-from cuma_ds.adapters.gate import Gate, compute_gate
+from cuma_ds.adapters.mixture import compute_dtype
+from cuma_ds.ops import GateOutput, demographic_gate
 
 
 class Router(nn.Module):
@@ -61,26 +62,34 @@ class Router(nn.Module):
     def _linears(self) -> list[nn.Linear]:
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
-    def logits(self, h_TD: Tensor, profiles_NP: Tensor | None, row_T: Tensor) -> Tensor:
-        """Router logits [T, E] in float32 (float64 stays).
+    def logits(self, h_TD: Tensor, profiles_NP: Tensor | None, profile_T: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the gate adds up, in float32 (float64 stays): the tokens' logits [T, E], and the profiles' [N, E] or None.
 
         Args:
             h_TD: [T, D] the adapted linear's input.
             profiles_NP: [N, P] standardised embeddings of the batch's profiles, or None (semantic-only routing).
-            row_T: [T] int64, each token's row in ``profiles_NP``.
+            profile_T: [T] int64, each token's row in ``profiles_NP``, -1 for padding.
         """
-        s_TW = _at_least_float32(F.linear(h_TD, self.weight_h.to(h_TD.dtype)))
+        dtype = compute_dtype(h_TD)
+        s_TW = _at_least_float32(F.linear(h_TD.to(dtype), self.weight_h.to(dtype)))
+        bias_W = None if self.bias is None else self.bias.to(s_TW.dtype)
+        who_NW = None
         if self.weight_p is not None and profiles_NP is not None:
             weight_p = _at_least_float32(self.weight_p)
-            s_TW = s_TW + F.linear(profiles_NP.to(weight_p.dtype), weight_p)[row_T].to(s_TW.dtype)
-        if self.bias is not None:
-            s_TW = s_TW + self.bias.to(s_TW.dtype)
-        for layer in self._linears():
+            who_NW = F.linear(profiles_NP.to(weight_p.dtype), weight_p).to(s_TW.dtype)
+        layers = self._linears()
+        if not layers:
+            return (s_TW if bias_W is None else s_TW + bias_W), who_NW
+        if who_NW is not None:
+            s_TW = s_TW + (who_NW if bias_W is None else who_NW + bias_W)[profile_T.clamp(min=0)]
+        elif bias_W is not None:
+            s_TW = s_TW + bias_W
+        for layer in layers:
             s_TW = F.dropout(F.relu(s_TW), self.config.dropout, self.training)
             s_TW = F.linear(s_TW, layer.weight.to(s_TW.dtype), None if layer.bias is None else layer.bias.to(s_TW.dtype))
-        return s_TW
+        return s_TW, None
 
-    def forward(self, x: Tensor, context: RoutingContext, is_leader: bool = True) -> Gate:
+    def forward(self, x: Tensor, context: RoutingContext, is_leader: bool = True) -> GateOutput:
         """The gate of one layer input.
 
         Args:
@@ -95,8 +104,8 @@ class Router(nn.Module):
                 self._cached = None
             return cached.gate
         tokens = context.state.tokens(x)
-        logits_TE = self.logits(x.reshape(-1, x.shape[-1]), context.state.profiles_NP, tokens.row_T)
-        gate = compute_gate(logits_TE, self.config.top_k, self.config.gate_norm, tokens.real_T)
+        hidden_TE, profile_NE = self.logits(x.reshape(-1, x.shape[-1]), context.state.profiles_NP, tokens.profile_T)
+        gate = demographic_gate(hidden_TE, profile_NE, tokens.profile_T, self.config.top_k, self.config.gate_norm)
         if is_leader:
             context.collect(self.index, gate, tokens)
         if self.sharers > 1:
@@ -111,7 +120,7 @@ class _CachedGate:
     x: weakref.ref[Tensor]
     state: RoutingState
     grad: bool
-    gate: Gate
+    gate: GateOutput
     readers: int
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.adapters.gate import compute_gate
 from cuma_ds.adapters.layer import AdaptedLinear
 from cuma_ds.adapters.router import Router
 from cuma_ds.data.batching import EncodedExample, encode_example
@@ -32,6 +31,7 @@ from cuma_ds.evaluation.subject import load_trained
 from cuma_ds.export.hf import open_run, output_folder, portable
 from cuma_ds.export.modeling import Profile, unknown_fields
 from cuma_ds.export.weights import save_tensors
+from cuma_ds.ops import demographic_gate, dense_gate
 from cuma_ds.parallel.backbone import load_tokenizer
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
@@ -122,8 +122,10 @@ def constant_gates(model: CumaModel, embedding_P: Tensor | None) -> Tensor:
     gates = []
     for router in _routers(model):
         nothing_TD = torch.zeros_like(router.weight_h[:1])
-        logits_TE = router.logits(nothing_TD, profiles_NP, torch.zeros(1, dtype=torch.long, device=nothing_TD.device))
-        gates.append(compute_gate(logits_TE, model.config.top_k, model.config.gate_norm).weight_TE[0].cpu())
+        profile_T = torch.zeros(1, dtype=torch.long, device=nothing_TD.device)
+        hidden_TE, profile_NE = router.logits(nothing_TD, profiles_NP, profile_T)
+        gate = demographic_gate(hidden_TE, profile_NE, profile_T, model.config.top_k, model.config.gate_norm)
+        gates.append(dense_gate(gate.weight_TK, gate.expert_TK, model.config.num_experts)[0].cpu())
     return torch.stack(gates) if gates else torch.zeros(0, 1)
 
 

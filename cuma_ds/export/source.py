@@ -13,7 +13,8 @@ from cuma_ds.adapters.config import CumaConfig
 _MODULES = (
     "cuma_ds.errors",
     "cuma_ds.adapters.config",
-    "cuma_ds.adapters.gate",
+    "cuma_ds.ops.reference",
+    "cuma_ds.adapters.mixture",
     "cuma_ds.adapters.context",
     "cuma_ds.adapters.balance",
     "cuma_ds.adapters.experts",

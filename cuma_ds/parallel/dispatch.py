@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuma_ds.adapters.experts import Experts, mixture
-from cuma_ds.adapters.gate import Gate
+from cuma_ds.adapters.experts import Experts
+from cuma_ds.adapters.mixture import GradientMask, compute_dtype, mixture
+from cuma_ds.ops import GateOutput, permute_gather, permute_scatter, sort_by_expert
 from cuma_ds.parallel.wire import ExpertShapes, cheaper_dispatch
 
 DispatchKind = Literal["auto", "all_to_all", "gather_experts"]
@@ -60,11 +61,11 @@ class ExpertParallelDispatcher:
         counted, self.bytes_sent = dict(self.bytes_sent), Counter()
         return counted
 
-    def mix(self, x_TD: Tensor, gate: Gate, experts: Experts, gradient_mask_TE: Tensor | None) -> Tensor:
+    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
         if self._choose(experts, x_TD) == "gather_experts":
-            return self._gather_experts(x_TD, gate, experts, gradient_mask_TE)
-        return self._all_to_all(x_TD, gate, experts, gradient_mask_TE)
+            return self._gather_experts(x_TD, gate, experts, mask)
+        return self._all_to_all(x_TD, gate, experts, mask)
 
     def _choose(self, experts: Experts, x_TD: Tensor) -> str:
         if self.kind != "auto":
@@ -82,16 +83,17 @@ class ExpertParallelDispatcher:
             backward=backward,
         )
 
-    def _gather_experts(self, x_TD: Tensor, gate: Gate, experts: Experts, mask_TE: Tensor | None) -> Tensor:
+    def _gather_experts(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         def gather(weight: Tensor) -> Tensor:
             return _GatherExperts.apply(weight, x_TD.dtype, self)
 
         lora_a = experts.lora_a if experts.shared_a else gather(experts.lora_a)
-        return mixture(x_TD, gate.weight_TE, lora_a, gather(experts.lora_b), mask_TE)
+        return mixture(x_TD, gate.weight_TK, gate.expert_TK, lora_a, gather(experts.lora_b), experts.scaling, mask)
 
-    def _all_to_all(self, x_TD: Tensor, gate: Gate, experts: Experts, mask_TE: Tensor | None) -> Tensor:
+    def _all_to_all(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         local = experts.lora_b.shape[0]
-        counts_E = gate.chosen_TE.sum(dim=0)
+        order_M, position_TK, end_E = sort_by_expert(gate.expert_TK, experts.num_experts)  # sorted by expert, so by owner
+        counts_E = end_E.diff(prepend=end_E.new_zeros(1)).long()
         received_RL = torch.empty_like(counts_E).view(self.size, local)
         dist.all_to_all_single(received_RL, counts_E.view(self.size, local), group=self.group)
         self.bytes_sent["all_to_all"] += (self.size - 1) * local * counts_E.element_size()
@@ -99,12 +101,21 @@ class ExpertParallelDispatcher:
         by_source = received_RL.tolist()
         receive = [sum(row) for row in by_source]
 
-        expert_M, token_M = gate.chosen_TE.T.nonzero(as_tuple=True)  # sorted by expert, so by owner
-        mask_M = None if mask_TE is None else mask_TE[token_M, expert_M].to(x_TD.dtype)
-        if experts.shared_a:
-            payload = _linear(x_TD[token_M], experts.lora_a, mask_M) if mask_M is not None else _linear(x_TD, experts.lora_a, None)[token_M]
+        mask_M = None
+        if mask is not None:
+            assigned_M = order_M[: sum(send)].long()
+            profile_M = mask.profile_T[assigned_M // gate.expert_TK.shape[1]]
+            mask_M = mask.mask_NE[profile_M, gate.expert_TK.flatten()[assigned_M].long()].to(x_TD.dtype)
+        # Weights and transport in the dtype of x, products in the compute dtype.
+        compute, lora_a, lora_b = compute_dtype(x_TD), experts.lora_a.to(x_TD.dtype), experts.lora_b.to(x_TD.dtype)
+        if not experts.shared_a:
+            payload = permute_gather(x_TD, order_M, position_TK)[: sum(send)]
+        elif mask_M is None:
+            z_TR = _linear(x_TD.to(compute), lora_a, None)
+            payload = permute_gather(z_TR.to(x_TD.dtype), order_M, position_TK)[: sum(send)]
         else:
-            payload = x_TD[token_M]
+            rows = permute_gather(x_TD, order_M, position_TK)[: sum(send)]
+            payload = _linear(rows.to(compute), lora_a, mask_M).to(x_TD.dtype)
 
         def exchange(rows: Tensor, sizes_out: list[int], sizes_in: list[int]) -> Tensor:
             return _Exchange.apply(rows, sizes_out, sizes_in, self)
@@ -112,20 +123,14 @@ class ExpertParallelDispatcher:
         arrived = exchange(payload, send, receive)
         arrived_mask = None if mask_M is None else exchange(mask_M[:, None], send, receive)[:, 0]
         order, sizes = _by_expert(by_source, arrived.device)
+        masks = [None] * local if arrived_mask is None else arrived_mask[order].split(sizes)
         answers = []
-        for i, (rows, m) in enumerate(
-            zip(
-                arrived[order].split(sizes),
-                [None] * local if arrived_mask is None else arrived_mask[order].split(sizes),
-                strict=True,
-            )
-        ):
-            z = rows if experts.shared_a else _linear(rows, experts.lora_a[i], m)
-            answers.append(_linear(z, experts.lora_b[i], m))
-        answers_M = torch.cat(answers)[order.argsort()]
-        returned = exchange(answers_M, receive, send)
-        weighted = returned * gate.weight_TE[token_M, expert_M].to(returned.dtype)[:, None]
-        return x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1]).index_add(0, token_M, weighted)
+        for i, (rows, m) in enumerate(zip(arrived[order].to(compute).split(sizes), masks, strict=True)):
+            z = rows if experts.shared_a else _linear(rows, lora_a[i], m)
+            answers.append(_linear(z, lora_b[i], m))
+        returned = exchange(torch.cat(answers)[order.argsort()].to(x_TD.dtype), receive, send)
+        unsent = returned.new_zeros(len(order_M) - len(returned), returned.shape[1])
+        return permute_scatter(torch.cat([returned, unsent]), order_M, position_TK, experts.scaling * gate.weight_TK)
 
 
 def expert_shapes(experts: Experts) -> ExpertShapes:

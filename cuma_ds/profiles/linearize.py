@@ -84,9 +84,14 @@ def is_missing(value: Any) -> bool:
 
 def country_of(fields: Mapping[str, Any] | str) -> str:
     """The profile's country as written, or an empty string."""
+    return value_of(fields, "country")
+
+
+def value_of(fields: Mapping[str, Any] | str, field: str) -> str:
+    """What the profile says in one field (under any name the field goes by), or an empty string."""
     if not isinstance(fields, str):
         for name, value in fields.items():
-            if _canonical(str(name)) == "country" and not is_missing(value):
+            if _canonical(str(name)) == _canonical(field) and not is_missing(value):
                 return _text(value)
     return ""
 

@@ -29,6 +29,7 @@ from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.profiles.groups import group_mask
 from cuma_ds.telemetry.throughput import Throughput
 from cuma_ds.telemetry.writer import MetricsWriter
 from cuma_ds.training.objectives.sft import sft_loss
@@ -42,13 +43,14 @@ class TrainingInputs:
     """What a run trains on: this rank's batches, and the table of who may ask.
 
     profiles: rows of the table that training examples have.  people: [rows] answers (choice) or conversations (chat) behind each
-    training example.
+    training example.  group_mask: [profiles, E] of ``gradient_mask: groups``, or None.
     """
 
     stream: BatchStream
     table: ProfileTable | None
     profiles: np.ndarray
     people: np.ndarray
+    group_mask: Tensor | None
 
 
 def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = print) -> Path:
@@ -126,7 +128,9 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
         pad_id=pad_id or 0,
         pack_length=config.data.max_length if config.data.packing else None,
     )
-    return TrainingInputs(stream, table, np.unique(rows.numbers("profile")), rows.answers())
+    fields, groups = [profile["fields"] for profile in data.profiles], config.adapters.gradient_groups
+    mask = None if groups is None else group_mask(fields, groups, config.adapters.num_experts)
+    return TrainingInputs(stream, table, np.unique(rows.numbers("profile")), rows.answers(), mask)
 
 
 def with_profile_width(adapters: CumaConfig, table: ProfileTable | None) -> CumaConfig:
@@ -146,7 +150,9 @@ def build_engine(config: RunConfig, adapters: CumaConfig, settings: DeepSpeedSet
     return AdapterEngine(config, adapters, settings, topology, lambda groups: make_optimizer(groups, config.training))
 
 
-def model_inputs(batch: Batch, table: ProfileTable | None, device: torch.device) -> dict[str, Tensor | int]:
+def model_inputs(
+    batch: Batch, table: ProfileTable | None, device: torch.device, group_mask: Tensor | None = None
+) -> dict[str, Tensor | int]:
     """Keyword arguments of the adapted model for one batch; each distinct profile is passed once."""
     inputs: dict[str, Tensor | int] = {
         "input_ids": batch.input_ids.to(device),
@@ -163,9 +169,12 @@ def model_inputs(batch: Batch, table: ProfileTable | None, device: torch.device)
     if table is None:
         nobody_B = torch.zeros_like(index_B) if batch.packed else torch.arange(len(index_B))
         index_B = nobody_B.masked_fill(batch.profile_index < 0, -1)
+        rows_N = batch.profile_index.clamp(min=0)  # read by the mask alone, which is not for packed rows without profiles
     else:
         inputs["profile_embeddings"] = table.embeddings[rows_N].to(device)
     inputs["profile_index"] = index_B.to(device)
+    if group_mask is not None:
+        inputs["gradient_mask"] = group_mask[rows_N].to(device)
     return inputs
 
 
@@ -177,7 +186,7 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, sta
         torch.manual_seed(hash((config.run.seed, step, topology.rank)) % 2**63)
         batches = stream.micro_batches(step)
         rate = learning_rate(step, training)
-        totals = _run_step(config, engine, inputs.table, batches, rate)
+        totals = _run_step(config, engine, inputs, batches, rate)
         done = step + 1
         totals.people = float(sum(inputs.people[row] for rows in stream.indices(step) for row in rows if row is not None))
         _log(writer, engine, done, rate, totals, throughput)
@@ -204,14 +213,14 @@ class _Totals:
     people: float = 0.0
 
 
-def _run_step(config: RunConfig, engine: AdapterEngine, table: ProfileTable | None, batches: list[Batch], rate: float) -> _Totals:
+def _run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, batches: list[Batch], rate: float) -> _Totals:
     device, world = engine.topology.device, engine.topology.world
     own = torch.tensor(sum(batch.weight_sum for batch in batches), dtype=torch.float64, device=device)
     weight = float(engine.topology.sum_over_ranks(own))
     zero = torch.zeros((), device=device)
     totals = _Totals(loss=zero, balance=zero, weight=weight, tokens=0.0, routing=None)
     for batch in batches:
-        out = engine.forward(**model_inputs(batch, table, device))
+        out = engine.forward(**model_inputs(batch, inputs.table, device, inputs.group_mask))
         targets = (batch.target_row, batch.target_position, batch.target_token, batch.target_weight)
         nll = sft_loss(out.logits, *(target.to(device) for target in targets))
         # DeepSpeed averages over micro steps and ranks; together with that this is the mean over the global batch.

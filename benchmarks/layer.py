@@ -1,0 +1,234 @@
+"""One adapted linear: the time the mixture adds to the frozen product, against other ways to compute the same.
+
+All variants take turns within one run; reported is the median difference to the frozen
+product of the same round. ``--fit`` instead times the
+dense and the grouped strategy over many sizes and prints the constant of the cost rule in cuma_ds/adapters/mixture.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as PeftLinear
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cuma_ds.adapters import CumaConfig, inject_adapters
+from cuma_ds.adapters.mixture import cheaper_strategy, mixture
+from cuma_ds.ops import library
+
+PROFILE = 384
+
+
+class OneLinear(nn.Module):
+    """A 'backbone' of one frozen linear."""
+
+    def __init__(self, width: int, dtype: torch.dtype, device: str) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(width, width, bias=False, dtype=dtype, device=device).requires_grad_(False)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.q_proj(inputs_embeds)
+
+
+class NaiveLayer(nn.Module):
+    """What a research script does: routes on the concatenation of token and profile, then loops over K choices and E experts."""
+
+    def __init__(self, base: nn.Linear, config: CumaConfig) -> None:
+        super().__init__()
+        width, device = base.in_features, base.weight.device
+        self.base, self.config = base, config
+        hidden = [config.router_hidden] if config.router == "mlp" else []
+        sizes = [width + PROFILE, *hidden, config.num_experts]
+        linears = [nn.Linear(i, o, bias=config.router == "mlp", device=device) for i, o in itertools.pairwise(sizes)]
+        self.router = nn.Sequential(linears[0], *(layer for linear in linears[1:] for layer in (nn.ReLU(), linear)))
+        experts, rank = config.num_experts, config.lora_r
+        self.lora_a = nn.ParameterList(nn.Parameter(torch.randn(rank, width, device=device) / 50) for _ in range(experts))
+        self.lora_b = nn.ParameterList(nn.Parameter(torch.randn(width, rank, device=device) / 50) for _ in range(experts))
+
+    def forward(self, x: Tensor, profiles_BP: Tensor) -> Tensor:
+        out = self.base(x)
+        x_TD = x.reshape(-1, x.shape[-1])
+        profile_TP = profiles_BP[:, None].expand(-1, x.shape[1], -1).reshape(-1, PROFILE)
+        logits_TE = self.router(torch.cat([x_TD.float(), profile_TP], dim=-1))
+        top_TK, expert_TK = logits_TE.topk(self.config.top_k, dim=-1)
+        weight_TK = top_TK.softmax(dim=-1).to(x.dtype)
+        mixed_TO = torch.zeros_like(out.view(x_TD.shape[0], -1))
+        for k in range(self.config.top_k):
+            for expert in range(self.config.num_experts):
+                mask_T = expert_TK[:, k] == expert
+                if mask_T.any():
+                    y = F.linear(F.linear(x_TD[mask_T], self.lora_a[expert].to(x.dtype)), self.lora_b[expert].to(x.dtype))
+                    mixed_TO[mask_T] += weight_TK[mask_T, k, None] * y
+        return out + (mixed_TO * self.config.scaling).view(out.shape)
+
+
+@contextlib.contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """Inside, the operators are their plain PyTorch references."""
+    with mock.patch.object(library, "supports", return_value=False):
+        yield
+
+
+def turns(variants: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each in every round; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_number in range(rounds + 2):
+        for name, run in variants.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if round_number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(arguments: argparse.Namespace, rank: int, dtype: torch.dtype, backward: bool) -> dict[str, list[float]]:
+    """Seconds of the frozen linear and of each adapted variant, round by round."""
+    torch.manual_seed(0)
+    width, device, batch = arguments.width, arguments.device, 8
+    config = CumaConfig(
+        num_experts=arguments.experts, top_k=arguments.top_k, lora_r=rank, router=arguments.router, target_modules=("q_proj",),
+        profile_dim=PROFILE,
+    )  # fmt: skip
+    base = OneLinear(width, dtype, device)
+    x = torch.randn(batch, arguments.tokens // batch, width, dtype=dtype, device=device, requires_grad=backward)
+    profiles = torch.randn(batch, PROFILE, device=device)
+    naive = NaiveLayer(base.q_proj, config)
+    lora_config = LoraConfig(r=config.top_k * rank, lora_alpha=2 * config.top_k * rank)
+    peft_layer = PeftLinear(base.q_proj, "default", lora_config, r=config.top_k * rank, lora_alpha=2 * config.top_k * rank)
+    frozen = base.q_proj
+    model = inject_adapters(OneLinear(width, dtype, device), config)
+    model.base_model.q_proj.base = frozen  # type: ignore[union-attr]
+    for _, layer in model.adapted_layers():
+        nn.init.normal_(layer.experts.lora_b, std=0.02)
+    d_out = torch.randn(batch, arguments.tokens // batch, width, dtype=dtype, device=device)
+
+    def timed(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.set_grad_enabled(backward):
+                out = forward()
+            if backward:
+                out.backward(d_out)
+
+        return run
+
+    def ours() -> Tensor:
+        return model.eval()(inputs_embeds=x, profile_embeddings=profiles)
+
+    def plain() -> Tensor:
+        with plain_pytorch():
+            return ours()
+
+    def plain_run() -> None:
+        with plain_pytorch():
+            timed(ours)()
+
+    variants = {
+        "frozen linear": timed(lambda: frozen(x)),
+        "naive K x E loop": timed(lambda: naive(x, profiles)),
+        "cuma-ds, plain PyTorch": plain_run,
+        "cuma-ds": timed(ours),
+        f"PEFT LoRA, r {config.top_k * rank}": timed(lambda: peft_layer(x)),
+    }
+    return turns(variants, arguments.rounds, device)
+
+
+def tables(arguments: argparse.Namespace) -> None:
+    """One table per rank, dtype and pass."""
+    for rank, dtype, backward in itertools.product(arguments.ranks, arguments.dtypes, (False, True)):
+        seconds = compare(arguments, rank, getattr(torch, dtype), backward)
+        frozen = seconds.pop("frozen linear")
+        base = statistics.median(frozen)
+        where = f"{arguments.device}, {arguments.threads} threads" if arguments.device == "cpu" else arguments.device
+        table = Table(
+            title=f"added to a frozen linear ({base * 1e3:.1f} ms): {'forward + backward' if backward else 'forward'}, r {rank}, {dtype}, "
+            f"d {arguments.width}, T {arguments.tokens}, E {arguments.experts}, K {arguments.top_k}, {arguments.router} router, {where}"
+        )
+        for heading in ("variant", "added ms", "naive / this", "this / PEFT LoRA"):
+            table.add_column(heading, justify="left" if heading == "variant" else "right")
+        # Differences within a round: a machine that drifts hurts both.
+        added = {name: statistics.median(t - f for t, f in zip(times, frozen, strict=True)) for name, times in seconds.items()}
+        naive, peft = added["naive K x E loop"], added[f"PEFT LoRA, r {arguments.top_k * rank}"]
+        for name, value in added.items():
+            table.add_row(name, f"{value * 1e3:.2f}", f"{naive / value:.2f}", f"{value / peft:.2f}")
+        Console(width=120).print(table)
+
+
+def fit(arguments: argparse.Namespace) -> None:
+    """Time both strategies over many sizes; print the constant that loses least time, and what it loses."""
+    torch.manual_seed(0)
+    measured = []
+    dtype = getattr(torch, arguments.dtypes[0])
+    for width, tokens, (experts, top_k), rank in itertools.product(
+        (576, 2048), (256, 1024), ((4, 1), (8, 2), (16, 2), (64, 4)), (8, 16, 32, 64)
+    ):
+        x_TD = torch.randn(tokens, width, dtype=dtype, device=arguments.device, requires_grad=True)
+        lora_a = torch.randn(experts, rank, width, device=arguments.device, requires_grad=True)
+        lora_b = torch.randn(experts, width, rank, device=arguments.device, requires_grad=True)
+        expert_TK = torch.rand(tokens, experts, device=arguments.device).argsort(dim=1)[:, :top_k].int()
+        weight_TK = torch.rand(tokens, top_k, device=arguments.device, requires_grad=True)
+        d_out = torch.randn(tokens, width, dtype=dtype, device=arguments.device)
+
+        def run(strategy: str, *inputs: Tensor, d_out: Tensor = d_out) -> None:
+            mixture(*inputs, strategy=strategy).backward(d_out)
+
+        inputs = (x_TD, weight_TK, expert_TK, lora_a, lora_b)
+        variants = {name: (lambda name=name, inputs=inputs: run(name, *inputs)) for name in ("dense", "grouped")}
+        times = {name: statistics.median(seconds) for name, seconds in turns(variants, arguments.rounds, arguments.device).items()}
+        measured.append((experts, top_k, rank, width, times))
+        dense, grouped = (times[name] * 1e3 for name in ("dense", "grouped"))
+        print(f"E {experts} K {top_k} r {rank} d {width} T {tokens}: dense {dense:.2f} ms, grouped {grouped:.2f} ms")
+
+    def lost(moved: float) -> float:
+        """Mean ratio of the chosen strategy's time to the better one's."""
+        ratios = []
+        for experts, top_k, rank, width, times in measured:
+            with mock.patch("cuma_ds.adapters.mixture.MOVED_COLUMNS", moved):
+                chosen = times[cheaper_strategy(experts, top_k, rank, width, width, dtype)]
+            ratios.append(chosen / min(times.values()))
+        return statistics.mean(ratios)
+
+    best = min((2 ** (step / 2) for step in range(0, 20)), key=lost)
+    print(f"MOVED_COLUMNS = {best:.0f}: {lost(best):.3f} of the best choice's time on average; always dense {lost(math.inf):.3f}, always "
+          f"grouped {lost(-1e9):.3f}")  # fmt: skip
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--width", type=int, default=2048, help="input and output features")
+    parser.add_argument("--tokens", type=int, default=1024, help="T, in 8 sequences")
+    parser.add_argument("--experts", type=int, default=8, help="E")
+    parser.add_argument("--top-k", type=int, default=2, help="K")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="r of one expert")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of the frozen linear and x")
+    parser.add_argument("--router", default="mlp", choices=["linear", "mlp"], help="256 wide if mlp")
+    parser.add_argument("--rounds", type=int, default=15, help="counted rounds, after two for warming up")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--fit", action="store_true", help="fit the cost rule instead")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    fit(arguments) if arguments.fit else tables(arguments)
+
+
+if __name__ == "__main__":
+    main()
