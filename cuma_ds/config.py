@@ -105,6 +105,9 @@ class ParallelSection(_Section):
     )
     ep_size: int = Field(1, ge=1, description="ranks that share one set of experts; divides num_experts and the world size")
     dispatch: Literal["auto", "all_to_all", "gather_experts"] = Field("auto", description="move tokens, move experts, or the cheaper")
+    overlap_dispatch: bool = Field(
+        False, description="on GPUs, tokens and experts travel on a stream of their own beside the frozen product (not yet tried on a GPU)"
+    )
     timeout_seconds: int = Field(120, ge=10, description="seconds to wait for a silent peer before stopping")
 
 

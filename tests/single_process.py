@@ -65,11 +65,18 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
         for start in range(0, len(examples), size):
             batch = collate(examples[start : start + size], tokenizer.pad_token_id)
             profiles = None if table is None else table.embeddings[batch.profile_index]
+            mask = None
+            if adapters.gradient_groups is not None:
+                ((field, groups),) = adapters.gradient_groups.items()
+                who = [data.profiles[row]["fields"].get(field, "") for row in batch.profile_index.tolist()]
+                everyone = range(adapters.num_experts)
+                mask = torch.tensor([[float(e in groups.get(value, groups.get("*", everyone))) for e in everyone] for value in who])
             out = model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 profile_embeddings=profiles,
+                gradient_mask=mask,
             )
             log_p = out.logits[:, -batch.keep :].double().log_softmax(dim=-1)
             nll = -(log_p[batch.target_row, batch.target_position, batch.target_token] * batch.target_weight).sum() / weight

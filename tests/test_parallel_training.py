@@ -65,6 +65,7 @@ def placements(world: int) -> dict[str, dict]:
     if world == 2:
         for special in ("zero2_sharded_offload_optimizer", "zero2_sharded_offload_backbone", "zero2_sharded_overlap"):
             cases[special] = {"deepspeed_config": special, "ep_size": 2}
+        cases["beside"] = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2, "dispatch": "all_to_all", "overlap_dispatch": True}
     for stage in ("zero2", "zero2_sharded_backbone", "zero1", "zero1_sharded_backbone")[: 3 if world == 4 else 4]:
         for ep_size in (size for size in (1, 2, 4) if world % size == 0):
             for dispatch in ("all_to_all", "gather_experts", "auto") if ep_size > 1 else ("auto",):
@@ -95,6 +96,7 @@ VARIANTS = {
     "semantic-only": {"adapters": {"method": "hydralora"}},
     "dominant": {"adapters": {"gradient_mask": "dominant"}},
     "dominant-shared-a": {"adapters": {"gradient_mask": "dominant", "shared_a": True}},
+    "groups": {"adapters": {"gradient_mask": "groups", "gradient_groups": {"country": {"Norway": [0], "Japan": [1, 2]}}}},
     "no-balance": {"adapters": {"balance_weight": 0.0}, "training": {"max_grad_norm": 0.0}},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
     "odd-batch": {"training": {"global_batch_size": 7}},

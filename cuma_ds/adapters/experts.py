@@ -59,6 +59,10 @@ class Experts(nn.Module):
 class Dispatcher(Protocol):
     """Brings tokens and experts together; the expert-parallel ones live in cuma_ds.parallel."""
 
+    def begin(self, x_TD: Tensor) -> None:
+        """What the next :meth:`mix` reads is on its way; the work given to the device from here on may run beside that mix."""
+        ...
+
     def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         """(alpha / r) * sum_i g_i B_i A_i x for every token: [T, D] -> [T, O]."""
         ...
@@ -66,6 +70,9 @@ class Dispatcher(Protocol):
 
 class LocalDispatcher:
     """All experts are here."""
+
+    def begin(self, x_TD: Tensor) -> None:
+        """See :class:`Dispatcher`."""
 
     def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         """See :class:`Dispatcher`."""

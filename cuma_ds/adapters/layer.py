@@ -48,14 +48,16 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] or [T, D] -> the same with O features, in the dtype of ``x``."""
-        out = self.base(x)
         if not self.context.enabled:
-            return out
+            return self.base(x)
         tokens = self.context.state.tokens(x)
         (router,) = self._router_ref
         gate = _whole_gate(tokens) if router is None else router(x, self.context, self.owns_router)
         x_TD = F.dropout(x.reshape(-1, x.shape[-1]), self.config.dropout, self.training)
-        return out + self.experts(x_TD, gate, self.dispatcher, self._gradient_mask(gate, tokens)).view(out.shape)
+        mask = self._gradient_mask(gate, tokens)
+        self.dispatcher.begin(x_TD)
+        out = self.base(x)
+        return out + self.experts(x_TD, gate, self.dispatcher, mask).view(out.shape)
 
     def _gradient_mask(self, gate: GateOutput, tokens: TokenIndex) -> GradientMask | None:
         """M of the method's table, or None for all ones (the paper)."""

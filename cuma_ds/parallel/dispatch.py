@@ -37,6 +37,8 @@ class ExpertParallelDispatcher:
 
     Attributes:
         bytes_sent: payload bytes this rank sent to others, by collective, since the last :meth:`take_bytes_sent`.
+        stream: the device stream that :meth:`mix` runs on, beside what else the device was given since :meth:`begin`; None for the
+            caller's own.
         tokens: real tokens of this forward, averaged over the group; ``auto`` decides by it, so that all ranks decide alike.
     """
 
@@ -48,6 +50,7 @@ class ExpertParallelDispatcher:
         self.forwards = forwards
         self.tokens = 0.0
         self.bytes_sent: Counter[str] = Counter()
+        self.stream: Any = None
 
     def agree_on_tokens(self, real_tokens: Tensor) -> None:
         """Tell the group how many real tokens (a scalar tensor) this rank's forward has; needed by ``auto`` alone."""
@@ -61,8 +64,28 @@ class ExpertParallelDispatcher:
         counted, self.bytes_sent = dict(self.bytes_sent), Counter()
         return counted
 
+    def begin(self, x_TD: Tensor) -> None:
+        """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.get_device_module(x_TD.device).current_stream())
+
     def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
+        if self.stream is None:
+            return self._mix(x_TD, gate, experts, mask)
+        device = torch.get_device_module(x_TD.device)
+        with device.stream(self.stream):
+            y_TO = self._mix(x_TD, gate, experts, mask)
+        here = device.current_stream()
+        here.wait_stream(self.stream)
+        if x_TD.is_cuda:
+            # Memory of one stream that the other reads is not handed out again before that.
+            for read in (x_TD, gate.weight_TK, gate.expert_TK, *(mask or ())):
+                read.record_stream(self.stream)
+            y_TO.record_stream(here)
+        return y_TO
+
+    def _mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         if self._choose(experts, x_TD) == "gather_experts":
             return self._gather_experts(x_TD, gate, experts, mask)
         return self._all_to_all(x_TD, gate, experts, mask)

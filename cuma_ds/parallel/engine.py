@@ -100,6 +100,8 @@ class AdapterEngine:
             active = adapters.num_experts if adapters.gate_norm == "softmax" else adapters.top_k
             forwards = 2 if config.model.gradient_checkpointing else 1
             dispatcher = ExpertParallelDispatcher(config.parallel.dispatch, topology.ep_group, active, forwards)
+            if config.parallel.overlap_dispatch:
+                dispatcher.stream = torch.get_device_module(topology.device).Stream()
         for _, layer in self.model.adapted_layers():
             if dispatcher is not None:
                 layer.experts.keep(*topology.experts(layer.experts.num_experts))
