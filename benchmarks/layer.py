@@ -1,8 +1,7 @@
 """One adapted linear: the time the mixture adds to the frozen product, against other ways to compute the same.
 
-All variants take turns within one run; reported is the median difference to the frozen
-product of the same round. ``--fit`` instead times the
-dense and the grouped strategy over many sizes and prints the constant of the cost rule in cuma_ds/adapters/mixture.py.
+Reported is the median difference to the frozen product of the same round. ``--fit`` instead times the dense and the grouped strategy
+over many sizes and prints the constant of the cost rule in cuma_ds/adapters/mixture.py.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ import contextlib
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from measure import turns
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from rich.console import Console
@@ -79,20 +78,6 @@ def plain_pytorch() -> Iterator[None]:
     """Inside, the operators are their plain PyTorch references."""
     with mock.patch.object(library, "supports", return_value=False):
         yield
-
-
-def turns(variants: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each in every round; they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_number in range(rounds + 2):
-        for name, run in variants.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            run()
-            _synchronise(device)
-            if round_number >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def compare(arguments: argparse.Namespace, rank: int, dtype: torch.dtype, backward: bool) -> dict[str, list[float]]:
@@ -204,11 +189,6 @@ def fit(arguments: argparse.Namespace) -> None:
     best = min((2 ** (step / 2) for step in range(0, 20)), key=lost)
     print(f"MOVED_COLUMNS = {best:.0f}: {lost(best):.3f} of the best choice's time on average; always dense {lost(math.inf):.3f}, always "
           f"grouped {lost(-1e9):.3f}")  # fmt: skip
-
-
-def _synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and library.architectures else [])
 compiled = pytest.mark.skipif(bool(library.reason), reason=f"compiled operators are not in use: {library.reason}")
-# T, E, K, N: nothing, one, odd sizes, many experts, more tokens than one chunk, the sizes of the issue
+# T, E, K, N: nothing, one, odd sizes, many experts, more tokens than one chunk, the sizes of the benchmark
 GATE_SHAPES = [
     (0, 4, 2, 1), (1, 1, 1, 1), (1, 8, 2, 3), (7, 5, 3, 2), (33, 33, 8, 64), (65, 512, 8, 3), (1300, 8, 2, 9), (10_000, 64, 2, 4),
 ]  # fmt: skip
