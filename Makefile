@@ -1,5 +1,6 @@
 # make quickstart   train and evaluate on the embedded real model and data, from a bare machine
 # make test         the test suite, from a bare machine
+# make test-cuda-compile   the CUDA kernels for every architecture, without warnings and spills; needs nvcc, no GPU
 # Another environment: make test VENV=/path/to/venv. On a machine that brings its own torch: SYSTEM_SITE_PACKAGES=1.
 
 VENV ?= .venv
@@ -15,7 +16,7 @@ MODELS = $(CACHE)/models
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(CACHE))/torch_extensions
 export CUMA_MODELS ?= $(abspath $(MODELS))
 
-.PHONY: install demo quickstart test lint types clean
+.PHONY: install demo quickstart test test-cuda-compile lint types clean
 
 install: $(INSTALLED)
 
@@ -36,6 +37,9 @@ quickstart: demo
 
 test: demo
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15 $(PYTEST)
+
+test-cuda-compile: $(INSTALLED)
+	$(BIN)/python tests/cuda_compile.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

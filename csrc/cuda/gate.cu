@@ -13,7 +13,8 @@ struct GateShape {
   GateNorm norm;
 };
 
-// The token's logits, kPer a lane (expert i * kGroup + lane), -inf past the last expert; whether all of them are finite.
+// The token's logits, kPer a lane (expert i * kGroup + lane), -inf past the last expert and for those that are not finite; whether all
+// are finite.
 template <typename T, int kGroup, int kPer>
 __device__ bool load_logits(const T* hidden_TE, const float* profile_NE, int64_t t, int64_t row, int experts, int lane, bool real,
                             float (&logit)[kPer]) {
@@ -24,8 +25,11 @@ __device__ bool load_logits(const T* hidden_TE, const float* profile_NE, int64_t
     logit[i] = kMinusInfinity;
     if (real && e < experts) {
       const float x = to_float(hidden_TE[t * experts + e]) + (profile_NE != nullptr ? profile_NE[row * experts + e] : 0.0f);
-      if (!is_finite(x)) bad = 1.0f;
-      logit[i] = x;
+      if (is_finite(x)) {
+        logit[i] = x;
+      } else {
+        bad = 1.0f;
+      }
     }
   }
   return group_max<kGroup>(bad) == 0.0f;

@@ -75,8 +75,7 @@ __global__ void scale_collect(const T* d_out_TER, const float* weight_TK, const 
 
 // d_weight[t, k] = scale * <d_out[t, expert_k, :], z[t, expert_k, :]>, by kGroup lanes.
 template <typename T, int kGroup>
-__global__ void scale_products(const T* d_out_TER, const T* z, const float* weight_TK, const int32_t* expert_TK, ScaleShape s,
-                               float* d_weight_TK) {
+__global__ void scale_products(const T* d_out_TER, const T* z, const int32_t* expert_TK, ScaleShape s, float* d_weight_TK) {
   const int64_t m = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kGroup;
   const int lane = static_cast<int>(threadIdx.x) % kGroup;
   const bool inside = m < s.tokens * s.top_k;
@@ -133,8 +132,7 @@ void scale_backward(const T* d_out_TER, const T* z, const float* weight_TK, cons
     }
   }
   constexpr int kGroup = 8;
-  scale_products<T, kGroup><<<blocks_for(tokens * top_k * kGroup), kThreads, 0, stream>>>(d_out_TER, z, weight_TK, expert_TK, s,
-                                                                                         d_weight_TK);
+  scale_products<T, kGroup><<<blocks_for(tokens * top_k * kGroup), kThreads, 0, stream>>>(d_out_TER, z, expert_TK, s, d_weight_TK);
 }
 
 #define CUMA_BUILD(T)                                                                                                                   \

@@ -1,0 +1,118 @@
+"""Hundreds of seeded calls of the compiled operators, right and wrong, under AddressSanitizer: right ones equal plain PyTorch, wrong
+ones raise, and nothing is read or written out of bounds. The argument is the extension to load."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cuma_ds.ops import reference
+
+torch.ops.load_library(sys.argv[1])
+ops = torch.ops.cuma_ds
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def close(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
+
+
+def gate_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dtype]:
+    dtype, tokens, experts, profiles = r.choice(FLOATS), r.choice([0, 1, 7, 600]), r.choice([1, 5, 8, 64, 512]), r.randint(1, 9)
+    norm = r.randrange(4)
+    top_k = experts if norm == 1 else r.randint(1, min(8, experts))
+    index = torch.randint(-1, profiles, (tokens,))
+    hidden, profile = torch.randn(tokens, experts).to(dtype), torch.randn(profiles, experts) if r.random() < 0.7 else None
+    if r.random() < 0.3:
+        hidden = hidden.repeat(1, 2)[:, ::2]  # not contiguous
+
+    def expected(h: Tensor, p: Tensor | None, i: Tensor, k: int, n: int) -> tuple[Tensor, ...]:
+        return reference.demographic_gate(h.float(), p, i, k, reference.GATE_NORMS[n])
+
+    return ops.gate, [hidden, profile, index, top_k, norm], expected, dtype
+
+
+def scale_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dtype]:
+    dtype, tokens, experts, rank = r.choice(FLOATS), r.choice([0, 1, 9, 300]), r.choice([1, 4, 33]), r.choice([1, 3, 8, 16])
+    top_k = r.randint(1, min(8, experts))
+    z = torch.randn(tokens, r.choice([1, experts]), rank).to(dtype)
+    expert = torch.rand(tokens, experts).argsort(dim=1)[:, :top_k].int()
+    expert[torch.rand(tokens) < 0.2] = -1
+    weight = torch.rand(tokens, top_k)
+    if r.random() < 0.5:
+        return ops.gate_scale, [z, weight, expert, experts, 1.5], lambda z, *rest: (reference.gate_scale(z.float(), *rest),), dtype
+    d_out = torch.randn(tokens, experts, rank).to(dtype)
+    mask, index = torch.rand(3, experts), torch.randint(-1, 3, (tokens,))
+
+    def expected(d_out: Tensor, z: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return reference.gate_scale_backward(d_out.float(), z.float(), *rest)
+
+    return ops.gate_scale_backward, [d_out, z, weight, expert, 1.5, mask, index], expected, dtype
+
+
+def permute_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dtype]:
+    dtype, tokens, experts, width = r.choice(FLOATS), r.choice([0, 1, 9, 300]), r.choice([1, 4, 512]), r.choice([1, 7, 24, 513])
+    top_k = r.randint(1, min(4, experts))
+    expert = torch.randint(-1, experts, (tokens, top_k)).int()
+    order, position, _ = reference.sort_by_expert(expert, experts)
+    weight = torch.rand(tokens, top_k) if r.random() < 0.5 else None
+    which = r.randrange(3)
+    if which == 0:
+        return ops.sort_by_expert, [expert, experts], reference.sort_by_expert, dtype
+    rows = tokens if which == 1 else tokens * top_k
+    op, plain = (ops.permute_gather, reference.permute_gather) if which == 1 else (ops.permute_scatter, reference.permute_scatter)
+    return op, [torch.randn(rows, width).to(dtype), order, position, weight], lambda x, *rest: (plain(x.float(), *rest),), dtype
+
+
+def spoilt(arguments: list[Any], r: random.Random) -> list[Any]:
+    """The arguments with one of them wrong: another shape or dtype, an index out of range, a number out of range, a NaN."""
+    arguments = list(arguments)
+    place = r.choice([i for i, argument in enumerate(arguments) if argument is not None])
+    value = arguments[place]
+    if not isinstance(value, Tensor):
+        arguments[place] = r.choice([-1, 0, 1000, 7]) if isinstance(value, int) else value
+        return arguments
+    kind = r.randrange(4)
+    if kind == 0:
+        arguments[place] = value[..., :-1] if value.shape[-1] else value.new_zeros(3)
+    elif kind == 1:
+        arguments[place] = value.double() if value.is_floating_point() else value.float()
+    elif kind == 2:
+        arguments[place] = value[:-1] if value.shape[0] else value.unsqueeze(0)
+    elif value.numel():
+        flat = value.clone().flatten()
+        flat[r.randrange(len(flat))] = float("nan") if value.is_floating_point() else r.choice([-7, 2**20, 2**31 - 1])
+        arguments[place] = flat.view(value.shape)
+    return arguments
+
+
+right = refused = survived = 0
+for seed in range(int(sys.argv[2])):
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    op, arguments, expected, dtype = r.choice([gate_case, scale_case, permute_case])(r)
+    results = op(*arguments)
+    for one, other in zip(results if isinstance(results, tuple | list) else (results,), expected(*arguments), strict=True):
+        if one.dim() == 0 or one.dtype == torch.int32:
+            assert torch.allclose(one.double(), other.double(), rtol=1e-3), (seed, op)
+        else:
+            scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+            close(one / scale, other / scale, dtype)
+    right += 1
+    for _ in range(3):
+        unclear = ""
+        try:
+            op(*spoilt(arguments, r))
+            survived += 1
+        except RuntimeError as error:
+            refused += 1
+            unclear = "" if "expected" in str(error) else str(error)
+        if unclear:
+            sys.exit(f"seed {seed}, {op}: {unclear}")
+print(f"{right} right, {refused} refused, {survived} of the spoilt ones were harmless")
