@@ -244,3 +244,20 @@ def test_no_profile_text_in_logs_or_file_names(tmp_path, tiny_llama, tiny_encode
         assert word not in output
         assert word not in names
     assert os.path.getsize(run_dir / "metrics.jsonl") > 0
+
+
+def test_torchrun_starts_the_ranks_as_well(tmp_path, tiny_llama, tiny_encoder) -> None:
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "torchrun", parallel=SHARDED, training={"steps": 1, "warmup_steps": 0})
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), TRAIN, "--config", str(path)]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_state(find_checkpoint(load_config(path).run_dir))["written_by"]["world"] == 2
+
+
+def test_a_mistaken_override_of_the_quickstart_is_one_line() -> None:
+    env = {**environment(), "BIN": str(Path(sys.executable).parent)}
+    script = ["bash", "launchers/recipes/quickstart.sh", "training.steps=3", "training.warmup_steps=5"]
+    done = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line] == done.stderr.splitlines()
+    assert "training: warmup_steps is 5 but steps is 3" in done.stderr

@@ -100,10 +100,9 @@ class RoutingContext:
     The state stays after the forward so that activation checkpointing can recompute with it.
     """
 
-    def __init__(self, num_routers: int = 0) -> None:
+    def __init__(self) -> None:
         self.state = RoutingState()
         self.enabled = True
-        self.num_routers = num_routers
 
     def collect(self, router_index: int, gate: GateOutput, tokens: TokenIndex) -> None:
         """Add one router's gate to the statistics of this forward (once per router, never while recomputing)."""

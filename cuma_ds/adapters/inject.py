@@ -73,7 +73,6 @@ def inject_adapters(base: nn.Module, config: CumaConfig, seed: int = 0) -> CumaM
                     f"{name} reads {in_features} features but its router {router.weight_h.shape[1]}; set adapters.share_router: false"
                 )
         setattr(parent, leaf, AdaptedLinear(linear, config, context, experts, router, owns_router))
-    context.num_routers = len(routers)
     return CumaModel(base, config, context, names)
 
 

@@ -12,7 +12,11 @@ recipe=launchers/recipes/quickstart.yaml
 settings=(
     "model.path=$MODELS/SmolLM2-135M-Instruct" "profiles.encoder=$MODELS/all-MiniLM-L6-v2" "parallel.ep_size=$ep_size" "$@"
 )
-folder=$("$BIN/python" -c 'import sys; from cuma_ds.config import load_config; print(load_config(sys.argv[1], sys.argv[2:]).run_dir)' \
-    "$recipe" "${settings[@]}")
+find_folder='import sys
+sys.path.insert(0, "launchers")
+from _cli import run_main
+from cuma_ds.config import load_config
+run_main(lambda: print(load_config(sys.argv[1], sys.argv[2:]).run_dir))'
+folder=$("$BIN/python" -c "$find_folder" "$recipe" "${settings[@]}")
 "$BIN/deepspeed" --num_accelerators "$ranks" launchers/train.py --config "$recipe" --set "${settings[@]}"
 "$BIN/python" launchers/evaluate.py --run "$folder"
