@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from judge_server import BAD, GOOD, Reply, fault, prefers_good, verdict
+from ranks import free_port
 
 from cuma_ds.errors import ConfigError
-from cuma_ds.evaluation.judge import Comparison, JudgeSettings, Pair, compare, read_verdict
+from cuma_ds.evaluation.judge import Comparison, JudgeSettings, Pair, compare, judge_messages, read_verdict
 
 
 def pairs(count: int, swap: Callable[[int], bool] = lambda _: False) -> list[Pair]:
@@ -208,3 +217,52 @@ def test_summary_counts_and_draws_people() -> None:
 def test_settings_that_cannot_work(changes) -> None:
     with pytest.raises(ConfigError):
         JudgeSettings(**{"url": "http://x/v1", "model": "m", **changes})
+
+
+@contextmanager
+def transformers_serve(model: Path, log: Path) -> Iterator[str]:
+    """``transformers serve`` with one model on a free port; its address."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen([*command, "--device", "cpu", "--dtype", "float32"], stdout=output, stderr=output, env=quiet)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-2000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_real_model_is_understood_as_it_speaks(embedded_models, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model_folder, _ = embedded_models
+    asked = pairs(2)
+    with transformers_serve(model_folder, tmp_path / "log") as url:
+        patient = {"model": str(model_folder), "timeout": 120.0, "max_tokens": 4, "concurrency": 2}
+        found = compare(asked, settings(SimpleNamespace(url=url), tmp_path, **patient))
+        again = compare(asked, settings(SimpleNamespace(url=url), tmp_path, **patient))
+    assert found.failures == {}
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    verdicts = []
+    for pair in asked:
+        for swapped in (False, True):
+            prompt = tokenizer.apply_chat_template(
+                judge_messages(pair, swapped), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False)
+            verdicts.append(read_verdict(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)))
+    for result, spoken in zip(found.results, zip(verdicts[::2], verdicts[1::2], strict=True), strict=True):
+        expected = {("A", "B"): "win", ("B", "A"): "loss"}.get(spoken, "unreadable" if "unreadable" in spoken else "tie")
+        assert result == expected
+    assert (again.results, again.cached) == (found.results, sum(verdict != "unreadable" for verdict in verdicts))

@@ -138,7 +138,7 @@ def compare(pairs: Sequence[Pair], settings: JudgeSettings, progress: Callable[[
         ConfigError: the ``openai`` package is missing, or the judge refuses the key or does not know the model.
     """
     cache = _Cache((settings.cache_dir or default_cache_dir().parent / "judge") / "verdicts.jsonl")
-    requests = [_request(pair, swapped) for pair in pairs for swapped in (False, True)]
+    requests = [judge_messages(pair, swapped) for pair in pairs for swapped in (False, True)]
     asked = asyncio.run(_ask_all(requests, settings, cache, progress))
     results, disagreed = [], 0
     for first, second in zip(asked.verdicts[::2], asked.verdicts[1::2], strict=True):
@@ -176,7 +176,8 @@ class _Asked:
     cached: int = 0
 
 
-def _request(pair: Pair, swapped: bool) -> list[dict[str, str]]:
+def judge_messages(pair: Pair, swapped: bool) -> list[dict[str, str]]:
+    """What the judge is told about a pair: our answer is A, or B if ``swapped``."""
     first, second = (pair.base, pair.ours) if swapped else (pair.ours, pair.base)
     talk = "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in pair.messages)
     parts = [f"About the person: {pair.about}"] if pair.about else []
