@@ -156,7 +156,7 @@ def fit(arguments: argparse.Namespace) -> None:
     """Time both strategies over many sizes; print the constant that loses least time, and what it loses."""
     torch.manual_seed(0)
     measured = []
-    dtype = getattr(torch, arguments.dtypes[0])
+    dtype, device = getattr(torch, arguments.dtypes[0]), torch.device(arguments.device).type
     for width, tokens, (experts, top_k), rank in itertools.product(
         (576, 2048), (256, 1024), ((4, 1), (8, 2), (16, 2), (64, 4)), (8, 16, 32, 64)
     ):
@@ -181,14 +181,14 @@ def fit(arguments: argparse.Namespace) -> None:
         """Mean ratio of the chosen strategy's time to the better one's."""
         ratios = []
         for experts, top_k, rank, width, times in measured:
-            with mock.patch("cuma_ds.adapters.mixture.MOVED_COLUMNS", moved):
-                chosen = times[cheaper_strategy(experts, top_k, rank, width, width, dtype)]
+            with mock.patch.dict("cuma_ds.adapters.mixture.MOVED_COLUMNS", {device: moved}):
+                chosen = times[cheaper_strategy(experts, top_k, rank, width, width, dtype, device)]
             ratios.append(chosen / min(times.values()))
         return statistics.mean(ratios)
 
     best = min((2 ** (step / 2) for step in range(0, 20)), key=lost)
-    print(f"MOVED_COLUMNS = {best:.0f}: {lost(best):.3f} of the best choice's time on average; always dense {lost(math.inf):.3f}, always "
-          f"grouped {lost(-1e9):.3f}")  # fmt: skip
+    print(f"MOVED_COLUMNS[{device!r}] = {best:.0f}: {lost(best):.3f} of the best choice's time on average")
+    print(f"always dense {lost(math.inf):.3f}, always grouped {lost(-1e9):.3f}")
 
 
 def main() -> None:

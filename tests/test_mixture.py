@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
 from reference import reference_mixture
 from torch import nn
+from torch.nn import functional as F
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
+from cuma_ds.adapters import mixture as mixture_module
 from cuma_ds.adapters.mixture import GradientMask, cheaper_strategy, compute_dtype, mixture
 from cuma_ds.errors import ConfigError
 from cuma_ds.ops import library
@@ -30,6 +33,8 @@ def case(tokens: int, shared_a: bool, kind: str = "mixed") -> tuple[dict[str, to
     if kind == "one takes all":
         expert_TK = torch.stack([torch.full((tokens,), 3), torch.full((tokens,), 1)], dim=1).int()
     expert_TK[::5] = -1
+    if kind == "nobody":
+        expert_TK[:] = -1
     weight_TK = torch.rand(tokens, K, generator=generator).masked_fill(expert_TK < 0, 0.0).requires_grad_()
     a = leaf(R, D) if shared_a else leaf(E, R, D)
     return {"x": leaf(tokens, D), "weight": weight_TK, "a": a, "b": leaf(E, O, R)}, expert_TK
@@ -45,6 +50,35 @@ def naive(leaves: dict[str, torch.Tensor], expert_TK: torch.Tensor, scale: float
         row_mask = None if mask is None else mask.mask_NE[max(0, int(mask.profile_T[t]))]
         rows.append(scale * reference_mixture(leaves["x"][t], gate, leaves["a"], leaves["b"], row_mask))
     return torch.stack(rows)
+
+
+def grouped_mm_of_a_gpu(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+    """torch's grouped product, with NaN in all that its CUDA kernels may leave unwritten, and refusing what they refuse."""
+    if not a.numel():
+        raise RuntimeError("strides should be multiple of 16 bytes")
+    product = F.grouped_mm(a, b, offs=offs)
+    if b.dim() == 3:
+        product[offs[-1] :] = torch.nan
+    else:
+        product[offs == torch.cat([offs.new_zeros(1), offs[:-1]])] = torch.nan
+    return product
+
+
+@pytest.fixture
+def gpu_products(monkeypatch):
+    monkeypatch.setattr(mixture_module, "F", SimpleNamespace(linear=F.linear, grouped_mm=grouped_mm_of_a_gpu))
+
+
+@pytest.mark.parametrize("shared_a", [False, True])
+@pytest.mark.parametrize("kind", ["mixed", "one takes all", "nobody"])
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+def test_grouped_products_use_nothing_that_a_gpu_leaves_unwritten(tokens, kind, shared_a, gpu_products) -> None:
+    leaves, expert_TK = case(tokens, shared_a, kind)
+    outs = [mixture(leaves["x"], leaves["weight"], expert_TK, leaves["a"], leaves["b"], strategy=s) for s in ("grouped", "dense")]
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out)) for out in outs]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("operators", ["in use", "plain PyTorch"])
@@ -88,12 +122,15 @@ def test_few_tokens_and_16_bit_inputs(tokens: int, dtype: torch.dtype, strategy:
 
 
 def test_cost_rule_takes_the_strategy_that_multiplies_less_and_what_grouped_products_can_take() -> None:
-    def choose(experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32, width: int = 2048) -> str:
-        return cheaper_strategy(experts, top_k, rank, width, width, dtype)
+    def choose(experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32, width: int = 2048, device: str = "cpu") -> str:
+        return cheaper_strategy(experts, top_k, rank, width, width, dtype, device)
 
     assert choose(8, 2, 8) == "dense"
     assert choose(8, 2, 64) == "grouped"
     assert choose(128, 4, 16) == "grouped"
+    assert choose(8, 2, 64, device="cuda") == "dense"  # rows are dearer to move there
+    assert choose(64, 2, 64, device="cuda") == "grouped"
+    assert choose(8, 2, 64, device="meta") == choose(8, 2, 64)
     assert choose(8, 8, 64) == "dense"  # everybody answers: sorting saves nothing
     assert choose(1, 1, 64) == "dense"
     assert choose(128, 2, 64, torch.float64) == "dense"

@@ -2,7 +2,8 @@
 
 *Dense*: one product with all A, scaling by the gate (zero where not routed), one product with all B. No permutation; work grows with E.
 *Grouped*: the (token, expert) pairs are sorted by expert, each expert multiplies its own rows, and the rows are summed back per
-token. Work grows with K. Both give the same result, and neither waits for the device.
+token. Work grows with K. Both give the same result, and neither waits for the device where torch has a grouped kernel (on CUDA: bfloat16
+on sm_90 and sm_100; elsewhere it reads the group sizes back).
 
 Shapes: T tokens, D input features, O output features, E experts, K active experts, r rank (R in names), N profiles, M = T * K pairs.
 """
@@ -58,7 +59,7 @@ def mixture(
     dtype = compute_dtype(x_TD)
     experts, out_features, rank = lora_b.shape
     if strategy is None:
-        strategy = cheaper_strategy(experts, weight_TK.shape[1], rank, x_TD.shape[1], out_features, dtype)
+        strategy = cheaper_strategy(experts, weight_TK.shape[1], rank, x_TD.shape[1], out_features, dtype, x_TD.device.type)
     compute = _Dense if strategy == "dense" else _Grouped
     where = x_TD.device.type
     with torch.autocast(where, enabled=False) if torch.amp.is_autocast_available(where) else contextlib.nullcontext():
@@ -75,8 +76,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def cheaper_strategy(experts: int, top_k: int, rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> Strategy:
-    """Dense or grouped, by the work per token (benchmarks/layer.py fits the constants).
+def cheaper_strategy(
+    experts: int, top_k: int, rank: int, in_features: int, out_features: int, dtype: torch.dtype, device: str = "cpu"
+) -> Strategy:
+    """Dense or grouped, by the work per token (benchmarks/layer.py fits the constants; docs/performance.md has where they come from).
 
     Dense multiplies E r columns, grouped K r of them but moves K rows of x and of the answer per token.
     """
@@ -86,11 +89,12 @@ def cheaper_strategy(experts: int, top_k: int, rank: int, in_features: int, out_
     if bits == 32 and torch.compiler.is_compiling():
         return "dense"  # nor does torch.compile trace them in float32
     columns_dense, columns_grouped = experts * rank, top_k * rank
-    return "grouped" if columns_dense > columns_grouped + MOVED_COLUMNS * top_k else "dense"
+    moved_columns = MOVED_COLUMNS.get(device, MOVED_COLUMNS["cpu"])
+    return "grouped" if columns_dense > columns_grouped + moved_columns * top_k else "dense"
 
 
-# What moving one row costs, in columns of a dense product.
-MOVED_COLUMNS = 64.0
+# What moving one row costs, in columns of a dense product. GPUs multiply far faster than they move.
+MOVED_COLUMNS = {"cpu": 64.0, "cuda": 400.0}
 
 
 class _Dense(torch.autograd.Function):
@@ -135,9 +139,12 @@ def _joined(lora_b: Tensor) -> Tensor:
 
 def _by_group(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
     """Rows of ``a`` [M, I] times their expert's ``b`` [E, I, J], or the experts' own ``a`` [I, M] times ``b`` [M, J] as [E, I, J]."""
-    if a.is_meta:  # torch has no shapes for float32 there
-        return a.new_empty((a.shape[0], b.shape[2]) if b.dim() == 3 else (len(end_E), a.shape[0], b.shape[1]))
-    return F.grouped_mm(a, b, offs=end_E)
+    if a.is_meta or not a.numel():  # torch has neither shapes for float32 on meta nor sums over no rows on CUDA
+        return a.new_zeros((a.shape[0], b.shape[2]) if b.dim() == 3 else (len(end_E), a.shape[0], b.shape[1]))
+    product = F.grouped_mm(a, b, offs=end_E)
+    if b.dim() == 2:  # what an expert without rows gets is left unwritten by some GPUs (pytorch issue 172439)
+        product.masked_fill_((end_E.diff(prepend=end_E.new_zeros(1)) == 0)[:, None, None], 0.0)
+    return product  # rows past end_E[-1] are left unwritten too: nobody reads them
 
 
 class _Grouped(torch.autograd.Function):
