@@ -47,8 +47,9 @@ class CumaModel(nn.Module):
         self.config = config
         self.context = context
         self.router_names = router_names
-        self.register_buffer("profile_mean", torch.zeros(config.profile_dim))
-        self.register_buffer("profile_scale", torch.ones(()))
+        device = next(base_model.parameters()).device
+        self.register_buffer("profile_mean", torch.zeros(config.profile_dim, device=device))
+        self.register_buffer("profile_scale", torch.ones((), device=device))
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         self._recording: RoutingRecord | None = None
         head = getattr(base_model, "get_output_embeddings", lambda: None)()

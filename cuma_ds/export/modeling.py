@@ -112,8 +112,6 @@ class CumaForCausalLM(CumaModel):
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
         model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
         model.load_adapter_state(state)
-        device = next(base.parameters()).device
-        model.profile_mean, model.profile_scale = model.profile_mean.to(device), model.profile_scale.to(device)
         model.export = export
         model.encoder_path = encoder or export["profiles"].get("encoder")
         model._encoder, model._embedded = None, {}

@@ -53,6 +53,7 @@ class Batch:
         Returns:
             [new B, V] logits of their first answer tokens.
         """
+        profiles_BP = None if profiles_BP is None else profiles_BP.to(self.device)
         longest = max(len(prompt) for prompt in prompts)
         rows = [[self.pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         ids_BS = torch.tensor(rows, device=self.device)
