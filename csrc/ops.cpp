@@ -108,6 +108,11 @@ T* out(const Tensor& tensor) {
 Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) { return torch::stable::new_empty(like, sizes, type); }
 Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType type) { return torch::stable::new_zeros(like, sizes, type); }
 
+// To be added to on the CPU; kernels write all of it, so that a GPU is not asked to fill it first.
+Tensor sums(const Tensor& like, const Sizes& sizes, ScalarType type, bool filled) {
+  return filled && like.is_cuda() ? empty(like, sizes, type) : zeros(like, sizes, type);
+}
+
 // Calls `body` with a value of the element type of `tensor`.
 template <typename Body>
 void by_type(const char* name, const Tensor& tensor, const Body& body) {
@@ -181,10 +186,10 @@ SixTensors gate(const Tensor& hidden_logits, const std::optional<Tensor>& profil
   const Tensor index = checked("profile_index", profile_index, ScalarType::Long, {s.tokens}, hidden);
   Tensor weight = empty(hidden, {s.tokens, s.top_k}, ScalarType::Float);
   Tensor expert = empty(hidden, {s.tokens, s.top_k}, ScalarType::Int);
-  Tensor load = zeros(hidden, {s.experts}, ScalarType::Float);
-  Tensor weight_sum = zeros(hidden, {s.experts}, ScalarType::Float);
-  Tensor entropy = zeros(hidden, {}, ScalarType::Float);
-  Tensor invalid = zeros(hidden, {}, ScalarType::Float);
+  Tensor load = sums(hidden, {s.experts}, ScalarType::Float, s.tokens > 0);
+  Tensor weight_sum = sums(hidden, {s.experts}, ScalarType::Float, s.tokens > 0);
+  Tensor entropy = sums(hidden, {}, ScalarType::Float, s.tokens > 0);
+  Tensor invalid = sums(hidden, {}, ScalarType::Float, s.tokens > 0);
   const SixTensors result{weight, expert, load, weight_sum, entropy, invalid};
   if (s.tokens == 0) return result;
   by_type("hidden_logits", hidden, [&](auto sample) {
@@ -245,7 +250,7 @@ std::tuple<Tensor, Tensor> gate_backward(const Tensor& hidden_logits, const std:
   const auto d_weight_in = checked("d_weight", d_weight, ScalarType::Float, {s.tokens, s.top_k}, hidden);
   const auto d_sum_in = checked("d_weight_sum", d_weight_sum, ScalarType::Float, {s.experts}, hidden);
   Tensor d_hidden = empty(hidden, {s.tokens, s.experts}, hidden.scalar_type());
-  Tensor d_profile = zeros(hidden, {s.profiles, s.experts}, ScalarType::Float);
+  Tensor d_profile = sums(hidden, {s.profiles, s.experts}, ScalarType::Float, s.tokens > 0);
   const std::tuple<Tensor, Tensor> result{d_hidden, d_profile};
   if (s.tokens == 0) return result;
   const int64_t floats = s.profiles * s.experts;
@@ -394,7 +399,7 @@ std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert, int64_t 
   check(assignments < (int64_t{1} << 31), "expert has ", assignments, " entries; expected fewer than 2^31");
   Tensor order = empty(expert_in, {assignments}, ScalarType::Int);
   Tensor position = empty(expert_in, sizes_of(expert_in), ScalarType::Int);
-  Tensor end = zeros(expert_in, {experts}, ScalarType::Int);
+  Tensor end = sums(expert_in, {experts}, ScalarType::Int, assignments > 0);
   const std::tuple<Tensor, Tensor, Tensor> result{order, position, end};
   if (assignments == 0) return result;
 #ifdef CUMA_WITH_CUDA
@@ -511,7 +516,7 @@ Tensor permute_products(const Tensor& d, const Tensor& y, const Tensor& position
   const int64_t rows = y_in.size(0), width = y_in.size(1), tokens = position.size(0), top_k = position.size(1);
   const Tensor d_in = checked("d", d, y_in.scalar_type(), {tokens, width}, y_in);
   const Tensor position_in = checked("position", position, ScalarType::Int, {tokens, top_k}, y_in);
-  Tensor result = zeros(y_in, {tokens, top_k}, ScalarType::Float);
+  Tensor result = sums(y_in, {tokens, top_k}, ScalarType::Float, width > 0);
   if (result.numel() == 0 || width == 0) return result;
   by_type("y", y_in, [&](auto sample) {
     using T = decltype(sample);

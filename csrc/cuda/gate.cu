@@ -295,20 +295,29 @@ __global__ void profile_reduce(const float* partial, int64_t rows, int chunks, f
   if (lane == 0) d_profile_NE[row] = sum;
 }
 
-// Calls `launch` with the lanes per token and experts per lane that fit.
+// Calls `launch` with the lanes per token and experts per lane that fit: few lanes, which share less work, but one for each of `choices`.
 template <typename Launch>
-void by_experts(int experts, const Launch& launch) {
+void by_experts(int experts, int choices, const Launch& launch) {
   using std::integral_constant;
-#define CUMA_CASE(group, per) return launch(integral_constant<int, group>{}, integral_constant<int, per>{})
-  if (experts <= 8) CUMA_CASE(8, 1);
-  if (experts <= 16) CUMA_CASE(16, 1);
-  if (experts <= 32) CUMA_CASE(32, 1);
-  if (experts <= 64) CUMA_CASE(32, 2);
-  if (experts <= 128) CUMA_CASE(32, 4);
-  if (experts <= 256) CUMA_CASE(32, 8);
+#define CUMA_CASE(group, per) \
+  if (experts <= group * per && choices <= group) return launch(integral_constant<int, group>{}, integral_constant<int, per>{})
+  CUMA_CASE(2, 4);
+  CUMA_CASE(8, 1);
+  CUMA_CASE(4, 4);
+  CUMA_CASE(16, 1);
+  CUMA_CASE(8, 4);
+  CUMA_CASE(32, 1);
+  CUMA_CASE(8, 8);
+  CUMA_CASE(32, 2);
+  CUMA_CASE(16, 8);
+  CUMA_CASE(32, 4);
+  CUMA_CASE(32, 8);
   CUMA_CASE(32, 16);
 #undef CUMA_CASE
 }
+
+// How many lanes a token's choices need: with `softmax` every lane keeps its own experts.
+int lanes_for(const GateShape& s) { return s.norm == kSoftmax ? 1 : s.top_k; }
 
 }  // namespace
 
@@ -325,7 +334,7 @@ void gate_forward(const T* hidden_TE, const float* profile_NE, const int64_t* pr
                   int experts, int top_k, GateNorm norm, float* weight_TK, int32_t* expert_TK, float* load_E, float* weight_sum_E,
                   float* entropy, float* invalid, float* partial, int chunks, cudaStream_t stream) {
   const GateShape s{tokens, profiles, experts, top_k, norm};
-  by_experts(experts, [&](auto group, auto per) {
+  by_experts(experts, lanes_for(s), [&](auto group, auto per) {
     gate_rows<T, group.value, per.value><<<blocks_for(tokens * group.value), kThreads, 0, stream>>>(hidden_TE, profile_NE, profile_index_T,
                                                                                                   s, weight_TK, expert_TK);
   });
@@ -340,7 +349,7 @@ void gate_backward(const T* hidden_TE, const float* profile_NE, const int64_t* p
                    const float* d_weight_sum_E, T* d_hidden_TE, float* d_profile_NE, float* gradient_TE, float* partial_NEC, int chunks,
                    cudaStream_t stream) {
   const GateShape s{tokens, profiles, experts, top_k, norm};
-  by_experts(experts, [&](auto group, auto per) {
+  by_experts(experts, lanes_for(s), [&](auto group, auto per) {
     gate_backward_rows<T, group.value, per.value><<<blocks_for(tokens * group.value), kThreads, 0, stream>>>(
         hidden_TE, profile_NE, profile_index_T, s, weight_TK, expert_TK, d_weight_TK, d_weight_sum_E, d_hidden_TE, gradient_TE);
   });
