@@ -19,7 +19,7 @@ from cuma_ds.errors import ConfigError
 from cuma_ds.ops import library
 from cuma_ds.profiles.groups import group_mask
 
-E, K, R, D, O = 6, 2, 4, 16, 12  # noqa: E741
+E, K, R, D, O = 6, 2, 8, 16, 24  # noqa: E741
 
 
 def case(tokens: int, shared_a: bool, kind: str = "mixed") -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -142,12 +142,17 @@ def test_cost_rule_takes_the_strategy_that_multiplies_less_and_what_grouped_prod
 
 def test_16_bit_products_are_computed_in_float32_only_on_cpus_without_units_for_them(monkeypatch) -> None:
     x = torch.zeros(1, dtype=torch.bfloat16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert compute_dtype(x) == torch.float32
+    for unit in ("amx_tile", "avx512_bf16", "amx_fp16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda: False)
+    assert compute_dtype(x) == compute_dtype(x.half()) == torch.float32
     assert compute_dtype(x.to("meta")) == torch.bfloat16
     assert compute_dtype(x.double()) == torch.float64
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert compute_dtype(x) == torch.bfloat16
+    for unit in ("amx_tile", "avx512_bf16"):
+        with monkeypatch.context() as there:
+            there.setattr(torch.cpu, f"_is_{unit}_supported", lambda: True)
+            assert (compute_dtype(x), compute_dtype(x.half())) == (torch.bfloat16, torch.float32)
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)
+    assert compute_dtype(x.half()) == torch.float16
 
 
 class Linear(nn.Module):

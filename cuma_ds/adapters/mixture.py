@@ -70,10 +70,12 @@ def mixture(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of ``x``, but float32 for 16-bit tensors on a CPU without 16-bit matrix units, where their products are slower."""
-    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
-        return torch.float32
-    return x.dtype
+    """The dtype of ``x``, but float32 for 16-bit tensors on a CPU without units for such products, where they are slower."""
+    units = {
+        torch.bfloat16: lambda: torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported(),
+        torch.float16: torch.cpu._is_amx_fp16_supported,
+    }
+    return torch.float32 if x.device.type == "cpu" and x.dtype in units and not units[x.dtype]() else x.dtype
 
 
 def cheaper_strategy(
