@@ -103,7 +103,9 @@ for folder in sys.argv[2:]:
     with torch.no_grad():
         results[folder + "/logits"] = model(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
         brain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
-        results[folder + "/bf16"] = brain(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
+        for units in (False, True):  # mixed in float32, and in bfloat16 as on CPUs that multiply it
+            torch.cpu._is_amx_tile_supported = torch.cpu._is_avx512_bf16_supported = lambda: units
+            results[folder + f"/bf16 {units}"] = brain(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
     results[folder + "/words"] = model.generate(
         **inputs, profile_embeddings=embeddings, max_new_tokens=8, do_sample=False, pad_token_id=0)
 save_file(results, sys.argv[1] + ".out")
@@ -111,7 +113,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"cuma_ds", "deepspe
 """
 
 
-def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(tmp_path, backbones, packages) -> None:
+def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(tmp_path, backbones, packages, monkeypatch) -> None:
     """Logits to 1e-5 (float32) and 1e-2 (bfloat16), words equal, for four families with tied and untied embeddings."""
     embeddings = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     save_file({**BATCH, "embeddings": embeddings}, tmp_path / "inputs")
@@ -130,7 +132,10 @@ def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(t
             expected[f"{out}/words"] = model.generate(**BATCH, profile_embeddings=embeddings, **GREEDY)
             brain = inject_adapters(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16), config)
             brain.load_adapter_state(model.adapter_state())
-            expected[f"{out}/bf16"] = brain.eval()(**BATCH, profile_embeddings=embeddings).logits.float()
+            for units in (False, True):
+                for unit in ("amx_tile", "avx512_bf16"):
+                    monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda there=units: there)
+                expected[f"{out}/bf16 {units}"] = brain.eval()(**BATCH, profile_embeddings=embeddings).logits.float()
     script = tmp_path / "script.py"
     script.write_text(FRESH)
     done = run_fresh(packages, script, str(tmp_path / "inputs"), *sorted({key.rpartition("/")[0] for key in expected}), cwd=tmp_path)

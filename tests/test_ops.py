@@ -130,12 +130,16 @@ def test_gate_scale_equals_plain_pytorch_forward_and_backward(shape, shared: boo
         ours = ops.gate_scale(z, weight, expert, experts, 1.5)
         exact = [t.cpu().double() if t.is_floating_point() else t.cpu() for t in (z, weight, expert)]
         close(ours, reference.gate_scale(*exact, experts, 1.5), dtype)
+        assert torch.equal(ours, reference.gate_scale(z, weight, expert, experts, 1.5))  # rounded once, at the same place
         generator = torch.Generator().manual_seed(4)
         d_out = torch.randn(tokens, experts, rank, generator=generator).to(device, dtype)
         mask = torch.rand(3, experts, generator=generator).to(device)
         index = torch.randint(-1, 3, (tokens,), generator=generator).to(device)
         for arguments in ((), (mask, index)):
             ours = ops.gate_scale_backward(d_out, z, weight, expert, 1.5, *arguments)
+            rounded = reference.gate_scale_backward(d_out, z, weight, expert, 1.5, *arguments)
+            assert shared or torch.equal(ours[0], rounded[0])
+            assert torch.equal(ours[3], rounded[3])
             theirs = reference.gate_scale_backward(d_out.cpu().double(), *exact, 1.5, *(a.cpu() for a in arguments))
             for one, other in zip(ours, theirs, strict=True):
                 scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0

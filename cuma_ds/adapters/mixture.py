@@ -168,7 +168,7 @@ class _Grouped(torch.autograd.Function):
         else:
             z_MR = _by_group(permute_gather(x_TD, order_M, position_TK), lora_a.transpose(1, 2), end_E)
         weight_M = scale * weight_TK.flatten()[order_M.clamp(min=0)]
-        h_MR = z_MR * weight_M[:, None].to(z_MR.dtype)
+        h_MR = (z_MR * weight_M[:, None]).to(z_MR.dtype)
         ctx.scale = scale
         ctx.save_for_backward(x_TD, weight_M, lora_a, lora_b, expert_TK, mask_NE, profile_T, z_MR, h_MR, order_M, position_TK, end_E)
         return permute_scatter(_by_group(h_MR, lora_b.transpose(1, 2), end_E), order_M, position_TK)
@@ -181,11 +181,11 @@ class _Grouped(torch.autograd.Function):
         dh_MR = _by_group(dy_MO, lora_b, end_E)
         dweight_M = ctx.scale * (dh_MR.float() * z_MR).sum(dim=1)
         dweight_TK = dweight_M[position_TK.clamp(min=0)].masked_fill(position_TK < 0, 0.0)
-        dz_MR = dh_MR * weight_M[:, None].to(dh_MR.dtype)
+        dz_MR = (dh_MR * weight_M[:, None]).to(dh_MR.dtype)
         learning_dz, learning_h = dz_MR, h_MR
         if mask_NE is not None and profile_T is not None:
-            share_M = _share(mask_NE, profile_T, expert_TK).flatten()[order_M.clamp(min=0)].to(dz_MR.dtype)[:, None]
-            learning_dz, learning_h = dz_MR * share_M, h_MR * share_M
+            share_M = _share(mask_NE, profile_T, expert_TK).flatten()[order_M.clamp(min=0), None]
+            learning_dz, learning_h = ((rows * share_M).to(rows.dtype) for rows in (dz_MR, h_MR))
         db = _by_group(dy_MO.T, learning_h, end_E) if ctx.needs_input_grad[3] else None
         dx_TD = da = None
         if lora_a.dim() == 2:

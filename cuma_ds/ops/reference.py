@@ -73,7 +73,7 @@ def dense_gate(weight_TK: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor
 
 def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts: int, scale: float = 1.0) -> Tensor:
     """See :func:`cuma_ds.ops.gate_scale`."""
-    return z_TER * (scale * dense_gate(weight_TK, expert_TK, num_experts))[:, :, None].to(z_TER.dtype)
+    return _scaled(z_TER, (scale * dense_gate(weight_TK, expert_TK, num_experts))[:, :, None])
 
 
 def gate_scale_backward(
@@ -91,14 +91,14 @@ def gate_scale_backward(
     d_weight_TK = d_gate_TE.gather(1, expert_TK.clamp(min=0).long()) * (expert_TK >= 0)
 
     def d_z(share_TE: Tensor) -> Tensor:
-        d = d_out_TER * share_TE[:, :, None].to(d_out_TER.dtype)
-        return d.sum(dim=1, keepdim=True) if z_TER.shape[1] == 1 else d
+        d = d_out_TER * share_TE[:, :, None]
+        return (d.sum(dim=1, keepdim=True) if z_TER.shape[1] == 1 else d).to(z_TER.dtype)
 
     if mask_NE is None or profile_index_T is None:
         nothing = z_TER.new_empty(0)
         return d_z(gate_TE), d_weight_TK, nothing, nothing
     allowed_TE = gate_TE * mask_NE.to(gate_TE.dtype)[profile_index_T.clamp(min=0)] * (profile_index_T >= 0)[:, None]
-    return d_z(gate_TE), d_weight_TK, d_z(allowed_TE), z_TER * allowed_TE[:, :, None].to(z_TER.dtype)
+    return d_z(gate_TE), d_weight_TK, d_z(allowed_TE), _scaled(z_TER, allowed_TE[:, :, None])
 
 
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,13 +119,18 @@ def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK
     from_M = order_M.clamp(min=0).long()
     rows_MW = x_TW[from_M // position_TK.shape[1]]
     if weight_TK is not None:
-        rows_MW = rows_MW * weight_TK.reshape(-1)[from_M, None].to(rows_MW.dtype)
+        rows_MW = _scaled(rows_MW, weight_TK.reshape(-1)[from_M, None])
     return rows_MW.masked_fill(order_M[:, None] < 0, 0.0)
 
 
 def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
     """See :func:`cuma_ds.ops.permute_scatter`."""
     y_TKW = y_MW[position_TK.clamp(min=0).long()].masked_fill(position_TK[:, :, None] < 0, 0.0)
-    if weight_TK is not None:
-        y_TKW = y_TKW * weight_TK[:, :, None].to(y_TKW.dtype)
-    return y_TKW.sum(dim=1)
+    if weight_TK is None:
+        return y_TKW.sum(dim=1)
+    return (y_TKW * weight_TK[:, :, None]).sum(dim=1).to(y_MW.dtype)
+
+
+def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
+    """The product in the wider dtype, rounded once, as the compiled operators do."""
+    return (rows * weight).to(rows.dtype)
