@@ -26,10 +26,14 @@ from cuma_ds.ops import GateOutput
 class NaiveDispatcher:
     """What a research script does: for each of the K choices and each expert, the tokens that chose it, one small product at a time."""
 
+    def first_rows(self, x_TD: Tensor, experts: Experts, top_k: int) -> Tensor | None:
+        """See ``cuma_ds.adapters.experts.Dispatcher``."""
+        return None
+
     def begin(self, x_TD: Tensor) -> None:
         """See ``cuma_ds.adapters.experts.Dispatcher``."""
 
-    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
+    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None = None) -> Tensor:
         """See ``cuma_ds.adapters.experts.Dispatcher``."""
         out_TO = x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1])
         for k in range(gate.expert_TK.shape[1]):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.adapters import mixture as mixture_module
+from cuma_ds.adapters.experts import LocalDispatcher
 from cuma_ds.adapters.mixture import GradientMask, cheaper_strategy, compute_dtype, mixture
 from cuma_ds.errors import ConfigError
 from cuma_ds.ops import library
@@ -64,8 +65,16 @@ def grouped_mm_of_a_gpu(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor)
     return product
 
 
+@pytest.fixture(params=[False, True], ids=["experts in turns", "all experts at once"])
+def at_once(request, monkeypatch) -> None:
+    """As CPUs mix, and as GPUs do."""
+    if request.param:
+        monkeypatch.setattr(mixture_module._Pairs, "in_turns", lambda self: False)
+
+
 @pytest.fixture
 def gpu_products(monkeypatch):
+    monkeypatch.setattr(mixture_module._Pairs, "in_turns", lambda self: False)
     monkeypatch.setattr(mixture_module, "F", SimpleNamespace(linear=F.linear, grouped_mm=grouped_mm_of_a_gpu))
 
 
@@ -86,7 +95,7 @@ def test_grouped_products_use_nothing_that_a_gpu_leaves_unwritten(tokens, kind, 
 @pytest.mark.parametrize("kind", ["mixed", "one takes all"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shared_a", [False, True])
-def test_both_strategies_equal_the_loop_forward_and_backward(shared_a, masked, kind, strategy, operators, monkeypatch) -> None:
+def test_both_strategies_equal_the_loop_forward_and_backward(shared_a, masked, kind, strategy, operators, at_once, monkeypatch) -> None:
     if operators == "plain PyTorch":
         monkeypatch.setattr(library, "supports", lambda tensor: False)
     leaves, expert_TK = case(23, shared_a, kind)
@@ -106,7 +115,7 @@ def test_both_strategies_equal_the_loop_forward_and_backward(shared_a, masked, k
 @pytest.mark.parametrize("strategy", ["dense", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_few_tokens_and_16_bit_inputs(tokens: int, dtype: torch.dtype, strategy: str) -> None:
+def test_few_tokens_and_16_bit_inputs(tokens: int, dtype: torch.dtype, strategy: str, at_once: None) -> None:
     leaves, expert_TK = case(tokens, False, rank=8, out=16)  # rows of 16 bytes, as grouped products want them
     x = leaves["x"].detach().to(dtype).requires_grad_()
     arguments = (leaves["weight"], expert_TK, leaves["a"], leaves["b"])
@@ -276,3 +285,52 @@ def test_grouped_has_shapes_on_meta_and_is_not_traced_in_float32() -> None:
     wide = [torch.randn(8, 64), leaves["weight"].detach(), expert_TK, torch.randn(E, 64, 64), torch.randn(E, 64, 64)]
     assert cheaper_strategy(E, K, 64, 64, 64, torch.float32) == "grouped"
     torch.testing.assert_close(torch.compile(mixture, backend="aot_eager", fullgraph=True)(*wide), mixture(*wide), rtol=1e-4, atol=1e-3)
+
+
+class QueryAndValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(D, D), nn.Linear(D, O)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.cat([self.q_proj(inputs_embeds), self.v_proj(inputs_embeds)], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({}, [(6, 24)]),  # q's router and its A; v has the gate already
+        ({"router": "mlp", "router_hidden": 10, "share_router": False}, [(10, 24), (10, 24)]),
+        ({"shared_a": True, "gate_norm": "softmax"}, [(6, 4)]),
+        ({"profile_dim": 0}, [(6, 24)]),
+        ({"num_experts": 64, "lora_r": 32}, [(64,)]),  # experts take turns
+        ({"num_experts": 64, "lora_r": 32, "shared_a": True}, [(64, 32)]),
+        ({"dropout": 0.5}, [(6,)]),  # A reads another x than the router
+        ({"gradient_mask": "dominant"}, [(6,)]),  # and learns from others
+    ],
+    ids=str,
+)
+def test_the_router_and_all_a_are_one_product_where_they_may_be_and_nothing_else_changes(options, products, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "cuma_ds.adapters.router.project", lambda x, *weights: seen.append(tuple(map(len, weights))) or mixture_module.project(x, *weights)
+    )
+    results = []
+    for stacked in (True, False):
+        torch.manual_seed(0)
+        config = {"num_experts": E, "top_k": 2, "lora_r": R, "target_modules": ("q_proj", "v_proj"), "profile_dim": 5} | options
+        model = inject_adapters(QueryAndValue(), CumaConfig(**config)).train()
+        for _, layer in model.adapted_layers():
+            nn.init.normal_(layer.experts.lora_b)
+            layer.dispatcher = LocalDispatcher(stacked)
+        x, e = torch.randn(3, 7, D, requires_grad=True), torch.randn(3, 5)
+        if stacked:
+            seen.clear()
+        out = model(inputs_embeds=x, **({"profile_embeddings": e} if config["profile_dim"] else {}))
+        if stacked:
+            assert seen == products
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(parameter.grad for _, parameter in model.adapter_parameters())])
+    assert {len(widths) for widths in seen[len(products) :]} == {1}
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

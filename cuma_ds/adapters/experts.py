@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cuma_ds.adapters.config import CumaConfig
-from cuma_ds.adapters.mixture import GradientMask, mixture
+from cuma_ds.adapters.mixture import GradientMask, all_a, mixture
 from cuma_ds.ops import GateOutput
 
 
@@ -45,9 +45,11 @@ class Experts(nn.Module):
         """The parameters with an expert dimension (dimension 0), by name; a shared A has none."""
         return {"lora_b": self.lora_b} if self.shared_a else {"lora_a": self.lora_a, "lora_b": self.lora_b}
 
-    def forward(self, x_TD: Tensor, gate: GateOutput, dispatcher: Dispatcher, mask: GradientMask | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, gate: GateOutput, dispatcher: Dispatcher, mask: GradientMask | None, z_TC: Tensor | None = None
+    ) -> Tensor:
         """(alpha / r) * sum_i g_i B_i A_i x, [T, D] -> [T, O]; run as a module so that parameter-sharding hooks see it."""
-        return dispatcher.mix(x_TD, gate, self, mask)
+        return dispatcher.mix(x_TD, gate, self, mask, z_TC)
 
     def keep(self, first: int, count: int) -> None:
         """Hold only the experts ``first .. first + count`` from now on (expert parallelism)."""
@@ -59,21 +61,36 @@ class Experts(nn.Module):
 class Dispatcher(Protocol):
     """Brings tokens and experts together; the expert-parallel ones live in cuma_ds.parallel."""
 
+    def first_rows(self, x_TD: Tensor, experts: Experts, top_k: int) -> Tensor | None:
+        """What multiplies every token of the next :meth:`mix` first, [C, D], so that the router's product can do it; None to keep it."""
+        ...
+
     def begin(self, x_TD: Tensor) -> None:
         """What the next :meth:`mix` reads is on its way; the work given to the device from here on may run beside that mix."""
         ...
 
-    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
-        """(alpha / r) * sum_i g_i B_i A_i x for every token: [T, D] -> [T, O]."""
+    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None = None) -> Tensor:
+        """(alpha / r) * sum_i g_i B_i A_i x for every token: [T, D] -> [T, O]; z [T, C] is x times :meth:`first_rows`, if it was made."""
         ...
 
 
 class LocalDispatcher:
-    """All experts are here."""
+    """All experts are here.
+
+    Args:
+        stacked: whether A can be read before the experts run; not where parameters come and go with their module (ZeRO-3).
+    """
+
+    def __init__(self, stacked: bool = True) -> None:
+        self.stacked = stacked
+
+    def first_rows(self, x_TD: Tensor, experts: Experts, top_k: int) -> Tensor | None:
+        """See :class:`Dispatcher`."""
+        return all_a(x_TD, experts.lora_a, experts.lora_b, top_k) if self.stacked else None
 
     def begin(self, x_TD: Tensor) -> None:
         """See :class:`Dispatcher`."""
 
-    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
+    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None = None) -> Tensor:
         """See :class:`Dispatcher`."""
-        return mixture(x_TD, gate.weight_TK, gate.expert_TK, experts.lora_a, experts.lora_b, experts.scaling, mask)
+        return mixture(x_TD, gate.weight_TK, gate.expert_TK, experts.lora_a, experts.lora_b, experts.scaling, mask, z_TC=z_TC)

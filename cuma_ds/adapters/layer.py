@@ -52,12 +52,21 @@ class AdaptedLinear(nn.Module):
             return self.base(x)
         tokens = self.context.state.tokens(x)
         (router,) = self._router_ref
-        gate = _whole_gate(tokens) if router is None else router(x, self.context, self.owns_router)
         x_TD = F.dropout(x.reshape(-1, x.shape[-1]), self.config.dropout, self.training)
+        if router is None:
+            gate, z_TC = _whole_gate(tokens), None
+        else:
+            gate, z_TC = router(x, self.context, self.owns_router, self._first_rows(x_TD))
         mask = self._gradient_mask(gate, tokens)
         self.dispatcher.begin(x_TD)
         out = self.base(x)
-        return out + self.experts(x_TD, gate, self.dispatcher, mask).view(out.shape)
+        return out + self.experts(x_TD, gate, self.dispatcher, mask, z_TC).view(out.shape)
+
+    def _first_rows(self, x_TD: Tensor) -> Tensor | None:
+        """A of all experts, to be multiplied in the router's product, where both read the same x and learn from the same tokens."""
+        dropped = self.training and self.config.dropout > 0
+        masked = self.config.gradient_mask != "none" or self.context.state.gradient_mask_NE is not None
+        return None if dropped or masked else self.dispatcher.first_rows(x_TD, self.experts, self.config.top_k)
 
     def _gradient_mask(self, gate: GateOutput, tokens: TokenIndex) -> GradientMask | None:
         """M of the method's table, or None for all ones (the paper)."""

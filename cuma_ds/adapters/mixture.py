@@ -1,16 +1,19 @@
 """sum_i g_i B_i A_i x (method, step 4), computed in the way that is cheapest for its sizes.
 
 *Dense*: one product with all A, scaling by the gate (zero where not routed), one product with all B. No permutation; work grows with E.
+The product with all A reads what the router reads: where one router product comes with it (:func:`project`), both are one.
 *Grouped*: the (token, expert) pairs are sorted by expert, each expert multiplies its own rows, and the rows are summed back per
-token. Work grows with K. Both give the same result, and neither waits for the device where torch has a grouped kernel (on CUDA: bfloat16
-on sm_90 and sm_100; elsewhere it reads the group sizes back).
+token. Work grows with K. CPUs take one expert after the other; GPUs all at once, without waiting for the device where torch has a
+grouped kernel (bfloat16 on sm_90 and sm_100; elsewhere it reads the group sizes back). All give the same result.
 
-Shapes: T tokens, D input features, O output features, E experts, K active experts, r rank (R in names), N profiles, M = T * K pairs.
+Shapes: T tokens, D input features, O output features, E experts, K active experts, r rank (R in names), N profiles, M = T * K pairs,
+C columns of the product with all A: E * r, or r when A is shared.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,6 +44,7 @@ def mixture(
     scale: float = 1.0,
     mask: GradientMask | None = None,
     strategy: Strategy | None = None,
+    z_TC: Tensor | None = None,
 ) -> Tensor:
     """scale * sum_i g_i B_i A_i x, without the frozen part.
 
@@ -52,21 +56,71 @@ def mixture(
         scale: alpha / r.
         mask: scales the *weight* gradients a token sends to an expert; outputs, input and gate gradients are untouched.
         strategy: by default the cheaper one, see :func:`cheaper_strategy`.
+        z_TC: x times all of ``lora_a``, if :func:`project` made it already. Not with ``mask``: what A learns went another way.
 
     Returns:
         [T, O] in the dtype of ``x_TD``.
     """
-    dtype = compute_dtype(x_TD)
-    experts, out_features, rank = lora_b.shape
+    out_dtype, dtype = x_TD.dtype, compute_dtype(x_TD)
+    shared_a = lora_a.dim() == 2
     if strategy is None:
-        strategy = cheaper_strategy(experts, weight_TK.shape[1], rank, x_TD.shape[1], out_features, dtype, x_TD.device.type)
-    compute = _Dense if strategy == "dense" else _Grouped
-    where = x_TD.device.type
-    with torch.autocast(where, enabled=False) if torch.amp.is_autocast_available(where) else contextlib.nullcontext():
-        # Rounded as x is, whatever multiplies them: experts that travelled here in the dtype of x give the same answers.
-        a, b = (lora.to(x_TD.dtype).to(dtype) for lora in (lora_a, lora_b))
-        y_TO = compute.apply(x_TD.to(dtype), weight_TK, a, b, expert_TK, scale, *(mask or (None, None)))
-    return y_TO.to(x_TD.dtype)
+        strategy = "dense" if z_TC is not None and not shared_a else _strategy(x_TD, lora_b, weight_TK.shape[1])
+    with without_autocast(x_TD):
+        a, b = (_rounded(lora, x_TD) for lora in (lora_a, lora_b))
+        x_TD = x_TD.to(dtype)
+        learning = mask or (None, None)
+        if strategy == "grouped" and not shared_a:
+            y_TO = _Grouped.apply(x_TD, weight_TK, a, b, expert_TK, scale, *learning, None, None)
+        else:
+            learner = (None, None) if mask is None else (x_TD.detach(), a)
+            if z_TC is None:
+                z_TC = F.linear(x_TD, (a if mask is None else a.detach()).flatten(0, -2))
+            if strategy == "dense":
+                y_TO = _Dense.apply(z_TC, weight_TK, b, expert_TK, scale, *learning, *learner)
+            else:
+                y_TO = _Grouped.apply(z_TC, weight_TK, None, b, expert_TK, scale, *learning, *learner)
+    return y_TO.to(out_dtype)
+
+
+def project(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x W^T for every W, [T, rows of W] each, in one product: x is read once and its gradient written once.
+
+    Args:
+        x_TD: [T, D].
+        weights: each [*, D].
+
+    Returns:
+        One tensor per weight, in the compute dtype of ``x_TD``.
+    """
+    dtype = compute_dtype(x_TD)
+    with without_autocast(x_TD):
+        if len(weights) == 1:
+            return (F.linear(x_TD.to(dtype), weights[0].to(dtype)),)
+        product = F.linear(x_TD.to(dtype), torch.cat([weight.to(dtype) for weight in weights]))
+        return product.split([len(weight) for weight in weights], dim=1)
+
+
+def all_a(x_TD: Tensor, lora_a: Tensor, lora_b: Tensor, top_k: int) -> Tensor | None:
+    """What :func:`mixture` multiplies every token with first, [C, D], for :func:`project`; None where experts take turns instead."""
+    if lora_a.dim() == 3 and _strategy(x_TD, lora_b, top_k) == "grouped":
+        return None
+    return _rounded(lora_a, x_TD).flatten(0, -2)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Inside, products have the dtypes they are given."""
+    where = x.device.type
+    return torch.autocast(where, enabled=False) if torch.amp.is_autocast_available(where) else contextlib.nullcontext()
+
+
+def _rounded(lora: Tensor, x: Tensor) -> Tensor:
+    """As x is, whatever multiplies it: experts that travelled here in the dtype of x give the same answers."""
+    return lora.to(x.dtype).to(compute_dtype(x))
+
+
+def _strategy(x_TD: Tensor, lora_b: Tensor, top_k: int) -> Strategy:
+    experts, out_features, rank = lora_b.shape
+    return cheaper_strategy(experts, top_k, rank, x_TD.shape[1], out_features, compute_dtype(x_TD), x_TD.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -100,38 +154,41 @@ MOVED_COLUMNS = {"cpu": 64.0, "cuda": 400.0}
 
 
 class _Dense(torch.autograd.Function):
+    """From z = x A^T on. With a mask, A learns here from ``x_TD``, and z comes from an A that does not learn."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        x_TD: Tensor,
+        z_TC: Tensor,
         weight_TK: Tensor,
-        lora_a: Tensor,
         lora_b: Tensor,
         expert_TK: Tensor,
         scale: float,
         mask_NE: Tensor | None,
         profile_T: Tensor | None,
+        x_TD: Tensor | None,
+        lora_a: Tensor | None,
     ) -> Tensor:
-        z_TER = F.linear(x_TD, lora_a.flatten(0, -2)).unflatten(1, (-1, lora_b.shape[2]))
+        z_TER = z_TC.unflatten(1, (-1, lora_b.shape[2])).contiguous()
         h_TER = gate_scale(z_TER, weight_TK, expert_TK, lora_b.shape[0], scale)
-        ctx.scale = scale
-        ctx.save_for_backward(x_TD, weight_TK, lora_a, lora_b, expert_TK, mask_NE, profile_T, z_TER, h_TER)
+        ctx.scale, ctx.shape_of_a = scale, None if lora_a is None else lora_a.shape
+        ctx.save_for_backward(z_TER, weight_TK, lora_b, expert_TK, mask_NE, profile_T, x_TD, h_TER)
         return h_TER.flatten(1) @ _joined(lora_b)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TO,) = grads
-        x_TD, weight_TK, lora_a, lora_b, expert_TK, mask_NE, profile_T, z_TER, h_TER = ctx.saved_tensors
+        z_TER, weight_TK, lora_b, expert_TK, mask_NE, profile_T, x_TD, h_TER = ctx.saved_tensors
         dh_TER = (dy_TO @ _joined(lora_b).T).view_as(h_TER)
         dz, dweight_TK, learning_dz, learning_h = gate_scale_backward(dh_TER, z_TER, weight_TK, expert_TK, ctx.scale, mask_NE, profile_T)
         if mask_NE is None:
             learning_dz, learning_h = dz, h_TER
-        dx_TD = dz.flatten(1) @ lora_a.flatten(0, -2) if ctx.needs_input_grad[0] else None
-        da = (learning_dz.flatten(1).T @ x_TD).view_as(lora_a) if ctx.needs_input_grad[2] else None
-        db = None
-        if ctx.needs_input_grad[3]:
+        da = db = None
+        if ctx.needs_input_grad[8]:
+            da = (learning_dz.flatten(1).T @ x_TD).view(ctx.shape_of_a)
+        if ctx.needs_input_grad[2]:
             db = (learning_h.flatten(1).T @ dy_TO).view(lora_b.shape[0], lora_b.shape[2], -1).transpose(1, 2)
-        return dx_TD, dweight_TK, da, db, None, None, None, None
+        return dz.flatten(1), dweight_TK, db, None, None, None, None, None, da
 
 
 def _joined(lora_b: Tensor) -> Tensor:
@@ -139,46 +196,115 @@ def _joined(lora_b: Tensor) -> Tensor:
     return lora_b.transpose(1, 2).reshape(-1, lora_b.shape[1])
 
 
-def _by_group(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
+class _Pairs(NamedTuple):
+    """The (token, expert) pairs in the order of their experts, as :func:`cuma_ds.ops.sort_by_expert` returns them."""
+
+    order_M: Tensor
+    position_TK: Tensor
+    end_E: Tensor
+
+    def in_turns(self) -> bool:
+        """Whether experts take turns: their rows then stay in the cache, and no memory has to be found for all M of them."""
+        return self.end_E.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def turns(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """Every expert, where its pairs stand, and the tokens they are of (none for some experts)."""
+        token_M = self.order_M.long() // self.position_TK.shape[1]
+        begin = 0
+        for expert, end in enumerate(self.end_E.tolist()):
+            yield expert, slice(begin, end), token_M[begin:end]
+            begin = end
+
+
+class _Rows:
+    """Rows of x [T, I], each token's as often as it has experts; what follows the last pair in [M, J] is not written, nobody reads it."""
+
+    def __init__(self, x_TI: Tensor, pairs: _Pairs) -> None:
+        self.x_TI, self.pairs = x_TI, pairs
+        self.all_MI = None if pairs.in_turns() else permute_gather(x_TI, pairs.order_M, pairs.position_TK)
+
+    def times(self, weight_EIJ: Tensor) -> Tensor:
+        """Each row times its expert's matrix, [M, J]."""
+        if self.all_MI is not None:
+            return _grouped_mm(self.all_MI, weight_EIJ, self.pairs.end_E)
+        product_MJ = self.x_TI.new_empty(len(self.pairs.order_M), weight_EIJ.shape[2])
+        for expert, place, token_P in self.pairs.turns():
+            if len(token_P):
+                torch.mm(self.x_TI.index_select(0, token_P), weight_EIJ[expert], out=product_MJ[place])
+        return product_MJ
+
+    def outer(self, z_MJ: Tensor, z_first: bool) -> Tensor:
+        """Per expert, z^T x [E, J, I] if ``z_first``, else x^T z [E, I, J]."""
+        if self.all_MI is not None:
+            first, second = (z_MJ, self.all_MI) if z_first else (self.all_MI, z_MJ)
+            return _grouped_mm(first.T, second, self.pairs.end_E)
+        shape = (z_MJ.shape[1], self.x_TI.shape[1])
+        sum_E = self.x_TI.new_empty(len(self.pairs.end_E), *(shape if z_first else shape[::-1]))
+        for expert, place, token_P in self.pairs.turns():
+            first, second = z_MJ[place], self.x_TI.index_select(0, token_P)
+            torch.mm(*((first.T, second) if z_first else (second.T, first)), out=sum_E[expert])
+        return sum_E
+
+
+def _sum_per_token(z_MJ: Tensor, weight_EJI: Tensor, pairs: _Pairs) -> Tensor:
+    """Each row times its expert's matrix, summed over the experts of a token: [T, I]."""
+    if not pairs.in_turns():
+        return permute_scatter(_grouped_mm(z_MJ, weight_EJI, pairs.end_E), pairs.order_M, pairs.position_TK)
+    wide = torch.promote_types(z_MJ.dtype, torch.float32)
+    sum_TI = z_MJ.new_zeros(pairs.position_TK.shape[0], weight_EJI.shape[2], dtype=wide)
+    for expert, place, token_P in pairs.turns():
+        if len(token_P):
+            sum_TI.index_add_(0, token_P, (z_MJ[place] @ weight_EJI[expert]).to(wide))
+    return sum_TI.to(z_MJ.dtype)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
     """Rows of ``a`` [M, I] times their expert's ``b`` [E, I, J], or the experts' own ``a`` [I, M] times ``b`` [M, J] as [E, I, J]."""
     if a.is_meta or not a.numel():  # torch has neither shapes for float32 on meta nor sums over no rows on CUDA
         return a.new_zeros((a.shape[0], b.shape[2]) if b.dim() == 3 else (len(end_E), a.shape[0], b.shape[1]))
     product = F.grouped_mm(a, b, offs=end_E)
     if b.dim() == 2:  # what an expert without rows gets is left unwritten by some GPUs (pytorch issue 172439)
         product.masked_fill_((end_E.diff(prepend=end_E.new_zeros(1)) == 0)[:, None, None], 0.0)
-    return product  # rows past end_E[-1] are left unwritten too: nobody reads them
+    return product
 
 
 class _Grouped(torch.autograd.Function):
+    """From rows that are x, each expert having its own A; or z = x A^T with one A for all, which learns here with a mask (``x_TD``)."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        x_TD: Tensor,
+        rows_TC: Tensor,
         weight_TK: Tensor,
-        lora_a: Tensor,
+        own_a: Tensor | None,
         lora_b: Tensor,
         expert_TK: Tensor,
         scale: float,
         mask_NE: Tensor | None,
         profile_T: Tensor | None,
+        x_TD: Tensor | None,
+        shared_a: Tensor | None,
     ) -> Tensor:
-        order_M, position_TK, end_E = sort_by_expert(expert_TK, lora_b.shape[0])
-        if lora_a.dim() == 2:
-            z_MR = permute_gather(F.linear(x_TD, lora_a), order_M, position_TK)
+        pairs = _Pairs(*sort_by_expert(expert_TK, lora_b.shape[0]))
+        if own_a is None:
+            z_MR = permute_gather(rows_TC, pairs.order_M, pairs.position_TK)
         else:
-            z_MR = _by_group(permute_gather(x_TD, order_M, position_TK), lora_a.transpose(1, 2), end_E)
-        weight_M = scale * weight_TK.flatten()[order_M.clamp(min=0)]
+            z_MR = _Rows(rows_TC, pairs).times(own_a.transpose(1, 2))
+        weight_M = scale * weight_TK.flatten()[pairs.order_M.clamp(min=0)]
         h_MR = (z_MR * weight_M[:, None]).to(z_MR.dtype)
         ctx.scale = scale
-        ctx.save_for_backward(x_TD, weight_M, lora_a, lora_b, expert_TK, mask_NE, profile_T, z_MR, h_MR, order_M, position_TK, end_E)
-        return permute_scatter(_by_group(h_MR, lora_b.transpose(1, 2), end_E), order_M, position_TK)
+        own_rows = None if own_a is None else rows_TC
+        ctx.save_for_backward(own_rows, weight_M, own_a, lora_b, expert_TK, mask_NE, profile_T, x_TD, z_MR, h_MR, *pairs)
+        return _sum_per_token(h_MR, lora_b.transpose(1, 2), pairs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TO,) = grads
-        x_TD, weight_M, lora_a, lora_b, expert_TK, mask_NE, profile_T, z_MR, h_MR, order_M, position_TK, end_E = ctx.saved_tensors
-        dy_MO = permute_gather(dy_TO, order_M, position_TK)
-        dh_MR = _by_group(dy_MO, lora_b, end_E)
+        rows_TD, weight_M, own_a, lora_b, expert_TK, mask_NE, profile_T, x_TD, z_MR, h_MR, *saved = ctx.saved_tensors
+        pairs = _Pairs(*saved)
+        order_M, position_TK, _ = pairs
+        dy = _Rows(dy_TO, pairs)
+        dh_MR = dy.times(lora_b)
         dweight_M = ctx.scale * (dh_MR.float() * z_MR).sum(dim=1)
         dweight_TK = dweight_M[position_TK.clamp(min=0)].masked_fill(position_TK < 0, 0.0)
         dz_MR = (dh_MR * weight_M[:, None]).to(dh_MR.dtype)
@@ -186,19 +312,15 @@ class _Grouped(torch.autograd.Function):
         if mask_NE is not None and profile_T is not None:
             share_M = _share(mask_NE, profile_T, expert_TK).flatten()[order_M.clamp(min=0), None]
             learning_dz, learning_h = ((rows * share_M).to(rows.dtype) for rows in (dz_MR, h_MR))
-        db = _by_group(dy_MO.T, learning_h, end_E) if ctx.needs_input_grad[3] else None
-        dx_TD = da = None
-        if lora_a.dim() == 2:
-            if ctx.needs_input_grad[0]:
-                dx_TD = permute_scatter(dz_MR, order_M, position_TK) @ lora_a
-            if ctx.needs_input_grad[2]:
-                da = permute_scatter(learning_dz, order_M, position_TK).T @ x_TD
-        else:
-            if ctx.needs_input_grad[0]:
-                dx_TD = permute_scatter(_by_group(dz_MR, lora_a, end_E), order_M, position_TK)
-            if ctx.needs_input_grad[2]:
-                da = _by_group(learning_dz.T, permute_gather(x_TD, order_M, position_TK), end_E)
-        return dx_TD, dweight_TK, da, db, None, None, None, None
+        drows_TC = d_own_a = d_shared_a = None
+        if ctx.needs_input_grad[0]:
+            drows_TC = permute_scatter(dz_MR, order_M, position_TK) if own_a is None else _sum_per_token(dz_MR, own_a, pairs)
+        if ctx.needs_input_grad[2]:
+            d_own_a = _Rows(rows_TD, pairs).outer(learning_dz, z_first=True)
+        db = dy.outer(learning_h, z_first=False) if ctx.needs_input_grad[3] else None
+        if ctx.needs_input_grad[9]:
+            d_shared_a = permute_scatter(learning_dz, order_M, position_TK).T @ x_TD
+        return drows_TC, dweight_TK, d_own_a, db, None, None, None, None, None, d_shared_a
 
 
 def _share(mask_NE: Tensor, profile_T: Tensor, expert_TK: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.context import RoutingContext, RoutingState
-from cuma_ds.adapters.mixture import compute_dtype
+from cuma_ds.adapters.mixture import project, without_autocast
 from cuma_ds.ops import GateOutput, demographic_gate
 
 
@@ -62,16 +62,19 @@ class Router(nn.Module):
     def _linears(self) -> list[nn.Linear]:
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
-    def logits(self, h_TD: Tensor, profiles_NP: Tensor | None, profile_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the gate adds up, in float32 (float64 stays): the tokens' logits [T, E], and the profiles' [N, E] or None.
+    def logits(
+        self, h_TD: Tensor, profiles_NP: Tensor | None, profile_T: Tensor, beside_CD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the gate adds up, in float32 (float64 stays): the tokens' logits [T, E], and the profiles' [N, E] or None; h beside^T.
 
         Args:
             h_TD: [T, D] the adapted linear's input.
             profiles_NP: [N, P] standardised embeddings of the batch's profiles, or None (semantic-only routing).
             profile_T: [T] int64, each token's row in ``profiles_NP``, -1 for padding.
+            beside_CD: other rows that ``h_TD`` is to be multiplied with in the same product; their [T, C] comes back last, else None.
         """
-        dtype = compute_dtype(h_TD)
-        s_TW = _at_least_float32(F.linear(h_TD.to(dtype), self.weight_h.to(dtype)))
+        first_TW, *others = project(h_TD, self.weight_h, *([] if beside_CD is None else [beside_CD]))
+        s_TW, z_TC = _at_least_float32(first_TW), others[0] if others else None
         bias_W = None if self.bias is None else self.bias.to(s_TW.dtype)
         who_NW = None
         if self.weight_p is not None and profiles_NP is not None:
@@ -79,38 +82,44 @@ class Router(nn.Module):
             who_NW = F.linear(profiles_NP.to(weight_p.dtype), weight_p).to(s_TW.dtype)
         layers = self._linears()
         if not layers:
-            return (s_TW if bias_W is None else s_TW + bias_W), who_NW
+            return (s_TW if bias_W is None else s_TW + bias_W), who_NW, z_TC
         if who_NW is not None:
-            s_TW = s_TW + (who_NW if bias_W is None else who_NW + bias_W)[profile_T.clamp(min=0)]
+            # An embedding: its gradient is summed in one fixed order, and faster than that of an indexed tensor.
+            s_TW = s_TW + F.embedding(profile_T.clamp(min=0), who_NW if bias_W is None else who_NW + bias_W)
         elif bias_W is not None:
             s_TW = s_TW + bias_W
         for layer in layers:
             s_TW = F.dropout(F.relu(s_TW), self.config.dropout, self.training)
             s_TW = F.linear(s_TW, layer.weight.to(s_TW.dtype), None if layer.bias is None else layer.bias.to(s_TW.dtype))
-        return s_TW, None
+        return s_TW, None, z_TC
 
-    def forward(self, x: Tensor, context: RoutingContext, is_leader: bool = True) -> GateOutput:
-        """The gate of one layer input.
+    def forward(
+        self, x: Tensor, context: RoutingContext, is_leader: bool = True, beside_CD: Tensor | None = None
+    ) -> tuple[GateOutput, Tensor | None]:
+        """The gate of one layer input, and x beside^T where the gate had to be computed.
 
         Args:
             x: [B, S, D] or [T, D].
             context: profiles and masks of this forward.
             is_leader: whether the caller is the first of the layers sharing this router; it alone counts statistics.
+            beside_CD: as in :meth:`logits`.
         """
         cached = self._cached
         if cached is not None and cached.x() is x and cached.state is context.state and cached.grad == torch.is_grad_enabled():
             cached.readers -= 1
             if not cached.readers:
                 self._cached = None
-            return cached.gate
+            return cached.gate, None
         tokens = context.state.tokens(x)
-        hidden_TE, profile_NE = self.logits(x.reshape(-1, x.shape[-1]), context.state.profiles_NP, tokens.profile_T)
+        with without_autocast(x):
+            x_TD, profiles_NP = x.reshape(-1, x.shape[-1]), context.state.profiles_NP
+            hidden_TE, profile_NE, z_TC = self.logits(x_TD, profiles_NP, tokens.profile_T, beside_CD)
         gate = demographic_gate(hidden_TE, profile_NE, tokens.profile_T, self.config.top_k, self.config.gate_norm)
         if is_leader:
             context.collect(self.index, gate, tokens)
         if self.sharers > 1:
             self._cached = _CachedGate(weakref.ref(x), context.state, torch.is_grad_enabled(), gate, self.sharers - 1)
-        return gate
+        return gate, z_TC
 
 
 @dataclass

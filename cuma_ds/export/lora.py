@@ -123,7 +123,7 @@ def constant_gates(model: CumaModel, embedding_P: Tensor | None) -> Tensor:
     for router in _routers(model):
         nothing_TD = torch.zeros_like(router.weight_h[:1])
         profile_T = torch.zeros(1, dtype=torch.long, device=nothing_TD.device)
-        hidden_TE, profile_NE = router.logits(nothing_TD, profiles_NP, profile_T)
+        hidden_TE, profile_NE, _ = router.logits(nothing_TD, profiles_NP, profile_T)
         gate = demographic_gate(hidden_TE, profile_NE, profile_T, model.config.top_k, model.config.gate_norm)
         gates.append(dense_gate(gate.weight_TK, gate.expert_TK, model.config.num_experts)[0].cpu())
     return torch.stack(gates) if gates else torch.zeros(0, 1)

@@ -64,12 +64,16 @@ class ExpertParallelDispatcher:
         counted, self.bytes_sent = dict(self.bytes_sent), Counter()
         return counted
 
+    def first_rows(self, x_TD: Tensor, experts: Experts, top_k: int) -> Tensor | None:
+        """See :class:`cuma_ds.adapters.experts.Dispatcher`. Most A are elsewhere."""
+        return None
+
     def begin(self, x_TD: Tensor) -> None:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
         if self.stream is not None:
             self.stream.wait_stream(torch.get_device_module(x_TD.device).current_stream())
 
-    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
+    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None = None) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
         if self.stream is None:
             return self._mix(x_TD, gate, experts, mask)

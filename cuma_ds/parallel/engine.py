@@ -15,6 +15,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
+from cuma_ds.adapters.experts import LocalDispatcher
 from cuma_ds.config import RunConfig
 from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, load_sharded, stage3_config
 from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
@@ -106,6 +107,8 @@ class AdapterEngine:
             if dispatcher is not None:
                 layer.experts.keep(*topology.experts(layer.experts.num_experts))
                 layer.dispatcher = dispatcher
+            elif self.stage == 3:
+                layer.dispatcher = LocalDispatcher(stacked=False)
             if expert_parallel:
                 for parameter in layer.experts.sharded_parameters().values():
                     # DeepSpeed's marks of a parameter that is reduced over its expert-data-parallel group.
