@@ -92,6 +92,7 @@ def exported(tmp_path_factory, run) -> Path:
 
 FRESH = """
 import json, sys
+from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -104,8 +105,8 @@ for folder in sys.argv[2:]:
         results[folder + "/logits"] = model(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
         brain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
         for units in (False, True):  # mixed in float32, and in bfloat16 as on CPUs that multiply it
-            torch.cpu._is_amx_tile_supported = torch.cpu._is_avx512_bf16_supported = lambda: units
-            results[folder + f"/bf16 {units}"] = brain(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
+            with mock.patch.multiple(torch.cpu, _is_amx_tile_supported=lambda: units, _is_avx512_bf16_supported=lambda: units):
+                results[folder + f"/bf16 {units}"] = brain(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
     results[folder + "/words"] = model.generate(
         **inputs, profile_embeddings=embeddings, max_new_tokens=8, do_sample=False, pad_token_id=0)
 save_file(results, sys.argv[1] + ".out")
