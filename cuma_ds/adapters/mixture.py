@@ -74,7 +74,7 @@ def mixture(
         else:
             learner = (None, None) if mask is None else (x_TD.detach(), a)
             if z_TC is None:
-                z_TC = F.linear(x_TD, (a if mask is None else a.detach()).flatten(0, -2))
+                (z_TC,) = project(x_TD, (a if mask is None else a.detach()).flatten(0, -2))
             if strategy == "dense":
                 y_TO = _Dense.apply(z_TC, weight_TK, b, expert_TK, scale, *learning, *learner)
             else:
