@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.adapters.mixture import cheaper_strategy, mixture
-from cuma_ds.ops import library
+from cuma_ds.ops import grouped_way, library
 
 PROFILE = 384
 
@@ -157,8 +157,9 @@ def fit(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     measured = []
     dtype, device = getattr(torch, arguments.dtypes[0]), torch.device(arguments.device).type
+    constant = "compiled" if grouped_way(dtype, device) == "compiled" else device
     for width, tokens, (experts, top_k), rank in itertools.product(
-        (576, 2048), (256, 1024), ((4, 1), (8, 2), (16, 2), (64, 4)), (8, 16, 32, 64)
+        (576, 2048), (256, 1024), ((4, 1), (4, 2), (8, 2), (8, 4), (8, 6), (16, 2), (64, 4)), (4, 16, 64)
     ):
         x_TD = torch.randn(tokens, width, dtype=dtype, device=arguments.device, requires_grad=True)
         lora_a = torch.randn(experts, rank, width, device=arguments.device, requires_grad=True)
@@ -181,13 +182,13 @@ def fit(arguments: argparse.Namespace) -> None:
         """Mean ratio of the chosen strategy's time to the better one's."""
         ratios = []
         for experts, top_k, rank, width, times in measured:
-            with mock.patch.dict("cuma_ds.adapters.mixture.MOVED_COLUMNS", {device: moved}):
+            with mock.patch.dict("cuma_ds.adapters.mixture.MOVED_COLUMNS", {constant: moved}):
                 chosen = times[cheaper_strategy(experts, top_k, rank, width, width, dtype, device)]
             ratios.append(chosen / min(times.values()))
         return statistics.mean(ratios)
 
     best = min((2 ** (step / 2) for step in range(0, 20)), key=lost)
-    print(f"MOVED_COLUMNS[{device!r}] = {best:.0f}: {lost(best):.3f} of the best choice's time on average")
+    print(f"MOVED_COLUMNS[{constant!r}] = {best:.0f}: {lost(best):.3f} of the best choice's time on average")
     print(f"always dense {lost(math.inf):.3f}, always grouped {lost(-1e9):.3f}")
 
 

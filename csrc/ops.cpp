@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/gate.h"
+#include "cpu/grouped.h"
 #include "cpu/permute.h"
 #include "cpu/scale.h"
 #ifdef CUMA_WITH_CUDA
@@ -541,6 +542,87 @@ Tensor permute_products(const Tensor& d, const Tensor& y, const Tensor& position
   return result;
 }
 
+// ------------------------------------------------------------------------------------------------------------- grouped
+
+struct GroupedSizes {
+  int64_t tokens, pairs, narrow, wide;
+  int experts, top_k;
+};
+
+GroupedSizes grouped_sizes(const Tensor& position, const Tensor& end, int64_t narrow, int64_t wide) {
+  check(position.dim() == 2, "position has ", position.dim(), " dimensions; expected 2, [T, K]");
+  check(end.dim() == 1 && end.size(0) >= 1, "end has shape ", text_of(sizes_of(end)), "; expected [E]");
+  return {position.size(0), position.numel(), narrow, wide, static_cast<int>(end.size(0)), static_cast<int>(position.size(1))};
+}
+
+cpu::Pairs pairs_of(const GroupedSizes& s, const Tensor& order, const Tensor& end) {
+  const cpu::Pairs pairs{in<int32_t>(order), in<int32_t>(end), s.experts, s.top_k, s.tokens};
+  check(pairs.valid(), "order or end is out of range or not ascending; expected what sort_by_expert returns");
+  return pairs;
+}
+
+Tensor grouped_shrink(const Tensor& x, const Tensor& weight, const Tensor& order, const Tensor& position, const Tensor& end) {
+  check(weight.dim() == 3, "weight has ", weight.dim(), " dimensions; expected 3, [E, J, I]");
+  const GroupedSizes s = grouped_sizes(position, end, weight.size(1), weight.size(2));
+  const Tensor x_in = checked("x", x, ScalarType::Float, {s.tokens, s.wide}, x);
+  const Tensor weight_in = checked("weight", weight, ScalarType::Float, {s.experts, s.narrow, s.wide}, x_in);
+  const Tensor order_in = checked("order", order, ScalarType::Int, {s.pairs}, x_in);
+  const Tensor end_in = checked("end", end, ScalarType::Int, {s.experts}, x_in);
+  const cpu::Pairs pairs = pairs_of(s, order_in, end_in);
+  Tensor result = s.wide > 0 ? empty(x_in, {s.pairs, s.narrow}, ScalarType::Float) : zeros(x_in, {s.pairs, s.narrow}, ScalarType::Float);
+  const std::vector<cpu::Span> spans = cpu::spans_of(pairs, cpu::kShrinkSpan);
+  torch::stable::parallel_for(0, spans.size(), grain(cpu::kShrinkSpan * s.narrow * s.wide / 16), [&](int64_t begin, int64_t stop) {
+    cpu::shrink(pairs, spans.data() + begin, spans.data() + stop, in<float>(x_in), in<float>(weight_in), s.narrow, s.wide,
+                out<float>(result));
+  });
+  return result;
+}
+
+Tensor grouped_expand(const Tensor& z, const Tensor& weight, const Tensor& order, const Tensor& position, const Tensor& end) {
+  check(weight.dim() == 3, "weight has ", weight.dim(), " dimensions; expected 3, [E, J, I]");
+  const GroupedSizes s = grouped_sizes(position, end, weight.size(1), weight.size(2));
+  const Tensor z_in = checked("z", z, ScalarType::Float, {s.pairs, s.narrow}, z);
+  const Tensor weight_in = checked("weight", weight, ScalarType::Float, {s.experts, s.narrow, s.wide}, z_in);
+  const Tensor order_in = checked("order", order, ScalarType::Int, {s.pairs}, z_in);
+  const Tensor end_in = checked("end", end, ScalarType::Int, {s.experts}, z_in);
+  const cpu::Pairs pairs = pairs_of(s, order_in, end_in);
+  Tensor result = empty(z_in, {s.tokens, s.wide}, ScalarType::Float);
+  if (result.numel() == 0) return result;
+  const int64_t columns = cpu::chunk_columns(s.wide, cpu::kExpandColumns), blocks = ceiling(s.tokens, cpu::kExpandTokens);
+  const int64_t work = cpu::kExpandTokens * s.top_k * std::max<int64_t>(8, s.narrow) * columns / 16;
+  torch::stable::parallel_for(0, ceiling(s.wide, columns) * blocks, grain(work), [&](int64_t begin, int64_t stop) {
+    cpu::Expand expand(pairs, in<float>(z_in), in<float>(weight_in), s.narrow, s.wide);
+    for (int64_t u = begin; u < stop; ++u) {
+      const int64_t t = u % blocks * cpu::kExpandTokens, i = u / blocks * columns;
+      expand(t, std::min(s.tokens, t + cpu::kExpandTokens), i, std::min(columns, s.wide - i), out<float>(result));
+    }
+  });
+  return result;
+}
+
+Tensor grouped_outer(const Tensor& z, const Tensor& x, const Tensor& order, const Tensor& position, const Tensor& end) {
+  check(z.dim() == 2, "z has ", z.dim(), " dimensions; expected 2, [M, J]");
+  check(x.dim() == 2, "x has ", x.dim(), " dimensions; expected 2, [T, I]");
+  const GroupedSizes s = grouped_sizes(position, end, z.size(1), x.size(1));
+  const Tensor z_in = checked("z", z, ScalarType::Float, {s.pairs, s.narrow}, z);
+  const Tensor x_in = checked("x", x, ScalarType::Float, {s.tokens, s.wide}, z_in);
+  const Tensor order_in = checked("order", order, ScalarType::Int, {s.pairs}, z_in);
+  const Tensor end_in = checked("end", end, ScalarType::Int, {s.experts}, z_in);
+  const cpu::Pairs pairs = pairs_of(s, order_in, end_in);
+  Tensor result = empty(z_in, {s.experts, s.narrow, s.wide}, ScalarType::Float);
+  if (result.numel() == 0) return result;
+  const int64_t columns = cpu::chunk_columns(s.wide, cpu::kOuterColumns), chunks = ceiling(s.wide, columns);
+  const int64_t work = (s.pairs / s.experts + 1) * s.narrow * columns / 16;
+  torch::stable::parallel_for(0, chunks * s.experts, grain(work), [&](int64_t begin, int64_t stop) {
+    cpu::Outer outer(pairs, in<float>(z_in), in<float>(x_in), s.narrow, s.wide);
+    for (int64_t u = begin; u < stop; ++u) {
+      const int64_t i = u / s.experts * columns;
+      outer(static_cast<int>(u % s.experts), i, std::min(columns, s.wide - i), out<float>(result));
+    }
+  });
+  return result;
+}
+
 }  // namespace
 }  // namespace cuma
 
@@ -559,6 +641,9 @@ STABLE_TORCH_LIBRARY(cuma_ds, m) {
   m.def("permute_gather(Tensor x, Tensor order, Tensor position, Tensor? weight) -> Tensor");
   m.def("permute_scatter(Tensor y, Tensor order, Tensor position, Tensor? weight) -> Tensor");
   m.def("permute_products(Tensor d, Tensor y, Tensor position) -> Tensor");
+  m.def("grouped_shrink(Tensor x, Tensor weight, Tensor order, Tensor position, Tensor end) -> Tensor");
+  m.def("grouped_expand(Tensor z, Tensor weight, Tensor order, Tensor position, Tensor end) -> Tensor");
+  m.def("grouped_outer(Tensor z, Tensor x, Tensor order, Tensor position, Tensor end) -> Tensor");
 }
 
 #define CUMA_IMPLEMENT(m)                                              \
@@ -571,7 +656,12 @@ STABLE_TORCH_LIBRARY(cuma_ds, m) {
   m.impl("permute_scatter", TORCH_BOX(&cuma::permute_scatter));        \
   m.impl("permute_products", TORCH_BOX(&cuma::permute_products))
 
-STABLE_TORCH_LIBRARY_IMPL(cuma_ds, CPU, m) { CUMA_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(cuma_ds, CPU, m) {
+  CUMA_IMPLEMENT(m);
+  m.impl("grouped_shrink", TORCH_BOX(&cuma::grouped_shrink));  // GPUs have torch's grouped products
+  m.impl("grouped_expand", TORCH_BOX(&cuma::grouped_expand));
+  m.impl("grouped_outer", TORCH_BOX(&cuma::grouped_outer));
+}
 #ifdef CUMA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(cuma_ds, CUDA, m) { CUMA_IMPLEMENT(m); }
 #endif

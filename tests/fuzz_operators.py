@@ -70,6 +70,24 @@ def permute_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch
     return op, [torch.randn(rows, width).to(dtype), order, position, weight], lambda x, *rest: (plain(x.float(), *rest),), dtype
 
 
+def grouped_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dtype]:
+    tokens, experts, narrow, wide = r.choice([0, 1, 9, 300]), r.choice([1, 4, 512]), r.choice([1, 3, 8, 65]), r.choice([1, 7, 24, 600])
+    top_k = r.randint(1, min(4, experts))
+    pairs = reference.sort_by_expert(torch.randint(-1, experts, (tokens, top_k)).int(), experts)
+    x, weight, z = torch.randn(tokens, wide), torch.randn(experts, narrow, wide), torch.randn(tokens * top_k, narrow)
+    name, rows = r.choice([("grouped_shrink", (x, weight)), ("grouped_expand", (z, weight)), ("grouped_outer", (z, x))])
+
+    def expected(one: Tensor, other: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
+        result = getattr(reference, name)(one, other, reference.Pairs(*pairs))
+        return (result[: int(pairs[2][-1])],) if name == "grouped_shrink" else (result,)
+
+    def written(*arguments: Any) -> tuple[Tensor, ...]:
+        result = getattr(ops, name)(*arguments)
+        return (result[: int(arguments[4][-1])],) if name == "grouped_shrink" else (result,)
+
+    return written, [*rows, *pairs], expected, torch.float32
+
+
 def spoilt(arguments: list[Any], r: random.Random) -> list[Any]:
     """The arguments with one of them wrong: another shape or dtype, an index out of range, a number out of range, a NaN."""
     arguments = list(arguments)
@@ -96,7 +114,7 @@ right = refused = survived = 0
 for seed in range(int(sys.argv[2])):
     r = random.Random(seed)
     torch.manual_seed(seed)
-    op, arguments, expected, dtype = r.choice([gate_case, scale_case, permute_case])(r)
+    op, arguments, expected, dtype = r.choice([gate_case, scale_case, permute_case, grouped_case])(r)
     results = op(*arguments)
     for one, other in zip(results if isinstance(results, tuple | list) else (results,), expected(*arguments), strict=True):
         if one.dim() == 0 or one.dtype == torch.int32:

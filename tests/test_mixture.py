@@ -65,16 +65,16 @@ def grouped_mm_of_a_gpu(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor)
     return product
 
 
-@pytest.fixture(params=[False, True], ids=["experts in turns", "all experts at once"])
+@pytest.fixture(params=[False, True], ids=["rows in place", "all rows at once"])
 def at_once(request, monkeypatch) -> None:
     """As CPUs mix, and as GPUs do."""
     if request.param:
-        monkeypatch.setattr(mixture_module._Pairs, "in_turns", lambda self: False)
+        monkeypatch.setattr(mixture_module, "_in_place", lambda x: False)
 
 
 @pytest.fixture
 def gpu_products(monkeypatch):
-    monkeypatch.setattr(mixture_module._Pairs, "in_turns", lambda self: False)
+    monkeypatch.setattr(mixture_module, "_in_place", lambda x: False)
     monkeypatch.setattr(mixture_module, "F", SimpleNamespace(linear=F.linear, grouped_mm=grouped_mm_of_a_gpu))
 
 
@@ -97,7 +97,7 @@ def test_grouped_products_use_nothing_that_a_gpu_leaves_unwritten(tokens, kind, 
 @pytest.mark.parametrize("shared_a", [False, True])
 def test_both_strategies_equal_the_loop_forward_and_backward(shared_a, masked, kind, strategy, operators, at_once, monkeypatch) -> None:
     if operators == "plain PyTorch":
-        monkeypatch.setattr(library, "supports", lambda tensor: False)
+        monkeypatch.setattr(library, "supports", lambda *_: False)
     leaves, expert_TK = case(23, shared_a, kind)
     mask = None
     if masked:
@@ -131,23 +131,29 @@ def test_few_tokens_and_16_bit_inputs(tokens: int, dtype: torch.dtype, strategy:
     torch.testing.assert_close(out.double(), exact, rtol=0.0, atol=tolerance * largest)
 
 
-def test_cost_rule_takes_the_strategy_that_multiplies_less_and_what_grouped_products_can_take() -> None:
+def test_cost_rule_takes_the_strategy_that_multiplies_less_and_what_grouped_products_can_take(monkeypatch) -> None:
     def choose(experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32, width: int = 2048, device: str = "cpu") -> str:
         return cheaper_strategy(experts, top_k, rank, width, width, dtype, device)
 
-    assert choose(8, 2, 8) == "dense"
-    assert choose(8, 2, 64) == "grouped"
-    assert choose(128, 4, 16) == "grouped"
+    def answers() -> list[str]:
+        for experts, top_k, width in itertools.product((8, 64), (1, 2), (2048, 2049)):  # growing ranks change the answer once at most
+            chosen = [choose(experts, top_k, rank, width=width) for rank in (1, 2, 4, 8, 16, 32, 64, 128)]
+            assert chosen == sorted(chosen)
+        assert choose(8, 8, 64) == "dense"  # everybody answers: sorting saves nothing
+        assert choose(1, 1, 64) == "dense"
+        assert choose(128, 4, 16) == choose(128, 4, 16, width=2049) == "grouped"
+        return [choose(8, 2, 1), choose(8, 2, 8), choose(8, 2, 64)]
+
+    monkeypatch.setattr(library, "supports", lambda dtype, device: True)
+    assert answers() == ["dense", "grouped", "grouped"]
+    assert choose(8, 2, 8, torch.bfloat16) == "dense"  # compiled in float32 alone
+    monkeypatch.setattr(library, "supports", lambda dtype, device: False)
+    assert answers() == ["dense", "dense", "grouped"]
     assert choose(8, 2, 64, device="cuda") == "dense"  # rows are dearer to move there
     assert choose(64, 2, 64, device="cuda") == "grouped"
+    assert choose(64, 2, 64, torch.float64, device="cuda") == "dense"  # torch's grouped products take no float64
+    assert choose(64, 2, 4, torch.bfloat16, device="cuda") == choose(64, 2, 64, width=2049, device="cuda") == "dense"
     assert choose(8, 2, 64, device="meta") == choose(8, 2, 64)
-    assert choose(8, 8, 64) == "dense"  # everybody answers: sorting saves nothing
-    assert choose(1, 1, 64) == "dense"
-    assert choose(128, 2, 64, torch.float64) == "dense"
-    assert choose(128, 2, 6, torch.bfloat16) == choose(128, 2, 64, width=2049) == "dense"
-    for experts, top_k in itertools.product((8, 64), (1, 2)):  # growing ranks change the answer once at most
-        answers = [choose(experts, top_k, rank) for rank in (4, 8, 16, 32, 64, 128)]
-        assert answers == sorted(answers)
 
 
 def test_16_bit_products_are_computed_in_float32_only_on_cpus_without_units_for_them(monkeypatch) -> None:
@@ -273,7 +279,10 @@ def test_autocast_changes_the_frozen_part_alone() -> None:
     torch.testing.assert_close(added, exact, rtol=1e-2, atol=1e-2)
 
 
-def test_grouped_has_shapes_on_meta_and_is_not_traced_in_float32() -> None:
+@pytest.mark.parametrize("operators", ["in use", "plain PyTorch"])
+def test_grouped_has_shapes_on_meta_and_is_traced_where_it_can_be(operators: str, monkeypatch) -> None:
+    if operators == "plain PyTorch":
+        monkeypatch.setattr(library, "supports", lambda dtype, device: False)
     leaves, expert_TK = case(8, False)
     on_meta = [
         t.detach().to("meta").requires_grad_(t.is_floating_point())
@@ -282,9 +291,14 @@ def test_grouped_has_shapes_on_meta_and_is_not_traced_in_float32() -> None:
     out = mixture(*on_meta, strategy="grouped")
     out.backward(torch.empty_like(out))
     assert [t.grad.shape for t in on_meta if t.requires_grad] == [t.shape for t in on_meta if t.requires_grad]
-    wide = [torch.randn(8, 64), leaves["weight"].detach(), expert_TK, torch.randn(E, 64, 64), torch.randn(E, 64, 64)]
     assert cheaper_strategy(E, K, 64, 64, 64, torch.float32) == "grouped"
-    torch.testing.assert_close(torch.compile(mixture, backend="aot_eager", fullgraph=True)(*wide), mixture(*wide), rtol=1e-4, atol=1e-3)
+    wide = [torch.randn(8, 64), leaves["weight"].detach(), expert_TK, torch.randn(E, 64, 64), torch.randn(E, 64, 64)]
+    for i in (0, 1, 3, 4):
+        wide[i].requires_grad_()
+    outs = [call(*wide) for call in (torch.compile(mixture, backend="aot_eager", fullgraph=True), mixture)]
+    grads = [torch.autograd.grad(out.square().sum(), [t for t in wide if t.requires_grad]) for out in outs]
+    for one, other in zip([outs[0], *grads[0]], [outs[1], *grads[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max()))
 
 
 class QueryAndValue(nn.Module):
@@ -299,14 +313,14 @@ class QueryAndValue(nn.Module):
 @pytest.mark.parametrize(
     ("options", "products"),
     [
-        ({}, [(6, 24)]),  # q's router and its A; v has the gate already
-        ({"router": "mlp", "router_hidden": 10, "share_router": False}, [(10, 24), (10, 24)]),
+        ({"top_k": 6}, [(6, 24)]),  # q's router and its A; v has the gate already
+        ({"top_k": 6, "router": "mlp", "router_hidden": 10, "share_router": False}, [(10, 24), (10, 24)]),
         ({"shared_a": True, "gate_norm": "softmax"}, [(6, 4)]),
-        ({"profile_dim": 0}, [(6, 24)]),
-        ({"num_experts": 64, "lora_r": 32}, [(64,)]),  # experts take turns
+        ({"top_k": 6, "profile_dim": 0}, [(6, 24)]),
+        ({"num_experts": 64, "lora_r": 32}, [(64,)]),  # experts multiply their own rows
         ({"num_experts": 64, "lora_r": 32, "shared_a": True}, [(64, 32)]),
-        ({"dropout": 0.5}, [(6,)]),  # A reads another x than the router
-        ({"gradient_mask": "dominant"}, [(6,)]),  # and learns from others
+        ({"top_k": 6, "dropout": 0.5}, [(6,)]),  # A reads another x than the router
+        ({"top_k": 6, "gradient_mask": "dominant"}, [(6,)]),  # and learns from others
     ],
     ids=str,
 )

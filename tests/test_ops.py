@@ -225,6 +225,59 @@ def test_plain_permutation_passes_gradcheck() -> None:
         assert torch.autograd.gradcheck(lambda a, b, op=op: op(a, order, position, b), (x, weight))
 
 
+# T, K, E, J, I: nothing, one, odd sizes, more experts than pairs, several blocks of tokens and columns, no columns
+GROUPED_SHAPES = [
+    (0, 2, 4, 8, 16), (1, 1, 1, 1, 1), (5, 2, 3, 7, 33), (33, 8, 512, 4, 24), (300, 2, 8, 64, 1100), (4_000, 2, 8, 9, 40), (6, 1, 2, 3, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operators", [pytest.param("compiled", marks=compiled), "plain PyTorch"])
+@pytest.mark.parametrize("kind", ["padding and empty experts", "one takes all"])
+@pytest.mark.parametrize("shape", GROUPED_SHAPES, ids=str)
+def test_grouped_products_equal_a_loop_over_pairs(shape, kind: str, operators: str, monkeypatch) -> None:
+    if operators == "plain PyTorch":
+        monkeypatch.setattr(library, "supports", lambda dtype, device: False)
+    assert ops.grouped_way(torch.float32, "cpu") == ("compiled" if operators == "compiled" else "turns")
+    tokens, top_k, experts, narrow, wide = shape
+    expert = permute_inputs(tokens, top_k, experts, kind)
+    pairs = ops.sort_by_expert(expert, experts)
+    generator = torch.Generator().manual_seed(8)
+    x, weight = torch.randn(tokens, wide, generator=generator), torch.randn(experts, narrow, wide, generator=generator)
+    z = torch.randn(tokens * top_k, narrow, generator=generator)
+    places = int(pairs.end_E[-1])
+    z[places:] = math.nan  # what follows the last pair is nobody's
+    shrunk, expanded = torch.zeros(places, narrow).double(), torch.zeros(tokens, wide).double()
+    outer = torch.zeros(experts, narrow, wide).double()
+    for place, pair in enumerate(pairs.order_M[:places].tolist()):
+        t, e = pair // top_k, int(expert.flatten()[pair])
+        shrunk[place] = weight[e].double() @ x[t].double()
+        expanded[t] += z[place].double() @ weight[e].double()
+        outer[e] += torch.outer(z[place].double(), x[t].double())
+    assert ops.grouped_shrink(x, weight, pairs).shape == z.shape
+    results = [ops.grouped_shrink(x, weight, pairs)[:places], ops.grouped_expand(z, weight, pairs), ops.grouped_outer(z, x, pairs)]
+    for one, other in zip(results, (shrunk, expanded, outer), strict=True):
+        scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+        close(one / scale, other / scale)
+
+
+def test_plain_grouped_products_are_each_others_gradients() -> None:
+    pairs = reference.sort_by_expert(permute_inputs(6, 2, 4, "padding and empty experts"), 4)
+    generator = torch.Generator().manual_seed(9)
+    places = int(pairs.end_E[-1])
+
+    def shrink(x: Tensor, weight: Tensor) -> Tensor:  # by indexing, which autograd knows
+        expert_P = torch.repeat_interleave(torch.arange(4), pairs.end_E.diff(prepend=pairs.end_E.new_zeros(1)))
+        return torch.einsum("pi,pji->pj", x[pairs.order_M[:places].long() // 2], weight[expert_P])
+
+    x, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((6, 5), (4, 3, 5)))
+    d = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    z = shrink(x, weight)
+    torch.testing.assert_close(reference.grouped_shrink(x.detach(), weight.detach(), pairs)[:places], z)
+    d_x, d_weight = torch.autograd.grad(z, (x, weight), d[:places])
+    torch.testing.assert_close(reference.grouped_expand(d, weight.detach(), pairs), d_x)
+    torch.testing.assert_close(reference.grouped_outer(d, x.detach(), pairs), d_weight)
+
+
 @compiled
 def test_operators_pass_opcheck() -> None:
     """Schema, autograd registration, shapes under tracing and ahead-of-time dispatch, with and without optional arguments."""
@@ -233,7 +286,7 @@ def test_operators_pass_opcheck() -> None:
     hidden.requires_grad_(), profile.requires_grad_()
     z, weight, expert = scale_inputs(9, 6, 2, 4, False, torch.float32)
     d_out = torch.randn(9, 6, 4)
-    order, position, _ = ops.sort_by_expert(expert, 6)
+    order, position, end = ops.sort_by_expert(expert, 6)
     leaf = [t.clone().requires_grad_() for t in (z, weight)]
     out = ops.demographic_gate(hidden.detach(), profile.detach(), index, 2, "softmax_topk")
     cases = [
@@ -247,6 +300,8 @@ def test_operators_pass_opcheck() -> None:
         (names.permute_gather, (torch.randn(9, 5, requires_grad=True), order, position, leaf[1])),
         (names.permute_scatter, (torch.randn(18, 5, requires_grad=True), order, position, None)),
         (names.permute_products, (torch.randn(9, 5), torch.randn(18, 5), position)),
+        (names.grouped_expand, (torch.randn(18, 5), torch.randn(6, 5, 7), order, position, end)),
+        (names.grouped_outer, (torch.randn(18, 5), torch.randn(9, 7), order, position, end)),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments)
@@ -284,7 +339,10 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         h, p = hidden.clone().requires_grad_(), profile.clone().requires_grad_()
         out = ops.demographic_gate(h, p, index, 2, "softmax_topk")
         (out.weight_TK.square().sum() + out.weight_sum_E.square().sum()).backward()
-        return [*out, h.grad, p.grad]
+        pairs = ops.sort_by_expert(out.expert_TK, 16)
+        x, matrix = torch.ones(5000, 700).cumsum(dim=0).sin(), torch.ones(16, 5, 700).cumsum(dim=2).cos()
+        z = ops.grouped_shrink(x, matrix, pairs)
+        return [*out, h.grad, p.grad, z, ops.grouped_expand(z, matrix, pairs), ops.grouped_outer(z, x, pairs)]
 
     try:
         for one, other in zip(run(1), run(3), strict=True):
@@ -308,7 +366,7 @@ def test_logits_that_are_not_finite_are_reported_and_padding_ones_ignored(value:
 def test_mistaken_arguments_are_named_with_what_was_expected() -> None:
     hidden, profile, index = gate_inputs((10, 4, 2, 3), torch.float32, "cpu")
     z, weight, expert = scale_inputs(10, 4, 2, 5, False, torch.float32)
-    order, position, _ = ops.sort_by_expert(expert, 4)
+    order, position, end = pairs = ops.sort_by_expert(expert, 4)
 
     def gate(**changes: object) -> object:
         values = {"hidden": hidden, "profile": profile, "index": index, "top_k": 2, "norm": "topk_softmax", **changes}
@@ -333,6 +391,12 @@ def test_mistaken_arguments_are_named_with_what_was_expected() -> None:
         (lambda: ops.permute_gather(hidden[:9], order, position), "x_TW has 9 rows; position_TK has 10"),
         (lambda: ops.permute_scatter(hidden, order, position), "y_MW has 10 rows; order_M has 20"),
         (lambda: ops.permute_gather(hidden, order[:3], position), r"order_M has shape \[3\]; expected \[20\]"),
+        (lambda: ops.grouped_shrink(hidden, z[:4, 0, :4], pairs), r"weight_EJI has shape \[4, 4\]; expected \[4, \*, 4\]"),
+        (lambda: ops.grouped_shrink(hidden[:9], z[:4, :, :4], pairs), r"position_TK has shape \[10, 2\]; expected \[9, \*\]"),
+        (lambda: ops.grouped_shrink(hidden.to("meta"), z[:4], pairs), "x_TI is on meta; grouped products are for the CPU"),
+        (lambda: ops.grouped_expand(hidden, z[:4], pairs), r"z_MJ has shape \[10, 4\]; expected \[20, \*\]"),
+        (lambda: ops.grouped_outer(z[:, 0], hidden, pairs), r"z_MJ has shape \[10, 5\]; expected \[20, \*\]"),
+        (lambda: ops.grouped_outer(z[:, 0], hidden, ops.Pairs(order, position, end.long())), "end_E is int64; expected int32"),
     ]
     for call, message in cases:
         with pytest.raises(ModelError, match=message):
@@ -345,7 +409,8 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
     names = torch.ops.cuma_ds
     hidden, profile, index = gate_inputs((10, 4, 2, 3), torch.float32, "cpu")
     z, weight, expert = scale_inputs(10, 4, 2, 5, False, torch.float32)
-    order, position, _ = ops.sort_by_expert(expert, 4)
+    order, position, end = ops.sort_by_expert(expert, 4)
+    matrix = torch.randn(4, 3, 3)
     x, y = torch.randn(10, 3), torch.randn(20, 3)
     cases = [
         (lambda: names.gate(hidden, profile, index + 5, 2, 0), "profile_index is . at token .; expected -1 .padding. or below 3"),
@@ -359,6 +424,12 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
         (lambda: names.permute_gather(x, order + 50, position, None), "order has an index out of range"),
         (lambda: names.permute_scatter(y, order, position + 50, None), "position has an index out of range"),
         (lambda: names.permute_products(x, y[:5], position), "position has an index out of range"),
+        (lambda: names.grouped_shrink(x, matrix, order + 50, position, end), "order or end is out of range or not ascending; expected"),
+        (lambda: names.grouped_expand(y, matrix, order.flip(0), position, end), "order or end is out of range or not ascending; expected"),
+        (lambda: names.grouped_outer(y, x, order, position, end + 9), "order or end is out of range or not ascending; expected"),
+        (lambda: names.grouped_outer(y, x, order, position, end.flip(0)), "order or end is out of range or not ascending; expected"),
+        (lambda: names.grouped_outer(y.half(), x, order, position, end), "z is float16; expected float32"),
+        (lambda: names.grouped_shrink(x[:9], matrix, order, position, end), r"x has shape \[9, 3\]; expected \[10, 3\]"),
     ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):

@@ -3,8 +3,8 @@
 *Dense*: one product with all A, scaling by the gate (zero where not routed), one product with all B. No permutation; work grows with E.
 The product with all A reads what the router reads: where one router product comes with it (:func:`project`), both are one.
 *Grouped*: the (token, expert) pairs are sorted by expert, each expert multiplies its own rows, and the rows are summed back per
-token. Work grows with K. CPUs take one expert after the other; GPUs all at once, without waiting for the device where torch has a
-grouped kernel (bfloat16 on sm_90 and sm_100; elsewhere it reads the group sizes back). All give the same result.
+token. Work grows with K. CPUs multiply rows where they are; GPUs sort copies of them and multiply all at once, without waiting for the
+device where torch has a grouped kernel (bfloat16 on sm_90 and sm_100; elsewhere it reads the group sizes back). All give the same result.
 
 Shapes: T tokens, D input features, O output features, E experts, K active experts, r rank (R in names), N profiles, M = T * K pairs,
 C columns of the product with all A: E * r, or r when A is shared.
@@ -13,14 +13,24 @@ C columns of the product with all A: E * r, or r when A is shared.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuma_ds.ops import gate_scale, gate_scale_backward, permute_gather, permute_scatter, sort_by_expert
+from cuma_ds.ops import (
+    Pairs,
+    gate_scale,
+    gate_scale_backward,
+    grouped_expand,
+    grouped_outer,
+    grouped_shrink,
+    grouped_way,
+    permute_gather,
+    permute_scatter,
+    sort_by_expert,
+)
 
 Strategy = Literal["dense", "grouped"]
 
@@ -101,7 +111,7 @@ def project(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def all_a(x_TD: Tensor, lora_a: Tensor, lora_b: Tensor, top_k: int) -> Tensor | None:
-    """What :func:`mixture` multiplies every token with first, [C, D], for :func:`project`; None where experts take turns instead."""
+    """What :func:`mixture` multiplies every token with first, [C, D], for :func:`project`; None where experts multiply their own rows."""
     if lora_a.dim() == 3 and _strategy(x_TD, lora_b, top_k) == "grouped":
         return None
     return _rounded(lora_a, x_TD).flatten(0, -2)
@@ -139,18 +149,21 @@ def cheaper_strategy(
 
     Dense multiplies E r columns, grouped K r of them but moves K rows of x and of the answer per token.
     """
-    bits = torch.finfo(dtype).bits
-    if bits == 64 or any(size * bits % 128 for size in (rank, in_features, out_features)):
-        return "dense"  # grouped products take neither float64 nor rows that are not multiples of 16 bytes
-    if bits == 32 and torch.compiler.is_compiling():
-        return "dense"  # nor does torch.compile trace them in float32
+    way = grouped_way(dtype, device)
+    if way == "no":  # then torch's grouped products do it
+        bits = torch.finfo(dtype).bits
+        if bits == 64 or any(size * bits % 128 for size in (rank, in_features, out_features)):
+            return "dense"  # they take neither float64 nor rows that are not multiples of 16 bytes
+        if bits == 32 and torch.compiler.is_compiling():
+            return "dense"  # nor does torch.compile trace them in float32
     columns_dense, columns_grouped = experts * rank, top_k * rank
-    moved_columns = MOVED_COLUMNS.get(device, MOVED_COLUMNS["cpu"])
+    moved_columns = MOVED_COLUMNS.get("compiled" if way == "compiled" else device, MOVED_COLUMNS["cpu"])
     return "grouped" if columns_dense > columns_grouped + moved_columns * top_k else "dense"
 
 
-# What moving one row costs, in columns of a dense product. GPUs multiply far faster than they move.
-MOVED_COLUMNS = {"cpu": 64.0, "cuda": 400.0}
+# What moving one row costs, in columns of a dense product: for compiled grouped products, CPUs without, and GPUs, which multiply far
+# faster than they move.
+MOVED_COLUMNS = {"compiled": 4.0, "cpu": 64.0, "cuda": 400.0}
 
 
 class _Dense(torch.autograd.Function):
@@ -196,66 +209,36 @@ def _joined(lora_b: Tensor) -> Tensor:
     return lora_b.transpose(1, 2).reshape(-1, lora_b.shape[1])
 
 
-class _Pairs(NamedTuple):
-    """The (token, expert) pairs in the order of their experts, as :func:`cuma_ds.ops.sort_by_expert` returns them."""
-
-    order_M: Tensor
-    position_TK: Tensor
-    end_E: Tensor
-
-    def in_turns(self) -> bool:
-        """Whether experts take turns: their rows then stay in the cache, and no memory has to be found for all M of them."""
-        return self.end_E.device.type == "cpu" and not torch.compiler.is_compiling()
-
-    def turns(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """Every expert, where its pairs stand, and the tokens they are of (none for some experts)."""
-        token_M = self.order_M.long() // self.position_TK.shape[1]
-        begin = 0
-        for expert, end in enumerate(self.end_E.tolist()):
-            yield expert, slice(begin, end), token_M[begin:end]
-            begin = end
-
-
 class _Rows:
     """Rows of x [T, I], each token's as often as it has experts; what follows the last pair in [M, J] is not written, nobody reads it."""
 
-    def __init__(self, x_TI: Tensor, pairs: _Pairs) -> None:
+    def __init__(self, x_TI: Tensor, pairs: Pairs) -> None:
         self.x_TI, self.pairs = x_TI, pairs
-        self.all_MI = None if pairs.in_turns() else permute_gather(x_TI, pairs.order_M, pairs.position_TK)
+        self.all_MI = None if _in_place(x_TI) else permute_gather(x_TI, pairs.order_M, pairs.position_TK)
 
-    def times(self, weight_EIJ: Tensor) -> Tensor:
+    def shrink(self, weight_EJI: Tensor) -> Tensor:
         """Each row times its expert's matrix, [M, J]."""
-        if self.all_MI is not None:
-            return _grouped_mm(self.all_MI, weight_EIJ, self.pairs.end_E)
-        product_MJ = self.x_TI.new_empty(len(self.pairs.order_M), weight_EIJ.shape[2])
-        for expert, place, token_P in self.pairs.turns():
-            if len(token_P):
-                torch.mm(self.x_TI.index_select(0, token_P), weight_EIJ[expert], out=product_MJ[place])
-        return product_MJ
+        if self.all_MI is None:
+            return grouped_shrink(self.x_TI, weight_EJI, self.pairs)
+        return _grouped_mm(self.all_MI, weight_EJI.transpose(1, 2), self.pairs.end_E)
 
-    def outer(self, z_MJ: Tensor, z_first: bool) -> Tensor:
-        """Per expert, z^T x [E, J, I] if ``z_first``, else x^T z [E, I, J]."""
-        if self.all_MI is not None:
-            first, second = (z_MJ, self.all_MI) if z_first else (self.all_MI, z_MJ)
-            return _grouped_mm(first.T, second, self.pairs.end_E)
-        shape = (z_MJ.shape[1], self.x_TI.shape[1])
-        sum_E = self.x_TI.new_empty(len(self.pairs.end_E), *(shape if z_first else shape[::-1]))
-        for expert, place, token_P in self.pairs.turns():
-            first, second = z_MJ[place], self.x_TI.index_select(0, token_P)
-            torch.mm(*((first.T, second) if z_first else (second.T, first)), out=sum_E[expert])
-        return sum_E
+    def outer(self, z_MJ: Tensor) -> Tensor:
+        """z^T x per expert, [E, J, I]."""
+        if self.all_MI is None:
+            return grouped_outer(z_MJ, self.x_TI, self.pairs)
+        return _grouped_mm(z_MJ.T, self.all_MI, self.pairs.end_E)
 
 
-def _sum_per_token(z_MJ: Tensor, weight_EJI: Tensor, pairs: _Pairs) -> Tensor:
+def _expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
     """Each row times its expert's matrix, summed over the experts of a token: [T, I]."""
-    if not pairs.in_turns():
-        return permute_scatter(_grouped_mm(z_MJ, weight_EJI, pairs.end_E), pairs.order_M, pairs.position_TK)
-    wide = torch.promote_types(z_MJ.dtype, torch.float32)
-    sum_TI = z_MJ.new_zeros(pairs.position_TK.shape[0], weight_EJI.shape[2], dtype=wide)
-    for expert, place, token_P in pairs.turns():
-        if len(token_P):
-            sum_TI.index_add_(0, token_P, (z_MJ[place] @ weight_EJI[expert]).to(wide))
-    return sum_TI.to(z_MJ.dtype)
+    if _in_place(z_MJ):
+        return grouped_expand(z_MJ, weight_EJI, pairs)
+    return permute_scatter(_grouped_mm(z_MJ, weight_EJI, pairs.end_E), pairs.order_M, pairs.position_TK)
+
+
+def _in_place(x: Tensor) -> bool:
+    """Whether experts multiply rows where they are, instead of all rows at once in the order of the experts."""
+    return grouped_way(x.dtype, x.device.type) != "no"
 
 
 def _grouped_mm(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
@@ -285,26 +268,26 @@ class _Grouped(torch.autograd.Function):
         x_TD: Tensor | None,
         shared_a: Tensor | None,
     ) -> Tensor:
-        pairs = _Pairs(*sort_by_expert(expert_TK, lora_b.shape[0]))
-        if own_a is None:
-            z_MR = permute_gather(rows_TC, pairs.order_M, pairs.position_TK)
-        else:
-            z_MR = _Rows(rows_TC, pairs).times(own_a.transpose(1, 2))
+        pairs = sort_by_expert(expert_TK, lora_b.shape[0])
+        z_MR = permute_gather(rows_TC, pairs.order_M, pairs.position_TK) if own_a is None else _Rows(rows_TC, pairs).shrink(own_a)
         weight_M = scale * weight_TK.flatten()[pairs.order_M.clamp(min=0)]
         h_MR = (z_MR * weight_M[:, None]).to(z_MR.dtype)
         ctx.scale = scale
         own_rows = None if own_a is None else rows_TC
-        ctx.save_for_backward(own_rows, weight_M, own_a, lora_b, expert_TK, mask_NE, profile_T, x_TD, z_MR, h_MR, *pairs)
-        return _sum_per_token(h_MR, lora_b.transpose(1, 2), pairs)
+        b_ERO = lora_b.transpose(1, 2)
+        if _in_place(rows_TC):
+            b_ERO = b_ERO.contiguous()
+        ctx.save_for_backward(own_rows, weight_M, own_a, b_ERO, expert_TK, mask_NE, profile_T, x_TD, z_MR, h_MR, *pairs)
+        return _expand(h_MR, b_ERO, pairs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TO,) = grads
-        rows_TD, weight_M, own_a, lora_b, expert_TK, mask_NE, profile_T, x_TD, z_MR, h_MR, *saved = ctx.saved_tensors
-        pairs = _Pairs(*saved)
+        rows_TD, weight_M, own_a, b_ERO, expert_TK, mask_NE, profile_T, x_TD, z_MR, h_MR, *saved = ctx.saved_tensors
+        pairs = Pairs(*saved)
         order_M, position_TK, _ = pairs
         dy = _Rows(dy_TO, pairs)
-        dh_MR = dy.times(lora_b)
+        dh_MR = dy.shrink(b_ERO)
         dweight_M = ctx.scale * (dh_MR.float() * z_MR).sum(dim=1)
         dweight_TK = dweight_M[position_TK.clamp(min=0)].masked_fill(position_TK < 0, 0.0)
         dz_MR = (dh_MR * weight_M[:, None]).to(dh_MR.dtype)
@@ -314,10 +297,10 @@ class _Grouped(torch.autograd.Function):
             learning_dz, learning_h = ((rows * share_M).to(rows.dtype) for rows in (dz_MR, h_MR))
         drows_TC = d_own_a = d_shared_a = None
         if ctx.needs_input_grad[0]:
-            drows_TC = permute_scatter(dz_MR, order_M, position_TK) if own_a is None else _sum_per_token(dz_MR, own_a, pairs)
+            drows_TC = permute_scatter(dz_MR, order_M, position_TK) if own_a is None else _expand(dz_MR, own_a, pairs)
         if ctx.needs_input_grad[2]:
-            d_own_a = _Rows(rows_TD, pairs).outer(learning_dz, z_first=True)
-        db = dy.outer(learning_h, z_first=False) if ctx.needs_input_grad[3] else None
+            d_own_a = _Rows(rows_TD, pairs).outer(learning_dz)
+        db = dy.outer(learning_h).transpose(1, 2) if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[9]:
             d_shared_a = permute_scatter(learning_dz, order_M, position_TK).T @ x_TD
         return drows_TC, dweight_TK, d_own_a, db, None, None, None, None, None, d_shared_a

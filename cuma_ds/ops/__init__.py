@@ -1,7 +1,8 @@
 """The operators of the mixture: compiled where they were built (csrc/), plain PyTorch elsewhere; the same results from both.
 
-Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K assignments, W features.
+Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K assignments, W features; J narrow and I wide ones.
 Compiled: float32, bfloat16 and float16 with float32 arithmetic, on the CPU and on CUDA, deterministic; float64 takes plain PyTorch.
+The grouped products are for CPUs alone (GPUs have torch's own) and compiled in float32 alone: 16-bit ones are left to the CPU's own units.
 """
 
 from __future__ import annotations
@@ -13,16 +14,21 @@ from torch import Tensor
 
 from cuma_ds.errors import ModelError
 from cuma_ds.ops import library, reference
-from cuma_ds.ops.reference import GATE_NORMS, GateOutput, dense_gate
+from cuma_ds.ops.reference import GATE_NORMS, GateOutput, GroupedWay, Pairs, dense_gate
 
 __all__ = [
     "GATE_NORMS",
     "GateOutput",
+    "Pairs",
     "demographic_gate",
     "dense_gate",
     "describe",
     "gate_scale",
     "gate_scale_backward",
+    "grouped_expand",
+    "grouped_outer",
+    "grouped_shrink",
+    "grouped_way",
     "permute_gather",
     "permute_scatter",
     "sort_by_expert",
@@ -65,7 +71,7 @@ def demographic_gate(
     eager_cpu = hidden_logits_TE.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(hidden_logits_TE)
     if eager_cpu and tokens:
         _check_range(profile_index_T, None if profile_logits_NE is None else profile_logits_NE.shape[0])
-    if library.supports(hidden_logits_TE) and experts <= 512 and (norm == "softmax" or top_k <= _MOST_CHOICES):
+    if _compiled(hidden_logits_TE) and experts <= 512 and (norm == "softmax" or top_k <= _MOST_CHOICES):
         profile_logits_NE = None if profile_logits_NE is None else profile_logits_NE.float()
         out = GateOutput(*torch.ops.cuma_ds.gate(hidden_logits_TE, profile_logits_NE, profile_index_T, top_k, GATE_NORMS.index(norm)))
     else:
@@ -92,7 +98,7 @@ def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts:
         ModelError: shapes, dtypes or devices that do not fit.
     """
     _check_scale(z_TER, weight_TK, expert_TK, num_experts)
-    if library.supports(z_TER):
+    if _compiled(z_TER):
         return torch.ops.cuma_ds.gate_scale(z_TER, weight_TK.float(), expert_TK, num_experts, scale)
     return reference.gate_scale(z_TER, weight_TK, expert_TK, num_experts, scale)
 
@@ -128,13 +134,13 @@ def gate_scale_backward(
     if mask_NE is not None and profile_index_T is not None:
         _check("mask_NE", mask_NE, _FLOATS, (None, d_out_TER.shape[1]), z_TER)
         _check("profile_index_T", profile_index_T, (torch.int64,), (z_TER.shape[0],), z_TER)
-    if library.supports(z_TER):
+    if _compiled(z_TER):
         mask_NE = None if mask_NE is None else mask_NE.float()
         return torch.ops.cuma_ds.gate_scale_backward(d_out_TER, z_TER, weight_TK.float(), expert_TK, scale, mask_NE, profile_index_T)
     return reference.gate_scale_backward(d_out_TER, z_TER, weight_TK, expert_TK, scale, mask_NE, profile_index_T)
 
 
-def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
     """Sort the assignments of tokens to experts by expert, stably, without a device sync.
 
     Args:
@@ -142,15 +148,14 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
         num_experts: E.
 
     Returns:
-        order [M] int32, the assignment (t * K + k) at each sorted place, -1 past the last one; position [T, K] int32, the place of each
-        assignment, -1 if it has none; end [E] int32, where each expert's places end (the offsets grouped products take).
+        :class:`Pairs`.
 
     Raises:
         ModelError: a wrong shape or dtype; on the CPU also an expert out of range.
     """
     _check("expert_TK", expert_TK, (torch.int32,), (None, None), expert_TK)
-    if library.supports(expert_TK.new_empty(0, dtype=torch.float32)) and num_experts <= 512:
-        return torch.ops.cuma_ds.sort_by_expert(expert_TK, num_experts)
+    if library.supports(torch.float32, expert_TK.device.type) and num_experts <= 512:
+        return Pairs(*torch.ops.cuma_ds.sort_by_expert(expert_TK, num_experts))
     return reference.sort_by_expert(expert_TK, num_experts)
 
 
@@ -172,7 +177,7 @@ def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK
     _check_permutation(x_TW, order_M, position_TK, weight_TK)
     if x_TW.shape[0] != position_TK.shape[0]:
         raise ModelError(f"x_TW has {x_TW.shape[0]} rows; position_TK has {position_TK.shape[0]}")
-    if library.supports(x_TW):
+    if _compiled(x_TW):
         return torch.ops.cuma_ds.permute_gather(x_TW, order_M, position_TK, None if weight_TK is None else weight_TK.float())
     return reference.permute_gather(x_TW, order_M, position_TK, weight_TK)
 
@@ -195,9 +200,87 @@ def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_T
     _check_permutation(y_MW, order_M, position_TK, weight_TK)
     if y_MW.shape[0] != len(order_M):
         raise ModelError(f"y_MW has {y_MW.shape[0]} rows; order_M has {len(order_M)}")
-    if library.supports(y_MW):
+    if _compiled(y_MW):
         return torch.ops.cuma_ds.permute_scatter(y_MW, order_M, position_TK, None if weight_TK is None else weight_TK.float())
     return reference.permute_scatter(y_MW, order_M, position_TK, weight_TK)
+
+
+def grouped_way(dtype: torch.dtype, device: str) -> GroupedWay:
+    """How the grouped products below are computed: by compiled operators, with one expert after the other, or not at all.
+
+    Not at all on GPUs, where torch multiplies all experts at once (torch.nn.functional.grouped_mm), and where torch.compile would have to
+    trace turns.
+    """
+    if device == "cpu" and dtype == torch.float32 and library.supports(dtype, device):
+        return "compiled"
+    return reference.grouped_way(dtype, device)
+
+
+def grouped_shrink(x_TI: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
+    """Each pair's row of ``x_TI`` times the matrix of its expert, W_e x: from wide to narrow. (Shrink and expand as in Punica's SGMV.)
+
+    Args:
+        x_TI: [T, I].
+        weight_EJI: [E, J, I].
+        pairs: of :func:`sort_by_expert`.
+
+    Returns:
+        [M, J] in the dtype of ``x_TI``, in the order of the pairs; what follows the last pair is not written. Not differentiable by itself:
+        its gradients are :func:`grouped_expand` and :func:`grouped_outer`.
+
+    Raises:
+        ModelError: shapes, dtypes or devices that do not fit.
+    """
+    tokens, wide = _check_grouped("x_TI", x_TI, pairs)
+    _check("weight_EJI", weight_EJI, (x_TI.dtype,), (len(pairs.end_E), None, wide), x_TI)
+    _check("position_TK", pairs.position_TK, (torch.int32,), (tokens, None), x_TI)
+    if grouped_way(x_TI.dtype, x_TI.device.type) == "compiled":
+        return torch.ops.cuma_ds.grouped_shrink(x_TI, weight_EJI, *pairs)
+    return reference.grouped_shrink(x_TI, weight_EJI, pairs)
+
+
+def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
+    """Each pair's row of ``z_MJ`` times the matrix of its expert, z W_e, summed per token: from narrow to wide.
+
+    Args:
+        z_MJ: [M, J] in the order of the pairs; what follows the last pair is not read.
+        weight_EJI: [E, J, I].
+        pairs: of :func:`sort_by_expert`.
+
+    Returns:
+        [T, I] in the dtype of ``z_MJ``; zero for tokens without experts. Gradients as for :func:`grouped_shrink`.
+
+    Raises:
+        ModelError: shapes, dtypes or devices that do not fit.
+    """
+    _, narrow = _check_grouped("z_MJ", z_MJ, pairs)
+    _check("z_MJ", z_MJ, _FLOATS, (len(pairs.order_M), None), z_MJ)
+    _check("weight_EJI", weight_EJI, (z_MJ.dtype,), (len(pairs.end_E), narrow, None), z_MJ)
+    if grouped_way(z_MJ.dtype, z_MJ.device.type) == "compiled":
+        return torch.ops.cuma_ds.grouped_expand(z_MJ, weight_EJI, *pairs)
+    return reference.grouped_expand(z_MJ, weight_EJI, pairs)
+
+
+def grouped_outer(z_MJ: Tensor, x_TI: Tensor, pairs: Pairs) -> Tensor:
+    """The sum of z x^T over the pairs of each expert: what its matrix learns in :func:`grouped_shrink` and :func:`grouped_expand`.
+
+    Args:
+        z_MJ: [M, J] in the order of the pairs; what follows the last pair is not read.
+        x_TI: [T, I].
+        pairs: of :func:`sort_by_expert`.
+
+    Returns:
+        [E, J, I] in the dtype of ``x_TI``; zero for experts that nobody asks.
+
+    Raises:
+        ModelError: shapes, dtypes or devices that do not fit.
+    """
+    tokens, _ = _check_grouped("x_TI", x_TI, pairs)
+    _check("z_MJ", z_MJ, (x_TI.dtype,), (len(pairs.order_M), None), x_TI)
+    _check("position_TK", pairs.position_TK, (torch.int32,), (tokens, None), x_TI)
+    if grouped_way(x_TI.dtype, x_TI.device.type) == "compiled":
+        return torch.ops.cuma_ds.grouped_outer(z_MJ, x_TI, *pairs)
+    return reference.grouped_outer(z_MJ, x_TI, pairs)
 
 
 def describe() -> str:
@@ -245,6 +328,18 @@ def _check_permutation(beside: Tensor, order_M: Tensor, position_TK: Tensor, wei
     _check("order_M", order_M, (torch.int32,), (position_TK.numel(),), beside)
     if weight_TK is not None:
         _check("weight_TK", weight_TK, _FLOATS, tuple(position_TK.shape), beside)
+
+
+def _check_grouped(name: str, rows: Tensor, pairs: Pairs) -> tuple[int, int]:
+    if rows.device.type != "cpu":
+        raise ModelError(f"{name} is on {rows.device}; grouped products are for the CPU")
+    _check_permutation(rows, pairs.order_M, pairs.position_TK, None)
+    _check("end_E", pairs.end_E, (torch.int32,), (None,), rows)
+    return _matrix(name, rows, _FLOATS)
+
+
+def _compiled(tensor: Tensor) -> bool:
+    return library.supports(tensor.dtype, tensor.device.type)
 
 
 def _short(dtype: torch.dtype) -> str:

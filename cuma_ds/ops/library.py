@@ -1,6 +1,7 @@
 """The compiled operators as torch sees them: loaded, with shapes for tracing and gradients.
 
-Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K assignments, W features.
+Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K assignments, W features; J narrow
+and I wide ones.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cuma_ds.errors import ConfigError
 reason = ""
 # CUDA architectures they were built for.
 architectures: tuple[str, ...] = ()
+BUILD = "python setup.py build_ext --inplace"
 
 
 def _load() -> str:
@@ -34,16 +36,20 @@ def _load() -> str:
         from cuma_ds.ops import _C  # type: ignore[attr-defined]
     except ImportError as error:
         missing = "No module named" in str(error) or "cannot import name" in str(error)
-        return "they are not built; run: python setup.py build_ext --inplace" if missing else str(error).splitlines()[0]
+        return f"they are not built; run: {BUILD}" if missing else str(error).splitlines()[0]
+    try:
+        _register()
+    except RuntimeError as error:
+        return f"they were built from another version of the source ({str(error).splitlines()[0]}); run: {BUILD}"
     architectures = tuple(_C.CUDA_ARCHITECTURES.split())
     return ""
 
 
-def supports(tensor: Tensor) -> bool:
-    """Whether the compiled operators take this tensor: float32, bfloat16 or float16 on the CPU, or on CUDA if built for it."""
-    if reason or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+def supports(dtype: torch.dtype, device: str) -> bool:
+    """Whether the compiled operators take such tensors: float32, bfloat16 or float16 on the CPU, or on CUDA if built for it."""
+    if reason or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    return tensor.device.type in ("cpu", "meta") or (tensor.device.type == "cuda" and bool(architectures))
+    return device in ("cpu", "meta") or (device == "cuda" and bool(architectures))
 
 
 def _register() -> None:
@@ -125,6 +131,18 @@ def _register() -> None:
     def products_shape(d: Tensor, y: Tensor, position: Tensor) -> Tensor:
         return d.new_empty(position.shape, dtype=torch.float32)
 
+    @torch.library.register_fake("cuma_ds::grouped_shrink")
+    def shrink_shape(x: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor) -> Tensor:
+        return x.new_empty(order.shape[0], weight.shape[1])
+
+    @torch.library.register_fake("cuma_ds::grouped_expand")
+    def expand_shape(z: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor) -> Tensor:
+        return z.new_empty(position.shape[0], weight.shape[2])
+
+    @torch.library.register_fake("cuma_ds::grouped_outer")
+    def outer_shape(z: Tensor, x: Tensor, order: Tensor, position: Tensor, end: Tensor) -> Tensor:
+        return z.new_empty(end.shape[0], z.shape[1], x.shape[1])
+
     def permute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
@@ -143,5 +161,3 @@ def _register() -> None:
 
 
 reason = _load()
-if not reason:
-    _register()

@@ -1,16 +1,18 @@
 """The operators in plain PyTorch: what the compiled ones must equal, and what runs where those are missing.
 
-Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K assignments, W features.
+Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K assignments, W features; J narrow and I wide ones.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 GATE_NORMS = ("topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax")
+GroupedWay = Literal["compiled", "turns", "no"]
 
 
 class GateOutput(NamedTuple):
@@ -27,6 +29,18 @@ class GateOutput(NamedTuple):
     weight_sum_E: Tensor
     entropy: Tensor
     invalid: Tensor
+
+
+class Pairs(NamedTuple):
+    """The pairs of a token and one of its experts, sorted by expert: what :func:`sort_by_expert` returns.
+
+    order_M: [M] int32, the pair (t * K + k) at each sorted place, -1 past the last one.  position_TK: [T, K] int32, the place of each pair,
+    -1 if it has none.  end_E: [E] int32, where each expert's places end (the offsets grouped products take).
+    """
+
+    order_M: Tensor
+    position_TK: Tensor
+    end_E: Tensor
 
 
 def demographic_gate(
@@ -101,7 +115,7 @@ def gate_scale_backward(
     return d_z(gate_TE), d_weight_TK, d_z(allowed_TE), _scaled(z_TER, allowed_TE[:, :, None])
 
 
-def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
     """See :func:`cuma_ds.ops.sort_by_expert`."""
     expert_M = expert_TK.reshape(-1).long()
     key_M = expert_M.masked_fill(expert_M < 0, num_experts)
@@ -111,7 +125,7 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
     end_E = torch.zeros(num_experts + 1, dtype=torch.long, device=key_M.device).scatter_add(0, key_M, torch.ones_like(key_M)).cumsum(0)[:-1]
     order_M = order_M.masked_fill(place_M >= end_E[-1:], -1)
     position_M = position_M.masked_fill(expert_M < 0, -1)
-    return order_M.to(torch.int32), position_M.to(torch.int32).view(expert_TK.shape), end_E.to(torch.int32)
+    return Pairs(order_M.to(torch.int32), position_M.to(torch.int32).view(expert_TK.shape), end_E.to(torch.int32))
 
 
 def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
@@ -129,6 +143,46 @@ def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_T
     if weight_TK is None:
         return y_TKW.sum(dim=1)
     return (y_TKW * weight_TK[:, :, None]).sum(dim=1).to(y_MW.dtype)
+
+
+def grouped_way(dtype: torch.dtype, device: str) -> GroupedWay:
+    """See :func:`cuma_ds.ops.grouped_way`."""
+    return "turns" if device == "cpu" and not torch.compiler.is_compiling() else "no"
+
+
+def grouped_shrink(x_TI: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
+    """See :func:`cuma_ds.ops.grouped_shrink`. Experts take turns, so that their rows stay in the cache."""
+    z_MJ = x_TI.new_empty(len(pairs.order_M), weight_EJI.shape[1])
+    for expert, place, token_P in _turns(pairs):
+        torch.mm(x_TI.index_select(0, token_P), weight_EJI[expert].T, out=z_MJ[place])
+    return z_MJ
+
+
+def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
+    """See :func:`cuma_ds.ops.grouped_expand`."""
+    wide = torch.promote_types(z_MJ.dtype, torch.float32)
+    y_TI = z_MJ.new_zeros(pairs.position_TK.shape[0], weight_EJI.shape[2], dtype=wide)
+    for expert, place, token_P in _turns(pairs):
+        y_TI.index_add_(0, token_P, (z_MJ[place] @ weight_EJI[expert]).to(wide))
+    return y_TI.to(z_MJ.dtype)
+
+
+def grouped_outer(z_MJ: Tensor, x_TI: Tensor, pairs: Pairs) -> Tensor:
+    """See :func:`cuma_ds.ops.grouped_outer`."""
+    sum_EJI = x_TI.new_zeros(len(pairs.end_E), z_MJ.shape[1], x_TI.shape[1])
+    for expert, place, token_P in _turns(pairs):
+        torch.mm(z_MJ[place].T, x_TI.index_select(0, token_P), out=sum_EJI[expert])
+    return sum_EJI
+
+
+def _turns(pairs: Pairs) -> Iterator[tuple[int, slice, Tensor]]:
+    """Every expert that somebody asks, where its pairs stand, and the tokens they are of."""
+    token_M = pairs.order_M.long() // pairs.position_TK.shape[1]
+    begin = 0
+    for expert, end in enumerate(pairs.end_E.tolist()):
+        if end > begin:
+            yield expert, slice(begin, end), token_M[begin:end]
+        begin = end
 
 
 def _scaled(rows: Tensor, weight: Tensor) -> Tensor:
