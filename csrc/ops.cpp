@@ -578,20 +578,22 @@ Tensor grouped_shrink(const Tensor& x, const Tensor& weight, const Tensor& order
   return result;
 }
 
-Tensor grouped_expand(const Tensor& z, const Tensor& weight, const Tensor& order, const Tensor& position, const Tensor& end) {
+Tensor grouped_expand(const Tensor& z, const Tensor& weight, const Tensor& order, const Tensor& position, const Tensor& end,
+                      const std::optional<Tensor>& onto) {
   check(weight.dim() == 3, "weight has ", weight.dim(), " dimensions; expected 3, [E, J, I]");
   const GroupedSizes s = grouped_sizes(position, end, weight.size(1), weight.size(2));
   const Tensor z_in = checked("z", z, ScalarType::Float, {s.pairs, s.narrow}, z);
   const Tensor weight_in = checked("weight", weight, ScalarType::Float, {s.experts, s.narrow, s.wide}, z_in);
   const Tensor order_in = checked("order", order, ScalarType::Int, {s.pairs}, z_in);
   const Tensor end_in = checked("end", end, ScalarType::Int, {s.experts}, z_in);
+  const auto onto_in = checked("onto", onto, ScalarType::Float, {s.tokens, s.wide}, z_in);
   const cpu::Pairs pairs = pairs_of(s, order_in, end_in);
   Tensor result = empty(z_in, {s.tokens, s.wide}, ScalarType::Float);
   if (result.numel() == 0) return result;
   const int64_t columns = cpu::chunk_columns(s.wide, cpu::kExpandColumns), blocks = ceiling(s.tokens, cpu::kExpandTokens);
   const int64_t work = cpu::kExpandTokens * s.top_k * std::max<int64_t>(8, s.narrow) * columns / 16;
   torch::stable::parallel_for(0, ceiling(s.wide, columns) * blocks, grain(work), [&](int64_t begin, int64_t stop) {
-    cpu::Expand expand(pairs, in<float>(z_in), in<float>(weight_in), s.narrow, s.wide);
+    cpu::Expand expand(pairs, in<float>(z_in), in<float>(weight_in), in<float>(onto_in), s.narrow, s.wide);
     for (int64_t u = begin; u < stop; ++u) {
       const int64_t t = u % blocks * cpu::kExpandTokens, i = u / blocks * columns;
       expand(t, std::min(s.tokens, t + cpu::kExpandTokens), i, std::min(columns, s.wide - i), out<float>(result));
@@ -642,7 +644,7 @@ STABLE_TORCH_LIBRARY(cuma_ds, m) {
   m.def("permute_scatter(Tensor y, Tensor order, Tensor position, Tensor? weight) -> Tensor");
   m.def("permute_products(Tensor d, Tensor y, Tensor position) -> Tensor");
   m.def("grouped_shrink(Tensor x, Tensor weight, Tensor order, Tensor position, Tensor end) -> Tensor");
-  m.def("grouped_expand(Tensor z, Tensor weight, Tensor order, Tensor position, Tensor end) -> Tensor");
+  m.def("grouped_expand(Tensor z, Tensor weight, Tensor order, Tensor position, Tensor end, Tensor? onto) -> Tensor");
   m.def("grouped_outer(Tensor z, Tensor x, Tensor order, Tensor position, Tensor end) -> Tensor");
 }
 

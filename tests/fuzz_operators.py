@@ -77,15 +77,16 @@ def grouped_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch
     x, weight, z = torch.randn(tokens, wide), torch.randn(experts, narrow, wide), torch.randn(tokens * top_k, narrow)
     name, rows = r.choice([("grouped_shrink", (x, weight)), ("grouped_expand", (z, weight)), ("grouped_outer", (z, x))])
 
-    def expected(one: Tensor, other: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
-        result = getattr(reference, name)(one, other, reference.Pairs(*pairs))
-        return (result[: int(pairs[2][-1])],) if name == "grouped_shrink" else (result,)
+    def expected(one: Tensor, other: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        result = getattr(reference, name)(one, other, reference.Pairs(*rest[:3]), *rest[3:])
+        return (result[: int(rest[2][-1])],) if name == "grouped_shrink" else (result,)
 
     def written(*arguments: Any) -> tuple[Tensor, ...]:
         result = getattr(ops, name)(*arguments)
         return (result[: int(arguments[4][-1])],) if name == "grouped_shrink" else (result,)
 
-    return written, [*rows, *pairs], expected, torch.float32
+    onto = [r.choice([None, torch.randn(tokens, wide)])] if name == "grouped_expand" else []
+    return written, [*rows, *pairs, *onto], expected, torch.float32
 
 
 def spoilt(arguments: list[Any], r: random.Random) -> list[Any]:

@@ -254,6 +254,10 @@ def test_grouped_products_equal_a_loop_over_pairs(shape, kind: str, operators: s
         expanded[t] += z[place].double() @ weight[e].double()
         outer[e] += torch.outer(z[place].double(), x[t].double())
     assert ops.grouped_shrink(x, weight, pairs).shape == z.shape
+    onto = torch.randn(tokens, wide, generator=generator)
+    kept = onto.clone()
+    close(ops.grouped_expand(z, weight, pairs, onto) - onto, expanded)
+    assert torch.equal(onto, kept)
     results = [ops.grouped_shrink(x, weight, pairs)[:places], ops.grouped_expand(z, weight, pairs), ops.grouped_outer(z, x, pairs)]
     for one, other in zip(results, (shrunk, expanded, outer), strict=True):
         scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
@@ -300,7 +304,7 @@ def test_operators_pass_opcheck() -> None:
         (names.permute_gather, (torch.randn(9, 5, requires_grad=True), order, position, leaf[1])),
         (names.permute_scatter, (torch.randn(18, 5, requires_grad=True), order, position, None)),
         (names.permute_products, (torch.randn(9, 5), torch.randn(18, 5), position)),
-        (names.grouped_expand, (torch.randn(18, 5), torch.randn(6, 5, 7), order, position, end)),
+        (names.grouped_expand, (torch.randn(18, 5), torch.randn(6, 5, 7), order, position, end, torch.randn(9, 7))),
         (names.grouped_outer, (torch.randn(18, 5), torch.randn(9, 7), order, position, end)),
     ]
     for op, arguments in cases:
@@ -367,6 +371,7 @@ def test_mistaken_arguments_are_named_with_what_was_expected() -> None:
     hidden, profile, index = gate_inputs((10, 4, 2, 3), torch.float32, "cpu")
     z, weight, expert = scale_inputs(10, 4, 2, 5, False, torch.float32)
     order, position, end = pairs = ops.sort_by_expert(expert, 4)
+    y = torch.randn(20, 3)
 
     def gate(**changes: object) -> object:
         values = {"hidden": hidden, "profile": profile, "index": index, "top_k": 2, "norm": "topk_softmax", **changes}
@@ -395,6 +400,7 @@ def test_mistaken_arguments_are_named_with_what_was_expected() -> None:
         (lambda: ops.grouped_shrink(hidden[:9], z[:4, :, :4], pairs), r"position_TK has shape \[10, 2\]; expected \[9, \*\]"),
         (lambda: ops.grouped_shrink(hidden.to("meta"), z[:4], pairs), "x_TI is on meta; grouped products are for the CPU"),
         (lambda: ops.grouped_expand(hidden, z[:4], pairs), r"z_MJ has shape \[10, 4\]; expected \[20, \*\]"),
+        (lambda: ops.grouped_expand(y, z[:4, :3, :4], pairs, hidden[:9]), r"onto_TI has shape \[9, 4\]; expected \[10, 4\]"),
         (lambda: ops.grouped_outer(z[:, 0], hidden, pairs), r"z_MJ has shape \[10, 5\]; expected \[20, \*\]"),
         (lambda: ops.grouped_outer(z[:, 0], hidden, ops.Pairs(order, position, end.long())), "end_E is int64; expected int32"),
     ]
@@ -410,7 +416,7 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
     hidden, profile, index = gate_inputs((10, 4, 2, 3), torch.float32, "cpu")
     z, weight, expert = scale_inputs(10, 4, 2, 5, False, torch.float32)
     order, position, end = ops.sort_by_expert(expert, 4)
-    matrix = torch.randn(4, 3, 3)
+    matrix, unsorted = torch.randn(4, 3, 3), "order or end is out of range or not ascending; expected what sort_by_expert returns"
     x, y = torch.randn(10, 3), torch.randn(20, 3)
     cases = [
         (lambda: names.gate(hidden, profile, index + 5, 2, 0), "profile_index is . at token .; expected -1 .padding. or below 3"),
@@ -424,10 +430,10 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
         (lambda: names.permute_gather(x, order + 50, position, None), "order has an index out of range"),
         (lambda: names.permute_scatter(y, order, position + 50, None), "position has an index out of range"),
         (lambda: names.permute_products(x, y[:5], position), "position has an index out of range"),
-        (lambda: names.grouped_shrink(x, matrix, order + 50, position, end), "order or end is out of range or not ascending; expected"),
-        (lambda: names.grouped_expand(y, matrix, order.flip(0), position, end), "order or end is out of range or not ascending; expected"),
-        (lambda: names.grouped_outer(y, x, order, position, end + 9), "order or end is out of range or not ascending; expected"),
-        (lambda: names.grouped_outer(y, x, order, position, end.flip(0)), "order or end is out of range or not ascending; expected"),
+        (lambda: names.grouped_shrink(x, matrix, order + 50, position, end), unsorted),
+        (lambda: names.grouped_expand(y, matrix, order.flip(0), position, end, None), unsorted),
+        (lambda: names.grouped_outer(y, x, order, position, end + 9), unsorted),
+        (lambda: names.grouped_outer(y, x, order, position, end.flip(0)), unsorted),
         (lambda: names.grouped_outer(y.half(), x, order, position, end), "z is float16; expected float32"),
         (lambda: names.grouped_shrink(x[:9], matrix, order, position, end), r"x has shape \[9, 3\]; expected \[10, 3\]"),
     ]

@@ -177,15 +177,20 @@ void add_rows(float* const* sum, const float* rows, int64_t stride, int64_t coun
 constexpr int64_t kExpandTokens = 128;
 constexpr int64_t kExpandColumns = 528;
 
-// y[t, :] = sum over the token's places m of z[m, :] w[e], experts ascending, for tokens [begin, end) and columns [i, i + size).
+// y[t, :] = onto[t, :] (zero if null) + the sum over the token's places m of z[m, :] w[e], experts ascending, for tokens [begin, end) and
+// columns [i, i + size).
 class Expand {
  public:
-  Expand(const Pairs& pairs, const float* z_MJ, const float* w_EJI, int64_t narrow, int64_t wide)
-      : pairs_(pairs), z_MJ_(z_MJ), w_EJI_(w_EJI), narrow_(narrow), wide_(wide), columns_(chunk_columns(wide, kExpandColumns)),
-        packed_(narrow * columns_, 0.0f), sum_(kExpandTokens * columns_) {}
+  Expand(const Pairs& pairs, const float* z_MJ, const float* w_EJI, const float* onto_TI, int64_t narrow, int64_t wide)
+      : pairs_(pairs), z_MJ_(z_MJ), w_EJI_(w_EJI), onto_TI_(onto_TI), narrow_(narrow), wide_(wide), columns_(chunk_columns(wide, kExpandColumns)),
+        packed_(narrow * columns_, 0.0f), sum_(kExpandTokens * columns_, 0.0f) {}
 
   void operator()(int64_t begin, int64_t end, int64_t i, int64_t size, float* y_TI) {
-    std::fill_n(sum_.data(), (end - begin) * columns_, 0.0f);
+    if (onto_TI_ == nullptr) {
+      std::fill_n(sum_.data(), (end - begin) * columns_, 0.0f);
+    } else {
+      pack(onto_TI_ + begin * wide_, wide_, i, size, end - begin, columns_, sum_.data());
+    }
     for (int e = 0; e < pairs_.experts; ++e) {
       int64_t m = pairs_.place_of(e, begin);
       const int64_t stop = pairs_.place_of(e, end);
@@ -209,7 +214,7 @@ class Expand {
 
  private:
   const Pairs& pairs_;
-  const float *z_MJ_, *w_EJI_;
+  const float *z_MJ_, *w_EJI_, *onto_TI_;
   int64_t narrow_, wide_, columns_;
   std::vector<float> packed_, sum_;
 };

@@ -46,10 +46,10 @@ class Experts(nn.Module):
         return {"lora_b": self.lora_b} if self.shared_a else {"lora_a": self.lora_a, "lora_b": self.lora_b}
 
     def forward(
-        self, x_TD: Tensor, gate: GateOutput, dispatcher: Dispatcher, mask: GradientMask | None, z_TC: Tensor | None = None
+        self, x_TD: Tensor, gate: GateOutput, dispatcher: Dispatcher, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
     ) -> Tensor:
-        """(alpha / r) * sum_i g_i B_i A_i x, [T, D] -> [T, O]; run as a module so that parameter-sharding hooks see it."""
-        return dispatcher.mix(x_TD, gate, self, mask, z_TC)
+        """W0 x + (alpha / r) * sum_i g_i B_i A_i x, [T, O]; run as a module so that parameter-sharding hooks see it."""
+        return dispatcher.mix(x_TD, gate, self, mask, z_TC, frozen_TO)
 
     def keep(self, first: int, count: int) -> None:
         """Hold only the experts ``first .. first + count`` from now on (expert parallelism)."""
@@ -69,8 +69,10 @@ class Dispatcher(Protocol):
         """What the next :meth:`mix` reads is on its way; the work given to the device from here on may run beside that mix."""
         ...
 
-    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None = None) -> Tensor:
-        """(alpha / r) * sum_i g_i B_i A_i x for every token: [T, D] -> [T, O]; z [T, C] is x times :meth:`first_rows`, if it was made."""
+    def mix(
+        self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+    ) -> Tensor:
+        """The frozen part [T, O] + (alpha / r) * sum_i g_i B_i A_i x for every token; z [T, C] is x times :meth:`first_rows`, if made."""
         ...
 
 
@@ -91,6 +93,9 @@ class LocalDispatcher:
     def begin(self, x_TD: Tensor) -> None:
         """See :class:`Dispatcher`."""
 
-    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None = None) -> Tensor:
+    def mix(
+        self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+    ) -> Tensor:
         """See :class:`Dispatcher`."""
-        return mixture(x_TD, gate.weight_TK, gate.expert_TK, experts.lora_a, experts.lora_b, experts.scaling, mask, z_TC=z_TC)
+        a, b, scale = experts.lora_a, experts.lora_b, experts.scaling
+        return mixture(x_TD, gate.weight_TK, gate.expert_TK, a, b, scale, mask, z_TC=z_TC, onto_TO=frozen_TO)

@@ -60,7 +60,7 @@ class AdaptedLinear(nn.Module):
         mask = self._gradient_mask(gate, tokens)
         self.dispatcher.begin(x_TD)
         out = self.base(x)
-        return out + self.experts(x_TD, gate, self.dispatcher, mask, z_TC).view(out.shape)
+        return self.experts(x_TD, gate, self.dispatcher, mask, z_TC, out.reshape(-1, out.shape[-1])).view(out.shape)
 
     def _first_rows(self, x_TD: Tensor) -> Tensor | None:
         """A of all experts, to be multiplied in the router's product, where both read the same x and learn from the same tokens."""

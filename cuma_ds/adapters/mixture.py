@@ -55,8 +55,9 @@ def mixture(
     mask: GradientMask | None = None,
     strategy: Strategy | None = None,
     z_TC: Tensor | None = None,
+    onto_TO: Tensor | None = None,
 ) -> Tensor:
-    """scale * sum_i g_i B_i A_i x, without the frozen part.
+    """scale * sum_i g_i B_i A_i x, added to the frozen part if that is given.
 
     Args:
         x_TD: [T, D].
@@ -67,9 +68,10 @@ def mixture(
         mask: scales the *weight* gradients a token sends to an expert; outputs, input and gate gradients are untouched.
         strategy: by default the cheaper one, see :func:`cheaper_strategy`.
         z_TC: x times all of ``lora_a``, if :func:`project` made it already. Not with ``mask``: what A learns went another way.
+        onto_TO: [T, O] the frozen part, itself left as it is.
 
     Returns:
-        [T, O] in the dtype of ``x_TD``.
+        [T, O] in the dtype of ``x_TD``, or of both if ``onto_TO`` has another.
     """
     out_dtype, dtype = x_TD.dtype, compute_dtype(x_TD)
     shared_a = lora_a.dim() == 2
@@ -79,17 +81,22 @@ def mixture(
         a, b = (_rounded(lora, x_TD) for lora in (lora_a, lora_b))
         x_TD = x_TD.to(dtype)
         learning = mask or (None, None)
+        # Where dtypes allow, the frozen part is added while the answer is written.
+        begin_TO = onto_TO if onto_TO is not None and onto_TO.dtype == x_TD.dtype == out_dtype else None
         if strategy == "grouped" and not shared_a:
-            y_TO = _Grouped.apply(x_TD, weight_TK, a, b, expert_TK, scale, *learning, None, None)
+            y_TO = _Grouped.apply(x_TD, weight_TK, a, b, expert_TK, scale, *learning, None, None, begin_TO)
         else:
             learner = (None, None) if mask is None else (x_TD.detach(), a)
             if z_TC is None:
                 (z_TC,) = project(x_TD, (a if mask is None else a.detach()).flatten(0, -2))
             if strategy == "dense":
-                y_TO = _Dense.apply(z_TC, weight_TK, b, expert_TK, scale, *learning, *learner)
+                y_TO = _Dense.apply(z_TC, weight_TK, b, expert_TK, scale, *learning, *learner, begin_TO)
             else:
-                y_TO = _Grouped.apply(z_TC, weight_TK, None, b, expert_TK, scale, *learning, *learner)
-    return y_TO.to(out_dtype)
+                y_TO = _Grouped.apply(z_TC, weight_TK, None, b, expert_TK, scale, *learning, *learner, begin_TO)
+    if begin_TO is not None:
+        return y_TO
+    y_TO = y_TO.to(out_dtype)
+    return y_TO if onto_TO is None else onto_TO + y_TO
 
 
 def project(x_TD: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -181,12 +188,14 @@ class _Dense(torch.autograd.Function):
         profile_T: Tensor | None,
         x_TD: Tensor | None,
         lora_a: Tensor | None,
+        begin_TO: Tensor | None,
     ) -> Tensor:
         z_TER = z_TC.unflatten(1, (-1, lora_b.shape[2])).contiguous()
         h_TER = gate_scale(z_TER, weight_TK, expert_TK, lora_b.shape[0], scale)
         ctx.scale, ctx.shape_of_a = scale, None if lora_a is None else lora_a.shape
         ctx.save_for_backward(z_TER, weight_TK, lora_b, expert_TK, mask_NE, profile_T, x_TD, h_TER)
-        return h_TER.flatten(1) @ _joined(lora_b)
+        h_TC, b_CO = h_TER.flatten(1), _joined(lora_b)
+        return h_TC @ b_CO if begin_TO is None else torch.addmm(begin_TO, h_TC, b_CO)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -201,7 +210,7 @@ class _Dense(torch.autograd.Function):
             da = (learning_dz.flatten(1).T @ x_TD).view(ctx.shape_of_a)
         if ctx.needs_input_grad[2]:
             db = (learning_h.flatten(1).T @ dy_TO).view(lora_b.shape[0], lora_b.shape[2], -1).transpose(1, 2)
-        return dz.flatten(1), dweight_TK, db, None, None, None, None, None, da
+        return dz.flatten(1), dweight_TK, db, None, None, None, None, None, da, dy_TO if ctx.needs_input_grad[9] else None
 
 
 def _joined(lora_b: Tensor) -> Tensor:
@@ -229,11 +238,12 @@ class _Rows:
         return _grouped_mm(z_MJ.T, self.all_MI, self.pairs.end_E)
 
 
-def _expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
-    """Each row times its expert's matrix, summed over the experts of a token: [T, I]."""
+def _expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs, onto_TI: Tensor | None = None) -> Tensor:
+    """Each row times its expert's matrix, summed over the experts of a token, and added to what is given: [T, I]."""
     if _in_place(z_MJ):
-        return grouped_expand(z_MJ, weight_EJI, pairs)
-    return permute_scatter(_grouped_mm(z_MJ, weight_EJI, pairs.end_E), pairs.order_M, pairs.position_TK)
+        return grouped_expand(z_MJ, weight_EJI, pairs, onto_TI)
+    y_TI = permute_scatter(_grouped_mm(z_MJ, weight_EJI, pairs.end_E), pairs.order_M, pairs.position_TK)
+    return y_TI if onto_TI is None else onto_TI + y_TI
 
 
 def _in_place(x: Tensor) -> bool:
@@ -267,6 +277,7 @@ class _Grouped(torch.autograd.Function):
         profile_T: Tensor | None,
         x_TD: Tensor | None,
         shared_a: Tensor | None,
+        begin_TO: Tensor | None,
     ) -> Tensor:
         pairs = sort_by_expert(expert_TK, lora_b.shape[0])
         z_MR = permute_gather(rows_TC, pairs.order_M, pairs.position_TK) if own_a is None else _Rows(rows_TC, pairs).shrink(own_a)
@@ -278,7 +289,7 @@ class _Grouped(torch.autograd.Function):
         if _in_place(rows_TC):
             b_ERO = b_ERO.contiguous()
         ctx.save_for_backward(own_rows, weight_M, own_a, b_ERO, expert_TK, mask_NE, profile_T, x_TD, z_MR, h_MR, *pairs)
-        return _expand(h_MR, b_ERO, pairs)
+        return _expand(h_MR, b_ERO, pairs, begin_TO)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,7 +314,8 @@ class _Grouped(torch.autograd.Function):
         db = dy.outer(learning_h).transpose(1, 2) if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[9]:
             d_shared_a = permute_scatter(learning_dz, order_M, position_TK).T @ x_TD
-        return drows_TC, dweight_TK, d_own_a, db, None, None, None, None, None, d_shared_a
+        d_begin_TO = dy_TO if ctx.needs_input_grad[10] else None
+        return drows_TC, dweight_TK, d_own_a, db, None, None, None, None, None, d_shared_a, d_begin_TO
 
 
 def _share(mask_NE: Tensor, profile_T: Tensor, expert_TK: Tensor) -> Tensor:

@@ -239,16 +239,17 @@ def grouped_shrink(x_TI: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
     return reference.grouped_shrink(x_TI, weight_EJI, pairs)
 
 
-def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
+def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs, onto_TI: Tensor | None = None) -> Tensor:
     """Each pair's row of ``z_MJ`` times the matrix of its expert, z W_e, summed per token: from narrow to wide.
 
     Args:
         z_MJ: [M, J] in the order of the pairs; what follows the last pair is not read.
         weight_EJI: [E, J, I].
         pairs: of :func:`sort_by_expert`.
+        onto_TI: [T, I] to add to, itself left as it is; None for zeros.
 
     Returns:
-        [T, I] in the dtype of ``z_MJ``; zero for tokens without experts. Gradients as for :func:`grouped_shrink`.
+        [T, I] in the dtype of ``z_MJ``. Gradients as for :func:`grouped_shrink`.
 
     Raises:
         ModelError: shapes, dtypes or devices that do not fit.
@@ -256,9 +257,11 @@ def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
     _, narrow = _check_grouped("z_MJ", z_MJ, pairs)
     _check("z_MJ", z_MJ, _FLOATS, (len(pairs.order_M), None), z_MJ)
     _check("weight_EJI", weight_EJI, (z_MJ.dtype,), (len(pairs.end_E), narrow, None), z_MJ)
+    if onto_TI is not None:
+        _check("onto_TI", onto_TI, (z_MJ.dtype,), (pairs.position_TK.shape[0], weight_EJI.shape[2]), z_MJ)
     if grouped_way(z_MJ.dtype, z_MJ.device.type) == "compiled":
-        return torch.ops.cuma_ds.grouped_expand(z_MJ, weight_EJI, *pairs)
-    return reference.grouped_expand(z_MJ, weight_EJI, pairs)
+        return torch.ops.cuma_ds.grouped_expand(z_MJ, weight_EJI, *pairs, onto_TI)
+    return reference.grouped_expand(z_MJ, weight_EJI, pairs, onto_TI)
 
 
 def grouped_outer(z_MJ: Tensor, x_TI: Tensor, pairs: Pairs) -> Tensor:

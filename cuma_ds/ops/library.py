@@ -136,7 +136,7 @@ def _register() -> None:
         return x.new_empty(order.shape[0], weight.shape[1])
 
     @torch.library.register_fake("cuma_ds::grouped_expand")
-    def expand_shape(z: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor) -> Tensor:
+    def expand_shape(z: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor, onto: Tensor | None) -> Tensor:
         return z.new_empty(position.shape[0], weight.shape[2])
 
     @torch.library.register_fake("cuma_ds::grouped_outer")

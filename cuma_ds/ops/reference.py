@@ -158,10 +158,11 @@ def grouped_shrink(x_TI: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
     return z_MJ
 
 
-def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
+def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs, onto_TI: Tensor | None = None) -> Tensor:
     """See :func:`cuma_ds.ops.grouped_expand`."""
     wide = torch.promote_types(z_MJ.dtype, torch.float32)
-    y_TI = z_MJ.new_zeros(pairs.position_TK.shape[0], weight_EJI.shape[2], dtype=wide)
+    shape = (pairs.position_TK.shape[0], weight_EJI.shape[2])
+    y_TI = z_MJ.new_zeros(shape, dtype=wide) if onto_TI is None else onto_TI.to(wide, copy=True)
     for expert, place, token_P in _turns(pairs):
         y_TI.index_add_(0, token_P, (z_MJ[place] @ weight_EJI[expert]).to(wide))
     return y_TI.to(z_MJ.dtype)

@@ -73,10 +73,12 @@ class ExpertParallelDispatcher:
         if self.stream is not None:
             self.stream.wait_stream(torch.get_device_module(x_TD.device).current_stream())
 
-    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None = None) -> Tensor:
+    def mix(
+        self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+    ) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
         if self.stream is None:
-            return self._mix(x_TD, gate, experts, mask)
+            return frozen_TO + self._mix(x_TD, gate, experts, mask)
         device = torch.get_device_module(x_TD.device)
         with device.stream(self.stream):
             y_TO = self._mix(x_TD, gate, experts, mask)
@@ -87,7 +89,7 @@ class ExpertParallelDispatcher:
             for read in (x_TD, gate.weight_TK, gate.expert_TK, *(mask or ())):
                 read.record_stream(self.stream)
             y_TO.record_stream(here)
-        return y_TO
+        return frozen_TO + y_TO
 
     def _mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         if self._choose(experts, x_TD) == "gather_experts":
