@@ -450,3 +450,12 @@ def test_the_module_tells_what_is_in_use_and_why_not(monkeypatch) -> None:
     monkeypatch.setenv("CUMA_DS_OPS", "fast")
     with pytest.raises(ConfigError, match="CUMA_DS_OPS is 'fast'; allowed are auto and reference"):
         library._load()
+
+
+@compiled
+def test_operators_of_another_version_are_not_used(monkeypatch) -> None:
+    def register() -> None:
+        torch.library.register_fake("cuma_ds::yet_to_come", lambda x: x)
+
+    monkeypatch.setattr(library, "_register", register)
+    assert library._load().startswith("they were built from another version of the source (operator cuma_ds::yet_to_come does not exist")
