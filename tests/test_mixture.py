@@ -131,6 +131,28 @@ def test_few_tokens_and_16_bit_inputs(tokens: int, dtype: torch.dtype, strategy:
     torch.testing.assert_close(out.double(), exact, rtol=0.0, atol=tolerance * largest)
 
 
+@pytest.mark.parametrize("onto_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared_a", [False, True])
+@pytest.mark.parametrize("strategy", ["dense", "grouped"])
+def test_the_frozen_part_is_added_and_learns_through(strategy, shared_a, dtype, onto_dtype, at_once) -> None:
+    leaves, expert_TK = case(11, shared_a, rank=8, out=16)
+    x = leaves["x"].detach().to(dtype)
+    arguments = (x, leaves["weight"], expert_TK, leaves["a"], leaves["b"])
+    onto = torch.randn(11, 16, generator=torch.Generator().manual_seed(3)).to(onto_dtype).requires_grad_()
+    kept = onto.detach().clone()
+    out = mixture(*arguments, strategy=strategy, onto_TO=onto)
+    expected = onto + mixture(*arguments, strategy=strategy)
+    assert out.dtype == expected.dtype
+    tolerance = 1e-5 if dtype == onto_dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(onto, kept)
+    names = [onto, leaves["weight"], leaves["a"], leaves["b"]]
+    d_out = torch.randn(11, 16, generator=torch.Generator().manual_seed(4)).to(out.dtype)
+    for one, other in zip(*(torch.autograd.grad(y, names, d_out) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
 def test_cost_rule_takes_the_strategy_that_multiplies_less_and_what_grouped_products_can_take(monkeypatch) -> None:
     def choose(experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32, width: int = 2048, device: str = "cpu") -> str:
         return cheaper_strategy(experts, top_k, rank, width, width, dtype, device)
