@@ -36,7 +36,8 @@ for case in cases:
         weight_TK = torch.full(pairs.shape, 1 / top_k, requires_grad=True)
         gate = GateOutput(weight_TK, pairs.int(), nothing, nothing, nothing, nothing)
         sent.clear()
-        experts(x_TD, gate, dispatcher, None).float().square().sum().backward()
+        frozen_TO = x_TD.new_zeros(tokens, case["out_features"])
+        experts(x_TD, gate, dispatcher, None, None, frozen_TO).float().square().sum().backward()
         counted[kind] = {name: count for name, count in sent.items() if count}
         assert sum(dispatcher.bytes_sent.values()) == sum(counted[kind].values()), (case, kind, dispatcher.bytes_sent, counted[kind])
     results.append(counted)
