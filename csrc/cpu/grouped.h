@@ -78,6 +78,7 @@ inline void pack(const float* from, int64_t width, int64_t begin, int64_t size, 
 
 // -------------------------------------------------------------------------------------------------------------- shrink
 
+// Places that a thread takes at once.
 constexpr int64_t kShrinkSpan = 48;
 
 // Columns at a time: so many that an expert's stay in the second-level cache.
@@ -182,8 +183,8 @@ constexpr int64_t kExpandColumns = 528;
 class Expand {
  public:
   Expand(const Pairs& pairs, const float* z_MJ, const float* w_EJI, const float* onto_TI, int64_t narrow, int64_t wide)
-      : pairs_(pairs), z_MJ_(z_MJ), w_EJI_(w_EJI), onto_TI_(onto_TI), narrow_(narrow), wide_(wide), columns_(chunk_columns(wide, kExpandColumns)),
-        packed_(narrow * columns_, 0.0f), sum_(kExpandTokens * columns_, 0.0f) {}
+      : pairs_(pairs), z_MJ_(z_MJ), w_EJI_(w_EJI), onto_TI_(onto_TI), narrow_(narrow), wide_(wide),
+        columns_(chunk_columns(wide, kExpandColumns)), packed_(narrow * columns_, 0.0f), sum_(kExpandTokens * columns_, 0.0f) {}
 
   void operator()(int64_t begin, int64_t end, int64_t i, int64_t size, float* y_TI) {
     if (onto_TI_ == nullptr) {

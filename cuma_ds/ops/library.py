@@ -1,7 +1,7 @@
 """The compiled operators as torch sees them: loaded, with shapes for tracing and gradients.
 
-Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K assignments, W features; J narrow
-and I wide ones.
+Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K assignments, W features; J narrow and I wide
+ones.
 """
 
 from __future__ import annotations
