@@ -54,20 +54,41 @@ inline float exponential_sum(const float* logits_E, int experts, float largest) 
   return total;
 }
 
-// In descending order, ties by index: `top_K` logits and their experts.
-inline void choose(const float* logits_E, int experts, int top_k, float* top_K, int* expert_K) {
-  int held = 0;
-  for (int e = 0; e < experts; ++e) {
-    const float logit = logits_E[e];
-    if (held == top_k && !(logit > top_K[held - 1])) continue;
-    int at = held < top_k ? held++ : held - 1;
-    for (; at > 0 && logit > top_K[at - 1]; --at) {
-      top_K[at] = top_K[at - 1];
-      expert_K[at] = expert_K[at - 1];
-    }
-    top_K[at] = logit;
-    expert_K[at] = e;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int kBlock = 8;
+
+inline float largest_of(const float* values, int count) {
+  float largest = kNone;
+#pragma omp simd reduction(max : largest)
+  for (int i = 0; i < count; ++i) largest = std::max(largest, values[i]);
+  return largest;
+}
+
+inline int first_of(const float* values, int count, float wanted) {
+  int first = count;
+#pragma omp simd reduction(min : first)
+  for (int i = 0; i < count; ++i) first = std::min(first, values[i] == wanted ? i : count);
+  return first;
+}
+
+// In descending order, ties by index: `top_K` logits, all finite, and their experts. The largest of every block of experts is kept, so
+// that a choice costs one look at those and one at a block; no branch depends on a logit, mispredicted ones would cost more.
+// `logits_E` (kMaxExperts long) is changed in between.
+inline void choose(float* logits_E, int experts, int top_k, float* top_K, int* expert_K) {
+  float largest_B[kMaxExperts / kBlock];
+  const int blocks = (experts + kBlock - 1) / kBlock;
+  std::fill(logits_E + experts, logits_E + blocks * kBlock, kNone);
+  for (int b = 0; b < blocks; ++b) largest_B[b] = largest_of(logits_E + b * kBlock, kBlock);
+  for (int k = 0; k < top_k; ++k) {
+    const float largest = largest_of(largest_B, blocks);
+    const int b = first_of(largest_B, blocks, largest);
+    const int e = b * kBlock + first_of(logits_E + b * kBlock, kBlock, largest);
+    top_K[k] = logits_E[e];
+    expert_K[k] = e;
+    logits_E[e] = kNone;
+    largest_B[b] = largest_of(logits_E + b * kBlock, kBlock);
   }
+  for (int k = 0; k < top_k; ++k) logits_E[expert_K[k]] = top_K[k];
 }
 
 // Gate of the tokens [begin, end); adds to weight_sum_E, load_E and totals.
@@ -95,21 +116,23 @@ void gate_forward(const GateArguments<T>& a, int64_t begin, int64_t end, float* 
       continue;
     }
     if (a.norm == kSoftmax) {
-      float largest = logits_E[0];
-      for (int e = 1; e < a.experts; ++e) largest = std::max(largest, logits_E[e]);
+      const float largest = largest_of(logits_E, a.experts);
       float total = 0;
 #pragma omp simd reduction(+ : total)
       for (int e = 0; e < a.experts; ++e) {
         weight_K[e] = exp_nonpositive(logits_E[e] - largest);
         total += weight_K[e];
       }
+      float below = 0;  // mean distance to the largest logit: the entropy is ln total + that
+#pragma omp simd reduction(+ : below)
       for (int e = 0; e < a.experts; ++e) {
         weight_K[e] /= total;
         expert_K[e] = e;
         load_E[e] += 1.0f;
         weight_sum_E[e] += weight_K[e];
-        totals.entropy += static_cast<double>(entropy_term(weight_K[e]));
+        below += weight_K[e] * (largest - logits_E[e]);
       }
+      totals.entropy += static_cast<double>(logf(total) + below);
       continue;
     }
     choose(logits_E, a.experts, a.top_k, top_K, chosen_K);
