@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
+from transformers import AutoConfig
 
 from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.experts import Experts
@@ -50,15 +51,16 @@ def layer_steps(case: str, topology: Topology) -> dict[str, tuple[Step, ExpertPa
     layer.reset_parameters(torch.Generator().manual_seed(0))
     layer.keep(*topology.experts(experts))
     torch.manual_seed(topology.rank)
-    x_TD = torch.randn(tokens, width, requires_grad=True)
+    x_TD, frozen_TO = torch.randn(tokens, width, requires_grad=True), torch.zeros(tokens, width)
     gate = demographic_gate(torch.randn(tokens, experts), None, torch.zeros(tokens, dtype=torch.long), top_k, "topk_softmax")
-    steps = {}
+    assert topology.ep_group is not None
+    steps: dict[str, tuple[Step, ExpertParallelDispatcher]] = {}
     for kind in KINDS:
         dispatcher = ExpertParallelDispatcher(kind, topology.ep_group, top_k)
 
         def step(dispatcher: ExpertParallelDispatcher = dispatcher) -> None:
             dispatcher.agree_on_tokens(torch.tensor(float(tokens)))
-            layer(x_TD, gate, dispatcher, None).sum().backward()
+            layer(x_TD, gate, dispatcher, None, None, frozen_TO).sum().backward()
 
         steps[kind] = (step, dispatcher)
     return steps
@@ -77,7 +79,8 @@ def model_step(arguments: argparse.Namespace, topology: Topology, deepspeed_conf
     engine = AdapterEngine(config, config.adapters.model_copy(update={"profile_dim": 8}), settings, topology, torch.optim.AdamW)
     torch.manual_seed(topology.rank)
     engine.model.set_profile_standardisation(torch.randn(9, 8), 3.0)
-    ids = torch.randint(0, 1000, (arguments.batch, arguments.length), device=topology.device)
+    vocabulary = AutoConfig.from_pretrained(arguments.model).vocab_size
+    ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), device=topology.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1}
     profiles = torch.randn(arguments.batch, 8, device=topology.device)
 

@@ -12,6 +12,8 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import get_args
 from unittest import mock
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.adapters.mixture import cheaper_strategy, mixture
+from cuma_ds.adapters.mixture import Strategy, cheaper_strategy, mixture
 from cuma_ds.ops import grouped_way, library
 
 PROFILE = 384
@@ -168,11 +170,11 @@ def fit(arguments: argparse.Namespace) -> None:
         weight_TK = torch.rand(tokens, top_k, device=arguments.device, requires_grad=True)
         d_out = torch.randn(tokens, width, dtype=dtype, device=arguments.device)
 
-        def run(strategy: str, *inputs: Tensor, d_out: Tensor = d_out) -> None:
+        def run(strategy: Strategy, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], d_out: Tensor) -> None:
             mixture(*inputs, strategy=strategy).backward(d_out)
 
         inputs = (x_TD, weight_TK, expert_TK, lora_a, lora_b)
-        variants = {name: (lambda name=name, inputs=inputs: run(name, *inputs)) for name in ("dense", "grouped")}
+        variants = {name: partial(run, name, inputs, d_out) for name in get_args(Strategy)}
         times = {name: statistics.median(seconds) for name, seconds in turns(variants, arguments.rounds, arguments.device).items()}
         measured.append((experts, top_k, rank, width, times))
         dense, grouped = (times[name] * 1e3 for name in ("dense", "grouped"))

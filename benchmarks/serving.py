@@ -52,6 +52,7 @@ async def tokens_per_second(client: openai.AsyncOpenAI, requests: int, together:
             model="bench", messages=[{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}], temperature=0, max_tokens=max_tokens,
             extra_body={"profile": {"country": COUNTRIES[number % len(COUNTRIES)], "age": 20 + number}},
         )  # fmt: skip
+        assert answer.usage is not None
         return answer.usage.completion_tokens
 
     start = time.perf_counter()
@@ -65,7 +66,7 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, list[flo
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
         for round_number in range(arguments.rounds + 1):
             for name, requests in (("one at a time", max(2, arguments.requests // 16)), ("at once", arguments.requests)):
-                rate = await tokens_per_second(client, requests, name == "at once", arguments.max_tokens if round_number else 4)
+                rate = await tokens_per_second(client, requests, name == "at once", arguments.max_tokens if round_number else 1)
                 if round_number:
                     rates[name].append(rate)
     return rates

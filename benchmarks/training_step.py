@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.adapters.experts import Experts
@@ -33,7 +33,9 @@ class NaiveDispatcher:
     def begin(self, x_TD: Tensor) -> None:
         """See ``cuma_ds.adapters.experts.Dispatcher``."""
 
-    def mix(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None = None) -> Tensor:
+    def mix(
+        self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+    ) -> Tensor:
         """See ``cuma_ds.adapters.experts.Dispatcher``."""
         out_TO = x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1])
         for k in range(gate.expert_TK.shape[1]):
@@ -43,7 +45,7 @@ class NaiveDispatcher:
                     z = x_TD[mask_T] @ experts.lora_a[expert].to(x_TD.dtype).T
                     y = z @ experts.lora_b[expert].to(x_TD.dtype).T
                     out_TO[mask_T] = out_TO[mask_T] + gate.weight_TK[mask_T, k, None].to(x_TD.dtype) * y
-        return experts.scaling * out_TO
+        return frozen_TO + experts.scaling * out_TO
 
 
 def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaModel:
@@ -93,7 +95,8 @@ def main() -> None:
         dtype = getattr(torch, arguments.dtype)
         return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).requires_grad_(False).to(arguments.device)
 
-    ids = torch.randint(0, 1000, (arguments.batch, arguments.length), device=arguments.device)
+    vocabulary = AutoConfig.from_pretrained(arguments.model).vocab_size
+    ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), device=arguments.device)
     plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     asked = plain | {"profile_embeddings": torch.randn(arguments.batch, 384, device=arguments.device)}
     lora = LoraConfig(r=2 * arguments.lora_r, lora_alpha=4 * arguments.lora_r, target_modules=["q_proj", "v_proj"])

@@ -85,7 +85,7 @@ def expected(tmp_path_factory, tiny_llama, tiny_encoder) -> SingleRun:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_placement_equals_a_single_process_without_deepspeed(world, tmp_path, tiny_llama, tiny_encoder, expected) -> None:
     recipes = [recipe(tmp_path, tiny_llama, tiny_encoder, f"w{world}-{name}", parallel=p) for name, p in placements(world).items()]
-    run_recipes(world, recipes, timeout=900)
+    run_recipes(world, recipes, timeout=900, fresh=True)
     for path in recipes:
         assert_same_training(path, expected)
 

@@ -135,7 +135,7 @@ def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, embed
         monkeypatch.setenv(name, "65536")
     work = Work(sequences=4, length=96, kept=96)
     path = recipe(tmp_path, embedded_models[0], adapters={"target_modules": ["q_proj", "v_proj"]})
-    measured = printed(ranks.run(2, [str(HERE / "measure_memory.py"), str(path), json.dumps(vars(work))]))
+    measured = printed(ranks.run(2, [str(HERE / "measure_memory.py"), str(path), json.dumps(vars(work))], fresh=True))
     plan = Planner(load_config(path), read_model_config(embedded_models[0]), 16).plan(2, work, Hardware())
     for rank in measured:
         assert plan.total_memory == pytest.approx(rank["peak"], rel=0.1), (rank["peak"] / 1e6, plan.memory)

@@ -99,7 +99,7 @@ def seen(tmp_path_factory) -> dict[str, dict]:
     large = root / "large"
     large.mkdir()
     sharded_load.write_model(large, "0.25GB")
-    results = run(2, [str(Path(__file__).parent / "compare_loads.py"), json.dumps(cases), str(large)])
+    results = run(2, [str(Path(__file__).parent / "compare_loads.py"), json.dumps(cases), str(large)], fresh=True)
     assert [code for code, _ in results] == [0, 0], "\n".join(results[0][1].splitlines()[-40:])
     lines = [json.loads(line[5:]) for line in results[0][1].splitlines() if line.startswith("seen ")]
     assert [line["name"] for line in lines] == ["large", *folders, "refused"]

@@ -1,0 +1,82 @@
+"""Every benchmark runs to its table: small sizes, so that nothing is learnt about speed here."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import run
+
+from cuma_ds.ops import library
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+QUICK = ["--rounds", "1", "--threads", "1"]
+
+
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """What ``benchmarks/NAME.py ARGUMENTS`` prints, run in this process."""
+
+    def go(name: str, *arguments: str) -> str:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return go
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "sizes", "peer"),
+    [
+        ("gate", "--tokens 40 --experts 8 --profiles 3", "PyTorch operations"),
+        ("gate_scale", "--tokens 40 --rank 4", "loop over experts"),
+        ("permute", "--tokens 40 --width 24", "loop over experts"),
+    ],
+)
+def test_operators(name, sizes, peer, dtype, table) -> None:
+    printed = table(name, *sizes.split(), *QUICK, "--dtype", dtype)
+    assert printed.count(peer) == 2
+    assert printed.count("cuma-ds") >= 2
+
+
+@pytest.mark.skipif(bool(library.reason), reason="compares the compiled operators with others")
+def test_grouped(table) -> None:
+    sizes = ["--tokens", "40", "--width", "24", "--ranks", "4"]
+    assert table("grouped", *sizes, *QUICK).count("expert after expert") == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer(dtype, table) -> None:
+    printed = table("layer", "--width", "64", "--tokens", "32", "--ranks", "4", *QUICK, "--dtypes", dtype)
+    for variant in ("naive K x E loop", "cuma-ds, plain PyTorch", "cuma-ds", "PEFT LoRA, r 8"):
+        assert printed.count(f"│ {variant} ") == 2, printed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_step(dtype, tiny_llama, table) -> None:
+    printed = table("training_step", "--model", str(tiny_llama), "--batch", "2", "--length", "8", *QUICK, "--dtype", dtype)
+    assert "naive K x E loop" in printed
+
+
+def test_evaluation(tiny_llama, table) -> None:
+    sizes = "--profiles 3 --people 20 --alone 3 --sample 2 --rounds 1"
+    assert "nothing shared" in table("evaluation", "--model", str(tiny_llama), *sizes.split())
+
+
+@pytest.mark.embedded
+def test_serving(tiny_llama, embedded_models, table) -> None:
+    _, encoder = embedded_models
+    sizes = ["--model", str(tiny_llama), "--encoder", str(encoder), "--requests", "2", "--max-tokens", "3"]
+    assert "2 at once" in table("serving", *sizes, *QUICK)
+
+
+@pytest.mark.multirank
+def test_dispatch(tiny_llama) -> None:
+    arguments = ["--ep", "2", "--model", str(tiny_llama), "--length", "8", "--rounds", "1"]
+    results = run(2, [str(BENCHMARKS / "dispatch.py"), *arguments])
+    assert [code for code, _ in results] == [0, 0], results
+    assert "sharded, prefetched" in results[0][1]
