@@ -1,7 +1,8 @@
 """One adapted linear: the time the mixture adds to the frozen product, against other ways to compute the same.
 
-Reported is the median difference to the frozen product of the same round. ``--fit`` instead times the dense and the grouped strategy
-over many sizes and prints the constant of the cost rule in cuma_ds/adapters/mixture.py.
+Reported is the median difference to the frozen product, which runs right before each variant: a machine that drifts hurts both.
+``--fit`` instead times the dense and the grouped strategy over many sizes and prints the constant of the cost rule in
+cuma_ds/adapters/mixture.py.
 """
 
 from __future__ import annotations
@@ -82,8 +83,10 @@ def plain_pytorch() -> Iterator[None]:
         yield
 
 
-def compare(arguments: argparse.Namespace, rank: int, dtype: torch.dtype, backward: bool) -> dict[str, list[float]]:
-    """Seconds of the frozen linear and of each adapted variant, round by round."""
+def compare(
+    arguments: argparse.Namespace, rank: int, dtype: torch.dtype, backward: bool
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each adapted variant, and of the frozen linear before it, round by round."""
     torch.manual_seed(0)
     width, device, batch = arguments.width, arguments.device, 8
     config = CumaConfig(
@@ -124,21 +127,22 @@ def compare(arguments: argparse.Namespace, rank: int, dtype: torch.dtype, backwa
             timed(ours)()
 
     variants = {
-        "frozen linear": timed(lambda: frozen(x)),
         "naive K x E loop": timed(lambda: naive(x, profiles)),
         "cuma-ds, plain PyTorch": plain_run,
         "cuma-ds": timed(ours),
         f"PEFT LoRA, r {config.top_k * rank}": timed(lambda: peft_layer(x)),
     }
-    return turns(variants, arguments.rounds, device)
+    before = {f"before {name}": timed(lambda: frozen(x)) for name in variants}
+    both = {key: run for pair in zip(before.items(), variants.items(), strict=True) for key, run in pair}
+    seconds = turns(both, arguments.rounds, device)
+    return {name: seconds[name] for name in variants}, {name: seconds[f"before {name}"] for name in variants}
 
 
 def tables(arguments: argparse.Namespace) -> None:
     """One table per rank, dtype and pass."""
     for rank, dtype, backward in itertools.product(arguments.ranks, arguments.dtypes, (False, True)):
-        seconds = compare(arguments, rank, getattr(torch, dtype), backward)
-        frozen = seconds.pop("frozen linear")
-        base = statistics.median(frozen)
+        seconds, frozen = compare(arguments, rank, getattr(torch, dtype), backward)
+        base = statistics.median(itertools.chain(*frozen.values()))
         where = f"{arguments.device}, {arguments.threads} threads" if arguments.device == "cpu" else arguments.device
         table = Table(
             title=f"added to a frozen linear ({base * 1e3:.1f} ms): {'forward + backward' if backward else 'forward'}, r {rank}, {dtype}, "
@@ -146,8 +150,7 @@ def tables(arguments: argparse.Namespace) -> None:
         )
         for heading in ("variant", "added ms", "naive / this", "this / PEFT LoRA"):
             table.add_column(heading, justify="left" if heading == "variant" else "right")
-        # Differences within a round: a machine that drifts hurts both.
-        added = {name: statistics.median(t - f for t, f in zip(times, frozen, strict=True)) for name, times in seconds.items()}
+        added = {name: statistics.median(t - f for t, f in zip(seconds[name], frozen[name], strict=True)) for name in seconds}
         naive, peft = added["naive K x E loop"], added[f"PEFT LoRA, r {arguments.top_k * rank}"]
         for name, value in added.items():
             table.add_row(name, f"{value * 1e3:.2f}", f"{naive / value:.2f}", f"{value / peft:.2f}")
