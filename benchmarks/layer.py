@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="r of one expert")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of the frozen linear and x")
     parser.add_argument("--router", default="mlp", choices=["linear", "mlp"], help="256 wide if mlp")
-    parser.add_argument("--rounds", type=int, default=15, help="counted rounds, after two for warming up")
+    parser.add_argument("--rounds", type=int, default=41, help="counted rounds, after two for warming up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--fit", action="store_true", help="fit the cost rule instead")
     arguments = parser.parse_args()
