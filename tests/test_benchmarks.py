@@ -1,4 +1,4 @@
-"""Every benchmark runs to its table: small sizes, so that nothing is learnt about speed here."""
+"""Benchmarks run to their tables at small sizes, which tell nothing about speed. Loading and preparing have their own tests."""
 
 from __future__ import annotations
 
