@@ -135,6 +135,12 @@ class EvaluationSection(_Section):
     bootstrap: int = Field(1000, ge=0, description="bootstrap samples of people behind the 95% intervals; 0 = no intervals")
 
 
+# Keys that decide what is learned and that release 0.1.0 did not have, with the value that says what it did.
+NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {}
+# Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
+CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {}
+
+
 class RunConfig(_Section):
     """Everything one run needs, as read from a recipe (STYLE: one YAML = one run)."""
 

@@ -34,7 +34,7 @@ from cuma_ds.telemetry.throughput import Throughput
 from cuma_ds.telemetry.writer import MetricsWriter
 from cuma_ds.training.objectives.sft import sft_loss
 from cuma_ds.training.optimizer import make_optimizer
-from cuma_ds.training.run_folder import fingerprint, open_run_folder
+from cuma_ds.training.run_folder import as_started, fingerprint, open_run_folder
 from cuma_ds.training.schedule import learning_rate
 
 
@@ -68,6 +68,7 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
         CumaError: the same one line on every rank.
     """
     tell = say if topology.is_main else (lambda _: None)
+    config = as_started(config)
     with agreement():
         if topology.is_main:
             prepare_run(config)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import CHANGED_SINCE_0_1_0, NEW_SINCE_0_1_0, RunConfig, load_config
 from cuma_ds.errors import CheckpointError, ConfigError
 
 # What may change between two starts of one run without changing what is learned (or, for steps, how far).
@@ -24,17 +24,51 @@ _FREE_KEYS = {
 _PATHS = {("model", "path"), ("profiles", "encoder"), ("data", "path")}
 
 
+def as_started(config: RunConfig) -> RunConfig:
+    """The recipe of a run that may have been started by an earlier release.
+
+    Where a default has changed since, and the recipe does not name the key, a run goes on with the value it was started with.
+
+    Args:
+        config: the recipe as read.
+
+    Returns:
+        The recipe with those values filled in; ``config`` itself for a new run.
+    """
+    recipe = config.run_dir / "config.yaml"
+    if not recipe.is_file():
+        return config
+    try:
+        started = load_config(recipe)
+    except ConfigError:
+        return config  # open_run_folder refuses it
+    sections: dict[str, Any] = {}
+    for (section, key), released in (NEW_SINCE_0_1_0 | CHANGED_SINCE_0_1_0).items():
+        before, now = getattr(started, section), sections.get(section, getattr(config, section))
+        value = getattr(before, key) if key in before.model_fields_set else released
+        if key not in now.model_fields_set and value == released:
+            sections[section] = now.model_copy(update={key: value})
+    return config.model_copy(update=sections)
+
+
 def learned_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings that decide what is learned, flat; folders by their name alone, so that a run can move."""
+    """The settings that decide what is learned, flat; folders by their name alone, so that a run can move.
+
+    Keys that release 0.1.0 did not have are left out where they say what it did, so that its checkpoints are still recognised.
+    """
     flat: dict[str, Any] = {"run.seed": config.run.seed}
     for section, values in json.loads(config.model_dump_json()).items():
         if section in _FREE_SECTIONS:
             continue
         for key, value in values.items():
-            if (section, key) in _FREE_KEYS:
+            if (section, key) in _FREE_KEYS or _is_as_released(section, key, value):
                 continue
             flat[f"{section}.{key}"] = Path(value).name if (section, key) in _PATHS and value else value
     return flat
+
+
+def _is_as_released(section: str, key: str, value: Any) -> bool:
+    return (section, key) in NEW_SINCE_0_1_0 and NEW_SINCE_0_1_0[section, key] == value
 
 
 def fingerprint(config: RunConfig) -> str:
