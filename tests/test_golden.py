@@ -1,0 +1,80 @@
+"""What release 0.1.0 left behind (tests/golden/0.1.0, made by its own code) still opens, resumes and answers as it did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+
+from cuma_ds.evaluation.run import evaluate_run
+from cuma_ds.export.hf import load_run, read_run, write_hf
+from cuma_ds.export.modeling import load_exported
+from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
+
+GOLDEN = Path(__file__).parent / "golden" / "0.1.0"
+PROFILES = [{"country": "Norway", "age": 38}, {"country": "Ghana", "age": 51}]
+PROMPTS = torch.tensor([[4, 30, 31, 5, 40, 41], [4, 60, 61, 62, 5, 40]])
+
+
+@pytest.fixture
+def places(tmp_path) -> list[str]:
+    """Settings that point a copy of the golden run to its models, wherever the repository is."""
+    shutil.copytree(GOLDEN / "run", tmp_path / "run")
+    paths = {"model.path": "model", "profiles.encoder": "encoder"}
+    return [f"{key}={GOLDEN / name}" for key, name in paths.items()] + [
+        f"run.output_dir={tmp_path}",
+        f"profiles.cache_dir={tmp_path / 'cache'}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    """Logits of the export, and ``state/NAME``: what the release trained in five more steps."""
+    return load_file(GOLDEN / "expected.safetensors")
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_of_0_1_0_goes_on_as_it_would_have(world, tmp_path, places, expected) -> None:
+    command = ["launchers/train.py", "--config", str(GOLDEN / "recipe.yaml"), "--set", *places]
+    (code, output), *_ = ranks.run(world, command)
+    assert code == 0, output[-3000:]
+    assert "resuming" in output
+    state = read_adapters(find_checkpoint(tmp_path / "run"))
+    assert {f"state/{name}" for name in state} == expected.keys() - {"logits"}
+    # With one rank the batches are the release's own; more ranks round differently, and its balance loss depended on them.
+    tolerance = 1e-5 if world == 1 else 2e-2
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, expected[f"state/{name}"], rtol=tolerance, atol=tolerance)
+
+
+def test_a_run_of_0_1_0_is_evaluated_as_it_was(tmp_path, places) -> None:
+    before = json.loads((GOLDEN / "run" / "evaluation" / "report.json").read_text())
+    evaluate_run(tmp_path / "run", overrides=places)
+    now = json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text())
+    for split, section in before["splits"].items():
+        for row in ("collapse", "before", "trained"):
+            for number in ("emd", "accuracy", "entropy", "macro_f1"):
+                assert now["splits"][split]["rows"][row][number] == pytest.approx(section["rows"][row][number], abs=1e-5)
+
+
+def test_an_export_of_0_1_0_answers_as_it_did(expected) -> None:
+    model = load_exported(GOLDEN / "export", base_model=str(GOLDEN / "model"), encoder=str(GOLDEN / "encoder")).eval()
+    with torch.no_grad():
+        logits = model(input_ids=PROMPTS, profiles=PROFILES).logits
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_0_1_0_is_exported(tmp_path, places, expected, monkeypatch) -> None:
+    recipe = tmp_path / "run" / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("tests/golden/0.1.0", str(GOLDEN)))
+    write_hf(read_run(tmp_path / "run"), tmp_path / "export")
+    for model in (load_run(tmp_path / "run"), load_exported(tmp_path / "export")):
+        with torch.no_grad():
+            logits = model.eval()(input_ids=PROMPTS, profiles=PROFILES).logits
+        torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
