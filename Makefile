@@ -1,5 +1,6 @@
 # make quickstart   train and evaluate on the embedded real model and data, from a bare machine
 # make test         the test suite, from a bare machine
+# make test-16-bit  the tests that compute in 16 bits, as a CPU with units for such products runs them
 # make test-cuda-compile   the CUDA kernels for every architecture, without warnings and spills; needs nvcc, no GPU
 # Another environment: make test VENV=/path/to/venv. On a machine that brings its own torch: SYSTEM_SITE_PACKAGES=1.
 
@@ -16,7 +17,7 @@ MODELS = $(CACHE)/models
 export TORCH_EXTENSIONS_DIR ?= $(abspath $(CACHE))/torch_extensions
 export CUMA_MODELS ?= $(abspath $(MODELS))
 
-.PHONY: install demo quickstart test test-cuda-compile lint types clean
+.PHONY: install demo quickstart test test-16-bit test-cuda-compile lint types clean
 
 install: $(INSTALLED)
 
@@ -37,6 +38,9 @@ quickstart: demo
 
 test: demo
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15 $(PYTEST)
+
+test-16-bit: demo
+	CUMA_TEST_UNITS=forced $(MAKE) test PYTEST="-m sixteen_bit"
 
 test-cuda-compile: $(INSTALLED)
 	$(BIN)/python tests/cuda_compile.py

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from units import force_units
 
 from cuma_ds.errors import ModelError
+
+force_units()
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import NoReturn
 from unittest import mock
 
+from units import force_units
+
 ROOT = Path(__file__).parents[1]
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["cuma_ds.training.loop", "cuma_ds.evaluation.run", "deepspeed.runtime.zero.muon.muon_optimizer"])
@@ -119,7 +121,8 @@ def _start_one(arguments: list[str], variables: dict[str, str], fresh: bool) -> 
     if not fresh:
         return Fork(arguments, variables)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=variables, text=True, **streams)
+    command = [sys.executable, str(ROOT / "tests" / "with_units.py"), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, **streams)
 
 
 def _become(arguments: list[str], variables: dict[str, str], output: str) -> NoReturn:
@@ -133,6 +136,7 @@ def _become(arguments: list[str], variables: dict[str, str], output: str) -> NoR
     os.chdir(ROOT)
     sys.argv = arguments
     sys.path[:0] = [str((ROOT / arguments[0]).parent), *variables["PYTHONPATH"].split(os.pathsep)]
+    force_units()
     try:
         runpy.run_path(arguments[0], run_name="__main__")
     finally:

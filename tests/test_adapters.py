@@ -397,6 +397,7 @@ def test_wrong_profiles_are_refused_with_the_width_they_need() -> None:
         inject_adapters(model.base_model, CumaConfig())
 
 
+@pytest.mark.sixteen_bit
 def test_bfloat16_backbone_with_float32_adapters_stays_close_to_float32() -> None:
     exact, low = build(torch.float32), build(torch.float32)
     low.base_model.q_proj.base.bfloat16()

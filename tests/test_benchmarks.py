@@ -49,6 +49,7 @@ def test_grouped(table) -> None:
     assert table("grouped", *sizes, *QUICK).count("expert after expert") == 3
 
 
+@pytest.mark.sixteen_bit
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layer(dtype, table) -> None:
     printed = table("layer", "--width", "64", "--tokens", "32", "--ranks", "4", *QUICK, "--dtypes", dtype)
@@ -56,6 +57,7 @@ def test_layer(dtype, table) -> None:
         assert printed.count(f"│ {variant} ") == 2, printed
 
 
+@pytest.mark.sixteen_bit
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_step(dtype, tiny_llama, table) -> None:
     printed = table("training_step", "--model", str(tiny_llama), "--batch", "2", "--length", "8", *QUICK, "--dtype", dtype)

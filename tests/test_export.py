@@ -103,6 +103,8 @@ for folder in sys.argv[2:]:
     embeddings = inputs.pop("embeddings")
     with torch.no_grad():
         results[folder + "/logits"] = model(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
+        exact = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        results[folder + "/exact"] = exact(**inputs, profile_embeddings=embeddings).logits
         brain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
         for units in (False, True):  # mixed in float32, and in bfloat16 as on CPUs that multiply it
             with mock.patch.multiple(torch.cpu, _is_amx_tile_supported=lambda: units, _is_avx512_bf16_supported=lambda: units):
@@ -114,6 +116,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"cuma_ds", "deepspe
 """
 
 
+@pytest.mark.sixteen_bit
 def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(tmp_path, backbones, packages, monkeypatch) -> None:
     """Logits to 1e-5 (float32) and 1e-2 (bfloat16), words equal, for four families with tied and untied embeddings."""
     embeddings = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
@@ -632,8 +635,13 @@ def test_mistakes_on_the_command_line_are_one_line_and_leave_nothing(mistake, tm
 
 
 @pytest.mark.multirank
+@pytest.mark.sixteen_bit
 def test_what_two_sharded_ranks_trained_answers_as_their_engine_did(tmp_path, tiny_llama, tiny_encoder, packages) -> None:
-    """2 ranks, sharded backbone, ep 2 -> hf -> a fresh environment: logits to 1e-5 (float32) and 1e-2 (bfloat16), words equal."""
+    """2 ranks, sharded backbone, ep 2 -> hf -> a fresh environment: equal words and logits to 1e-5 in float32.
+
+    In bfloat16 the engine adds what two ranks made in another order than one process. Two answers may be as far apart as the
+    engine's own rounding put it from the same model in float32.
+    """
     from ranks import run as run_ranks
     from test_parallel_training import recipe
 
@@ -654,7 +662,12 @@ def test_what_two_sharded_ranks_trained_answers_as_their_engine_did(tmp_path, ti
     done = run_fresh(packages, tmp_path / "script.py", str(tmp_path / "inputs"), *map(str, outs.values()), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     results, real = load_file(tmp_path / "inputs.out"), MASK.bool()
-    for dtype, tolerance in {"float32": 1e-5, "bfloat16": 1e-2}.items():
-        asked = load_file(run_dirs[dtype] / "asked.safetensors")
-        torch.testing.assert_close(results[f"{outs[dtype]}/logits"][real], asked["logits"][real], rtol=tolerance, atol=tolerance)
-        assert torch.equal(results[f"{outs[dtype]}/words"], asked["words"])
+    asked = {dtype: load_file(run_dirs[dtype] / "asked.safetensors") for dtype in outs}
+    ours = results[f"{outs['float32']}/logits"][real]
+    torch.testing.assert_close(ours, asked["float32"]["logits"][real], rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[f"{outs['float32']}/words"], asked["float32"]["words"])
+    ours, engine = results[f"{outs['bfloat16']}/logits"][real], asked["bfloat16"]["logits"][real]
+    rounding = (engine - results[f"{outs['bfloat16']}/exact"][real]).abs()
+    assert rounding.max() < 0.02 * engine.abs().max()
+    assert (ours - engine).abs().max() <= 1.5 * rounding.max()
+    assert (ours - engine).square().mean() <= 1.5 * rounding.square().mean()

@@ -20,6 +20,8 @@ from cuma_ds.errors import ConfigError
 from cuma_ds.ops import library
 from cuma_ds.profiles.groups import group_mask
 
+pytestmark = pytest.mark.sixteen_bit
+
 E, K, R, D, O = 6, 2, 4, 16, 12  # noqa: E741
 
 

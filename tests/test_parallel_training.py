@@ -135,6 +135,7 @@ HALF = {
 }
 
 
+@pytest.mark.sixteen_bit
 def test_half_precision_backbones_stay_near_their_single_process_run(tmp_path, tiny_llama, tiny_encoder) -> None:
     """Within 2 % in every loss and 5 % in every gradient norm; half precision rounds differently when batches are cut differently."""
     paths = {}
@@ -155,6 +156,7 @@ def test_half_precision_backbones_stay_near_their_single_process_run(tmp_path, t
         assert resolved["gradient_clipping"] == 0.05
 
 
+@pytest.mark.sixteen_bit
 def test_float16_steps_that_overflow_change_nothing(tmp_path, tiny_llama, tiny_encoder) -> None:
     """A loss scale that nothing survives; the run then goes on with a sensible one, as if those steps had not been."""
     settings = json.loads((DS_CONFIGS / "zero2_sharded_backbone.json").read_text())
