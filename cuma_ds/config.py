@@ -136,7 +136,11 @@ class EvaluationSection(_Section):
 
 
 # Keys that decide what is learned and that release 0.1.0 did not have, with the value that says what it did.
-NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {}
+NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
+    ("adapters", "balance_probability"): "gate",
+    ("adapters", "balance_scope"): "micro_batch",
+    ("adapters", "balance_decay"): 0.9,
+}
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
 CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {}
 

@@ -64,13 +64,17 @@ def reference_mixture(h: Tensor, gate: list[Tensor], a: Tensor, b: Tensor, mask:
     return out
 
 
-def reference_balance(gates: list[tuple[list[Tensor], list[int]]], experts: int) -> Tensor:
-    """E * sum_i f_i p_i over real tokens."""
-    assignments = sum(len(chosen) for _, chosen in gates)
+def reference_balance(gates: list[tuple[list[Tensor], list[int], Tensor]], share_E: Tensor | None, full_softmax: bool) -> Tensor:
+    """E * sum_i f_i p_i over real tokens, each with its gate, its chosen experts and its logits; f_i is counted here without ``share_E``."""
+    experts = len(gates[0][0])
+    assignments = sum(len(chosen) for _, chosen, _ in gates)
     loss = torch.zeros((), dtype=gates[0][0][0].dtype)
     for i in range(experts):
-        f = sum(1 for _, chosen in gates if i in chosen) / assignments
-        p = sum(weights[i] for weights, _ in gates) / len(gates)
+        f = share_E[i] if share_E is not None else sum(1 for _, chosen, _ in gates if i in chosen) / assignments
+        if full_softmax:
+            p = sum(torch.exp(logits[i]) / torch.exp(logits).sum() for *_, logits in gates) / len(gates)
+        else:
+            p = sum(weights[i] for weights, *_ in gates) / len(gates)
         loss = loss + f * p
     return experts * loss
 

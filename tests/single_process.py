@@ -42,6 +42,7 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
         table = ProfileTable.build(data.sentences, ProfileEncoder(config.profiles.encoder), config.profiles.cache_dir)
         adapters = adapters.model_copy(update={"profile_dim": table.embeddings.shape[1]})
     model = inject_adapters(model, adapters, config.run.seed).train()
+    model.shares_per_forward = False
     rows = data.splits["train"]
     if table is not None:
         model.set_profile_standardisation(table.embeddings[sorted(set(rows["profile"]))], config.profiles.standardise)
@@ -60,6 +61,8 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
         examples = [encode_example(rows[row], renderer, data.sentences, config.data) for row in wanted]
         weight = sum(sum(example.target_weight) for example in examples)
         size = -(-len(examples) // micro_steps)
+        tokens = sum(len(example.input_ids) for example in examples)
+        load_RE: Tensor | float = 0.0
         optimizer.zero_grad()
         total = 0.0
         for start in range(0, len(examples), size):
@@ -82,11 +85,16 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
             nll = -(log_p[batch.target_row, batch.target_position, batch.target_token] * batch.target_weight).sum() / weight
             loss = nll
             if config.adapters.balance_weight and adapters.has_router:
-                loss = loss + config.adapters.balance_weight * out.balance_loss / micro_steps
+                by_run = config.adapters.balance_scope == "run"
+                part = float(batch.attention_mask.sum()) / tokens if by_run else 1 / micro_steps
+                loss = loss + config.adapters.balance_weight * out.balance_loss * part
+                load_RE = load_RE + model.routing_statistics().load_RE
             loss.backward()
             total += float(nll.detach())
         clip = training.max_grad_norm or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, clip)))
         optimizer.step()
+        if isinstance(load_RE, Tensor):
+            model.update_shares(load_RE)
         losses.append(total)
     return SingleRun(losses, norms, {name: tensor.clone() for name, tensor in model.adapter_state().items()})

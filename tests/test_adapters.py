@@ -60,7 +60,9 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
     return x, mask, torch.randn(B, P, generator=generator, dtype=torch.float64)
 
 
-def reference(model: CumaModel, x: torch.Tensor, mask: torch.Tensor, e: torch.Tensor, gradient_mask: torch.Tensor | None):
+def reference(
+    model: CumaModel, x: torch.Tensor, mask: torch.Tensor, e: torch.Tensor, gradient_mask: torch.Tensor | None, share_RE: torch.Tensor
+):
     """Output [B, S, 2 O + D] and the summed balance loss, token by token."""
     config = model.config
     parameters = dict(model.adapter_parameters())
@@ -78,18 +80,25 @@ def reference(model: CumaModel, x: torch.Tensor, mask: torch.Tensor, e: torch.Te
                 logits = reference_logits(x[b, s], e[b] if config.profile_dim else None, router, config.router)
                 gate, chosen = reference_gate(logits, config.top_k, config.gate_norm)
             else:
-                gate, chosen = [torch.ones((), dtype=x.dtype)], [0]
+                gate, chosen, logits = [torch.ones((), dtype=x.dtype)], [0], x.new_zeros(1)
             y = linear(x[b, s])
             if real:
                 a, up = parameters[f"{name}.experts.lora_a"], parameters[f"{name}.experts.lora_b"]
                 row_mask = None if gradient_mask is None else gradient_mask[b]
                 y = y + config.lora_alpha / config.lora_r * reference_mixture(x[b, s], gate, a, up, row_mask)
                 if name == owner:
-                    balance_gates.setdefault(owner, []).append((gate, chosen))
+                    balance_gates.setdefault(owner, []).append((gate, chosen, logits))
             parts.append(y)
         rows.append(torch.cat([*parts, model.base_model.out(parts[0] * parts[1])]))
-    balance = sum(reference_balance(gates, config.num_experts) for gates in balance_gates.values())
+    shares = share_RE if config.has_router and config.balance_scope == "run" else [None] * len(balance_gates)
+    full = config.balance_probability == "softmax"
+    balance = sum(reference_balance(gates, share, full) for gates, share in zip(balance_gates.values(), shares, strict=True))
     return torch.stack(rows).view(B, S, -1), balance
+
+
+def uneven_shares(model: CumaModel) -> torch.Tensor:
+    """[R, E] shares that differ between experts and routers."""
+    return torch.randn(model.expert_share.shape, generator=torch.Generator().manual_seed(4)).softmax(dim=-1)
 
 
 def gradients(loss: torch.Tensor, model: CumaModel, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -101,8 +110,9 @@ def gradients(loss: torch.Tensor, model: CumaModel, x: torch.Tensor) -> dict[str
 def assert_equal_to_reference(model: CumaModel, dtype: torch.dtype, tolerance: float, gradient_mask: torch.Tensor | None = None) -> None:
     x, mask, e = inputs(dtype)
     profiles = e.to(dtype) if model.config.profile_dim else None
+    share_RE = model.expert_share = uneven_shares(model)
     out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=profiles, gradient_mask=gradient_mask)
-    expected, expected_balance = reference(model, x, mask, e.to(dtype), gradient_mask)
+    expected, expected_balance = reference(model, x, mask, e.to(dtype), gradient_mask, share_RE.to(dtype))
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
     loss, expected_loss = (out.hidden * weights).sum(), (expected * weights).sum()
     if model.config.has_router:
@@ -208,6 +218,7 @@ def test_dominant_mask_lets_only_the_main_expert_of_a_profile_learn() -> None:
 
 def test_padding_never_influences_anything() -> None:
     model = build()
+    model.shares_per_forward = False
     x, mask, e = inputs()
 
     def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -229,6 +240,7 @@ def test_padding_never_influences_anything() -> None:
 
 def test_filler_rows_are_counted_nowhere() -> None:
     model = build()
+    model.shares_per_forward = False
     x, mask, e = inputs()
     out = model(inputs_embeds=x[:2], attention_mask=mask[:2], profile_embeddings=e)
     alone = (out.balance_loss, model.routing_statistics().load_RE)
@@ -279,8 +291,11 @@ def test_gate_weights_sum_as_the_norm_says(norm: str) -> None:
         torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
-def test_balance_is_one_per_router_when_experts_share_evenly_and_e_when_one_takes_all() -> None:
-    model = build(top_k=1, gate_norm="topk_softmax", share_router=False)
+RELEASED_BALANCE = {"balance_probability": "gate", "balance_scope": "micro_batch"}
+
+
+def test_released_balance_is_one_per_router_when_experts_share_evenly_and_e_when_one_takes_all() -> None:
+    model = build(top_k=1, gate_norm="topk_softmax", share_router=False, **RELEASED_BALANCE)
     x, mask, e = inputs()
     with torch.no_grad():
         for name, parameter in model.adapter_parameters():
@@ -290,8 +305,21 @@ def test_balance_is_one_per_router_when_experts_share_evenly_and_e_when_one_take
     assert float(out.balance_loss) == pytest.approx(2 * E)  # all ties: expert 0 takes everything, in both routers
 
 
-def test_balance_of_split_batches_is_that_of_the_joined_batch() -> None:
-    model = build()
+def test_balance_by_run_is_one_per_router_at_even_shares_or_even_probabilities() -> None:
+    model = build(top_k=1, share_router=False)
+    x, mask, e = inputs()
+    out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    assert float(out.balance_loss) == pytest.approx(2)  # shares start at 1 / E
+    with torch.no_grad():
+        for name, parameter in model.adapter_parameters():
+            if "router" in name:
+                parameter.zero_()
+    out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    assert float(out.balance_loss) == pytest.approx(2)  # the softmax of equal logits is even, whatever the shares are
+
+
+def test_released_balance_of_split_batches_is_that_of_the_joined_batch() -> None:
+    model = build(**RELEASED_BALANCE)
     x, mask, e = inputs()
     out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
     whole = gradients(out.balance_loss, model, x)
@@ -300,10 +328,52 @@ def test_balance_of_split_batches_is_that_of_the_joined_batch() -> None:
         model(inputs_embeds=x[b : b + 1], attention_mask=mask[b : b + 1], profile_embeddings=e[b : b + 1])
         parts.append(model.routing_statistics())
     packed = [torch.cat([p.load_RE.flatten(), p.tokens[None], torch.ones(1, dtype=torch.float64)]) for p in parts]
-    losses = [balance_loss(p, lambda _: torch.stack(packed).sum(dim=0)) for p in parts]
+    losses = [balance_loss(p, sum_over_ranks=lambda _: torch.stack(packed).sum(dim=0)) for p in parts]
     torch.testing.assert_close(torch.stack(losses).mean(), out.balance_loss)
     for name, grad in gradients(torch.stack(losses).mean(), model, x).items():
         torch.testing.assert_close(grad, whole[name])
+
+
+def test_balance_by_run_of_split_batches_weighted_by_tokens_is_that_of_the_joined_batch() -> None:
+    model = build()
+    model.shares_per_forward = False
+    model.expert_share = uneven_shares(model)
+    x, mask, e = inputs()
+    out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    whole = gradients(out.balance_loss, model, x)
+    joined = x.new_zeros(())
+    for b in range(B):
+        part = model(inputs_embeds=x[b : b + 1], attention_mask=mask[b : b + 1], profile_embeddings=e[b : b + 1])
+        joined = joined + part.balance_loss * mask[b].sum() / mask.sum()
+    torch.testing.assert_close(joined, out.balance_loss)
+    for name, grad in gradients(joined, model, x).items():
+        torch.testing.assert_close(grad, whole[name])
+
+
+def test_shares_follow_the_load_of_every_step() -> None:
+    """f <- decay * f + (1 - decay) * share of the step; by hand for two steps, one of a router that saw no token."""
+    model = build(balance_decay=0.75)
+    torch.testing.assert_close(model.expert_share, torch.full_like(model.expert_share, 1 / E), rtol=1e-6, atol=0.0)
+    load_E = torch.arange(E, dtype=torch.float64)
+    model.update_shares(load_E.expand(len(model.router_names), -1))
+    first = 0.75 / E + 0.25 * load_E / load_E.sum()
+    torch.testing.assert_close(model.expert_share.double(), first.expand(len(model.router_names), -1), rtol=1e-6, atol=1e-7)
+    before = model.expert_share
+    model.update_shares(torch.zeros(len(model.router_names), E))
+    torch.testing.assert_close(model.expert_share, before)
+
+
+def test_without_an_engine_each_training_forward_moves_the_shares_and_no_other_does() -> None:
+    model = build()
+    x, mask, e = inputs()
+    model.eval()
+    model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    torch.testing.assert_close(model.expert_share, torch.full_like(model.expert_share, 1 / E), rtol=1e-6, atol=0.0)
+    model.train()
+    model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    load_RE = model.routing_statistics().load_RE
+    expected = 0.9 / E + 0.1 * load_RE / load_RE.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(model.expert_share.to(expected.dtype), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_adapters_start_as_the_backbone_and_do_not_copy_it() -> None:

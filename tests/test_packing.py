@@ -73,6 +73,8 @@ def test_loss_balance_and_gradients_are_those_of_single_rows(tiny_llama, attenti
     width = 6 if method == "cuma" else 0
     config = CumaConfig(method=method, num_experts=4, top_k=2, lora_r=4, profile_dim=width, target_modules=["q_proj", "v_proj", "up_proj"])
     model = inject_adapters(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation=attention), config)
+    model.shares_per_forward = False
+    model.expert_share = torch.randn(model.expert_share.shape, generator=generator).softmax(dim=-1)
     for _, parameter in model.adapter_parameters():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     table = ProfileTable([f"p{i}" for i in range(5)], torch.randn(5, 6, generator=generator)) if width else None

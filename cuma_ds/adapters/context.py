@@ -35,12 +35,12 @@ class TokenIndex:
 class RouterStatistics:
     """What one router did in one forward, over real tokens only.
 
-    load_E: assignments per expert (int counts as float32).  weight_sum_E: summed gate weights, differentiable.
+    load_E: assignments per expert (int counts as float32).  probability_sum_E: summed p_i of the balance loss, differentiable.
     entropy_sum: summed gate entropy in nats.  tokens: number of real tokens.  gate_BE: mean gate per sequence, when recorded.
     """
 
     load_E: Tensor
-    weight_sum_E: Tensor
+    probability_sum_E: Tensor
     entropy_sum: Tensor
     tokens: Tensor
     gate_BE: Tensor | None
@@ -57,6 +57,7 @@ class RoutingState:
     rows: int = 0
     num_profiles: int = 0
     collect: bool = False
+    full_softmax: bool = False
     record_sequences: bool = False
     statistics: dict[int, RouterStatistics] = field(default_factory=dict)
     _indices: dict[tuple[int, int], TokenIndex] = field(default_factory=dict)
@@ -104,7 +105,7 @@ class RoutingContext:
         self.state = RoutingState()
         self.enabled = True
 
-    def collect(self, router_index: int, gate: GateOutput, tokens: TokenIndex) -> None:
+    def collect(self, router_index: int, gate: GateOutput, probability_sum_E: Tensor, tokens: TokenIndex) -> None:
         """Add one router's gate to the statistics of this forward (once per router, never while recomputing)."""
         if not self.state.collect:
             return
@@ -115,7 +116,7 @@ class RoutingContext:
             counts_B = gate_TE.new_zeros(tokens.batch).index_add_(0, tokens.sequence_T, tokens.real_T.to(gate_TE.dtype))
             gate_BE = sums_BE / counts_B.clamp(min=1)[:, None]
         self.state.statistics[router_index] = RouterStatistics(
-            gate.load_E, gate.weight_sum_E, gate.entropy, tokens.real_T.sum().to(gate.load_E.dtype), gate_BE
+            gate.load_E, probability_sum_E, gate.entropy, tokens.real_T.sum().to(gate.load_E.dtype), gate_BE
         )
 
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:

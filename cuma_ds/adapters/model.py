@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cuma_ds.adapters.balance import RoutingStatistics, balance_loss
+from cuma_ds.adapters.balance import RoutingStatistics, balance_loss, follow_shares
 from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.context import RoutingContext, RoutingState
 from cuma_ds.adapters.layer import AdaptedLinear
@@ -35,11 +35,15 @@ class CumaModel(nn.Module):
         config: the adapters' configuration.
         router_names: the first adapted linear of each router, in module order.
         profile_mean, profile_scale: [P] and [] float32 buffers; e_d goes to the routers as ``(e_d - mean) * scale``.
-        sum_over_ranks: set by a distributed engine, so that ``balance_loss`` is that of all ranks' batches joined.
+        expert_share: [R, E] float32 buffer, the running shares f_i of the balance loss (``config.balance_scope: run``).
+        shares_per_forward: whether each training forward moves ``expert_share``. An engine that knows where optimizer steps end sets it
+            to False and calls :meth:`update_shares`.
+        sum_over_ranks: set by a distributed engine, so that shares and ``balance_loss`` are those of all ranks' batches joined.
     """
 
     profile_mean: Tensor
     profile_scale: Tensor
+    expert_share: Tensor
 
     def __init__(self, base_model: nn.Module, config: CumaConfig, context: RoutingContext, router_names: list[str]) -> None:
         super().__init__()
@@ -50,6 +54,9 @@ class CumaModel(nn.Module):
         device = next(base_model.parameters()).device
         self.register_buffer("profile_mean", torch.zeros(config.profile_dim, device=device))
         self.register_buffer("profile_scale", torch.ones((), device=device))
+        share_RE = torch.full((len(router_names), config.num_experts), 1 / config.num_experts, device=device)
+        self.register_buffer("expert_share", share_RE, persistent=False)
+        self.shares_per_forward = True
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
         self._recording: RoutingRecord | None = None
         head = getattr(base_model, "get_output_embeddings", lambda: None)()
@@ -87,8 +94,20 @@ class CumaModel(nn.Module):
         if self._recording is not None and statistics is not None and statistics.gate_RBE is not None:
             self._recording.gates.append(statistics.gate_RBE.float())
         if self.training and statistics is not None and self.config.balance_weight > 0:
-            out.balance_loss = balance_loss(statistics, self.sum_over_ranks)
+            by_run = self.config.balance_scope == "run"
+            out.balance_loss = balance_loss(statistics, self.expert_share if by_run else None, self.sum_over_ranks)
+            if by_run and self.shares_per_forward:
+                load_RE = statistics.load_RE.detach()
+                self.update_shares(load_RE if self.sum_over_ranks is None else self.sum_over_ranks(load_RE))
         return out
+
+    def update_shares(self, load_RE: Tensor) -> None:
+        """Move the running shares of the balance loss by one optimizer step.
+
+        Args:
+            load_RE: [R, E] top-k assignments of the whole step, summed over its micro batches and all ranks.
+        """
+        self.expert_share = follow_shares(self.expert_share, load_RE, self.config.balance_decay)
 
     @torch.no_grad()
     def generate(self, *args: Any, profile_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
@@ -147,6 +166,7 @@ class CumaModel(nn.Module):
             rows=rows,
             num_profiles=num_profiles,
             collect=collect,
+            full_softmax=self.training and self.config.balance_weight > 0 and self.config.balance_probability == "softmax",
             record_sequences=self._recording is not None,
         )
 
@@ -222,6 +242,11 @@ class CumaModel(nn.Module):
     def standardisation(self) -> dict[str, Tensor]:
         """The buffers that centre and scale profile embeddings; none when routing knows no profiles."""
         return {"profile_mean": self.profile_mean, "profile_scale": self.profile_scale} if self.config.profile_dim else {}
+
+    def balance_state(self) -> dict[str, Tensor]:
+        """What the balance loss remembers between optimizer steps; nothing where it remembers nothing."""
+        remembers = self.config.balance_weight > 0 and self.config.balance_scope == "run" and len(self.router_names) > 0
+        return {"expert_share": self.expert_share} if remembers else {}
 
     @torch.no_grad()
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:

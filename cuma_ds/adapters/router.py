@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cuma_ds.adapters.config import CumaConfig
-from cuma_ds.adapters.context import RoutingContext, RoutingState
+from cuma_ds.adapters.context import RoutingContext, RoutingState, TokenIndex
 from cuma_ds.adapters.mixture import project, without_autocast
 from cuma_ds.ops import GateOutput, demographic_gate
 
@@ -116,7 +116,10 @@ class Router(nn.Module):
             hidden_TE, profile_NE, z_TC = self.logits(x_TD, profiles_NP, tokens.profile_T, beside_CD)
         gate = demographic_gate(hidden_TE, profile_NE, tokens.profile_T, self.config.top_k, self.config.gate_norm)
         if is_leader:
-            context.collect(self.index, gate, tokens)
+            sums_E = gate.weight_sum_E
+            if context.state.full_softmax:
+                sums_E = _probability_sum(hidden_TE, profile_NE, tokens)
+            context.collect(self.index, gate, sums_E, tokens)
         if self.sharers > 1:
             self._cached = _CachedGate(weakref.ref(x), context.state, torch.is_grad_enabled(), gate, self.sharers - 1)
         return gate, z_TC
@@ -131,6 +134,14 @@ class _CachedGate:
     grad: bool
     gate: GateOutput
     readers: int
+
+
+def _probability_sum(hidden_TE: Tensor, profile_NE: Tensor | None, tokens: TokenIndex) -> Tensor:
+    """Softmax over all E logits, summed over real tokens: [E]. It has a gradient for experts that no token is routed to."""
+    logits_TE = hidden_TE if profile_NE is None else hidden_TE + F.embedding(tokens.row_T, profile_NE)
+    real_T = tokens.real_T
+    p_TE = logits_TE.masked_fill(~real_T[:, None], 0.0).softmax(dim=-1)
+    return real_T.to(p_TE.dtype) @ p_TE
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -95,6 +95,11 @@ class Batch:
         """Sum of all target weights."""
         return float(self.target_weight.sum(dtype=torch.float64))
 
+    @property
+    def real_tokens(self) -> float:
+        """Tokens that are neither padding nor a filler's."""
+        return float(self.attention_mask[self.profile_index >= 0].sum())
+
     def to(self, device: str | torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
         tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}

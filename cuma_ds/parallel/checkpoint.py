@@ -3,7 +3,7 @@
 A checkpoint folder ``step-N`` holds::
 
     state.json                     step, run fingerprint, who wrote it, and the size of every other file
-    shared.safetensors             routers, shared A, profile standardisation
+    shared.safetensors             routers, shared A, profile standardisation, running shares of the balance loss
     experts-I-of-J.safetensors     the experts of expert-parallel rank I, one tensor per expert
 
 Tensors are named ``<kind>/<parameter>`` or ``<kind>/<parameter>/<expert>`` with kind ``param`` (float32 master weight), ``exp_avg`` or
@@ -79,6 +79,8 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
                     experts[f"{kind}/{name}/{first + expert}"] = tensor[expert].cpu().contiguous()
     for name, buffer in engine.model.standardisation().items():
         shared[f"param/{name}"] = buffer.cpu().contiguous()
+    for name, buffer in engine.model.balance_state().items():
+        shared[f"balance/{name}"] = buffer.cpu().contiguous()
     if topology.is_main:
         save_file(shared, partial / "shared.safetensors")
     if topology.holds_first_copy:
@@ -137,6 +139,8 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> in
     with torch.no_grad():
         for name, buffer in engine.model.standardisation().items():
             buffer.copy_(reader.get(f"param/{name}"))
+        for name, buffer in engine.model.balance_state().items():
+            buffer.copy_(reader.get(f"balance/{name}"))
     return step
 
 

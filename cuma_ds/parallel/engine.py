@@ -59,6 +59,7 @@ class AdapterEngine:
         else:
             base = load_backbone(config.model, topology.device)
         self.model = inject_adapters(base, adapters, config.run.seed).to(topology.device)
+        self.model.shares_per_forward = False  # the loop moves them once per optimizer step
         if topology.world > 1:
             self.model.sum_over_ranks = topology.sum_over_ranks
         if config.model.gradient_checkpointing:

@@ -190,6 +190,9 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, sta
         totals = _run_step(config, engine, inputs, batches, rate)
         done = step + 1
         totals.people = float(sum(inputs.people[row] for rows in stream.indices(step) for row in rows if row is not None))
+        totals = totals.over_ranks(topology)
+        if totals.load_RE is not None:
+            engine.model.update_shares(totals.load_RE)
         _log(writer, engine, done, rate, totals, throughput)
         if done == training.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
             folder = save_checkpoint(engine, config.run_dir, done, fingerprint(config), config.checkpoint.keep_last)
@@ -204,22 +207,52 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, sta
 
 @dataclass
 class _Totals:
-    """Sums of one step on this rank. loss: weighted negative log-likelihood, nats. weight: of all ranks together."""
+    """Sums of one step, of this rank's micro batches at first.
 
-    loss: Tensor
-    balance: Tensor
+    weight, tokens: of all ranks together, known before the first forward.  loss: weighted negative log-likelihood, nats.
+    balance: load-balance loss.  people: answers or conversations behind the examples.
+    load_RE, entropy_R, routed: top-k assignments, summed gate entropy (nats) and tokens of the routers; None without routers.
+    """
+
     weight: float
     tokens: float
-    routing: RoutingStatistics | None
+    loss: Tensor
+    balance: Tensor
     people: float = 0.0
+    load_RE: Tensor | None = None
+    entropy_R: Tensor | None = None
+    routed: Tensor | None = None
+
+    def add_routing(self, routing: RoutingStatistics | None) -> None:
+        """Count the routers of one more forward."""
+        if routing is None:
+            return
+        load_RE, entropy_R, routed = routing.load_RE.double(), routing.entropy_R.double(), routing.tokens.double()
+        if self.load_RE is None or self.entropy_R is None or self.routed is None:
+            self.load_RE, self.entropy_R, self.routed = load_RE, entropy_R, routed
+        else:
+            self.load_RE, self.entropy_R, self.routed = self.load_RE + load_RE, self.entropy_R + entropy_R, self.routed + routed
+
+    def over_ranks(self, topology: Topology) -> _Totals:
+        """The same of all ranks: one sum over them."""
+        parts = [self.loss.double(), self.balance.double(), self.loss.new_tensor(self.people, dtype=torch.float64)]
+        packed = [torch.stack(parts)]
+        if self.load_RE is not None and self.entropy_R is not None and self.routed is not None:
+            packed += [self.load_RE.flatten(), self.entropy_R, self.routed[None]]
+        total = topology.sum_over_ranks(torch.cat(packed))
+        summed = _Totals(self.weight, self.tokens, total[0], total[1] / topology.world, float(total[2]))
+        if self.load_RE is not None:
+            loads = 3 + self.load_RE.numel()
+            summed.load_RE, summed.entropy_R, summed.routed = total[3:loads].view_as(self.load_RE), total[loads:-1], total[-1]
+        return summed
 
 
 def _run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, batches: list[Batch], rate: float) -> _Totals:
     device, world = engine.topology.device, engine.topology.world
-    own = torch.tensor(sum(batch.weight_sum for batch in batches), dtype=torch.float64, device=device)
-    weight = float(engine.topology.sum_over_ranks(own))
+    own = [sum(batch.weight_sum for batch in batches), sum(batch.real_tokens for batch in batches)]
+    weight, tokens = engine.topology.sum_over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
     zero = torch.zeros((), device=device)
-    totals = _Totals(loss=zero, balance=zero, weight=weight, tokens=0.0, routing=None)
+    totals = _Totals(weight, tokens, loss=zero, balance=zero)
     for batch in batches:
         out = engine.forward(**model_inputs(batch, inputs.table, device, inputs.group_mask))
         targets = (batch.target_row, batch.target_position, batch.target_token, batch.target_weight)
@@ -228,40 +261,34 @@ def _run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, 
         loss = nll * (world * len(batches) / weight)
         balance = getattr(out, "balance_loss", None)
         if balance is not None:
+            if config.adapters.balance_scope == "run":
+                # A mean over this micro batch's tokens; weighted by them it becomes the mean over the step's.
+                balance = balance * (world * len(batches) * batch.real_tokens / tokens)
             loss = loss + config.adapters.balance_weight * balance
             totals.balance = totals.balance + balance.detach() / len(batches)
         engine.backward(loss)
         engine.step(rate)
         totals.loss = totals.loss + nll.detach()
-        totals.tokens += float(batch.attention_mask[batch.profile_index >= 0].sum())
-        totals.routing = engine.model.routing_statistics()
+        totals.add_routing(engine.model.routing_statistics())
     return totals
 
 
 def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, rate: float, totals: _Totals, throughput: Throughput) -> None:
-    """Sum over ranks, stop on a loss that is no number, and write the row."""
-    topology, routing = engine.topology, totals.routing
-    sums = [totals.loss.double(), totals.balance.double(), totals.loss.new_tensor(totals.tokens), totals.loss.new_tensor(totals.people)]
-    packed = [torch.stack([value.double() for value in sums])]
-    if routing is not None:
-        packed += [routing.load_RE.double().flatten(), routing.entropy_R.double(), routing.tokens.double()[None]]
-    total = topology.sum_over_ranks(torch.cat(packed))
-    loss, balance, tokens, people = total[:4].tolist()
-    scalars = {"loss": loss / totals.weight, "lr": rate, "grad_norm": engine.grad_norm, **throughput.step(tokens, people)}
+    """Stop on a loss that is no number, and write the row."""
+    scalars = {"loss": float(totals.loss) / totals.weight, "lr": rate, "grad_norm": engine.grad_norm}
+    scalars |= throughput.step(totals.tokens, totals.people)
     if not np.isfinite(scalars["loss"]):
         raise CumaError(f"the loss became {scalars['loss']} at step {step}; lower training.learning_rate or check the data")
-    if routing is not None:
-        scalars["balance"] = balance / topology.world
+    if totals.load_RE is not None:
+        scalars["balance"] = float(totals.balance)
     if engine.loss_scaler is not None:
         scalars["loss_scale"] = float(engine.loss_scaler.loss_scale)
     if engine.dispatcher is not None:
         scalars |= {f"bytes_sent/{name}": float(count) for name, count in engine.dispatcher.take_bytes_sent().items()}
     writer.log(step, scalars)
-    if routing is not None:
-        routers, experts = routing.load_RE.shape
-        load_RE = total[4 : 4 + routers * experts].view(routers, experts)
-        entropy_R = total[4 + routers * experts : -1] / total[-1].clamp(min=1)
-        writer.log_routing(step, engine.model.router_names, load_RE / load_RE.sum(dim=1, keepdim=True).clamp(min=1), entropy_R)
+    if totals.load_RE is not None and totals.entropy_R is not None and totals.routed is not None:
+        share_RE = totals.load_RE / totals.load_RE.sum(dim=1, keepdim=True).clamp(min=1)
+        writer.log_routing(step, engine.model.router_names, share_RE, totals.entropy_R / totals.routed.clamp(min=1))
 
 
 def _resume(config: RunConfig, engine: AdapterEngine, tell: Callable[[str], None]) -> int:
