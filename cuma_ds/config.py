@@ -68,9 +68,22 @@ class DataSection(_Section):
     max_length: int = Field(256, ge=8, description="tokens; longer prompts are cut at the front, never the answer")
     packing: bool = Field(False, description="several examples per row of max_length tokens, none seeing another; less padding")
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
-    heldout_fraction: float = Field(0.15, ge=0, lt=1, description="share of countries (or profiles) held out entirely")
+    heldout_fraction: float | None = Field(
+        None, ge=0, lt=1,
+        description="share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, community-alignment and prism",
+    )  # fmt: skip
     heldout_profile_fraction: float = Field(0.0, ge=0, lt=1, description="share of the other profiles held out entirely")
     split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
+
+    @property
+    def heldout(self) -> float:
+        """The share of countries held out, in [0, 1): by the source where ``heldout_fraction`` is null.
+
+        A benchmark keeps all of its countries, so that numbers can be compared with those of others.
+        """
+        if self.heldout_fraction is not None:
+            return self.heldout_fraction
+        return 0.0 if self.source in ("wvb", "community-alignment", "prism") else 0.15
 
 
 class TrainingSection(_Section):
@@ -138,7 +151,7 @@ class EvaluationSection(_Section):
 # Keys that decide what is learned and that release 0.1.0 did not have, with the value that says what it did.
 NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {}
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
-CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {}
+CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {("data", "heldout_fraction"): 0.15}
 
 
 class RunConfig(_Section):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from raw_data import ADJUSTMENT, CHOICES, PROFILE, SCALES, adjusted, survey_people, write_benchmark, write_codebook, write_survey
+from raw_data import ADJUSTMENT, CHOICES, PROFILE, SCALES, adjusted, draw, survey_people, write_benchmark, write_codebook, write_survey
 
 from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data
@@ -99,7 +99,7 @@ def test_whole_files_are_split_by_us(people, tmp_path):
     write_benchmark(tmp_path, people, {"full": list(range(PEOPLE))})
     data = load(tmp_path, heldout_fraction=0, test_fraction=0.25)
     assert set(data.splits) == {"train", "test", "heldout"}
-    assert data.manifest["splits"]["test"]["people"] == PEOPLE // 4
+    assert data.manifest["splits"]["test"]["people"] == sum(draw(0, "person", number) < 0.25 for number in people["D_INTERVIEW"])
     assert prepared(data) == counted(people)
 
 
@@ -128,12 +128,13 @@ def test_held_out_countries_and_profiles_are_seen_nowhere_else(benchmark, seed):
     data = load(benchmark, heldout_fraction=0.3, heldout_profile_fraction=0.2, split_seed=seed)
     profiles = {name: set(split["profile"]) for name, split in data.splits.items()}
     countries = {name: set(split["group"]) for name, split in data.splits.items()}
-    assert len(countries["heldout"]) == 2
+    names = set().union(*countries.values())
+    assert countries["heldout"] == {name for name in names if draw(seed, "unit", name) < 0.3} != set()
     for name in ("train", "valid", "test", "heldout_profiles"):
         assert profiles[name], name
         assert not countries["heldout"] & countries[name]
-    others = len(set().union(*profiles.values()) - profiles["heldout"])
-    assert len(profiles["heldout_profiles"]) == round(0.2 * others)
+    others = set().union(*profiles.values()) - profiles["heldout"]
+    assert profiles["heldout_profiles"] == {profile for profile in others if draw(seed, "profile", data.sentences[profile]) < 0.2}
     for name in ("train", "valid", "test", "heldout"):
         assert not profiles["heldout_profiles"] & profiles[name]
     assert sum(sizes["people"] for sizes in data.manifest["splits"].values()) == PEOPLE

@@ -33,6 +33,7 @@ from cuma_ds.data.prepared import PreparedData, ProfileList, Rows, check_questio
 from cuma_ds.data.rendering import LETTERS
 from cuma_ds.data.rows import QUESTION_SCHEMA, SCALES, SCHEMAS, ArrowFile, Question
 from cuma_ds.data.sources.files import Chunk, Input, decode
+from cuma_ds.data.splits import draws
 from cuma_ds.errors import DataError, nearest
 from cuma_ds.profiles.linearize import is_missing
 
@@ -80,6 +81,7 @@ class Part:
     """What one chunk of records holds, with numbers of its own: small enough to be sent between processes.
 
     rows: person, profile, question and answer of each row; person -1 where nothing names one.
+    unnamed: what identifies each row without a person in its source.
     """
 
     kind: str = ""
@@ -87,6 +89,7 @@ class Part:
     profiles: ProfileList = field(default_factory=lambda: ProfileList("generic"))
     questions: dict[str, tuple[int, Question, str]] = field(default_factory=dict)
     rows: array = field(default_factory=lambda: array("i"))
+    unnamed: list[str] = field(default_factory=list)
     payload: pa.RecordBatch | None = None
     record_ids: list[tuple[str, str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -135,6 +138,8 @@ def _add(part: Part, row: Row, where: str, wanted: tuple[str, ...] | None, paylo
         raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
     person_id = _identifier(row, "person_id", where)
     person = -1 if person_id is None else part.persons.setdefault(person_id, len(part.persons))
+    if person_id is None:
+        part.unnamed.append(Path(where).name)
     if kind == "choice":
         answer = _answer(row["answer"], question.options, where)
     elif kind == "chat":
@@ -214,6 +219,7 @@ class _Gathered:
         self.kind = ""
         self.rows = array("i")
         self.persons: dict[str, int] = {}
+        self.unnamed_draws = array("d")
         self.profiles = ProfileList(template)
         # Question id to its number, the hash of all that belongs to it, and where it came first; the texts are in the spool.
         self.questions: dict[str, tuple[int, bytes, str]] = {}
@@ -254,6 +260,7 @@ class _Gathered:
             if self.kind == "choice":
                 rows[:, 2] = questions[local[:, 2]]
         self.rows.frombytes(rows.tobytes())
+        self.unnamed_draws.frombytes(draws(self.config.split_seed, "row", part.unnamed).tobytes())
         if part.payload is not None:
             if self._texts is None:
                 self._texts = self._open.enter_context(_Spool(part.payload.schema, self._spool, "texts"))
@@ -276,7 +283,7 @@ class _Gathered:
         return known[0]
 
     def finished(self, inputs: dict[str, str]) -> Rows:
-        """Everything, ready to be split. People are numbered by their sorted ids, so that a split does not depend on row order."""
+        """Everything, ready to be split. People are numbered by their sorted ids, then come rows without a person, in their order."""
         rows = np.frombuffer(self.rows, np.int32).reshape(-1, 4)
         names = sorted(self.persons)
         place = np.empty(len(names) + 1, np.int32)
@@ -286,7 +293,10 @@ class _Gathered:
         person_N[nobody_N] = len(names) + np.arange(nobody_N.sum(), dtype=np.int32)
         questions = self._asked.read() if self._asked is not None else ArrowFile(QUESTION_SCHEMA.empty_table())
         payload = self._texts.read() if self._texts is not None else None
-        return Rows(self.kind, person_N, rows[:, 1], self.profiles, inputs, questions, rows[:, 2], rows[:, 3], payload, self.skipped)
+        draw_P = np.concatenate([draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)])
+        return Rows(
+            self.kind, person_N, draw_P, rows[:, 1], self.profiles, inputs, questions, rows[:, 2], rows[:, 3], payload, self.skipped
+        )
 
 
 class _Spool:
