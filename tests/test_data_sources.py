@@ -157,7 +157,7 @@ def test_people_of_one_source_are_split_alike_whatever_else_is_in_the_file(tmp_p
     chats = jsonl(tmp_path / "b.jsonl", [{**CHAT, **person} for person in who])
 
     def split_of(path):
-        data = load(path, heldout_fraction=0.3, heldout_profile_fraction=0.1)
+        data = load(path, heldout_fraction=0.4, heldout_profile_fraction=0.1, split_seed=1)
         assert data.manifest["split"] == {"by": "hash", "people": "drawn"}
         return {data.profiles[row["profile"]]["fields"]["age"]: name for name, split in data.splits.items() for row in split}
 
