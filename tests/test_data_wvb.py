@@ -232,7 +232,7 @@ def test_bad_benchmark_folders_are_told_in_one_line(people, tmp_path):
     who = tmp_path / "test" / "test_demographic_qa.tsv"
     content = who.read_text(encoding="utf-8")
     who.write_bytes(content.replace("Albania", "Albanía").encode("latin-1"))
-    with pytest.raises(DataError, match=r"test_demographic_qa\.tsv: not UTF-8 text; save it as UTF-8"):
+    with pytest.raises(DataError, match=r"test_demographic_qa\.tsv: not UTF-8 text; save it as UTF-8, e.g. with iconv"):
         load(tmp_path)
     who.write_text(content.replace("Albania", "Atlantis"), encoding="utf-8")
     with pytest.raises(DataError, match=r"B_COUNTRY is 'Atlantis', which codebook\.json does not know"):

@@ -5,7 +5,6 @@ Shapes: N people, Q questions, n options of a question, F profile fields.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from cuma_ds.data.sources.records import Progress
 from cuma_ds.data.splits import SPLITS, TEST, TRAIN, VALID, draws
 from cuma_ds.errors import DataError
 from cuma_ds.profiles.linearize import is_missing
+from cuma_ds.strict_json import read_json
 
 ID = "D_INTERVIEW"
 # The profile the method's authors use: column of the survey, name of the field.
@@ -163,7 +163,7 @@ def read_codebook(root: Path, config: DataSection) -> Codebook:
     for name in _JSON:
         file = _find_below(root, name)
         try:
-            loaded.append(json.loads(file.read_text(encoding="utf-8")))
+            loaded.append(read_json(file.read_text(encoding="utf-8-sig")))
         except ValueError as error:
             raise DataError(f"{file} is not JSON in UTF-8: {(str(error).splitlines() or [''])[0]}") from None
         inputs[name] = sha256(file)
