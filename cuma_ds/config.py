@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +16,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(_Section):
@@ -68,9 +67,22 @@ class DataSection(_Section):
     max_length: int = Field(256, ge=8, description="tokens; longer prompts are cut at the front, never the answer")
     packing: bool = Field(False, description="several examples per row of max_length tokens, none seeing another; less padding")
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
-    heldout_fraction: float = Field(0.15, ge=0, lt=1, description="share of countries (or profiles) held out entirely")
+    heldout_fraction: float | None = Field(
+        None, ge=0, lt=1,
+        description="share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, community-alignment and prism",
+    )  # fmt: skip
     heldout_profile_fraction: float = Field(0.0, ge=0, lt=1, description="share of the other profiles held out entirely")
     split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
+
+    @property
+    def heldout(self) -> float:
+        """The share of countries held out, in [0, 1): by the source where ``heldout_fraction`` is null.
+
+        A benchmark keeps all of its countries, so that numbers can be compared with those of others.
+        """
+        if self.heldout_fraction is not None:
+            return self.heldout_fraction
+        return 0.0 if self.source in ("wvb", "community-alignment", "prism") else 0.15
 
 
 class TrainingSection(_Section):
@@ -142,7 +154,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
     ("adapters", "balance_decay"): 0.9,
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
-CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {}
+CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {("data", "heldout_fraction"): 0.15}
 
 
 class RunConfig(_Section):
@@ -201,8 +213,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise ConfigError(f"cannot read the recipe {path}: {reason}") from None
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        values, lines = read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -211,7 +222,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a recipe is a mapping of sections ({', '.join(RunConfig.model_fields)}), not {type(values).__name__}")
 
-    return make_config(values, overrides, {key: f"{path}:{line}" for key, line in _key_lines(tree).items()}, str(path))
+    return make_config(values, overrides, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
 
 
 def make_config(
@@ -234,20 +245,60 @@ def make_config(
     places = {} if places is None else places
     for override in overrides or []:
         _apply_override(values, override, places)
+    # A section without keys is one with defaults.
+    values = {section: {} if keys is None and section in RunConfig.model_fields else keys for section, keys in values.items()}
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_first_problem(error, places, where)) from None
 
 
-def _key_lines(node: yaml.Node | None, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    lines: dict[tuple[str, ...], int] = {}
+class _TextLoader(yaml.SafeLoader):
+    """Scalars stay the text they are, and the settings' types say what it means.
+
+    YAML 1.1 would read 010 as 8, NO as false, 1:30 as 90 and 1e-3 as text.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as in the base class
+        first: [(tag, pattern) for tag, pattern in resolvers if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """What a YAML text holds: mappings, lists, null, and text for everything else.
+
+    Returns:
+        The value, and the line of each key, from 1.
+
+    Raises:
+        yaml.YAMLError: broken YAML, or a key that stands twice in one mapping.
+    """
+    loader = _TextLoader(text)
+    try:
+        node = loader.get_single_node()
+        lines: dict[tuple[str, ...], int] = {}
+        _find_keys(node, (), lines)
+        return (None if node is None else loader.construct_document(node)), lines
+    except RecursionError:
+        raise yaml.YAMLError from None
+    finally:
+        loader.dispose()
+
+
+def _find_keys(node: yaml.Node | None, prefix: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+    """Add the line of each key below ``node``."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _find_keys(item, (*prefix, str(number)), lines)
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
-            key = (*prefix, str(key_node.value))
-            lines[key] = key_node.start_mark.line + 1
-            lines.update(_key_lines(value_node, key))
-    return lines
+            key, line = (*prefix, str(key_node.value)), key_node.start_mark.line + 1
+            if key in lines:
+                problem = f"key {'.'.join(key)!r} stands twice, in lines {lines[key]} and {line}; keep one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            lines[key] = line
+            _find_keys(value_node, key, lines)
 
 
 def _apply_override(values: dict[str, Any], override: str, places: dict[tuple[str, ...], str]) -> None:
@@ -256,13 +307,10 @@ def _apply_override(values: dict[str, Any], override: str, places: dict[tuple[st
     if not equals or not dot or not section or not name or "." in name:
         raise ConfigError(f"--set {override}: expected section.key=value, e.g. training.steps=20")
     try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as a string; people mean the number.
-        with contextlib.suppress(ValueError):
-            value = float(value)
+        value, _ = read_yaml(raw)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {problem}") from None
     inner = values.setdefault(section, {})
     if not isinstance(inner, dict):
         inner = values[section] = {}
@@ -289,7 +337,16 @@ def _first_problem(error: ValidationError, places: dict[tuple[str, ...], str], p
     if kind == "value_error":
         return f"{where}: {key + ': ' if key else ''}{message}"
     value = problem.get("input")
-    return f"{where}: {key} is {value!r}: {message}{_describe(location)}{_suggest(location, value)}"
+    return f"{where}: {key} is {_shown(value)}: {message}{_describe(location)}{_suggest(location, value)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in a recipe: numbers bare, other text in quotes."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return repr(value)
+    return str(value)
 
 
 def _field_at(location: tuple[str, ...]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import warnings
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.strict_json import RepeatedKeyError, read_json
 
 if TYPE_CHECKING:
     from cuma_ds.evaluation.talk import Decoding, Talker
@@ -48,7 +48,9 @@ def read_profile(text: str) -> dict[str, Any] | str:
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
-        fields = json.loads(text)
+        fields = read_json(text)
+    except RepeatedKeyError as error:
+        raise ConfigError(f"--profile: key {error.key!r} stands twice; keep one") from None
     except ValueError as error:
         raise ConfigError(f'--profile is broken JSON ({error}); expected e.g. \'{{"country": "Norway", "age": 34}}\'') from None
     if not isinstance(fields, dict):

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _cli import run_main
+from _cli import run_main, warn_in_one_line
 
 if TYPE_CHECKING:
     from cuma_ds.data import PreparedData
@@ -65,6 +65,7 @@ Read PRISM: conversations.jsonl and survey.jsonl in one folder."""
 
 def main() -> None:
     """Parse, prepare, say what is there."""
+    warn_in_one_line()
     arguments = _parser().parse_args()
     if arguments.command == "embedded":
         from cuma_ds.data.embedded import unpack_embedded
@@ -205,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--questions", nargs="+", metavar="ID", help="question ids to keep; default: all")
     shared.add_argument("--test-fraction", type=float, default=0.3, metavar="SHARE", help="share of people held out (default %(default)s)")
     shared.add_argument(
-        "--heldout-fraction", type=float, default=0.15, metavar="SHARE",
-        help="share of countries held out entirely; profiles where there is no country (default %(default)s)",
+        "--heldout-fraction", type=float, metavar="SHARE",
+        help="share of countries held out entirely; profiles where there is no country (default: 0 for the benchmarks, else 0.15)",
     )  # fmt: skip
     shared.add_argument(
         "--heldout-profile-fraction", type=float, default=0.0, metavar="SHARE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ CHOICES: dict[str, dict[str, str]] = {
 SCALES = {"Q1": (1, 3), "Q56": (1, 3), "Q111": (1, 2), "Q241": (1, 4)}
 ADJUSTMENT = {"Q56": {"2": "3", "3": "2"}, "Q111": {"3": ""}, "Q241": {"0": "1"}}
 PROFILE = ["B_COUNTRY", "X003R", "Q260", "Q275", "Q273", "Q289", "Q290", "Q279"]
+
+
+def draw(seed: int, what: str, name: object) -> float:
+    """Where the split puts a person, row, unit (country) or profile between 0 and 1, by the rule of docs/data_formats.md."""
+    return int(hashlib.sha256(f"{seed}\0{what}\0{name}".encode()).hexdigest()[:16], 16) / 2**64
 
 
 def write_codebook(folder: Path) -> None:

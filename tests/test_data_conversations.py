@@ -8,7 +8,7 @@ from collections import Counter
 
 import pandas as pd
 import pytest
-from raw_data import alignment_row, prism_conversation, prism_user, write_alignment, write_jsonl, write_prism
+from raw_data import alignment_row, draw, prism_conversation, prism_user, write_alignment, write_jsonl, write_prism
 
 from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data, prepare
@@ -91,6 +91,7 @@ def test_alignment_discrimination_merges_equal_first_turns(dialogues):
     counts = Counter()
     for row in rows(data):
         assert row["options"] == [f"first answer {letter} to {row['question'][15]}" for letter in "abcd"]
+        assert row["scale"] == "nominal"
         for option, count in enumerate(row["counts"]):
             counts[row["question"][15], option] += count
     assert +counts == Counter((str(number % 4), number % 3) for number in range(36))
@@ -109,10 +110,33 @@ def test_annotators_and_held_out_countries_stay_on_one_side(dialogues, kind, see
     """Annotator a0 to a8 have three countries; each person's country and age are known from the number."""
     data = alignment(dialogues, kind, split_seed=seed, heldout_fraction=0.34)
     countries = {name: set(split["group"]) for name, split in data.splits.items()}
-    assert len(countries["heldout"]) == 1
+    names = ["India", "United States", "Italy"]
+    heldout = {name for name in names if draw(seed, "unit", name) < 0.34}
+    assert countries["heldout"] == heldout
     assert not countries["heldout"] & (countries["train"] | countries["test"])
+    others = [number for number in range(9) if names[number % 3] not in heldout]
+    testers = [number for number in others if draw(seed, "person", f"a{number}") < 0.3]
+    testers = testers or [min(others, key=lambda number: draw(seed, "person", f"a{number}"))]
     people = {name: sizes["people"] for name, sizes in data.manifest["splits"].items()}
-    assert people == {"train": 4, "test": 2, "heldout": 3}
+    assert people == {"train": len(others) - len(testers), "test": len(testers), "heldout": 9 - len(others)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_kinds_of_a_source_test_the_same_people(tmp_path, seed):
+    """One annotator has no four different answers, so that the choice questions lack them."""
+    dialogues = [alignment_row(number, annotator_id=f"a{number % 40}", annotator_age=f"{number % 40}") for number in range(80)]
+    for number in (5, 45):
+        dialogues[number]["first_turn_response_b"] = dialogues[number]["first_turn_response_c"]
+    file = write_alignment(tmp_path / "a.csv", dialogues)
+
+    def split_of(kind):
+        data = alignment(file, kind, split_seed=seed)
+        return {data.profiles[row["profile"]]["fields"]["age"]: name for name, split in data.splits.items() for row in split}
+
+    chat, choice, preference = map(split_of, ("chat", "choice", "preference"))
+    assert set(chat) - set(choice) == {"5"}
+    assert choice == {age: side for age, side in chat.items() if age != "5"}
+    assert preference == chat
 
 
 def test_alignment_leaves_out_what_cannot_be_used_and_counts_it(tmp_path):
@@ -211,8 +235,9 @@ def test_prism_people_stay_on_one_side(talks):
     data = prism(talks, heldout_fraction=0)
     sides = {name: {int(row["messages"][0]["content"].split()[-1]) % 12 for row in split} for name, split in data.splits.items()}
     assert not sides["train"] & sides["test"]
-    assert len(sides["test"]) == round(0.3 * 12)
-    assert {name: sizes["people"] for name, sizes in data.manifest["splits"].items()} == {"train": 8, "test": 4, "heldout": 0}
+    assert sides["test"] == {number for number in range(12) if draw(0, "person", f"user{number}") < 0.3} != set()
+    people = {name: sizes["people"] for name, sizes in data.manifest["splits"].items()}
+    assert people == {"train": 12 - len(sides["test"]), "test": len(sides["test"]), "heldout": 0}
 
 
 BAD_PRISM = {
@@ -324,7 +349,7 @@ def test_mistakes_in_later_chunks_keep_their_line(tmp_path, monkeypatch):
     monkeypatch.setattr("cuma_ds.data.sources.files._CHUNK_BYTES", 500)
     other = {**CHOICES[0], "question_id": "q", "options": ["No", "Yes", "?"]}
     path = write_jsonl(tmp_path / "a.jsonl", [{**CHOICES[0], "question_id": "q"}, *CHOICES, other])
-    with pytest.raises(DataError, match=r"a\.jsonl:122: question_id 'q' had another text or other options before"):
+    with pytest.raises(DataError, match=r"a\.jsonl:122: question_id 'q' has another text, .* than at .*a\.jsonl:1;"):
         load_data(DataSection(path=str(path)))
     path = write_jsonl(tmp_path / "b.jsonl", [*CHOICES, CHATS[0]])
     with pytest.raises(DataError, match=r"b\.jsonl:121: a chat row after choice rows"):

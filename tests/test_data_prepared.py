@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from cuma_ds.config import DataSection
+from cuma_ds.config import DataSection, make_config
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.embedded import unpack_embedded
-from cuma_ds.errors import DataError, ModelError
+from cuma_ds.errors import ConfigError, DataError, ModelError
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.training.run_folder import as_started, learned_settings, open_run_folder
 
 ROOT = Path(__file__).parents[1]
 OPINIONS = Path(__file__).parent / "data" / "opinions.jsonl"
@@ -80,6 +84,49 @@ def test_a_folder_of_something_else_is_never_touched(data, tmp_path):
     with pytest.raises(DataError, match="no prepared folder"):
         data.save(tmp_path / "mine")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_release_0_1_0_prepared_is_read_as_it_was():
+    """tests/data/prepared-0.1.0 was made by that release from opinions.jsonl."""
+    with pytest.warns(UserWarning, match=r"prepared-0\.1\.0 was prepared by release 0\.1\.0, which split each kind .* in its own way"):
+        data = load_data(DataSection(path=str(OPINIONS.with_name("prepared-0.1.0"))), "generic")
+    answers = Counter((row["question_id"], option) for split in data.splits.values() for row in split for option in _chosen(row))
+    raw = [json.loads(line) for line in OPINIONS.read_text(encoding="utf-8").splitlines()]
+    places = [row["options"].index(row["answer"]) if isinstance(row["answer"], str) else row["answer"] for row in raw]
+    expected = Counter(zip((row["question_id"] for row in raw), places, strict=True))
+    assert answers == expected
+    assert {row["scale"] for row in data.splits["train"]} == {"ordinal"}
+
+
+@pytest.mark.filterwarnings("ignore:.*was prepared by release 0.1.0")
+def test_benchmarks_keep_their_countries_and_folders_of_release_0_1_0_what_they_held_out(tmp_path):
+    assert [DataSection(source=source).heldout for source in ("wvb", "community-alignment", "prism")] == [0, 0, 0]
+    assert [DataSection(source=source).heldout for source in ("jsonl", "wvs-sample")] == [0.15, 0.15]
+    assert DataSection(source="wvb", heldout_fraction=0.3).heldout == 0.3
+    folder = shutil.copytree(OPINIONS.with_name("prepared-0.1.0"), tmp_path / "old")
+    manifest = {**json.loads((folder / "manifest.json").read_text()), "source": "wvb"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert load_data(DataSection(source="wvb", path=str(folder))).manifest["heldout_fraction"] == 0.15
+    with pytest.raises(DataError, match=r"prepared with heldout_fraction 0\.15, but the recipe says data\.heldout_fraction: 0\.2"):
+        load_data(DataSection(source="wvb", path=str(folder), heldout_fraction=0.2))
+
+
+def test_a_run_of_release_0_1_0_goes_on_with_the_countries_it_held_out(tmp_path):
+    values = {"run": {"output_dir": str(tmp_path)}, "model": {"path": "m"}, "adapters": {"method": "lora"}}
+    recipe = make_config({**values, "data": {"source": "prism", "path": "p"}})
+    assert learned_settings(recipe)["data.heldout_fraction"] == 0
+    started = yaml.safe_load(recipe.to_yaml())
+    started["data"]["heldout_fraction"] = 0.15
+    recipe.run_dir.mkdir()
+    (recipe.run_dir / "config.yaml").write_text(yaml.safe_dump(started))
+    assert learned_settings(as_started(recipe))["data.heldout_fraction"] == 0.15
+    open_run_folder(as_started(recipe))
+    with pytest.raises(ConfigError, match=r"data\.heldout_fraction: 0\.15, but this recipe says 0"):
+        open_run_folder(make_config({**values, "data": {"source": "prism", "path": "p", "heldout_fraction": 0}}))
+
+
+def _chosen(row):
+    return [option for option, count in enumerate(row["counts"]) for _ in range(count)]
 
 
 @pytest.mark.parametrize("file", ["train.arrow", "test.arrow", "heldout.arrow", "questions.arrow", "profiles.jsonl", "manifest.json"])

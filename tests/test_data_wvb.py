@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from raw_data import ADJUSTMENT, CHOICES, PROFILE, SCALES, adjusted, survey_people, write_benchmark, write_codebook, write_survey
+from raw_data import ADJUSTMENT, CHOICES, PROFILE, SCALES, adjusted, draw, survey_people, write_benchmark, write_codebook, write_survey
 
 from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data
@@ -99,7 +99,7 @@ def test_whole_files_are_split_by_us(people, tmp_path):
     write_benchmark(tmp_path, people, {"full": list(range(PEOPLE))})
     data = load(tmp_path, heldout_fraction=0, test_fraction=0.25)
     assert set(data.splits) == {"train", "test", "heldout"}
-    assert data.manifest["splits"]["test"]["people"] == PEOPLE // 4
+    assert data.manifest["splits"]["test"]["people"] == sum(draw(0, "person", number) < 0.25 for number in people["D_INTERVIEW"])
     assert prepared(data) == counted(people)
 
 
@@ -110,6 +110,17 @@ def test_options_are_the_scale_in_its_order(benchmark):
     assert questions["Q111"]["options"] == ["Trees", "Roads"]
     assert questions["Q241"]["options"] == ["Not needed", "2", "3", "Needed"]
     assert questions["Q56"]["question"] == "What about Q56?"
+    assert {question["scale"] for question in questions.values()} == {"ordinal"}
+
+
+def test_the_benchmarks_metadata_says_which_questions_have_no_order(people, tmp_path):
+    write_benchmark(tmp_path, people, {"full": list(range(PEOPLE))})
+    file = tmp_path / "dataset_construction" / "question_metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["Q111"]["answer_data_type"] = "non_ordinal"
+    file.write_text(json.dumps(metadata))
+    scales = {row["question_id"]: row["scale"] for row in load(tmp_path).splits["train"]}
+    assert scales == {"Q1": "ordinal", "Q56": "ordinal", "Q111": "nominal", "Q241": "ordinal"}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -117,12 +128,13 @@ def test_held_out_countries_and_profiles_are_seen_nowhere_else(benchmark, seed):
     data = load(benchmark, heldout_fraction=0.3, heldout_profile_fraction=0.2, split_seed=seed)
     profiles = {name: set(split["profile"]) for name, split in data.splits.items()}
     countries = {name: set(split["group"]) for name, split in data.splits.items()}
-    assert len(countries["heldout"]) == 2
+    names = set().union(*countries.values())
+    assert countries["heldout"] == {name for name in names if draw(seed, "unit", name) < 0.3} != set()
     for name in ("train", "valid", "test", "heldout_profiles"):
         assert profiles[name], name
         assert not countries["heldout"] & countries[name]
-    others = len(set().union(*profiles.values()) - profiles["heldout"])
-    assert len(profiles["heldout_profiles"]) == round(0.2 * others)
+    others = set().union(*profiles.values()) - profiles["heldout"]
+    assert profiles["heldout_profiles"] == {profile for profile in others if draw(seed, "profile", data.sentences[profile]) < 0.2}
     for name in ("train", "valid", "test", "heldout"):
         assert not profiles["heldout_profiles"] & profiles[name]
     assert sum(sizes["people"] for sizes in data.manifest["splits"].values()) == PEOPLE
@@ -220,7 +232,7 @@ def test_bad_benchmark_folders_are_told_in_one_line(people, tmp_path):
     who = tmp_path / "test" / "test_demographic_qa.tsv"
     content = who.read_text(encoding="utf-8")
     who.write_bytes(content.replace("Albania", "Albanía").encode("latin-1"))
-    with pytest.raises(DataError, match=r"test_demographic_qa\.tsv: not UTF-8 text; save it as UTF-8"):
+    with pytest.raises(DataError, match=r"test_demographic_qa\.tsv: not UTF-8 text; save it as UTF-8, e.g. with iconv"):
         load(tmp_path)
     who.write_text(content.replace("Albania", "Atlantis"), encoding="utf-8")
     with pytest.raises(DataError, match=r"B_COUNTRY is 'Atlantis', which codebook\.json does not know"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 GateNorm = Literal["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
 Method = Literal["cuma", "mixlora", "hydralora", "lora"]
@@ -81,7 +81,7 @@ class CumaConfig(BaseModel):
         method = values.get("method", "cuma")
         fixes = _METHOD_FIXES.get(method, {}) if isinstance(method, str) else {}
         for key, fixed in fixes.items():
-            if values.get(key, fixed) != fixed:
+            if key in values and _typed(cls.model_fields[key].annotation, values[key]) != fixed:
                 raise ValueError(f"method {method!r} means {key}: {fixed}, but {key}: {values[key]} was asked for")
         return {**values, **fixes}
 
@@ -117,3 +117,11 @@ class CumaConfig(BaseModel):
     def uses_profiles(self) -> bool:
         """Whether routing depends on who is asking."""
         return self.method == "cuma"
+
+
+def _typed(annotation: Any, value: Any) -> Any:
+    """A value as the field reads it, e.g. the text "false" of a recipe as False; as it is where the field cannot."""
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError:
+        return value

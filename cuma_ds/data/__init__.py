@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import PreparedData
@@ -45,18 +47,33 @@ def load_data(config: DataSection, template: str = "generic") -> PreparedData:
     """
     if config.path is not None and (Path(config.path) / "manifest.json").is_file():
         data = PreparedData.load(config.path).with_template(template)
-        prepared_as = {key: data.manifest["seed" if key == "split_seed" else key] for key in _DECIDED_WHEN_PREPARED}
-        for key, value in json.loads(config.model_dump_json(include=set(_DECIDED_WHEN_PREPARED))).items():
-            if prepared_as[key] != value:
-                raise DataError(
-                    f"{config.path} was prepared with {key} {prepared_as[key]}, but the recipe says data.{key}: {value}; "
-                    "change the recipe or prepare the data again"
-                )
+        _check_recipe(data.manifest, config)
         if config.kind not in (None, data.kind):
             raise DataError(f"{config.path} was prepared as kind {data.kind}, but the recipe says data.kind: {config.kind}")
     else:
         data = prepare(config, template)
     return data if config.histogram_targets else data.with_single_answers()
+
+
+def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
+    """Refuse a prepared folder that was made with other settings than the recipe's."""
+    asked = {**json.loads(config.model_dump_json(include=set(_DECIDED_WHEN_PREPARED))), "heldout_fraction": config.heldout}
+    if "split" not in manifest:
+        warnings.warn(
+            f"{config.path} was prepared by release 0.1.0, which split each kind of a source in its own way; it is used as it is, "
+            "but prepare it again before one model learns from several kinds",
+            stacklevel=3,
+        )
+        # The default of that release was 0.15 for every source.
+        if config.heldout_fraction is None:
+            del asked["heldout_fraction"]
+    for key, value in asked.items():
+        prepared_as = manifest["seed" if key == "split_seed" else key]
+        if prepared_as != value:
+            raise DataError(
+                f"{config.path} was prepared with {key} {prepared_as}, but the recipe says data.{key}: {value}; "
+                "change the recipe or prepare the data again"
+            )
 
 
 def prepare(

@@ -9,6 +9,7 @@ import os
 import platform
 import secrets
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 import cuma_ds
@@ -32,7 +32,7 @@ from cuma_ds.data.rows import (
     people_lists,
     single_answers,
 )  # fmt: skip
-from cuma_ds.data.splits import SPLITS, assign_splits
+from cuma_ds.data.splits import HELDOUT, SPLITS, TRAIN, Share, assign_splits, draws
 from cuma_ds.errors import DataError, nearest
 from cuma_ds.profiles import ProfileTable, linearize
 from cuma_ds.profiles.linearize import country_of
@@ -42,7 +42,7 @@ FORMAT_VERSION = 2
 TABLE_FILE = "profiles.safetensors"
 _ALWAYS = ("train", "test", "heldout")
 
-__all__ = ["PreparedData", "ProfileList", "Question", "Rows", "check_questions", "prepare_choice", "prepare_rows", "sha256"]
+__all__ = ["PreparedData", "ProfileList", "Question", "Rows", "check_questions", "prepare_rows", "sha256"]
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class PreparedData:
                 raise DataError(f"the prepared folder {root} is damaged: {name} has changed since it was written; prepare it again")
         with (root / "profiles.jsonl").open(encoding="utf-8") as lines:
             profiles = [json.loads(line) for line in lines]
-        questions, groups = ArrowFile.open(root / "questions.arrow"), [country_of(profile["fields"]) for profile in profiles]
+        questions, groups = ArrowFile.open_questions(root / "questions.arrow"), [country_of(profile["fields"]) for profile in profiles]
         splits = {name: Split(manifest["kind"], ArrowFile.open(root / f"{name}.arrow"), questions, groups) for name in manifest["splits"]}
         return cls(manifest, splits, profiles, root)
 
@@ -196,6 +196,7 @@ class Rows:
     Attributes:
         kind: choice | chat | preference.
         person_N, profile_N: [N] int32.
+        draw_P: [P] a number in [0, 1) for each person, of :func:`cuma_ds.data.splits.draws`.
         profiles: all profiles.
         inputs: what was read, name to version or sha256.
         questions: all questions (kind choice).
@@ -207,6 +208,7 @@ class Rows:
 
     kind: str
     person_N: np.ndarray
+    draw_P: np.ndarray
     profile_N: np.ndarray
     profiles: ProfileList
     inputs: dict[str, str]
@@ -229,7 +231,7 @@ def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> 
     Raises:
         DataError: no rows, or none left for training.
     """
-    split_N = split_rows(rows.person_N, rows.profile_N, rows.profiles, config, rows.given_N)
+    split_N = split_rows(rows, config)
     files, sizes = {}, {}
     for number, name in enumerate(SPLITS):
         chosen_N = split_N == number
@@ -245,30 +247,13 @@ def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> 
             batches = _chosen_batches(rows, chosen_N)
         files[name] = ArrowFile.collect(SCHEMAS[rows.kind], batches, file)
         sizes[name] = count_sizes(rows.person_N[chosen_N], rows.profile_N[chosen_N])
-    return finish(rows.kind, files, sizes, rows.questions, rows.profiles, config, rows.inputs, rows.skipped)
-
-
-def prepare_choice(
-    answers: pd.DataFrame,
-    questions: Sequence[Question],
-    profiles: ProfileList,
-    config: DataSection,
-    inputs: dict[str, str],
-    spool: Path | None = None,
-) -> PreparedData:
-    """:func:`prepare_rows` for answers in a data frame with integer columns person, profile, question and answer."""
-    columns = [answers[name].to_numpy(np.int32) for name in ("person", "profile", "question", "answer")]
-    person_N, profile_N, question_N, answer_N = columns
-    table = question_file(questions, None if spool is None else spool / "questions.arrow")
-    rows = Rows("choice", person_N, profile_N, profiles, inputs, questions=table, question_N=question_N, answer_N=answer_N)
-    return prepare_rows(rows, config, spool)
+    return finish(rows, files, sizes, config)
 
 
 def question_file(questions: Sequence[Question], file: Path | None) -> ArrowFile:
     """Questions as an Arrow table."""
-    columns = [[q.question_id for q in questions], [q.text for q in questions], [list(q.options) for q in questions]]
-    batch = pa.RecordBatch.from_arrays([pa.array(c, t.type) for c, t in zip(columns, QUESTION_SCHEMA, strict=True)], schema=QUESTION_SCHEMA)
-    return ArrowFile.collect(QUESTION_SCHEMA, [batch], file)
+    rows = [dict(zip(QUESTION_SCHEMA.names, question.columns(), strict=True)) for question in questions]
+    return ArrowFile.collect(QUESTION_SCHEMA, [pa.RecordBatch.from_pylist(rows, QUESTION_SCHEMA)], file)
 
 
 def histogram_batches(
@@ -332,25 +317,32 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def split_rows(
-    person_N: np.ndarray, profile_N: np.ndarray, profiles: ProfileList, config: DataSection, given_N: np.ndarray | None = None
-) -> np.ndarray:
+def split_rows(rows: Rows, config: DataSection) -> np.ndarray:
     """[N] int8 index into ``SPLITS``, by the recipe's fractions and seed.
 
     Raises:
         DataError: nothing is left for training.
     """
-    countries = sorted(set(profiles.groups) - {""})
+    seed, sentences = config.split_seed, [profile["sentence"] for profile in rows.profiles.profiles]
+    countries = sorted(set(rows.profiles.groups) - {""})
     code = {country: index for index, country in enumerate(countries)}
-    unit_N = np.array([code.get(group, -1) for group in profiles.groups], np.int32)[profile_N] if countries else profile_N
-    split_N = assign_splits(
-        person_N, unit_N, config.test_fraction, config.heldout_fraction, config.split_seed,
-        profile_N, config.heldout_profile_fraction, given_N,
-    )  # fmt: skip
-    if not (split_N == 0).any():
+    unit_G = np.array([code.get(group, -1) for group in rows.profiles.groups], np.int32) if countries else np.arange(len(sentences))
+    units = Share(draws(seed, "unit", countries or sentences), config.heldout)
+    profiles = Share(draws(seed, "profile", sentences), config.heldout_profile_fraction) if config.heldout_profile_fraction else None
+    people = Share(rows.draw_P, config.test_fraction)
+    split_N = assign_splits(rows.person_N, people, unit_G[rows.profile_N], units, rows.profile_N, profiles, rows.given_N)
+    expected = round(config.heldout * len(units.draw))
+    if expected and not (split_N == HELDOUT).any():
+        what = "countries" if countries else "profiles"
+        warnings.warn(
+            f"none of the {len(units.draw)} {what} is held out with heldout_fraction {config.heldout} and split_seed {seed}; "
+            "another seed or a larger fraction holds out some",
+            stacklevel=2,
+        )
+    if not (split_N == TRAIN).any():
         raise DataError(
-            f"nothing is left for training: {len(person_N)} rows of {len(np.unique(person_N))} people with test_fraction "
-            f"{config.test_fraction} and heldout_fraction {config.heldout_fraction}; give more people or hold out less"
+            f"nothing is left for training: {len(rows.person_N)} rows of {len(np.unique(rows.person_N))} people with test_fraction "
+            f"{config.test_fraction} and heldout_fraction {config.heldout}; give more people or hold out less"
         )
     return split_N
 
@@ -360,37 +352,32 @@ def count_sizes(person_N: np.ndarray, profile_N: np.ndarray) -> dict[str, int]:
     return {"answers": len(person_N), "people": len(np.unique(person_N)), "profiles": len(np.unique(profile_N))}
 
 
-def finish(
-    kind: str,
-    files: dict[str, ArrowFile],
-    sizes: dict[str, dict[str, int]],
-    questions: ArrowFile,
-    profiles: ProfileList,
-    config: DataSection,
-    inputs: dict[str, str],
-    skipped: Mapping[str, int],
-) -> PreparedData:
+def finish(rows: Rows, files: dict[str, ArrowFile], sizes: dict[str, dict[str, int]], config: DataSection) -> PreparedData:
     """Splits with their manifest.
 
     Args:
+        rows: all that was read.
         files: stored rows by split.
         sizes: answers, people and profiles by split.
     """
-    splits = {name: Split(kind, file, questions, profiles.groups) for name, file in files.items()}
+    profiles = rows.profiles
+    splits = {name: Split(rows.kind, file, rows.questions, profiles.groups) for name, file in files.items()}
     heldout = np.unique(splits["heldout"].numbers("profile"))
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": config.source,
-        "kind": kind,
+        "kind": rows.kind,
         "template": profiles.template,
+        # Release 0.1.0 had no such key: it drew among the people present, so that two kinds of one source did not agree.
+        "split": {"by": "hash", "people": "drawn" if rows.given_N is None else "given by the source"},
         "test_fraction": config.test_fraction,
-        "heldout_fraction": config.heldout_fraction,
+        "heldout_fraction": config.heldout,
         "heldout_profile_fraction": config.heldout_profile_fraction,
         "seed": config.split_seed,
         "questions": None if config.questions is None else list(config.questions),
         "versions": {"cuma_ds": cuma_ds.__version__, "python": platform.python_version(), "pyarrow": pa.__version__},
-        "inputs": inputs,
-        "skipped": dict(skipped),
+        "inputs": rows.inputs,
+        "skipped": dict(rows.skipped),
         "hashes": {},
         "splits": {name: {"examples": len(splits[name]), **sizes[name]} for name in splits},
         "heldout_groups": sorted({profiles.groups[profile] for profile in heldout} - {""}),

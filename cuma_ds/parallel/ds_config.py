@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cuma_ds.config import RunConfig
 from cuma_ds.errors import ConfigError, nearest
+from cuma_ds.strict_json import read_json
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -80,11 +81,13 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
     """
     path = find_deepspeed_config(config.parallel.deepspeed_config)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"cannot read the DeepSpeed configuration {path}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a DeepSpeed configuration is a JSON object, not {type(values).__name__}")
     for key, ours in _FROM_RECIPE.items():

@@ -64,6 +64,7 @@ def learned_settings(config: RunConfig) -> dict[str, Any]:
             if (section, key) in _FREE_KEYS or _is_as_released(section, key, value):
                 continue
             flat[f"{section}.{key}"] = Path(value).name if (section, key) in _PATHS and value else value
+    flat["data.heldout_fraction"] = config.data.heldout
     return flat
 
 

