@@ -53,7 +53,7 @@ def test_collate_pads_at_the_end_and_lets_the_model_count_positions():
     batch = collate([example(2), example(0), example(3), example(2)], pad_id=7)
     assert batch.input_ids.tolist() == [[12, 12, 12, 7], [10, 7, 7, 7], [13, 13, 13, 13], [12, 12, 12, 7]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
-    assert batch.position_ids is None and "position_ids" not in batch.inputs
+    assert "position_ids" not in batch.inputs
     assert batch.profile_index.tolist() == [2, 0, 3, 2]
     assert batch.keep.tolist() == [0, 2, 3]
     assert (batch.target_position.tolist(), batch.target_row.tolist()) == ([1, 0, 2, 1], [0, 1, 2, 3])
