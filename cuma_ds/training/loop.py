@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from cuma_ds.telemetry.throughput import Throughput
 from cuma_ds.telemetry.writer import MetricsWriter
 from cuma_ds.training.objectives.sft import sft_loss
 from cuma_ds.training.optimizer import make_optimizer
+from cuma_ds.training.packing import tells_examples_apart
 from cuma_ds.training.run_folder import as_started, fingerprint, open_run_folder
 from cuma_ds.training.schedule import learning_rate
 
@@ -86,6 +88,8 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
     if inputs.table is not None:
         engine.model.set_profile_standardisation(inputs.table.embeddings[inputs.profiles], config.profiles.standardise)
     start = _resume(config, engine, tell)
+    if config.data.packing:
+        _check_packing(config, engine, inputs)
     _describe(config, engine, inputs, tell)
     if start >= config.training.steps:
         tell(f"{config.run_dir} is complete at step {start}; nothing to do (raise training.steps to go on)")
@@ -153,18 +157,9 @@ def build_engine(config: RunConfig, adapters: CumaConfig, settings: DeepSpeedSet
 
 def model_inputs(
     batch: Batch, table: ProfileTable | None, device: torch.device, group_mask: Tensor | None = None
-) -> dict[str, Tensor | int]:
+) -> dict[str, Any]:
     """Keyword arguments of the adapted model for one batch; each distinct profile is passed once."""
-    inputs: dict[str, Tensor | int] = {
-        "input_ids": batch.input_ids.to(device),
-        "position_ids": batch.position_ids.to(device),
-        "logits_to_keep": batch.keep.to(device) if isinstance(batch.keep, Tensor) else batch.keep,
-    }
-    if batch.packed:
-        # Without a mask and a cache, transformers finds the examples of a row by their positions.
-        inputs["use_cache"] = False
-    else:
-        inputs["attention_mask"] = batch.attention_mask.to(device)
+    inputs: dict[str, Any] = batch.to(device).inputs
     rows_N, index_B = torch.unique(batch.profile_index.clamp(min=0), return_inverse=True)
     index_B = index_B.masked_fill(batch.profile_index < 0, -1)
     if table is None:
@@ -298,6 +293,25 @@ def _resume(config: RunConfig, engine: AdapterEngine, tell: Callable[[str], None
     step = load_checkpoint(engine, folder, fingerprint(config))
     tell(f"resuming {config.run_dir} after step {step}")
     return step
+
+
+def _check_packing(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs) -> None:
+    """Refuse ``data.packing`` for a model that does not tell the examples of one row apart."""
+
+    def logits_of(batch: Batch) -> Tensor:
+        return engine.forward(**model_inputs(batch, inputs.table, engine.topology.device)).logits.cpu()
+
+    engine.engine.eval()
+    apart = tells_examples_apart(logits_of, inputs.stream.encode(0), inputs.stream.pad_id)
+    engine.engine.train()
+    if engine.dispatcher is not None:
+        engine.dispatcher.take_bytes_sent()  # not of a step
+    with agreement():
+        if not apart:
+            raise ConfigError(
+                f"data.packing is true, but {config.model.path} does not tell the examples of one row apart (measured: behind another "
+                "example, one is answered otherwise than alone); set data.packing: false"
+            )
 
 
 def _describe(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, tell: Callable[[str], None]) -> None:
