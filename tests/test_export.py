@@ -24,6 +24,8 @@ from cuma_ds import load_exported
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError, ModelError
+from cuma_ds.evaluation.report import ROWS, SPLITS
+from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.export.hf import Trained, load_run, read_run, write_hf
 from cuma_ds.export.lora import write_lora
 from cuma_ds.export.reference import read_reference
@@ -260,22 +262,69 @@ def test_the_travelling_code_is_the_packages_own_without_clashes() -> None:
 
 def test_the_model_card_tells_data_people_metrics_risk_and_licence(tmp_path, run, tiny_llama) -> None:
     folder, _, _ = run
-    evaluation = folder / "evaluation"
-    evaluation.mkdir()
-    rows = {"before": {"emd": 0.31, "accuracy": None}, "trained": {"emd": 0.1234, "accuracy": 0.5}}
-    (evaluation / "report.json").write_text(json.dumps({"checkpoint": "step-7", "splits": {"test": {"rows": rows}}}))
     (tiny_llama / "README.md").write_text("---\nlicense: llama-tiny\n---\n")
     try:
         card = (write_hf(read_run(folder), tmp_path / "card") / "README.md").read_text()
     finally:
         (tiny_llama / "README.md").unlink()
-        (evaluation / "report.json").unlink()
-        evaluation.rmdir()
     people = json.loads((folder / "data" / "manifest.json").read_text())["splits"]["train"]["people"]
     assert f"| training | {people} |" in card
-    for part in ("license: llama-tiny", "0.1234", "stereotypes by construction", "jsonl (choice questions)", "trust_remote_code=True"):
+    for part in ("license: llama-tiny", "Not evaluated yet", "stereotypes by construction", "jsonl (choice questions)"):
         assert part in card
+    assert "trust_remote_code=True" in card
     assert "Norway\n" not in card
+
+
+def numbers_in(card: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Heading of a split -> row -> column -> cell, of the tables under "Evaluation"."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    split, columns = "", []
+    for line in card.partition("## Evaluation\n")[2].partition("\n## ")[0].splitlines():
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        if line.startswith("### "):
+            split = line.removeprefix("### ")
+        elif line.startswith("| |"):
+            columns = cells[1:]
+        elif line.startswith("| "):
+            found.setdefault(split, {}).setdefault(cells[0], {}).update(zip(columns, cells[1:], strict=True))
+    return found
+
+
+def test_the_numbers_of_a_model_card_are_those_of_the_runs_report(tmp_path, run) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    report = evaluate_run(folder, overrides=["evaluation.min_answers=2", "evaluation.bootstrap=20"]).summary
+    card = (write_hf(read_run(folder), tmp_path / "card") / "README.md").read_text()
+    shown = numbers_in(card)
+    assert list(shown) == [SPLITS[name] for name in report["splits"]]
+    columns = {"EMD": ("emd", 4), "recovered": ("recovered", 2), "accuracy": ("accuracy", 3), "ECE": ("calibration_error", 3)}
+    for name, split in report["splits"].items():
+        assert list(shown[SPLITS[name]]) == [ROWS[row] for row in split["rows"]]
+        for row, values in split["rows"].items():
+            for title, (key, digits) in columns.items():
+                expected = "–" if values[key] is None else f"{values[key]:.{digits}f}"
+                assert shown[SPLITS[name]][ROWS[row]][title].split()[0] == expected
+    assert "Not evaluated" not in card
+    assert str(tmp_path) not in card
+
+
+def test_a_report_that_cannot_be_shown_is_said_as_it_is(tmp_path, run) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    (folder / "evaluation").mkdir()
+    report = {"format_version": 3, "checkpoint": "step-7", "splits": {}}
+    for number, (content, said) in enumerate(
+        [
+            ({**report, "format_version": 2}, "Not shown: report.json has report format 2, not 3; evaluate again"),
+            (report, "Not shown: report.json lacks run, kind, main"),
+            ([], "Not shown: report.json has report format None"),
+            (None, "Not shown: report.json cannot be read"),
+        ]
+    ):
+        (folder / "evaluation" / "report.json").write_text(json.dumps(content) if content is not None else "{")
+        card = (write_hf(read_run(folder), tmp_path / f"card-{number}") / "README.md").read_text()
+        assert said in card
+        assert str(tmp_path) not in card
 
 
 def change(folder: Path, target: Path, edit) -> Path:

@@ -127,13 +127,14 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     try:
         summary = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error}); evaluate again with launchers/evaluate.py") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{file.name} cannot be read ({reason}); evaluate again with launchers/evaluate.py") from None
     version = summary.get("format_version") if isinstance(summary, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(f"{file} has report format {version}, not {FORMAT_VERSION}; evaluate again with launchers/evaluate.py")
+        raise DataError(f"{file.name} has report format {version}, not {FORMAT_VERSION}; evaluate again with launchers/evaluate.py")
     missing = [key for key in _KEYS if key not in summary]
     if missing:
-        raise DataError(f"{file} lacks {', '.join(missing)}; evaluate again with launchers/evaluate.py")
+        raise DataError(f"{file.name} lacks {', '.join(missing)}; evaluate again with launchers/evaluate.py")
     return summary
 
 
