@@ -263,7 +263,7 @@ def _generation(section: Mapping[str, Any]) -> list[str]:
             "| " + " | ".join(f"{judge[key]:,}" for key in ("pairs", "win", "loss", "tie", "failed", "unreadable")) + " |",
             "",
             f"Every pair was asked in both orders; {judge['disagreed']:,} of the ties are pairs whose two verdicts disagree. Failed "
-            "calls and verdicts that could not be read are no results." + _order(judge["first_preferred"]),
+            "calls and verdicts that could not be read are no results." + _order(judge["first_preferred"]) + _temperature(judge),
             "",
         ]
     return lines
@@ -271,6 +271,10 @@ def _generation(section: Mapping[str, Any]) -> list[str]:
 
 def _order(first: float | None) -> str:
     return "" if first is None else f" Of the verdicts that preferred an answer, {first:.0%} preferred the one shown first."
+
+
+def _temperature(judge: Mapping[str, Any]) -> str:
+    return " The judge refuses temperature 0; its verdicts may differ from run to run." if "temperature" in judge["refused"] else ""
 
 
 def _gradients(section: Mapping[str, Any]) -> list[str]:
