@@ -91,6 +91,7 @@ def test_alignment_discrimination_merges_equal_first_turns(dialogues):
     counts = Counter()
     for row in rows(data):
         assert row["options"] == [f"first answer {letter} to {row['question'][15]}" for letter in "abcd"]
+        assert row["scale"] == "nominal"
         for option, count in enumerate(row["counts"]):
             counts[row["question"][15], option] += count
     assert +counts == Counter((str(number % 4), number % 3) for number in range(36))
@@ -324,7 +325,7 @@ def test_mistakes_in_later_chunks_keep_their_line(tmp_path, monkeypatch):
     monkeypatch.setattr("cuma_ds.data.sources.files._CHUNK_BYTES", 500)
     other = {**CHOICES[0], "question_id": "q", "options": ["No", "Yes", "?"]}
     path = write_jsonl(tmp_path / "a.jsonl", [{**CHOICES[0], "question_id": "q"}, *CHOICES, other])
-    with pytest.raises(DataError, match=r"a\.jsonl:122: question_id 'q' had another text or other options before"):
+    with pytest.raises(DataError, match=r"a\.jsonl:122: question_id 'q' has another text, .* than at .*a\.jsonl:1;"):
         load_data(DataSection(path=str(path)))
     path = write_jsonl(tmp_path / "b.jsonl", [*CHOICES, CHATS[0]])
     with pytest.raises(DataError, match=r"b\.jsonl:121: a chat row after choice rows"):

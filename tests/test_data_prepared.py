@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,22 @@ def test_a_folder_of_something_else_is_never_touched(data, tmp_path):
     with pytest.raises(DataError, match="no prepared folder"):
         data.save(tmp_path / "mine")
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_release_0_1_0_prepared_is_read_as_it_was():
+    """tests/data/prepared-0.1.0 was made by that release from opinions.jsonl."""
+    section = DataSection(path=str(OPINIONS.with_name("prepared-0.1.0")))
+    data = load_data(section, "generic")
+    answers = Counter((row["question_id"], option) for split in data.splits.values() for row in split for option in _chosen(row))
+    raw = [json.loads(line) for line in OPINIONS.read_text(encoding="utf-8").splitlines()]
+    places = [row["options"].index(row["answer"]) if isinstance(row["answer"], str) else row["answer"] for row in raw]
+    expected = Counter(zip((row["question_id"] for row in raw), places, strict=True))
+    assert answers == expected
+    assert {row["scale"] for row in data.splits["train"]} == {"ordinal"}
+
+
+def _chosen(row):
+    return [option for option, count in enumerate(row["counts"]) for _ in range(count)]
 
 
 @pytest.mark.parametrize("file", ["train.arrow", "test.arrow", "heldout.arrow", "questions.arrow", "profiles.jsonl", "manifest.json"])

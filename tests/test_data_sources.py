@@ -221,6 +221,7 @@ BAD_ROWS = {
     "all missing": ({**CHOICE, "profile": {"age": None, "sex": "no answer"}}, r":2: .*fields given: age, sex"),
     "nested field": ({**CHOICE, "profile": {"place": {"country": "Chad"}}}, r":2: profile field 'place' is dict; allowed"),
     "number profile": ({**CHOICE, "profile": 3}, r":2: profile is int; allowed"),
+    "scale": ({**CHOICE, "scale": "interval"}, r":2: scale is 'interval'; allowed: ordinal, nominal"),
     "bad person": ({**CHOICE, "person_id": [1]}, r":2: person_id is list; allowed"),
 }
 
@@ -251,11 +252,29 @@ def test_a_bad_conversation_is_named_with_its_line(tmp_path, messages, problem):
         load(jsonl(tmp_path / "a.jsonl", [CHAT, {**CHAT, "messages": messages}]))
 
 
-@pytest.mark.parametrize(("change", "problem"), [({"options": ["No", "Yes"]}, "other options"), ({"question": "Coffee?"}, "another text")])
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"options": ["No", "Yes"]}, "had other options before, at"),
+        ({"question": "Coffee?"}, "had another text before, at"),
+        ({"scale": "nominal"}, "has scale nominal, but ordinal at"),
+    ],
+)
 def test_one_question_id_means_one_question(tmp_path, change, problem):
     row = {**CHOICE, "question_id": "tea"}
-    with pytest.raises(DataError, match=f":2: question_id 'tea' had {problem} before"):
-        load(jsonl(tmp_path / "a.jsonl", [row, {**row, **change}]))
+    path = jsonl(tmp_path / "a.jsonl", [row, {**row, **change}])
+    with pytest.raises(DataError, match=f":2: question_id 'tea' {problem} {path}:1;"):
+        load(path)
+
+
+def test_a_question_says_whether_the_order_of_its_options_means_something(tmp_path):
+    rows = [CHOICE, {**CHOICE, "question": "Which tea?", "options": ["Green", "Black"], "scale": "nominal"}] * 4
+    data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
+    expected = {"Tea?": "ordinal", "Which tea?": "nominal"}
+    for read in (data, data.save(tmp_path / "out"), load_data(DataSection(path=str(tmp_path / "out"), heldout_fraction=0))):
+        train = read.splits["train"]
+        assert {row["question"]: row["scale"] for row in train} == expected
+        assert train["scale"] == [expected[text] for text in train["question"]]
 
 
 def test_bad_files_are_named(tmp_path):

@@ -110,6 +110,17 @@ def test_options_are_the_scale_in_its_order(benchmark):
     assert questions["Q111"]["options"] == ["Trees", "Roads"]
     assert questions["Q241"]["options"] == ["Not needed", "2", "3", "Needed"]
     assert questions["Q56"]["question"] == "What about Q56?"
+    assert {question["scale"] for question in questions.values()} == {"ordinal"}
+
+
+def test_the_benchmarks_metadata_says_which_questions_have_no_order(people, tmp_path):
+    write_benchmark(tmp_path, people, {"full": list(range(PEOPLE))})
+    file = tmp_path / "dataset_construction" / "question_metadata.json"
+    metadata = json.loads(file.read_text())
+    metadata["Q111"]["answer_data_type"] = "non_ordinal"
+    file.write_text(json.dumps(metadata))
+    scales = {row["question_id"]: row["scale"] for row in load(tmp_path).splits["train"]}
+    assert scales == {"Q1": "ordinal", "Q56": "ordinal", "Q111": "nominal", "Q241": "ordinal"}
 
 
 @pytest.mark.parametrize("seed", range(3))

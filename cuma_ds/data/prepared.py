@@ -137,7 +137,7 @@ class PreparedData:
                 raise DataError(f"the prepared folder {root} is damaged: {name} has changed since it was written; prepare it again")
         with (root / "profiles.jsonl").open(encoding="utf-8") as lines:
             profiles = [json.loads(line) for line in lines]
-        questions, groups = ArrowFile.open(root / "questions.arrow"), [country_of(profile["fields"]) for profile in profiles]
+        questions, groups = ArrowFile.open_questions(root / "questions.arrow"), [country_of(profile["fields"]) for profile in profiles]
         splits = {name: Split(manifest["kind"], ArrowFile.open(root / f"{name}.arrow"), questions, groups) for name in manifest["splits"]}
         return cls(manifest, splits, profiles, root)
 
@@ -266,9 +266,8 @@ def prepare_choice(
 
 def question_file(questions: Sequence[Question], file: Path | None) -> ArrowFile:
     """Questions as an Arrow table."""
-    columns = [[q.question_id for q in questions], [q.text for q in questions], [list(q.options) for q in questions]]
-    batch = pa.RecordBatch.from_arrays([pa.array(c, t.type) for c, t in zip(columns, QUESTION_SCHEMA, strict=True)], schema=QUESTION_SCHEMA)
-    return ArrowFile.collect(QUESTION_SCHEMA, [batch], file)
+    rows = [dict(zip(QUESTION_SCHEMA.names, question.columns(), strict=True)) for question in questions]
+    return ArrowFile.collect(QUESTION_SCHEMA, [pa.RecordBatch.from_pylist(rows, QUESTION_SCHEMA)], file)
 
 
 def histogram_batches(

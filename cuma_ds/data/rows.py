@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -25,17 +25,32 @@ SCHEMAS = {
         {"profile": pa.int32(), "people": _PEOPLE, "prompt": _MESSAGES, "chosen": pa.string(), "rejected": pa.string()}
     ),
 }
-QUESTION_SCHEMA = pa.schema({"question_id": pa.string(), "question": pa.string(), "options": pa.list_(pa.string())})
+QUESTION_SCHEMA = pa.schema(
+    {"question_id": pa.string(), "question": pa.string(), "options": pa.list_(pa.string()), "scale": pa.string()}
+)
 BATCH_ROWS = 65_536
+
+Scale = Literal["ordinal", "nominal"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A choice question; the order of its options is its scale."""
+    """A choice question.
+
+    Attributes:
+        scale: ``ordinal`` where the order of the options means something, so that answers can be near or far from one another;
+            ``nominal`` where it means nothing.
+    """
 
     question_id: str
     text: str
     options: tuple[str, ...]
+    scale: Scale = "ordinal"
+
+    def columns(self) -> list[Any]:
+        """The question as one row of ``QUESTION_SCHEMA``."""
+        return [self.question_id, self.text, list(self.options), self.scale]
 
 
 class ArrowFile:
@@ -73,6 +88,15 @@ class ArrowFile:
                 append(batch)
         return cls.open(file)
 
+    @classmethod
+    def open_questions(cls, file: Path) -> ArrowFile:
+        """Map a file of questions; those that release 0.1.0 wrote have no scale, which meant ordinal."""
+        questions = cls.open(file)
+        if "scale" in questions.table.column_names:
+            return questions
+        scale = pa.array(["ordinal"] * questions.table.num_rows, pa.string())
+        return cls(questions.table.append_column("scale", scale), file)
+
     def save(self, file: Path) -> None:
         """Put the table at ``file``: linked where it is a file already and the disk allows, else written."""
         if self.file is None:
@@ -89,7 +113,7 @@ class ArrowFile:
 class Split:
     """Rows as mappings, columns as lists; read from disk when asked for.
 
-    A row of kind choice has profile, question_id, question, options, counts (answers per option), people (one number per answer,
+    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one number per answer,
     those who chose the first option first) and group (the country, or ""); of kind chat profile, messages, people (the one person),
     group; of kind preference profile, prompt, chosen, rejected, people, group. Numbers of people mean nothing outside this data.
 
@@ -114,7 +138,7 @@ class Split:
         """Keys of a row."""
         stored = list(SCHEMAS[self.kind].names)
         if self.kind == "choice":
-            stored = ["profile", "question_id", "question", "options", "counts", "people"]
+            stored = ["profile", *QUESTION_SCHEMA.names, "counts", "people"]
         return [*stored, "group"]
 
     def __len__(self) -> int:
@@ -167,8 +191,8 @@ class Split:
 
     def question(self, number: int) -> Question:
         """A question by its row."""
-        question_id, text, options = (self.questions.table[name][number].as_py() for name in QUESTION_SCHEMA.names)
-        return Question(question_id, text, tuple(options))
+        question_id, text, options, scale = (self.questions.table[name][number].as_py() for name in QUESTION_SCHEMA.names)
+        return Question(question_id, text, tuple(options), scale)
 
     def _column(self, name: str) -> list[Any]:
         if name == "group":
@@ -183,11 +207,8 @@ class Split:
 
     def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.kind == "choice":
-            question = self.question(row["question"])
-            row = {
-                "profile": row["profile"], "question_id": question.question_id, "question": question.text,
-                "options": list(question.options), "counts": row["counts"], "people": row["people"],
-            }  # fmt: skip
+            asked = dict(zip(QUESTION_SCHEMA.names, self.question(row["question"]).columns(), strict=True))
+            row = {"profile": row["profile"], **asked, "counts": row["counts"], "people": row["people"]}
         return {**row, "group": self.groups[row["profile"]]}
 
 

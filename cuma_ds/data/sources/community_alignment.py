@@ -83,10 +83,8 @@ def convert_conversation(record: Row, where: str, kind: str) -> Converted:
                 return Converted([], record["conversation_id"], "conversations whose four first answers are not four different texts")
             question = f"{prompt}\n\nWhich of these answers does this person prefer?"
             question_id = hashlib.sha256("\0".join([prompt, *options]).encode()).hexdigest()[:12]
-            return Converted(
-                [{**who, "question": question, "options": options, "answer": options.index(chosen), "question_id": question_id}],
-                record["conversation_id"],
-            )
+            row = {**who, "question": question, "options": options, "answer": options.index(chosen), "question_id": question_id}
+            return Converted([{**row, "scale": "nominal"}], record["conversation_id"])
         others = [answer for answer in dict.fromkeys(answers.values()) if answer and answer != chosen]
         rows.extend({**who, "prompt": list(messages), "chosen": chosen, "rejected": other} for other in others)
         messages.append({"role": "assistant", "content": chosen})

@@ -1,7 +1,12 @@
 """Rows of choice questions, conversations or preferences: checked one by one, gathered with little memory.
 
-A row is ``{"profile", "question", "options", "answer", "question_id"?, "person_id"?}``, ``{"profile", "messages", "person_id"?}`` or
-``{"profile", "prompt", "chosen", "rejected", "person_id"?}``. Sources of other formats turn their records into such rows.
+A row is one of
+
+- ``{"profile", "question", "options", "answer", "question_id"?, "person_id"?, "scale"?}``
+- ``{"profile", "messages", "person_id"?}``
+- ``{"profile", "prompt", "chosen", "rejected", "person_id"?}``
+
+Sources of other formats turn their records into such rows.
 """
 
 from __future__ import annotations
@@ -26,17 +31,17 @@ import pyarrow as pa
 from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import PreparedData, ProfileList, Rows, check_questions, prepare_rows
 from cuma_ds.data.rendering import LETTERS
-from cuma_ds.data.rows import QUESTION_SCHEMA, SCHEMAS, ArrowFile, Question
+from cuma_ds.data.rows import QUESTION_SCHEMA, SCALES, SCHEMAS, ArrowFile, Question
 from cuma_ds.data.sources.files import Chunk, Input, decode
 from cuma_ds.errors import DataError, nearest
 from cuma_ds.profiles.linearize import is_missing
 
 _KEYS = {
-    "choice": ("profile", "question", "options", "answer", "question_id", "person_id"),
+    "choice": ("profile", "question", "options", "answer", "question_id", "person_id", "scale"),
     "chat": ("profile", "messages", "person_id"),
     "preference": ("profile", "prompt", "chosen", "rejected", "person_id"),
 }
-_OPTIONAL = ("question_id", "person_id")
+_OPTIONAL = ("question_id", "person_id", "scale")
 _ROLES = ("system", "user", "assistant")
 # Smaller inputs are read before other processes have started.
 _WORTH_WORKERS = 64 << 20
@@ -120,8 +125,8 @@ def _add(part: Part, row: Row, where: str, wanted: tuple[str, ...] | None, paylo
     number = answer = 0
     if kind == "choice":
         question = _question(row, where)
-        number, known, _ = part.questions.setdefault(question.question_id, (len(part.questions), question, where))
-        _same_question(question, known, where)
+        number, known, first = part.questions.setdefault(question.question_id, (len(part.questions), question, where))
+        _same_question(question, known, where, first)
         if wanted is not None and question.question_id not in wanted:
             return
     try:
@@ -210,8 +215,8 @@ class _Gathered:
         self.rows = array("i")
         self.persons: dict[str, int] = {}
         self.profiles = ProfileList(template)
-        # Question id to its number and the hash of its text and options; the texts are in the spool.
-        self.questions: dict[str, tuple[int, bytes]] = {}
+        # Question id to its number, the hash of all that belongs to it, and where it came first; the texts are in the spool.
+        self.questions: dict[str, tuple[int, bytes, str]] = {}
         self.skipped: Counter[str] = Counter()
         self._records: set[bytes] = set()
         self._spool = spool
@@ -255,18 +260,18 @@ class _Gathered:
             self._texts.append(part.payload)
 
     def _question(self, question: Question, where: str) -> int:
-        content = hashlib.blake2b(json.dumps([question.text, question.options]).encode(), digest_size=12).digest()
+        content = hashlib.blake2b(json.dumps(question.columns()).encode(), digest_size=12).digest()
         known = self.questions.get(question.question_id)
         if known is None:
             if self._asked is None:
                 self._asked = self._open.enter_context(_Spool(QUESTION_SCHEMA, self._spool, "questions"))
-            batch = [[question.question_id], [question.text], [list(question.options)]]
-            arrays = [pa.array(value, column.type) for value, column in zip(batch, QUESTION_SCHEMA, strict=True)]
-            self._asked.append(pa.RecordBatch.from_arrays(arrays, schema=QUESTION_SCHEMA))
-            known = self.questions[question.question_id] = (len(self.questions), content)
+            row = dict(zip(QUESTION_SCHEMA.names, question.columns(), strict=True))
+            self._asked.append(pa.RecordBatch.from_pylist([row], QUESTION_SCHEMA))
+            known = self.questions[question.question_id] = (len(self.questions), content, where)
         elif known[1] != content:
             raise DataError(
-                f"{where}: question_id {question.question_id!r} had another text or other options before; one question has one of each"
+                f"{where}: question_id {question.question_id!r} has another text, other options or another scale than at {known[2]}; "
+                "one question has one of each"
             )
         return known[0]
 
@@ -325,13 +330,17 @@ def _payload_schema(kind: str) -> pa.Schema:
     return pa.schema([column for column in SCHEMAS[kind] if column.name not in ("profile", "people")])
 
 
-def _same_question(question: Question, known: Question, where: str) -> None:
+def _same_question(question: Question, known: Question, where: str, first: str) -> None:
+    what = f"{where}: question_id {question.question_id!r}"
     if known.options != question.options:
-        raise DataError(
-            f"{where}: question_id {question.question_id!r} had other options before; one question has one list of options, in one order"
-        )
+        raise DataError(f"{what} had other options before, at {first}; one question has one list of options, in one order")
     if known.text != question.text:
-        raise DataError(f"{where}: question_id {question.question_id!r} had another text before; one question has one text")
+        raise DataError(f"{what} had another text before, at {first}; one question has one text")
+    if known.scale != question.scale:
+        raise DataError(
+            f"{what} has scale {question.scale}, but {known.scale} at {first}; "
+            "one question has one scale (ordinal where a row does not say)"
+        )
 
 
 def row_kind(row: dict[str, Any], where: str) -> str:
@@ -391,7 +400,10 @@ def _question(row: dict[str, Any], where: str) -> Question:
     question_id = _identifier(row, "question_id", where)
     if question_id is None:
         question_id = hashlib.sha256(json.dumps([text, options]).encode()).hexdigest()[:12]
-    return Question(question_id, text, options)
+    scale = row.get("scale", "ordinal")
+    if scale not in SCALES:
+        raise DataError(f"{where}: scale is {scale!r}; allowed: {', '.join(SCALES)} (nominal: the order of the options means nothing)")
+    return Question(question_id, text, options, scale)
 
 
 def _answer(answer: Any, options: tuple[str, ...], where: str) -> int:

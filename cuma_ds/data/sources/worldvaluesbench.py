@@ -29,7 +29,7 @@ from cuma_ds.data.prepared import (
     split_rows,
 )  # fmt: skip
 from cuma_ds.data.rendering import LETTERS
-from cuma_ds.data.rows import SCHEMAS, ArrowFile, Question
+from cuma_ds.data.rows import SCHEMAS, ArrowFile, Question, Scale
 from cuma_ds.data.sources.files import csv_batches, csv_columns, require_columns
 from cuma_ds.data.sources.records import Progress
 from cuma_ds.data.splits import SPLITS, TEST, TRAIN, VALID
@@ -222,7 +222,9 @@ def _scale(
     options = tuple(" ".join(texts[point].split()) for point in range(low, high + 1))
     if len(set(options)) < len(options):
         options = tuple(f"{point}: {text}" for point, text in zip(range(low, high + 1), options, strict=True))
-    return Question(name, " ".join(entry["question"].split()), options), raw, {point: point - low for point in range(low, high + 1)}
+    scale: Scale = "ordinal" if entry.get("answer_data_type", "ordinal") == "ordinal" else "nominal"
+    question = Question(name, " ".join(entry["question"].split()), options, scale)
+    return question, raw, {point: point - low for point in range(low, high + 1)}
 
 
 def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, tell: _Steps) -> People:
