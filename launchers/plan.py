@@ -29,7 +29,7 @@ def main() -> None:
     work = parser.add_argument_group("work of one rank and forward")
     work.add_argument("--micro-batch", type=_positive, metavar="B", help="sequences; default: training.micro_batch_size")
     work.add_argument("--length", type=_positive, metavar="S", help="tokens of a sequence; default: data.max_length")
-    work.add_argument("--kept-logits", type=_positive, metavar="K", help="last positions with logits; default: all (choice questions: 1)")
+    work.add_argument("--kept-logits", type=_positive, metavar="K", help="positions with logits; default: all (choice questions: one for each different length)")
     work.add_argument("--accumulation", type=_positive, default=1, metavar="A", help="micro steps of one optimizer step (default: 1)")
     work.add_argument("--profile-dim", type=_positive, default=384, metavar="P", help="width of the profile embeddings (default: 384)")
     gpu = parser.add_argument_group("hardware, per GPU (defaults: an 80 GB H100 with NVLink and 400 Gbit/s)")

@@ -72,13 +72,9 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
                 everyone = range(adapters.num_experts)
                 mask = torch.tensor([[float(e in groups.get(value, groups.get("*", everyone))) for e in everyone] for value in who])
             out = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                profile_embeddings=profiles,
-                gradient_mask=mask,
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, profile_embeddings=profiles, gradient_mask=mask
             )
-            log_p = out.logits[:, -batch.keep :].double().log_softmax(dim=-1)
+            log_p = out.logits[:, batch.keep].double().log_softmax(dim=-1)
             nll = -(log_p[batch.target_row, batch.target_position, batch.target_token] * batch.target_weight).sum() / weight
             loss = nll
             if config.adapters.balance_weight and adapters.has_router:

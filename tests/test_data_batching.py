@@ -49,21 +49,22 @@ def test_chat_targets_are_the_following_tokens(tokenizer):
     assert encoded.target_weight == [1.0, 1.0, 1.0]
 
 
-def test_collate_pads_left_and_counts_positions_from_the_first_real_token():
-    batch = collate([example(2), example(0), example(3)], pad_id=7)
-    assert batch.input_ids.tolist() == [[7, 12, 12, 12], [7, 7, 7, 10], [13, 13, 13, 13]]
-    assert batch.attention_mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]]
-    assert batch.position_ids.tolist() == [[0, 0, 1, 2], [0, 0, 0, 0], [0, 1, 2, 3]]
-    assert batch.profile_index.tolist() == [2, 0, 3]
-    assert (batch.keep, batch.target_position.tolist(), batch.target_row.tolist()) == (1, [0, 0, 0], [0, 1, 2])
+def test_collate_pads_at_the_end_and_lets_the_model_count_positions():
+    batch = collate([example(2), example(0), example(3), example(2)], pad_id=7)
+    assert batch.input_ids.tolist() == [[12, 12, 12, 7], [10, 7, 7, 7], [13, 13, 13, 13], [12, 12, 12, 7]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
+    assert batch.position_ids is None and "position_ids" not in batch.inputs
+    assert batch.profile_index.tolist() == [2, 0, 3, 2]
+    assert batch.keep.tolist() == [0, 2, 3]
+    assert (batch.target_position.tolist(), batch.target_row.tolist()) == ([1, 0, 2, 1], [0, 1, 2, 3])
 
 
-def test_keep_covers_exactly_the_earliest_target():
+def test_keep_holds_exactly_the_positions_of_targets():
     early = EncodedExample([1, 2, 3, 4, 5], [1, 3], [3, 5], [1.0, 0.5], 0)
     late = EncodedExample([6, 7], [0], [7], [2.0], 1)
     batch = collate([early, late], pad_id=0)
-    assert batch.keep == 4
-    kept = batch.input_ids[:, -batch.keep :]
+    assert batch.keep.tolist() == [0, 1, 3]
+    kept = batch.input_ids[:, batch.keep]
     assert kept[batch.target_row, batch.target_position].tolist() == [2, 4, 6]
     assert batch.target_token.tolist() == [3, 5, 7]
     assert batch.weight_sum == 3.5
@@ -82,14 +83,12 @@ def test_fillers_copy_a_real_row_and_weigh_nothing():
 def test_dtypes_are_as_promised_and_survive_a_move():
     batch = collate([example(1), as_filler(example(2))], pad_id=0).to("cpu")
     for name, value in vars(batch).items():
-        if name != "keep":
+        if name != "position_ids":
             assert value.dtype == (torch.float32 if name == "target_weight" else torch.int64), name
 
 
 def _loss(model, batch):
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, logits_to_keep=batch.keep
-    ).logits
+    logits = model(**batch.inputs).logits
     log_probability = logits[batch.target_row, batch.target_position].log_softmax(-1)
     return -(batch.target_weight * log_probability.gather(1, batch.target_token[:, None])[:, 0]).sum()
 

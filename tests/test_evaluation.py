@@ -108,6 +108,17 @@ def test_probabilities_sum_to_one_over_each_questions_own_options(model, example
     np.testing.assert_allclose([p.sum() for p in found], 1, atol=1e-6)
 
 
+@torch.no_grad()
+def test_letter_mass_is_the_share_of_the_whole_vocabulary(model, examples, embeddings) -> None:
+    found = predict_choices(model, examples, embeddings, 5, pad_id=0)
+    assert found.letter_mass_M.dtype == np.float64
+    for example, mass in zip(examples, found.letter_mass_M, strict=True):
+        ids = torch.tensor([example.input_ids])
+        logits = model(input_ids=ids, profile_embeddings=embeddings[example.profile][None]).logits[0, -1]
+        assert mass == pytest.approx(float(torch.softmax(logits.double(), dim=0)[example.target_token].sum()), abs=1e-6)
+    assert 0 < found.letter_mass_M.min() < found.letter_mass_M.max() < 1
+
+
 def test_profiles_change_the_answers_and_swapping_moves_them_along(model, examples, embeddings) -> None:
     own = predict_choices(model, examples, embeddings, 4, pad_id=0).probabilities
     turned = [(example.profile + 1) % 6 for example in examples]
@@ -156,7 +167,7 @@ def test_batches_are_sorted_by_length_and_progress_ends_at_the_end(model, exampl
     for indices, batch, logits, gates in forward_batches(model, examples, embeddings, 4, 0, progress=lambda *at: told.append(at)):
         seen += indices
         widths.append(batch.input_ids.shape[1])
-        assert logits.shape[:2] == (len(indices), 1)
+        assert logits.shape[:2] == (len(indices), len({len(examples[index].input_ids) for index in indices}))
         assert logits.dtype == torch.float32
         assert gates is None
     assert sorted(seen) == list(range(18))

@@ -60,40 +60,50 @@ def encode_example(row: Mapping[str, Any], renderer: Renderer, sentences: Sequen
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch and its targets: an example per row, left-padded, or several per row (:func:`pack`).
+    """One micro-batch and its targets: an example per row (:func:`collate`), or several per row (:func:`pack`).
+
+    Rows are padded at their end. A causal model then counts the positions of a row as it does for that example alone, whatever
+    kind of positions it has (learned, rotary, ALiBi, a recurrent state), and real tokens never see padding.
 
     Attributes:
         input_ids: [B, S] int64.
         attention_mask: [B, S] int64, 1 for real tokens.
-        position_ids: [B, S] int64, counting the tokens of an example from 0; 0 on left padding.
+        position_ids: [B, S] int64 where examples share rows, counting the tokens of each from 0; None where they do not.
         profile_index: [B] int64, row in the table of profiles; -1 for a filler that only keeps ranks in step. [B, S] where
             examples share rows, -1 on padding.
         target_row: [N] int64, row of the batch.
         target_position: [N] int64, index into the positions that ``keep`` names.
         target_token: [N] int64.
         target_weight: [N] float32; 0 for fillers.
-        keep: ``logits_to_keep``: how many trailing positions need logits, or which ones ([K] int64) where examples share rows.
+        keep: [K] int64, the positions that need logits in any row (``logits_to_keep``), ascending.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    position_ids: Tensor
+    position_ids: Tensor | None
     profile_index: Tensor
     target_row: Tensor
     target_position: Tensor
     target_token: Tensor
     target_weight: Tensor
-    keep: int | Tensor
+    keep: Tensor
 
     @property
     def packed(self) -> bool:
         """Whether examples share rows."""
-        return self.profile_index.dim() == 2
+        return self.position_ids is not None
 
     @property
     def weight_sum(self) -> float:
         """Sum of all target weights."""
         return float(self.target_weight.sum(dtype=torch.float64))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a causal language model; its logits are [B, K, V]."""
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "logits_to_keep": self.keep, "use_cache": False}
+        # Without a mask and a cache, transformers finds the examples of a row by their positions.
+        return inputs | ({"attention_mask": self.attention_mask} if self.position_ids is None else {"position_ids": self.position_ids})
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
@@ -102,7 +112,7 @@ class Batch:
 
 
 def collate(examples: Sequence[EncodedExample | None], pad_id: int, profile_fill: int = -1) -> Batch:
-    """Pad examples on the left and gather their targets.
+    """Give each example a row of its own and gather the targets.
 
     Args:
         examples: rows; None becomes a filler: a copy of the first real row with zero weights.
@@ -115,24 +125,8 @@ def collate(examples: Sequence[EncodedExample | None], pad_id: int, profile_fill
     real = next((example for example in examples if example is not None), None)
     if real is None:
         raise ValueError("a batch needs at least one real example to shape its fillers")
-    rows = [example if example is not None else as_filler(real, profile_fill) for example in examples]
-    lengths = [len(row.input_ids) for row in rows]
-    longest = max(lengths)
-    input_ids_BS = torch.tensor([[pad_id] * (longest - len(row.input_ids)) + row.input_ids for row in rows])
-    mask_BS = (torch.arange(longest) >= longest - torch.tensor(lengths).unsqueeze(1)).long()
-    position_N = torch.tensor([longest - len(row.input_ids) + position for row in rows for position in row.target_position])
-    keep = longest - int(position_N.min())
-    return Batch(
-        input_ids=input_ids_BS,
-        attention_mask=mask_BS,
-        position_ids=(mask_BS.cumsum(1) - 1).clamp(min=0),
-        profile_index=torch.tensor([row.profile for row in rows]),
-        target_row=torch.tensor([index for index, row in enumerate(rows) for _ in row.target_position]),
-        target_position=position_N - (longest - keep),
-        target_token=torch.tensor([token for row in rows for token in row.target_token]),
-        target_weight=torch.tensor([weight for row in rows for weight in row.target_weight], dtype=torch.float32),
-        keep=keep,
-    )
+    batch = _in_rows([[example if example is not None else as_filler(real, profile_fill)] for example in examples], pad_id)
+    return dataclasses.replace(batch, position_ids=None, profile_index=batch.profile_index[:, 0])
 
 
 def pack(examples: Sequence[EncodedExample], pad_id: int, length: int) -> Batch:
@@ -143,7 +137,7 @@ def pack(examples: Sequence[EncodedExample], pad_id: int, length: int) -> Batch:
 
     Args:
         examples: real ones and fillers (profile -1).
-        pad_id: token id of padding, at the end of rows.
+        pad_id: token id of padding.
         length: tokens of a row; a longer example has a row of its own length.
     """
     rows: list[list[EncodedExample]] = []
@@ -157,7 +151,12 @@ def pack(examples: Sequence[EncodedExample], pad_id: int, length: int) -> Batch:
             used.append(0)
         rows[row].append(example)
         used[row] += size
-    width = max(used)
+    return _in_rows(rows, pad_id)
+
+
+def _in_rows(rows: Sequence[Sequence[EncodedExample]], pad_id: int) -> Batch:
+    """The batch whose row b holds the examples ``rows[b]`` one behind the other, with positions and profiles per token."""
+    width = max(sum(len(example.input_ids) for example in row) for row in rows)
     input_ids_BS = torch.full((len(rows), width), pad_id)
     position_BS, profile_BS, mask_BS = (torch.full((len(rows), width), fill) for fill in (0, -1, 0))
     targets: list[tuple[int, int, int, float]] = []
@@ -172,7 +171,7 @@ def pack(examples: Sequence[EncodedExample], pad_id: int, length: int) -> Batch:
             places = zip(example.target_position, example.target_token, example.target_weight, strict=True)
             targets.extend((row, start + position, token, weight) for position, token, weight in places)
             start = end
-        # Padding is an example of nobody's.
+        # Padding counts as one more example, with profile -1, which the router ignores.
         position_BS[row, start:] = torch.arange(width - start)
     row_N, position_N, token_N, weight_N = zip(*targets, strict=True)
     keep_K, target_position = torch.unique(torch.tensor(position_N), return_inverse=True)

@@ -24,12 +24,15 @@ class ChoicePredictions:
 
     Attributes:
         probabilities: M arrays float64 [n].
+        letter_mass_M: share of the next-token probability that falls on the option letters, float64 [M]. Where it is small, the
+            model would rather say something else, and the options' probabilities tell little.
         gates_MRE: mean gate weight over the prompt's tokens, float32 [M, R, E]; None if not recorded.
         router_names: R names; empty if not recorded.
         routing: of all distinct prompts together.
     """
 
     probabilities: list[NDArray[np.float64]]
+    letter_mass_M: NDArray[np.float64]
     gates_MRE: NDArray[np.float32] | None = None
     router_names: tuple[str, ...] = ()
     routing: RoutingTally = field(default_factory=RoutingTally)
@@ -58,11 +61,16 @@ def predict_choices(
         place.append(first[key])
 
     answers: list[NDArray[np.float64]] = [np.empty(0)] * len(distinct)
+    mass = np.zeros(len(distinct))
     routing = RoutingTally()
     for indices, batch, logits, gates_BRE in forward_batches(model, distinct, embeddings_NP, batch_size, pad_id, **options):
         letters = logits[batch.target_row, batch.target_position, batch.target_token].cpu()
+        whole = logits.logsumexp(dim=-1)[batch.target_row, batch.target_position].cpu()
         rows = batch.target_row.cpu()
         for row, index in enumerate(indices):
-            answers[index] = torch.softmax(letters[rows == row], dim=0).double().numpy()
+            own = rows == row
+            answers[index] = torch.softmax(letters[own], dim=0).double().numpy()
+            mass[index] = float((letters[own] - whole[own]).double().exp().sum())
         routing.add(model, indices, gates_BRE)
-    return ChoicePredictions([answers[index] for index in place], routing.gates_of(place), routing.router_names, routing)
+    answers_M = [answers[index] for index in place]
+    return ChoicePredictions(answers_M, mass[place], routing.gates_of(place), routing.router_names, routing)

@@ -1,6 +1,6 @@
 """Encoded examples through a model in batches of similar length, one forward each, nothing learned.
 
-Shapes: B sequences of a batch, keep = trailing positions that predict a target, V vocabulary, N profiles, P profile width,
+Shapes: B sequences of a batch, K positions that predict a target in any of them, V vocabulary, N profiles, P profile width,
 R routers, E experts.
 """
 
@@ -53,7 +53,7 @@ def forward_batches(
         batch_size: sequences per forward; does not change the result.
 
     Yields:
-        Indices of the batch's examples, the batch, its logits float32 [B, keep, V], and with ``record`` the mean gates [B, R, E]
+        Indices of the batch's examples, the batch, its logits float32 [B, K, V], and with ``record`` the mean gates [B, R, E]
         float32 (None where the model has no routers).
     """
     device, progress = options.get("device", "cpu"), options.get("progress")
@@ -68,14 +68,7 @@ def forward_batches(
         if embeddings_NP is not None:
             inputs["profile_embeddings"] = embeddings_NP[profiles].to(device)
         with model.recording_routing() if record else nullcontext() as routing:
-            out = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                logits_to_keep=batch.keep,
-                use_cache=False,
-                **inputs,
-            )
+            out = model(**batch.inputs, **inputs)
         gates_BRE = routing.gates[0].transpose(0, 1).cpu() if routing is not None and routing.gates else None
         yield indices, batch, out.logits.float(), gates_BRE
         if progress is not None:

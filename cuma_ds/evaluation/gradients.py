@@ -116,14 +116,7 @@ def group_gradients(
                 inputs: dict[str, Any] = {}
                 if embeddings_NP is not None:
                     inputs["profile_embeddings"] = embeddings_NP[[example.profile for example in part]].to(device)
-                out = model(
-                    input_ids=batch.input_ids,
-                    attention_mask=batch.attention_mask,
-                    position_ids=batch.position_ids,
-                    logits_to_keep=batch.keep,
-                    use_cache=False,
-                    **inputs,
-                )
+                out = model(**batch.inputs, **inputs)
                 loss = sft_loss(out.logits, batch.target_row, batch.target_position, batch.target_token, batch.target_weight) / total
                 found = torch.autograd.grad(loss, experts, allow_unused=True)
                 for gradient, more in zip(gradients, found, strict=True):

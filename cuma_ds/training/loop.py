@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,18 +154,9 @@ def build_engine(config: RunConfig, adapters: CumaConfig, settings: DeepSpeedSet
 
 def model_inputs(
     batch: Batch, table: ProfileTable | None, device: torch.device, group_mask: Tensor | None = None
-) -> dict[str, Tensor | int]:
+) -> dict[str, Any]:
     """Keyword arguments of the adapted model for one batch; each distinct profile is passed once."""
-    inputs: dict[str, Tensor | int] = {
-        "input_ids": batch.input_ids.to(device),
-        "position_ids": batch.position_ids.to(device),
-        "logits_to_keep": batch.keep.to(device) if isinstance(batch.keep, Tensor) else batch.keep,
-    }
-    if batch.packed:
-        # Without a mask and a cache, transformers finds the examples of a row by their positions.
-        inputs["use_cache"] = False
-    else:
-        inputs["attention_mask"] = batch.attention_mask.to(device)
+    inputs: dict[str, Any] = batch.to(device).inputs
     rows_N, index_B = torch.unique(batch.profile_index.clamp(min=0), return_inverse=True)
     index_B = index_B.masked_fill(batch.profile_index < 0, -1)
     if table is None:

@@ -15,7 +15,7 @@ def sft_loss(logits_BKV: Tensor, row_N: Tensor, position_N: Tensor, token_N: Ten
     A histogram is several targets at one position, weighted by the shares of its answers.
 
     Args:
-        logits_BKV: [B, K, V], any float dtype; the last K positions.
+        logits_BKV: [B, K, V], any float dtype, at K positions of each sequence.
         row_N, position_N, token_N: [N] int64, where each target is predicted and what it is.
         weight_N: [N] float32.
 
