@@ -105,7 +105,7 @@ class Evaluator:
             rows = self._references(train, examples)
             results = self._passes(predict_choices, name, examples.questions, examples.groups)
             rows |= {row: result.probabilities for row, result in results.items()}
-            mass = _letter_mass(results)
+            mass = {row: result.letter_mass_M for row, result in results.items()}
             sections[name] = choice_split(examples, rows, fields, settings, self.main, mass)
             unseen = _unseen(train, examples) if name == "test" else []
             if sum(examples.counts[index].sum() for index in unseen) >= settings.min_answers:
@@ -217,12 +217,6 @@ def _unseen(train: ChoiceExamples, test: ChoiceExamples) -> list[int]:
     known = set(train.profiles)
     found = [index for index, profile in enumerate(test.profiles) if profile not in known]
     return found if len(found) < len(test) else []
-
-
-def _letter_mass(results: dict[str, Any]) -> dict[str, Array]:
-    """Probability of the option letters together, by row name [M]; without the rows whose passes did not measure it."""
-    found = {row: getattr(result, "letter_mass_M", None) for row, result in results.items()}
-    return {row: mass_M for row, mass_M in found.items() if mass_M is not None}
 
 
 def _as_examples(split: Any) -> ChoiceExamples:
