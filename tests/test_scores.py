@@ -185,6 +185,34 @@ def test_answers_of_one_person_are_drawn_together() -> None:
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(np.sqrt(20), rel=0.1)
 
 
+def test_survey_weights_are_neither_rounded_nor_drawn(people, examples, rows) -> None:
+    """Half of every answer: the same numbers. Weights by option: those of a walk over weighted answers."""
+    halves = replace(examples, counts=[counts / 2 + 0.0 for counts in examples.counts])
+    whole, half = (
+        Scorer(some, FIELDS, least).scores(rows, 10).rows for some, least in ((replace(examples, people=None), 20), (halves, 10))
+    )
+    for name in rows:
+        for metric in set(whole[name]) - {"group_accuracy", "inequity"}:  # over groups of enough people
+            assert half[name][metric].value == pytest.approx(whole[name][metric].value, abs=1e-12), metric
+            assert half[name][metric].interval is None
+    weights = {
+        key: np.random.default_rng(k).uniform(0.3, 3, 4) for k, key in enumerate(zip(examples.questions, examples.profiles, strict=True))
+    }
+    table = people.assign(weight=[weights[row.question, row.profile][row.answer] for row in people.itertuples()])
+    weighted = [c * weights[key][: len(c)] for c, key in zip(examples.counts, weights, strict=True)]
+    found = Scorer(replace(examples, counts=weighted), FIELDS, 20).scores(rows, 10).rows["trained"]
+    by_key = dict(zip(weights, rows["trained"], strict=True))
+    table["right"] = [float(np.argmax(by_key[row.question, row.profile]) == row.answer) for row in table.itertuples()]
+    assert found["accuracy"].value == pytest.approx(np.average(table["right"], weights=table["weight"]), abs=1e-12)
+    distances = []
+    for question, part in table.groupby("question"):
+        options = OPTIONS[question]
+        shares = np.average([by_key[question, profile] for profile in part["profile"]], axis=0, weights=part["weight"])
+        places, observed = np.linspace(0, 1, options), part["answer"] / (options - 1)
+        distances.append(stats.wasserstein_distance(places, observed, shares, part["weight"]))
+    assert found["emd_questions"].value == pytest.approx(np.mean(distances), abs=1e-12)
+
+
 def test_the_same_seed_draws_the_same_people_in_any_chunks() -> None:
     sizes = np.array([3, 1, 6])
     whole = np.concatenate(list(resample(sizes, 9, 1, 9)))

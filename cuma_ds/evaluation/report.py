@@ -308,8 +308,10 @@ def legend(summary: Mapping[str, Any]) -> list[str]:
             "all other numbers count every answer.",
             "",
         ]
-    if summary["bootstrap"]:
-        some = next(iter(summary["splits"].values()))
+    some = next(iter(summary["splits"].values()))
+    if some.get("weighted"):
+        lines += ["Answers count by their survey weights. There are no intervals: the data holds sums of weights, not single answers.", ""]
+    elif summary["bootstrap"]:
         who = (
             "people, each with all of their answers"
             if some["people"] is not None

@@ -87,7 +87,7 @@ class Scorer:
         # One person stands for all of a kind.
         first_Y = np.unique(kind_U, return_index=True)[1]
         chosen_A = np.isin(self.answers.person_A, first_Y)
-        self._kind_A = kind_U[self.answers.person_A[chosen_A]]
+        self._kind_A, self._weight_A = kind_U[self.answers.person_A[chosen_A]], self.answers.weight_A[chosen_A]
         self._example_A, self._option_A = self.answers.example_A[chosen_A], self.answers.option_A[chosen_A]
 
         self._options_M = np.array([len(counts) for counts in examples.counts], dtype=np.int64)
@@ -122,15 +122,15 @@ class Scorer:
 
         Args:
             rows: M arrays [n] each; rows ``collapse`` and ``oracle`` give ``recovered`` its ends.
-            replicates: bootstrap samples of people; 0 gives no intervals.
+            replicates: bootstrap samples of people; 0 gives no intervals, and neither do sums of survey weights.
             seed: of the bootstrap; all rows meet the same people.
             against: the row that differences are taken from.
         """
         shared, blocks = self._shared(), {name: self._of_row(row) for name, row in rows.items()}
-        layout = _Layout([shared, *blocks.values()], self._kind_A, len(self._people_Y))
+        layout = _Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
         point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(rows), against)
         drawn: list[dict[tuple[str, ...], Array]] = []
-        if replicates and len(self._people_Y):
+        if replicates and len(self._people_Y) and not self.answers.weighted:
             chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
             for weights_BY in resample(self._people_Y, replicates, seed, chunk):
                 drawn.append(self._all(layout.sums(weights_BY), list(rows), against))
@@ -256,7 +256,7 @@ class Scorer:
         parts = {name: row[name] for name in ("bin_right", "bin_confidence")}
         bin_A, _ = parts["bin_right"].parts[0]
         parts["total"] = _Block(BINS, [(bin_A, np.ones(len(bin_A)))])
-        (sums,) = _Layout([parts], self._kind_A, len(self._people_Y)).sums(self._people_Y[None].astype(np.float64))
+        (sums,) = _Layout([parts], self._kind_A, self._weight_A, len(self._people_Y)).sums(self._people_Y[None].astype(np.float64))
         total = sums["total"][0]
         return _ratio(sums["bin_right"][0], total), _ratio(sums["bin_confidence"][0], total), total
 
@@ -270,9 +270,9 @@ class _Block:
 
 
 class _Layout:
-    """All blocks as one sparse matrix [Y, columns]: what one person of each kind adds to every sum."""
+    """All blocks as one sparse matrix [Y, columns]: what one person of each kind adds to every sum, each answer by its weight."""
 
-    def __init__(self, groups: Sequence[Mapping[str, _Block]], kind_A: Indices, kinds: int) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, _Block]], kind_A: Indices, weight_A: Array, kinds: int) -> None:
         self.places: list[dict[str, slice]] = []
         rows, columns, values = [], [], []
         self.width = 0
@@ -284,7 +284,7 @@ class _Layout:
                     used = (column_A >= 0) & (value_A != 0)
                     rows.append(kind_A[used])
                     columns.append(column_A[used] + self.width)
-                    values.append(value_A[used])
+                    values.append(value_A[used] * weight_A[used])
                 self.width += block.width
         shape = (kinds, self.width)
         self._matrix = csr_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=shape)

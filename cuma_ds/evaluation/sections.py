@@ -48,13 +48,14 @@ def choice_split(
     predicted = {name: predicted_distributions(cells, row, examples.counts) for name, row in rows.items()}
     return {
         "people": scorer.answers.people if scorer.answers.known else None,
+        "weighted": scorer.answers.weighted,
         **_size(scorer),
         "letter_mass": {name: _letter_mass(cells, examples, mass_M) for name, mass_M in (letter_mass or {}).items()},
         "rows": {name: _row(row) for name, row in scores.rows.items()},
         "differences": {name: _row(row) for name, row in scores.differences.items()},
-        "left_out": {"cells": cells.left_out, "answers": int(cells.left_out_answers)},
+        "left_out": {"cells": cells.left_out, "answers": _count(cells.left_out_answers)},
         "reliability": {
-            name: {"accuracy": _listed(right), "confidence": _listed(sure), "answers": [int(count) for count in answers]}
+            name: {"accuracy": _listed(right), "confidence": _listed(sure), "answers": [_count(count) for count in answers]}
             for name, (right, sure, answers) in scores.reliability.items()
         },
         "subgroups": {field: _subgroups(field, labels, scorer, scores.subgroups, rows) for field, labels in fields.items()},
@@ -66,7 +67,7 @@ def choice_split(
             {
                 "question_id": question,
                 "group": group,
-                "answers": int(cells.answers[index]),
+                "answers": _count(cells.answers[index]),
                 "observed": _listed(cells.observed[index]),
                 "predicted": {name: _listed(row[index]) for name, row in predicted.items()},
                 "emd": {
@@ -105,6 +106,11 @@ def chat_split(rows: Mapping[str, ChatLosses], people: Sequence[int] | None = No
         "tokens": int(some.tokens.sum()),
         "rows": table,
     }
+
+
+def _count(answers: float) -> int | float:
+    """A number of answers; a sum of survey weights keeps two decimals."""
+    return int(answers) if float(answers).is_integer() else round(float(answers), 2)
 
 
 def number(value: float | None) -> float | None:
@@ -148,7 +154,7 @@ def _subgroups(
             distances = [float(distance(*pair)) for pair in zip(predicted, cells.observed, nominal, strict=True)]
             mean = number(float(np.average(distances, weights=cells.answers))) if distances else None
             table[name] = {"emd": mean, **_row({"accuracy": accuracy})}
-        answers = int(sum(counts.sum() for counts in part.counts))
+        answers = _count(sum(counts.sum() for counts in part.counts))
         shown.append({"label": label, "people": scorer.sizes[field][label], "answers": answers, "rows": table})
     return {"shown": shown, "left_out": len(scorer.sizes[field]) - len(shown)}
 
@@ -176,8 +182,8 @@ def _size(scorer: Scorer) -> dict[str, Any]:
     return {
         "distance": distance_name(question in scorer.examples.nominal for question in scorer.examples.questions),
         "groups": len({group for _, group in scorer.cells.keys}),
-        "answers": len(scorer.answers.example_A),
-        "compared": {"cells": len(scorer.cells.keys), "answers": int(scorer.cells.answers.sum())},
+        "answers": _count(scorer.answers.weight_A.sum()),
+        "compared": {"cells": len(scorer.cells.keys), "answers": _count(scorer.cells.answers.sum())},
     }
 
 
