@@ -461,7 +461,7 @@ def test_stock_peft_reads_an_exact_lora(variant, tmp_path, tiny_llama, tiny_enco
     assert not any(word in (tmp_path / "lora" / "report.json").read_text() for word in ("Norway", "somebody"))
 
 
-@pytest.mark.parametrize("kind", ["choice", "chat"])
+@pytest.mark.parametrize("kind", ["choice", "nominal", "chat"])
 def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, tiny_llama, tiny_encoder) -> None:
     """The report's KL and EMD are those of stock PEFT against the mixture on every held-out prompt, computed again one by one."""
     from cuma_ds.config import load_config
@@ -470,7 +470,11 @@ def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, t
     from cuma_ds.data.rendering import Renderer
     from cuma_ds.parallel.backbone import load_tokenizer
 
-    source = Path(__file__).parent / "data" / ("opinions.jsonl" if kind == "choice" else "chats.jsonl")
+    source = Path(__file__).parent / "data" / ("chats.jsonl" if kind == "chat" else "opinions.jsonl")
+    if kind == "nominal":
+        lines = source.read_text().splitlines()
+        source = tmp_path / "nominal.jsonl"
+        source.write_text("\n".join(json.dumps(json.loads(line) | {"scale": "nominal"}) for line in lines))
     folder, trained, table = make_run(tmp_path / "runs" / kind, tiny_llama, tiny_encoder, {}, source=source)
     fields = json.loads((folder / "data" / "profiles.jsonl").read_text().splitlines()[1])["fields"]
     report = write_lora(folder, [fields], tmp_path / "lora", prompts=1000)["profiles"][0]
@@ -486,15 +490,16 @@ def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, t
             p = trained(input_ids=ids, profile_embeddings=table.embeddings[1:2]).logits[0].double().log_softmax(-1)
         for position in sorted(set(example.target_position)):
             kl.append(F.kl_div(q[position], p[position], reduction="sum", log_target=True).item())
-        if kind == "choice":
+        if kind != "chat":
             options = [x[-1, example.target_token].softmax(0) for x in (p, q)]
             gaps = (options[0].cumsum(0) - options[1].cumsum(0)).abs()[:-1]
-            distances.append(float(gaps.sum() / len(gaps)))
+            unordered = (options[0] - options[1]).abs().sum() / 2
+            distances.append(float(unordered if kind == "nominal" else gaps.sum() / len(gaps)))
     assert report["prompts"]["measured on"] == len(data.splits[report["prompts"]["split"]])
     assert report["kl_mean"] == pytest.approx(sum(kl) / len(kl), rel=1e-3, abs=1e-6)
     assert report["kl_max"] == pytest.approx(max(kl), rel=1e-3, abs=1e-6)
     assert report["kl_max"] > 1e-5, "the gate must vary for this comparison to mean something"
-    assert ("emd_mean" in report) == (kind == "choice")
+    assert report.get("distance") == {"choice": "EMD", "nominal": "TV", "chat": None}[kind]
     if distances:
         assert report["emd_max"] == pytest.approx(max(distances), rel=1e-3, abs=1e-6)
 
