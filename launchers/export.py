@@ -65,7 +65,7 @@ def _divergence(row: dict[str, Any]) -> str:
         return "exact: the router does not look at the token"
     text = f"gate averaged over prompts: KL {row['kl_mean']:.4f} nats per token (at most {row['kl_max']:.4f})"
     if "emd_mean" in row:
-        text += f", EMD between the answer distributions {row['emd_mean']:.4f} (at most {row['emd_max']:.4f})"
+        text += f", {row['distance']} between the answer distributions {row['emd_mean']:.4f} (at most {row['emd_max']:.4f})"
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
@@ -23,9 +24,10 @@ from run_folder import lively
 from safetensors.torch import save_file
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.config import DataSection, ModelSection, RunConfig
+from cuma_ds.config import DataSection, ModelSection, RunConfig, load_config
 from cuma_ds.data import prepare
 from cuma_ds.data.batching import EncodedExample, encode_example
+from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError
 from cuma_ds.evaluation.chat import chat_losses
@@ -35,14 +37,17 @@ from cuma_ds.evaluation.pictures import expert_picture
 from cuma_ds.evaluation.plots import discriminating_routers, group_tree, plot_distributions, plot_expert_use, plot_group_emd
 from cuma_ds.evaluation.report import markdown
 from cuma_ds.evaluation.run import evaluate_run
+from cuma_ds.evaluation.subject import load_trained
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
+from cuma_ds.parallel.checkpoint import read_adapters
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
 ADAPTERS = CumaConfig(num_experts=4, top_k=2, lora_r=2, target_modules=("q_proj", "v_proj"))
 COUNTRIES = ["Chile", "Ghana", "Iran", "Japan", "Kenya", "Norway", "Peru", "Spain"]
 HIDDEN = "Tuvalu"
 METRICS = {
-    "emd", "recovered", "emd_questions", "emd_argmax", "accuracy", "macro_f1", "group_accuracy", "inequity", "entropy", "calibration_error",
+    "emd", "recovered", "emd_questions", "emd_argmax", "accuracy", "macro_f1", "macro_f1_questions", "group_accuracy", "inequity",
+    "entropy", "calibration_error",
 }  # fmt: skip
 
 
@@ -300,11 +305,6 @@ def test_numbers_follow_from_the_cells_beside_them(report) -> None:
 
 
 def test_predictions_in_the_report_are_the_trained_models(report, run_dir) -> None:
-    from cuma_ds.config import load_config
-    from cuma_ds.data.prepared import PreparedData
-    from cuma_ds.evaluation.subject import load_trained
-    from cuma_ds.parallel.checkpoint import read_adapters
-
     config, data = load_config(run_dir / "config.yaml"), PreparedData.load(run_dir / "data")
     table = ProfileTable.load(run_dir / "profiles.safetensors")
     trained = load_trained(config, read_adapters(run_dir / "checkpoints" / "step-9"), table)
@@ -317,6 +317,71 @@ def test_predictions_in_the_report_are_the_trained_models(report, run_dir) -> No
             expected = one_by_one(trained, example, table.embeddings[row["profile"]])
             np.testing.assert_allclose(cell["predicted"]["trained"], expected, atol=1e-4)
             np.testing.assert_allclose(cell["observed"], np.array(row["counts"]) / sum(row["counts"]), atol=1e-5)
+
+
+def test_the_report_says_how_much_probability_the_option_letters_have(report, run_dir) -> None:
+    config, data = load_config(run_dir / "config.yaml"), PreparedData.load(run_dir / "data")
+    table = ProfileTable.load(run_dir / "profiles.safetensors")
+    trained = load_trained(config, read_adapters(run_dir / "checkpoints" / "step-9"), table)
+    renderer = Renderer(load_tokenizer(config.model), config.data.max_length)
+    masses, answers, by_cell = [], [], {}
+    for row in data.splits["test"]:
+        example = encode_example(row, renderer, data.sentences, config.data)
+        with torch.no_grad():
+            logits = trained(input_ids=torch.tensor([example.input_ids]), profile_embeddings=table.embeddings[[row["profile"]]]).logits
+        masses.append(float(logits[0, -1].double().softmax(0)[example.target_token].sum()))
+        answers.append(sum(row["counts"]))
+        by_cell[row["question_id"], row["group"]] = masses[-1]
+    split = report.summary["splits"]["test"]
+    found = split["letter_mass"]
+    assert list(found) == ["before", "trained", "swapped"]
+    assert found["trained"]["mean"] == pytest.approx(np.average(masses, weights=answers), abs=1e-5)
+    lowest = min(((cell["question_id"], cell["group"]) for cell in split["cells"]), key=lambda cell: by_cell[cell])
+    assert (found["trained"]["lowest"]["question_id"], found["trained"]["lowest"]["group"]) == lowest
+    assert found["trained"]["lowest"]["mean"] == pytest.approx(by_cell[lowest], abs=1e-5)
+    text = markdown(report.summary, {})
+    assert f"trained {found['trained']['mean']:.3f} (lowest {found['trained']['lowest']['mean']:.3f}, {lowest[1]})" in text
+    # A random model says anything.
+    assert found["trained"]["mean"] < 0.5
+    assert "**Warning: the option letters together have a probability of" in text
+
+
+def test_a_model_that_answers_with_letters_is_not_warned_about(report) -> None:
+    summary = copy.deepcopy(report.summary)
+    for split in summary["splits"].values():
+        split["letter_mass"]["trained"]["mean"] = 0.5
+    assert "Warning" not in markdown(summary, {})
+
+
+def test_questions_without_an_order_are_judged_by_total_variation(tmp_path, tiny_llama, tiny_encoder) -> None:
+    """The same people and answers, the options of one question in two orders: what does not depend on the model stays the same."""
+    write_answers(tmp_path / "answers.jsonl")
+    records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    rows = {}
+    for name, order in (("one", [0, 1, 2]), ("other", [2, 0, 1])):
+        for record in records:
+            if record["question_id"] == "q1":
+                record["scale"] = "nominal"
+                record["options"] = [["low", "mid", "high"][k] for k in order]
+        told = [r | {"answer": order.index(r["answer"])} if r["question_id"] == "q1" else r for r in records]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, told)))
+        report = evaluate_run(make_run(tmp_path / name / "run", tiny_llama, tiny_encoder, tmp_path / f"{name}.jsonl"))
+        rows[name] = report.summary["splits"]["test"]["rows"]
+    split = report.summary["splits"]["test"]
+    assert [split["distance"], *(part["distance"] for part in split["questions"].values())] == ["EMD and TV", "EMD", "TV"]
+    for row in ("collapse", "oracle"):
+        for metric in METRICS - {"macro_f1"}:  # over the letters of all questions
+            assert rows["one"][row][metric] == pytest.approx(rows["other"][row][metric], abs=1e-6), metric
+    for cell in split["cells"]:
+        for row, value in cell["emd"].items():
+            gap = np.subtract(cell["predicted"][row], cell["observed"])
+            steps = np.abs(np.cumsum(gap)).sum() / (len(gap) - 1)
+            assert value == pytest.approx(np.abs(gap).sum() / 2 if cell["question_id"] == "q1" else steps, abs=1e-5)
+    text = (report.folder / "report.md").read_text()
+    assert "| | EMD and TV | recovered | EMD and TV, questions | EMD and TV, argmax |" in text
+    assert "| | TV | recovered | accuracy |" in text
+    assert "both distances go into one mean" in text
+    assert report.pictures["emd-by-group.png"].startswith("EMD and TV of each group")
 
 
 def test_held_out_groups_are_those_of_the_heldout_split(report, run_dir) -> None:
@@ -366,7 +431,8 @@ def test_markdown_holds_the_numbers_of_the_summary_and_links_that_exist(run_dir)
     trained = report.summary["splits"]["test"]["rows"]["trained"]
     low, high = trained["interval"]["emd"]
     assert f"| **trained** | {trained['emd']:.4f} [{low:.4f}, {high:.4f}] | {trained['recovered']:.2f}" in text
-    assert f"| {trained['group_accuracy']:.3f} | {trained['inequity']:.3f} | {trained['calibration_error']:.3f} |" in text
+    spread = " | ".join(f"{trained[key]:.3f}" for key in ("macro_f1_questions", "group_accuracy", "inequity", "calibration_error"))
+    assert f"| {spread} |" in text
     assert "zero-shot" in text
     assert "Question 0?" in text
     links = re.findall(r"\]\(([^)]+)\)", text)
@@ -428,8 +494,9 @@ def test_chat_runs_report_loss_and_perplexity(tmp_path, tiny_llama, tiny_encoder
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report = evaluate_run(make_run(tmp_path / "runs" / "chat", tiny_llama, tiny_encoder, tmp_path / "chats.jsonl"))
     assert report.summary["kind"] == "chat"
+    # The only country held out has nobody to swap profiles with.
+    assert [list(split["rows"]) for split in report.summary["splits"].values()] == [["before", "trained", "swapped"], ["before", "trained"]]
     for split in report.summary["splits"].values():
-        assert list(split["rows"]) == ["before", "trained", "swapped"]
         for row in split["rows"].values():
             assert row["perplexity"] == pytest.approx(np.exp(row["loss"]), rel=1e-4)
             assert row["interval"]["loss"][0] < row["loss"] < row["interval"]["loss"][1]
@@ -548,7 +615,7 @@ def test_markdown_of_an_unknown_value_is_a_dash() -> None:
     rows = {"trained": {"emd": None, "recovered": None, "accuracy": 0.5, "entropy": 1.0, "interval": {"accuracy": [0.4, 0.61]}}}
     size = {"people": None, "groups": 0, "answers": 7, "compared": {"cells": 0, "answers": 0}, "left_out": {"cells": 3, "answers": 7}}
     about = {"run": "r", "checkpoint": "step-1", "kind": "choice", "main": "trained", "min_answers": 30, "min_subgroup": 5, "bootstrap": 10}
-    text = markdown({**about, "splits": {"test": {**size, "rows": rows}}}, {})
+    text = markdown({**about, "splits": {"test": {**size, "distance": "EMD", "rows": rows}}}, {})
     assert "| **trained** | – | – | – | – | 1.000 |" in text
     assert "| **trained** | 0.500 [0.400, 0.610] | – |" in text
     assert "Left out there as too small: 3 (7 answers)" in text

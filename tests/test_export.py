@@ -24,6 +24,8 @@ from cuma_ds import load_exported
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError, ModelError
+from cuma_ds.evaluation.report import ROWS, SPLITS
+from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.export.hf import Trained, load_run, read_run, write_hf
 from cuma_ds.export.lora import write_lora
 from cuma_ds.export.reference import read_reference
@@ -263,22 +265,69 @@ def test_the_travelling_code_is_the_packages_own_without_clashes() -> None:
 
 def test_the_model_card_tells_data_people_metrics_risk_and_licence(tmp_path, run, tiny_llama) -> None:
     folder, _, _ = run
-    evaluation = folder / "evaluation"
-    evaluation.mkdir()
-    rows = {"before": {"emd": 0.31, "accuracy": None}, "trained": {"emd": 0.1234, "accuracy": 0.5}}
-    (evaluation / "report.json").write_text(json.dumps({"checkpoint": "step-7", "splits": {"test": {"rows": rows}}}))
     (tiny_llama / "README.md").write_text("---\nlicense: llama-tiny\n---\n")
     try:
         card = (write_hf(read_run(folder), tmp_path / "card") / "README.md").read_text()
     finally:
         (tiny_llama / "README.md").unlink()
-        (evaluation / "report.json").unlink()
-        evaluation.rmdir()
     people = json.loads((folder / "data" / "manifest.json").read_text())["splits"]["train"]["people"]
     assert f"| training | {people} |" in card
-    for part in ("license: llama-tiny", "0.1234", "stereotypes by construction", "jsonl (choice questions)", "trust_remote_code=True"):
+    for part in ("license: llama-tiny", "Not evaluated yet", "stereotypes by construction", "jsonl (choice questions)"):
         assert part in card
+    assert "trust_remote_code=True" in card
     assert "Norway\n" not in card
+
+
+def numbers_in(card: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Heading of a split -> row -> column -> cell, of the tables under "Evaluation"."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    split, columns = "", []
+    for line in card.partition("## Evaluation\n")[2].partition("\n## ")[0].splitlines():
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        if line.startswith("### "):
+            split = line.removeprefix("### ")
+        elif line.startswith("| |"):
+            columns = cells[1:]
+        elif line.startswith("| "):
+            found.setdefault(split, {}).setdefault(cells[0], {}).update(zip(columns, cells[1:], strict=True))
+    return found
+
+
+def test_the_numbers_of_a_model_card_are_those_of_the_runs_report(tmp_path, run) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    report = evaluate_run(folder, overrides=["evaluation.min_answers=2", "evaluation.bootstrap=20"]).summary
+    card = (write_hf(read_run(folder), tmp_path / "card") / "README.md").read_text()
+    shown = numbers_in(card)
+    assert list(shown) == [SPLITS[name] for name in report["splits"]]
+    columns = {"EMD": ("emd", 4), "recovered": ("recovered", 2), "accuracy": ("accuracy", 3), "ECE": ("calibration_error", 3)}
+    for name, split in report["splits"].items():
+        assert list(shown[SPLITS[name]]) == [ROWS[row] for row in split["rows"]]
+        for row, values in split["rows"].items():
+            for title, (key, digits) in columns.items():
+                expected = "–" if values[key] is None else f"{values[key]:.{digits}f}"
+                assert shown[SPLITS[name]][ROWS[row]][title].split()[0] == expected
+    assert "Not evaluated" not in card
+    assert str(tmp_path) not in card
+
+
+def test_a_report_that_cannot_be_shown_is_said_as_it_is(tmp_path, run) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    (folder / "evaluation").mkdir()
+    report = {"format_version": 3, "checkpoint": "step-7", "splits": {}}
+    for number, (content, said) in enumerate(
+        [
+            ({**report, "format_version": 2}, "Not shown: report.json has report format 2, not 3; evaluate again"),
+            (report, "Not shown: report.json lacks run, kind, main"),
+            ([], "Not shown: report.json has report format None"),
+            (None, "Not shown: report.json cannot be read"),
+        ]
+    ):
+        (folder / "evaluation" / "report.json").write_text(json.dumps(content) if content is not None else "{")
+        card = (write_hf(read_run(folder), tmp_path / f"card-{number}") / "README.md").read_text()
+        assert said in card
+        assert str(tmp_path) not in card
 
 
 def change(folder: Path, target: Path, edit) -> Path:
@@ -415,7 +464,7 @@ def test_stock_peft_reads_an_exact_lora(variant, tmp_path, tiny_llama, tiny_enco
     assert not any(word in (tmp_path / "lora" / "report.json").read_text() for word in ("Norway", "somebody"))
 
 
-@pytest.mark.parametrize("kind", ["choice", "chat"])
+@pytest.mark.parametrize("kind", ["choice", "nominal", "chat"])
 def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, tiny_llama, tiny_encoder) -> None:
     """The report's KL and EMD are those of stock PEFT against the mixture on every held-out prompt, computed again one by one."""
     from cuma_ds.config import load_config
@@ -424,7 +473,11 @@ def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, t
     from cuma_ds.data.rendering import Renderer
     from cuma_ds.parallel.backbone import load_tokenizer
 
-    source = Path(__file__).parent / "data" / ("opinions.jsonl" if kind == "choice" else "chats.jsonl")
+    source = Path(__file__).parent / "data" / ("chats.jsonl" if kind == "chat" else "opinions.jsonl")
+    if kind == "nominal":
+        lines = source.read_text().splitlines()
+        source = tmp_path / "nominal.jsonl"
+        source.write_text("\n".join(json.dumps(json.loads(line) | {"scale": "nominal"}) for line in lines))
     folder, trained, table = make_run(tmp_path / "runs" / kind, tiny_llama, tiny_encoder, {}, source=source)
     fields = json.loads((folder / "data" / "profiles.jsonl").read_text().splitlines()[1])["fields"]
     report = write_lora(folder, [fields], tmp_path / "lora", prompts=1000)["profiles"][0]
@@ -440,15 +493,16 @@ def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, t
             p = trained(input_ids=ids, profile_embeddings=table.embeddings[1:2]).logits[0].double().log_softmax(-1)
         for position in sorted(set(example.target_position)):
             kl.append(F.kl_div(q[position], p[position], reduction="sum", log_target=True).item())
-        if kind == "choice":
+        if kind != "chat":
             options = [x[-1, example.target_token].softmax(0) for x in (p, q)]
             gaps = (options[0].cumsum(0) - options[1].cumsum(0)).abs()[:-1]
-            distances.append(float(gaps.sum() / len(gaps)))
+            unordered = (options[0] - options[1]).abs().sum() / 2
+            distances.append(float(unordered if kind == "nominal" else gaps.sum() / len(gaps)))
     assert report["prompts"]["measured on"] == len(data.splits[report["prompts"]["split"]])
     assert report["kl_mean"] == pytest.approx(sum(kl) / len(kl), rel=1e-3, abs=1e-6)
     assert report["kl_max"] == pytest.approx(max(kl), rel=1e-3, abs=1e-6)
     assert report["kl_max"] > 1e-5, "the gate must vary for this comparison to mean something"
-    assert ("emd_mean" in report) == (kind == "choice")
+    assert report.get("distance") == {"choice": "EMD", "nominal": "TV", "chat": None}[kind]
     if distances:
         assert report["emd_max"] == pytest.approx(max(distances), rel=1e-3, abs=1e-6)
 

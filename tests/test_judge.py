@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from judge_server import BAD, GOOD, Reply, fault, prefers_good, verdict
+from judge_server import BAD, GOOD, Reply, fault, judge_server, prefers_good, verdict
 from ranks import free_port
 
 from cuma_ds.errors import ConfigError
@@ -173,7 +176,7 @@ def test_no_more_calls_at_a_time_than_asked_for(server, tmp_path) -> None:
 
 def test_known_verdicts_cost_no_call_and_hold_no_text(server, tmp_path) -> None:
     first = compare(pairs(3), settings(server, tmp_path))
-    file = tmp_path / "cache" / "verdicts.jsonl"
+    file = tmp_path / "cache" / "verdicts-2.jsonl"
     with file.open("a") as lines:
         lines.write('["cut off')
     calls = len(server.calls)
@@ -183,6 +186,75 @@ def test_known_verdicts_cost_no_call_and_hold_no_text(server, tmp_path) -> None:
     assert not any(word in text for word in ("Person", "Question", "good", "bad"))
     third = compare(pairs(3), settings(server, tmp_path, model="other"))
     assert third.cached == 0
+
+
+def test_two_judges_of_one_name_do_not_share_verdicts(server, tmp_path) -> None:
+    compare(pairs(2), settings(server, tmp_path))
+    with judge_server() as other:
+        other.script = lambda *_: verdict("tie")
+        found = compare(pairs(2), settings(other, tmp_path))
+        assert (found.cached, found.results) == (0, ["tie", "tie"])
+        assert compare(pairs(2), settings(other, tmp_path, url=other.url + "/")).cached == 4
+    assert compare(pairs(2), settings(server, tmp_path)).results == ["win", "win"]
+
+
+def test_verdicts_of_an_earlier_release_are_not_used_and_that_is_said_once(server, tmp_path) -> None:
+    """Its keys did not hold the address: [model, max_tokens, messages]."""
+    (tmp_path / "cache").mkdir()
+    lines = []
+    for swapped in (False, True):
+        content = json.dumps(["m", 256, judge_messages(pairs(1)[0], swapped)], ensure_ascii=False)
+        lines.append(json.dumps([hashlib.sha256(content.encode()).hexdigest(), "tie"]))
+    (tmp_path / "cache" / "verdicts.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.warns(UserWarning, match="verdicts.jsonl are not used: they do not say at which address"):
+        found = compare(pairs(1), settings(server, tmp_path))
+    assert (found.cached, found.results) == (0, ["win"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compare(pairs(1), settings(server, tmp_path)).cached == 2
+
+
+def refuses(*names: str) -> Callable[[str, int], Reply]:
+    """A judge that takes none of these arguments, in the words of OpenAI's servers, and says which one it met first."""
+
+    def script(prompt: str, number: int) -> Reply:
+        sent = script.server.calls[number - 1]
+        for name in names:
+            if name in sent:
+                error = {
+                    "message": f"Unsupported parameter: '{name}'.",
+                    "type": "invalid_request_error",
+                    "param": name,
+                    "code": "unsupported",
+                }
+                return 400, {"Content-Type": "application/json"}, json.dumps({"error": error}).encode()
+        return prefers_good(prompt, number)
+
+    return script
+
+
+@pytest.mark.parametrize("names", [("max_tokens",), ("temperature",), ("max_tokens", "temperature")])
+def test_a_judge_is_asked_again_without_what_it_refuses(server, tmp_path, names) -> None:
+    server.script = refuses(*names)
+    server.script.server = server
+    with pytest.warns(UserWarning, match="refuses") as told:
+        found = compare(pairs(4), settings(server, tmp_path, concurrency=1))
+    assert [str(note.message).split(";")[0] for note in told] == [f"the judge m at {server.url} refuses {name}" for name in names]
+    assert (found.results, found.failures, found.refused) == (["win"] * 4, {}, names)
+    assert found.summary(0)["refused"] == list(names)
+    # Remembered: one refused call for each argument, and none afterwards.
+    assert len(server.calls) == 8 + len(names)
+    last = server.calls[-1]
+    assert ("temperature" in last) == ("temperature" not in names)
+    assert last["max_completion_tokens" if "max_tokens" in names else "max_tokens"] == 256
+
+
+def test_a_judge_that_refuses_anything_else_is_asked_once(server, tmp_path) -> None:
+    server.script = refuses("messages")
+    server.script.server = server
+    found = compare(pairs(1), settings(server, tmp_path))
+    assert (found.results, found.failures, found.refused) == (["failed"], {"status 400": 2}, ())
+    assert len(server.calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,8 @@ from scipy import stats
 from cuma_ds.errors import DataError
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
 from cuma_ds.evaluation.metrics import (
+    distance,
+    distance_name,
     emd,
     entropy,
     gather_cells,
@@ -21,8 +25,10 @@ from cuma_ds.evaluation.metrics import (
     mean_collapse_recovered,
     normalise,
     predicted_distributions,
+    total_variation,
 )
-from cuma_ds.evaluation.references import collapse_reference, has_training_answers, oracle_reference
+from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference
+from cuma_ds.evaluation.scores import Scorer
 
 
 @st.composite
@@ -48,6 +54,26 @@ def test_emd_is_a_distance_in_0_1_that_reversing_the_scale_leaves_alone(pair: tu
     assert float(emd(p, q)) == pytest.approx(float(emd(q, p)))
     assert float(emd(p, q)) == pytest.approx(float(emd(p[::-1], q[::-1])))
     assert emd(p, p) == 0
+
+
+@settings(deadline=None, derandomize=True)
+@given(two_distributions())
+def test_total_variation_is_the_most_that_any_set_of_options_differs_by(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    p, q = pair
+    tv = float(total_variation(p, q))
+    assert tv == pytest.approx(float((p - q)[p > q].sum()), abs=1e-12)
+    assert tv == pytest.approx(float(total_variation(q, p)))
+    assert float(emd(p, q)) <= tv + 1e-12
+    order = np.random.default_rng(len(p)).permutation(len(p))
+    assert tv == pytest.approx(float(total_variation(p[order], q[order])), abs=1e-12)
+
+
+def test_each_question_has_its_own_distance() -> None:
+    p, q = [[1, 0, 0], [1, 0, 0]], [[0, 0.5, 0.5], [0, 0.5, 0.5]]
+    np.testing.assert_allclose(distance(p, q, [False, True]), [0.75, 1.0])
+    assert [distance_name(some) for some in ([], [False], [True, True], [True, False])] == ["EMD", "EMD", "TV", "EMD and TV"]
+    with pytest.raises(DataError, match="3 and 4 options"):
+        total_variation([1, 0, 0], [1, 0, 0, 0])
 
 
 @pytest.mark.parametrize("options", [2, 3, 7])
@@ -167,16 +193,59 @@ def test_collapse_is_the_share_of_all_training_answers() -> None:
         np.testing.assert_allclose(distribution, expected)
 
 
-def test_oracle_is_the_profiles_own_training_answers_else_the_global_ones() -> None:
+@pytest.mark.parametrize("least", [1, 20, 60, 10_000])
+def test_oracle_is_the_profiles_own_training_answers_else_the_groups_else_the_global_ones(least: int) -> None:
     people = survey(seed=9)
     people = people[~((people["profile"] == 4) & (people["question"] == "q1"))]
     train, test = merged(people), merged(survey(seed=10))
     collapse = collapse_reference(train, test)
-    for index, distribution in enumerate(oracle_reference(train, test)):
-        own = people[(people["question"] == test.questions[index]) & (people["profile"] == test.profiles[index])]["answer"]
-        expected = [np.mean(own == k) for k in range(len(distribution))] if len(own) else collapse[index]
-        np.testing.assert_allclose(distribution, expected)
-    assert ("q1", 4) in zip(test.questions, test.profiles, strict=True)
+    kinds = set()
+    for index, distribution in enumerate(oracle_reference(train, test, least)):
+        asked = people[people["question"] == test.questions[index]]
+        own, group = asked[asked["profile"] == test.profiles[index]], asked[asked["group"] == test.groups[index]]
+        kind = "own" if len(own) >= least else "group" if len(group) >= least else "all"
+        some = {"own": own, "group": group, "all": asked}[kind]
+        kinds.add(kind)
+        np.testing.assert_allclose(distribution, [np.mean(some["answer"] == k) for k in range(len(distribution))])
+        if kind == "all":
+            np.testing.assert_allclose(distribution, collapse[index])
+    assert kinds == {1: {"own", "group"}, 20: {"own", "group", "all"}, 60: {"group", "all"}, 10_000: {"all"}}[least]
+
+
+def test_an_oracle_of_people_with_profiles_of_their_own_is_their_countrys() -> None:
+    """Country, age, gender and more make almost everybody the only one of a profile; the country's training answers are what is known."""
+    rng = np.random.default_rng(0)
+    taste = rng.dirichlet(np.ones(5), size=8)
+    rows = []
+    for person in range(6400):
+        country = person % 8
+        # Every twentieth person of a country has the profile of the person before: 1.05 people per profile.
+        profile = person - 8 if person % 160 >= 152 else person
+        rows.append(("q", 5, f"land {country}", profile, int(rng.choice(5, p=taste[country]))))
+    people = pd.DataFrame(rows, columns=["question", "options", "group", "profile", "answer"])
+    half = rng.permutation(len(people)) < 4000
+    train, test = merged(people[half]), merged(people[~half])
+    emd_of = {}
+    for name, reference in (("collapse", collapse_reference(train, test)), ("oracle", oracle_reference(train, test, 30))):
+        emd_of[name] = Scorer(test, {}, 30).scores({name: reference}).rows[name]["emd"].value
+    by_country = []
+    for country, part in people[~half].groupby("group"):
+        own = people[half & (people["group"] == country)]["answer"]
+        by_country.append((stats.wasserstein_distance(own / 4, part["answer"] / 4), len(part)))
+    assert emd_of["oracle"] == pytest.approx(np.average([d for d, _ in by_country], weights=[n for _, n in by_country]), abs=1e-12)
+    assert emd_of["oracle"] < 0.3 * emd_of["collapse"]
+
+
+def test_the_nearest_profile_answers_by_the_same_rule() -> None:
+    people = survey(seed=9)
+    train = merged(people)
+    test = merged(survey(seed=10, profiles=6).assign(profile=lambda some: some["profile"] + 12, group="elsewhere"))
+    # Profile 12 + k stands beside profile k.
+    embeddings = np.concatenate([np.eye(12), np.eye(12) + 0.1])
+    found = nearest_reference(train, test, embeddings, 20)
+    alike = replace(test, profiles=[p - 12 for p in test.profiles], groups=[f"land {(p - 12) // 3}" for p in test.profiles])
+    for a, b in zip(found, oracle_reference(train, alike, 20), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_references_are_the_same_whether_answers_are_merged_or_not() -> None:
@@ -190,7 +259,7 @@ def test_references_are_the_same_whether_answers_are_merged_or_not() -> None:
         "counts": [np.eye(n)[a].tolist() for n, a in zip(people["options"], people["answer"], strict=True)],
     }
     single = ChoiceExamples.of(one_by_one)
-    for reference in (collapse_reference, oracle_reference):
+    for reference in (collapse_reference, partial(oracle_reference, min_answers=20)):
         for a, b in zip(reference(merged(people), test), reference(single, test), strict=True):
             np.testing.assert_allclose(a, b)
 
@@ -204,11 +273,14 @@ def test_a_question_never_trained_on_is_uniform_and_a_changed_scale_is_refused()
         collapse_reference(of("q1", [1, 2, 3]), of("q1", [1, 2, 3, 4]))
 
 
-def test_there_is_an_oracle_only_for_profiles_seen_in_training() -> None:
+def test_there_is_an_oracle_only_for_groups_with_training_answers() -> None:
     train = merged(survey(seed=1, profiles=6))
-    others = ChoiceExamples(train.questions, train.groups, [p + 100 for p in train.profiles], train.counts, train.texts)
-    assert has_training_answers(train, train)
-    assert not has_training_answers(train, others)
+    others = replace(train, profiles=[p + 100 for p in train.profiles])
+    elsewhere = replace(others, groups=[f"other {group}" for group in train.groups])
+    most = int(survey(seed=1, profiles=6).groupby(["question", "group"]).size().max())
+    assert has_training_answers(train, others, most)
+    assert not has_training_answers(train, others, most + 1)
+    assert not has_training_answers(train, elsewhere, 1)
 
 
 def test_mean_by_group_is_the_weighted_mean() -> None:
@@ -240,6 +312,15 @@ def test_swapping_moves_everyone_even_inside_one_big_group_and_leaves_one_alone(
     only = swap_profiles(["q"] * 3, ["a"] * 3, [1, 2, 3])
     assert sorted(only) == [1, 2, 3]
     assert all(new != old for new, old in zip(only, [1, 2, 3], strict=True))
+
+
+def test_a_question_put_to_one_group_alone_is_swapped_with_other_questions() -> None:
+    """Every question has one person, as in conversations that people open themselves: the swapped row must not be the trained one."""
+    questions, groups = [f"q{k}" for k in range(6)] + ["q6", "q6"], ["a", "b", "c"] * 2 + ["a", "a"]
+    profiles = [10, 11, 12, 13, 14, 15, 10, 13]
+    swapped = swap_profiles(questions, groups, profiles)
+    group_of = dict(zip(profiles, groups, strict=True))
+    assert all(group_of[new] != group for new, group in zip(swapped, groups, strict=True))
 
 
 def test_swapping_gives_equal_profiles_equal_partners() -> None:

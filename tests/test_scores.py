@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
 from cuma_ds.evaluation.examples import ChoiceExamples
-from cuma_ds.evaluation.metrics import calibration_error, distinct, inequity, macro_f1
+from cuma_ds.evaluation.metrics import calibration_error, distinct, inequity, macro_f1, predicted_distributions
 from cuma_ds.evaluation.resampling import Answers, interval, resample
 from cuma_ds.evaluation.scores import BINS, Scorer
 from cuma_ds.evaluation.subgroups import subgroups
@@ -63,14 +65,22 @@ def walk(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarray]
     """
     by_key = {(q, p): given[i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
     shares = [by_key[row.question, row.profile] for row in people.itertuples()]
-    table = people.assign(mode=[int(np.argmax(p)) for p in shares], sure=[p.max() for p in shares], share=shares)
-    table["right"] = table["mode"] == table["answer"]
+    table = people.reset_index(drop=True).assign(sure=[p.max() for p in shares], share=shares)
+    # One row for each option that ties for the mode; together they weigh one.
+    tied = table.assign(mode=[np.flatnonzero(p == p.max()) for p in shares]).explode("mode").astype({"mode": int})
+    tied["weight"] = 1 / tied.groupby(level=0)["mode"].transform("count")
+    table["right"] = ((tied["mode"] == tied["answer"]) * tied["weight"]).groupby(level=0).sum()
 
-    def distance(part: pd.DataFrame, argmax: bool = False) -> float:
+    def f1(part: pd.DataFrame) -> float:
+        return f1_score(part["answer"], part["mode"], average="macro", sample_weight=part["weight"], zero_division=0)
+
+    def argmax_distance(part: pd.DataFrame) -> float:
+        steps = OPTIONS[part["question"].iloc[0]] - 1
+        return stats.wasserstein_distance(part["answer"] / steps, part["mode"] / steps, part["weight"], part["weight"])
+
+    def distance(part: pd.DataFrame) -> float:
         options = OPTIONS[part["question"].iloc[0]]
         places = np.arange(options) / (options - 1)
-        if argmax:
-            return stats.wasserstein_distance(part["answer"] / (options - 1), part["mode"] / (options - 1))
         observed = [np.mean(part["answer"] == k) for k in range(options)]
         return stats.wasserstein_distance(places, places, np.mean(list(part["share"]), axis=0), observed)
 
@@ -84,9 +94,10 @@ def walk(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarray]
     return {
         "emd": np.average([distance(part) for part in cells], weights=[len(part) for part in cells]),
         "emd_questions": np.mean([distance(part) for _, part in table.groupby("question")]),
-        "emd_argmax": np.mean([distance(part, argmax=True) for _, part in table.groupby("question")]),
-        "accuracy": accuracy_score(table["answer"], table["mode"]),
-        "macro_f1": f1_score(table["answer"], table["mode"], average="macro", zero_division=0),
+        "emd_argmax": np.mean([argmax_distance(part) for _, part in tied.groupby("question")]),
+        "accuracy": accuracy_score(tied["answer"], tied["mode"], sample_weight=tied["weight"]),
+        "macro_f1": f1(tied),
+        "macro_f1_questions": np.mean([f1(part) for _, part in tied.groupby("question")]),
         "group_accuracy": table[table["group"].isin(large["group"])].groupby("group")["right"].mean().mean(),
         "inequity": np.mean(spreads),
         "entropy": np.mean([stats.entropy(p) for p in shares]),
@@ -174,6 +185,34 @@ def test_answers_of_one_person_are_drawn_together() -> None:
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(np.sqrt(20), rel=0.1)
 
 
+def test_survey_weights_are_neither_rounded_nor_drawn(people, examples, rows) -> None:
+    """Half of every answer: the same numbers. Weights by option: those of a walk over weighted answers."""
+    halves = replace(examples, counts=[counts / 2 + 0.0 for counts in examples.counts])
+    whole, half = (
+        Scorer(some, FIELDS, least).scores(rows, 10).rows for some, least in ((replace(examples, people=None), 20), (halves, 10))
+    )
+    for name in rows:
+        for metric in set(whole[name]) - {"group_accuracy", "inequity"}:  # over groups of enough people
+            assert half[name][metric].value == pytest.approx(whole[name][metric].value, abs=1e-12), metric
+            assert half[name][metric].interval is None
+    weights = {
+        key: np.random.default_rng(k).uniform(0.3, 3, 4) for k, key in enumerate(zip(examples.questions, examples.profiles, strict=True))
+    }
+    table = people.assign(weight=[weights[row.question, row.profile][row.answer] for row in people.itertuples()])
+    weighted = [c * weights[key][: len(c)] for c, key in zip(examples.counts, weights, strict=True)]
+    found = Scorer(replace(examples, counts=weighted), FIELDS, 20).scores(rows, 10).rows["trained"]
+    by_key = dict(zip(weights, rows["trained"], strict=True))
+    table["right"] = [float(np.argmax(by_key[row.question, row.profile]) == row.answer) for row in table.itertuples()]
+    assert found["accuracy"].value == pytest.approx(np.average(table["right"], weights=table["weight"]), abs=1e-12)
+    distances = []
+    for question, part in table.groupby("question"):
+        options = OPTIONS[question]
+        shares = np.average([by_key[question, profile] for profile in part["profile"]], axis=0, weights=part["weight"])
+        places, observed = np.linspace(0, 1, options), part["answer"] / (options - 1)
+        distances.append(stats.wasserstein_distance(places, observed, shares, part["weight"]))
+    assert found["emd_questions"].value == pytest.approx(np.mean(distances), abs=1e-12)
+
+
 def test_the_same_seed_draws_the_same_people_in_any_chunks() -> None:
     sizes = np.array([3, 1, 6])
     whole = np.concatenate(list(resample(sizes, 9, 1, 9)))
@@ -187,6 +226,47 @@ def test_an_interval_of_nothing_is_none() -> None:
     assert interval(np.array([np.nan, np.nan]), 1.0) is None
     assert interval(np.array([1.0, np.nan, 3.0]), float("nan")) is None
     assert interval(np.array([1.0, np.nan, 3.0]), 12.0) == pytest.approx((11.05, 12.95))
+
+
+@pytest.mark.parametrize("nominal", [True, False])
+def test_the_order_of_unordered_options_changes_no_number(people, examples, rows, nominal) -> None:
+    """A nominal question is judged by total variation; an ordinal one whose options are shuffled is another question."""
+    order = {"q1": [2, 0, 3, 1], "q2": [1, 2, 0], "q3": [0, 1]}
+    marked = replace(examples, nominal=frozenset(OPTIONS) if nominal else frozenset())
+    shuffled = replace(marked, counts=[counts[order[q]] for q, counts in zip(examples.questions, examples.counts, strict=True)])
+    there = {name: [shares[order[q]] for q, shares in zip(examples.questions, row, strict=True)] for name, row in rows.items()}
+    # Who gave which answer moves along with the options; without people every answer is somebody of its own.
+    before, after = (Scorer(replace(some, people=None), FIELDS, 20).scores(given) for some, given in ((marked, rows), (shuffled, there)))
+    for name in rows:
+        if not nominal:
+            assert after.rows[name]["emd"].value != pytest.approx(before.rows[name]["emd"].value, abs=1e-3)
+            continue
+        for metric in set(before.rows[name]) - {"macro_f1"}:  # over letters, as its name in the report says
+            assert after.rows[name][metric].value == pytest.approx(before.rows[name][metric].value, abs=1e-12), (name, metric)
+
+
+def test_a_split_of_both_scales_judges_each_question_by_its_own_distance(people, examples, rows) -> None:
+    mixed = replace(examples, nominal=frozenset({"q1"}))
+    scorer = Scorer(mixed, FIELDS, 20)
+    found = scorer.scores(rows).rows["trained"]
+    cells = scorer.cells
+    distances = []
+    for (question, _), p, q in zip(cells.keys, predicted_distributions(cells, rows["trained"], mixed.counts), cells.observed, strict=True):
+        places = np.linspace(0, 1, len(p))
+        tv = max(abs(sum(p[k] - q[k] for k in some)) for size in range(len(p)) for some in itertools.combinations(range(len(p)), size))
+        distances.append(tv if question == "q1" else stats.wasserstein_distance(places, places, p, q))
+    assert {key[0] for key in cells.keys} == set(OPTIONS)
+    assert found["emd"].value == pytest.approx(np.average(distances, weights=cells.answers), abs=1e-12)
+
+
+def test_options_that_tie_share_the_mode() -> None:
+    """Which of two equally probable options stands first decides nothing."""
+    split = {"question_id": ["q"], "question": ["?"], "options": [["a", "b", "c"]], "group": ["x"], "profile": [0]}
+    for counts in ([6, 2, 0], [2, 6, 0]):
+        found = Scorer(ChoiceExamples.of({**split, "counts": [counts]}), {}).scores({"trained": [[0.4, 0.4, 0.2]]}).rows["trained"]
+        assert found["accuracy"].value == 0.5
+        # Half of the answers are predicted as a, half as b: EMD between (0.75, 0.25) and (0.5, 0.5) with n = 3.
+        assert found["emd_argmax"].value == pytest.approx(0.125)
 
 
 def test_no_cell_is_large_enough_and_accuracy_still_counts(people, examples, rows) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ class ChoiceExamples:
         counts: answers of each example, float64 [n], n its number of options.
         texts: question id -> (question, options).
         people: who gave the answers of each example, those of its first option first; None where the data does not say.
+        nominal: ids of the questions whose options have no order.
     """
 
     questions: list[str]
@@ -30,6 +31,7 @@ class ChoiceExamples:
     counts: list[NDArray[np.float64]]
     texts: dict[str, tuple[str, list[str]]]
     people: list[NDArray[np.int64]] | None = None
+    nominal: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, split: Any) -> ChoiceExamples:
@@ -40,6 +42,7 @@ class ChoiceExamples:
         for question, text, options in zip(questions, split["question"], split["options"], strict=True):
             texts.setdefault(question, (text, list(options)))
         names = getattr(split, "column_names", None) or list(split)
+        scales = split["scale"] if "scale" in names else ["ordinal"] * len(questions)
         return cls(
             questions=questions,
             groups=[group or f"profile {profile}" for group, profile in zip(split["group"], profiles, strict=True)],
@@ -47,6 +50,7 @@ class ChoiceExamples:
             counts=[np.asarray(counts, dtype=np.float64) for counts in split["counts"]],
             texts=texts,
             people=[np.asarray(people, dtype=np.int64) for people in split["people"]] if "people" in names else None,
+            nominal=frozenset(question for question, scale in zip(questions, scales, strict=True) if scale == "nominal"),
         )
 
     def only(self, chosen: Sequence[int]) -> ChoiceExamples:
@@ -58,6 +62,7 @@ class ChoiceExamples:
             counts=[self.counts[index] for index in chosen],
             texts=self.texts,
             people=None if self.people is None else [self.people[index] for index in chosen],
+            nominal=self.nominal,
         )
 
     def __len__(self) -> int:
@@ -67,27 +72,39 @@ class ChoiceExamples:
 def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequence[int], seed: int = 0) -> list[int]:
     """Give every example the profile of somebody else in its unit (its question), of another group wherever that is possible.
 
-    A fixed derangement: the distinct profiles of a unit stand group by group, groups in a seeded order, and move on by the size
-    of the largest group, which never stays within a group unless that one holds more than half of the unit.
+    A unit that only one group was asked has nobody to swap with: its profiles are swapped as those of all examples together are.
 
     Args:
         units, groups, profiles: of each of M examples.
 
     Returns:
-        M profile rows; a unit's only profile stays as it is.
+        M profile rows; as they are where there is only one profile.
     """
+    everybody: dict[int, str] = {}
     members: dict[str, dict[int, str]] = {}
     for unit, group, profile in zip(units, groups, profiles, strict=True):
+        everybody.setdefault(profile, group)
         members.setdefault(unit, {}).setdefault(profile, group)
-    partner: dict[str, dict[int, int]] = {}
-    for unit, group_of in members.items():
-        sizes: dict[str, int] = {}
-        for group in group_of.values():
-            sizes[group] = sizes.get(group, 0) + 1
-        names = sorted(sizes)
-        random.Random(seed).shuffle(names)
-        place = {name: position for position, name in enumerate(names)}
-        line = sorted(group_of, key=lambda profile: (place[group_of[profile]], profile))
-        shift = max(sizes.values()) % len(line) or min(1, len(line) - 1)
-        partner[unit] = {profile: line[(position + shift) % len(line)] for position, profile in enumerate(line)}
+    overall = _derangement(everybody, seed)
+    partner = {unit: _derangement(group_of, seed) if len(set(group_of.values())) > 1 else overall for unit, group_of in members.items()}
     return [partner[unit][profile] for unit, profile in zip(units, profiles, strict=True)]
+
+
+def _derangement(group_of: Mapping[int, str], seed: int) -> dict[int, int]:
+    """The profile that each of several profiles is swapped with.
+
+    The profiles stand group by group, groups in a seeded order, and move on by the size of the largest group, which never stays
+    within a group unless that one holds more than half of them.
+
+    Args:
+        group_of: profile -> its group.
+    """
+    sizes: dict[str, int] = {}
+    for group in group_of.values():
+        sizes[group] = sizes.get(group, 0) + 1
+    names = sorted(sizes)
+    random.Random(seed).shuffle(names)
+    place = {name: position for position, name in enumerate(names)}
+    line = sorted(group_of, key=lambda profile: (place[group_of[profile]], profile))
+    shift = max(sizes.values()) % len(line) or min(1, len(line) - 1)
+    return {profile: line[(position + shift) % len(line)] for position, profile in enumerate(line)}

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class JudgeSettings:
         timeout: seconds of one call.
         retries: of a call that timed out, was refused for its rate, or met a failing server; waits grow exponentially.
         max_tokens: longest verdict; raise it for judges that think aloud first.
-        cache_dir: where verdicts are kept; default: the user's cache folder.
+        cache_dir: where verdicts are kept, those of each url and model apart; default: the user's cache folder.
     """
 
     url: str
@@ -91,6 +92,7 @@ class Comparison:
         first: how many readable verdicts preferred the answer shown first, and how many readable verdicts preferred either.
         failures: kind of failure -> calls.
         cached: verdicts that were known already.
+        refused: arguments that the judge does not take, of ``max_tokens`` and ``temperature``.
     """
 
     results: list[str]
@@ -99,6 +101,7 @@ class Comparison:
     first: tuple[int, int]
     failures: dict[str, int]
     cached: int
+    refused: tuple[str, ...] = ()
 
     @property
     def win_rate(self) -> float | None:
@@ -125,6 +128,7 @@ class Comparison:
             "interval": None if spread is None else [round(end, 6) for end in spread],
             "first_preferred": round(self.first[0] / self.first[1], 6) if self.first[1] else None,
             "failures": self.failures,
+            "refused": list(self.refused),
         }
 
 
@@ -137,7 +141,7 @@ def compare(pairs: Sequence[Pair], settings: JudgeSettings, progress: Callable[[
     Raises:
         ConfigError: the ``openai`` package is missing, or the judge refuses the key or does not know the model.
     """
-    cache = _Cache((settings.cache_dir or default_cache_dir().parent / "judge") / "verdicts.jsonl")
+    cache = _Cache(settings.cache_dir or default_cache_dir().parent / "judge")
     requests = [judge_messages(pair, swapped) for pair in pairs for swapped in (False, True)]
     asked = asyncio.run(_ask_all(requests, settings, cache, progress))
     results, disagreed = [], 0
@@ -152,7 +156,13 @@ def compare(pairs: Sequence[Pair], settings: JudgeSettings, progress: Callable[[
             results.append(ours[0] if ours[0] == ours[1] else "tie")
     counts = Counter(asked.verdicts)
     return Comparison(
-        results, [pair.person for pair in pairs], disagreed, (counts["A"], counts["A"] + counts["B"]), dict(asked.failures), asked.cached
+        results,
+        [pair.person for pair in pairs],
+        disagreed,
+        (counts["A"], counts["A"] + counts["B"]),
+        dict(asked.failures),
+        asked.cached,
+        tuple(sorted(asked.refused)),
     )
 
 
@@ -174,6 +184,7 @@ class _Asked:
     verdicts: list[str]
     failures: Counter[str] = field(default_factory=Counter)
     cached: int = 0
+    refused: set[str] = field(default_factory=set)
 
 
 def judge_messages(pair: Pair, swapped: bool) -> list[dict[str, str]]:
@@ -206,7 +217,7 @@ async def _ask_all(
             asked.cached += 1
         else:
             async with limit:
-                asked.verdicts[index], failure = await _call(client, settings, requests[index])
+                asked.verdicts[index], failure = await _call(client, settings, requests[index], asked.refused)
             if failure:
                 asked.failures[failure] += 1
             elif asked.verdicts[index] != "unreadable":
@@ -226,41 +237,78 @@ async def _ask_all(
     return asked
 
 
-async def _call(client: Any, settings: JudgeSettings, messages: list[dict[str, str]]) -> tuple[str, str]:
-    """A verdict, and the kind of failure ("" for none)."""
+async def _call(client: Any, settings: JudgeSettings, messages: list[dict[str, str]], refused: set[str]) -> tuple[str, str]:
+    """A verdict, and the kind of failure ("" for none).
+
+    Args:
+        refused: arguments that this judge is known not to take; what it refuses now is added, and the call is made again without.
+    """
     import openai
 
+    known = frozenset(refused)
     try:
-        answer = await client.chat.completions.create(
-            model=settings.model, messages=messages, temperature=0.0, max_tokens=settings.max_tokens
-        )
-        return read_verdict(answer.choices[0].message.content), ""
+        answer = await client.chat.completions.create(messages=messages, **_arguments(settings, known))
+        text = answer.choices[0].message.content
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         raise ConfigError(f"the judge at {settings.url} refuses the key in {settings.key_variable} (status {error.status_code})") from None
     except openai.NotFoundError:
         raise ConfigError(f"the judge at {settings.url} knows no model {settings.model!r}, or the address is wrong (status 404)") from None
     except openai.APIStatusError as error:
-        return "failed", f"status {error.status_code}"
+        more = _named_in(error) - known
+        if not more:
+            return "failed", f"status {error.status_code}"
+        for name in sorted(more - refused):
+            warnings.warn(f"the judge {settings.model} at {settings.url} refuses {name}; {_WITHOUT[name]}", UserWarning, stacklevel=2)
+        refused |= more
+        return await _call(client, settings, messages, refused)
     except openai.OpenAIError as error:
         return "failed", type(error).__name__
     except (AttributeError, IndexError, TypeError, ValueError):
         # An answer that is no chat completion.
         return "failed", "no chat completion"
+    return (read_verdict(text), "") if isinstance(text, str) else ("failed", "no chat completion")
+
+
+# What is done about an argument that a judge does not take.
+_WITHOUT = {
+    "max_tokens": "max_completion_tokens is sent in its place",
+    "temperature": "it answers at its own temperature, so that its verdicts may differ from run to run",
+}
+
+
+def _arguments(settings: JudgeSettings, refused: Collection[str]) -> dict[str, Any]:
+    limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
+    temperature = {} if "temperature" in refused else {"temperature": 0.0}
+    return {"model": settings.model, limit: settings.max_tokens, **temperature}
+
+
+def _named_in(error: Any) -> frozenset[str]:
+    """The arguments that a bad request (status 400 or 422) is about, by its ``param`` or its words."""
+    if error.status_code not in (400, 422):
+        return frozenset()
+    return frozenset(name for name in _WITHOUT if name in f"{error.param} {error.message}")
 
 
 def _key(settings: JudgeSettings, messages: list[dict[str, str]]) -> str:
-    content = json.dumps([settings.model, settings.max_tokens, messages], ensure_ascii=False)
+    content = json.dumps([settings.url.rstrip("/"), settings.model, settings.max_tokens, messages], ensure_ascii=False)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class _Cache:
-    """Verdicts by hash of what was asked, one JSON line each; no text of a profile, prompt or answer is kept."""
+    """Verdicts by hash of who was asked what, one JSON line each; no text of a profile, prompt or answer is kept."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "verdicts-2.jsonl"
         self.verdicts: dict[str, str] = {}
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
+        before = folder / "verdicts.jsonl"
+        if before.is_file() and not self.file.is_file():
+            warnings.warn(
+                f"verdicts in {before} are not used: they do not say at which address the judge was; delete the file if you like",
+                UserWarning,
+                stacklevel=2,
+            )
+        if self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
                 try:
                     key, verdict = json.loads(line)
                 except (ValueError, TypeError):

@@ -25,7 +25,7 @@ _MOST_FIELDS, _MOST_PANELS, _MOST_SUBGROUPS = 7, 3, 12
 
 
 def choice_pictures(folder: Path, split: Mapping[str, Any], main: str = "trained") -> dict[str, str]:
-    """Draw predicted against observed answers, the EMD of each group, and calibration, from a split made by :func:`choice_split`.
+    """Draw predicted against observed answers, the distance of each group, and calibration, from a split made by :func:`choice_split`.
 
     Args:
         main: the row that is about the model itself.
@@ -54,11 +54,11 @@ def choice_pictures(folder: Path, split: Mapping[str, Any], main: str = "trained
         pictures[name] = f"Predicted and observed answers of the {len(cells)} groups that differ most from the global distribution."
     if split["cells"]:
         groups, answers = _largest_groups(split["cells"])
-        rows = {row: _emd_by_group(split["cells"], row) for row in ("before", main, "collapse")}
+        rows = {row: _distance_by_group(split["cells"], row) for row in ("before", main, "collapse")}
         drawn = {row: np.array([values[group] for group in groups]) for row, values in rows.items()}
-        plot_group_emd(folder / "emd-by-group.png", groups, drawn["before"], drawn[main], drawn["collapse"])
+        plot_group_emd(folder / "emd-by-group.png", groups, drawn["before"], drawn[main], drawn["collapse"], split["distance"])
         when = "before and after training, " if main == "trained" else ""
-        pictures["emd-by-group.png"] = f"EMD of each group, {when}worst first." + _shown(groups, answers)
+        pictures["emd-by-group.png"] = f"{split['distance']} of each group, {when}worst first." + _shown(groups, answers)
     shown = {
         name: title for name, title in (("before", "backbone before training"), ("trained", "trained")) if name in split["reliability"]
     }
@@ -187,10 +187,16 @@ def _map_picture(
 
 
 def _mean_answer(examples: ChoiceExamples, place: Mapping[int, int]) -> tuple[str, Array] | None:
-    """Mean observed answer of each profile (0 = first option, 1 = last) to the question that most answered; None if some did not."""
+    """Mean observed answer of each profile (0 = first option, 1 = last) to the question that most answered.
+
+    None where some did not answer it, or where no question has ordered options.
+    """
     total: dict[str, float] = {}
     for question, counts in zip(examples.questions, examples.counts, strict=True):
-        total[question] = total.get(question, 0.0) + float(counts.sum())
+        if question not in examples.nominal:
+            total[question] = total.get(question, 0.0) + float(counts.sum())
+    if not total:
+        return None
     asked = max(total, key=lambda question: total[question])
     sums: dict[int, NDArray[np.float64]] = {}
     for question, profile, counts in zip(examples.questions, examples.profiles, examples.counts, strict=True):
@@ -224,7 +230,7 @@ def _nats(values: Array) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def _emd_by_group(cells: Sequence[Mapping[str, Any]], row: str) -> dict[Any, Any]:
+def _distance_by_group(cells: Sequence[Mapping[str, Any]], row: str) -> dict[Any, Any]:
     values = np.array([cell["emd"][row] for cell in cells])
     return mean_by_group(values, [cell["group"] for cell in cells], np.array([cell["answers"] for cell in cells]))
 

@@ -69,12 +69,13 @@ def plot_distributions(
     save(figure, path)
 
 
-def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Array, collapse: Array) -> None:
-    """A dumbbell per group from the bare backbone's EMD to the trained model's, sorted, in two columns where there are many groups.
+def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Array, collapse: Array, distance: str = "EMD") -> None:
+    """A dumbbell per group from the bare backbone's distance to the trained model's, sorted, in two columns where there are many groups.
 
     Args:
-        before, after, collapse: EMD of each group [G]; ``collapse`` is that of the global distribution. The same array twice draws
+        before, after, collapse: distance of each group [G]; ``collapse`` is that of the global distribution. The same array twice draws
             an untrained model by itself.
+        distance: its name.
     """
     trained = after is not before
     order = np.argsort(after, kind="stable")
@@ -100,7 +101,7 @@ def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Arra
         bare(panel)
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)
-    figure.supxlabel("EMD between predicted and observed answers (0 = equal)", fontsize=10)
+    figure.supxlabel(f"{distance} between predicted and observed answers (0 = equal)", fontsize=10)
     handles = [
         Line2D(
             [],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,46 +29,55 @@ def collapse_reference(train: ChoiceExamples, test: ChoiceExamples) -> list[Arra
     ]
 
 
-def oracle_reference(train: ChoiceExamples, test: ChoiceExamples) -> list[Array]:
-    """Each profile gets the distribution of the training answers of the same profile to the same question.
+def oracle_reference(train: ChoiceExamples, test: ChoiceExamples, min_answers: int) -> list[Array]:
+    """Each example gets the training answers of its own people to its question.
+
+    Its own people are those of the same profile where they gave at least ``min_answers`` training answers to the question, else those
+    of the same group, else everybody. A profile that one or two people share says nothing about how the next of them answers.
 
     Returns:
-        One distribution [n] per test example; the question's global one where the profile has no training answers.
+        One distribution [n] per test example.
 
     Raises:
         DataError: a question has another number of options in train than in test.
     """
-    own = _histograms(zip(train.questions, train.profiles, strict=True), train)
-    result = []
-    for question, profile, fallback in zip(test.questions, test.profiles, collapse_reference(train, test), strict=True):
-        counts = own.get((question, profile))
-        result.append(fallback if counts is None or counts.sum() == 0 else normalise(counts))
-    return result
+    return _own_answers(train, test, test.profiles, test.groups, min_answers)
 
 
-def nearest_reference(train: ChoiceExamples, test: ChoiceExamples, embeddings_NP: NDArray[np.floating]) -> list[Array]:
-    """Each profile gets the training answers of the training profile whose sentence embedding is nearest (cosine).
+def nearest_reference(train: ChoiceExamples, test: ChoiceExamples, embeddings_NP: NDArray[np.floating], min_answers: int) -> list[Array]:
+    """Each example gets what :func:`oracle_reference` gives to the training profile whose sentence embedding is nearest (cosine).
 
-    What a look-up by similarity achieves for profiles that were never trained on; the question's global distribution where the
-    nearest profile did not answer it.
+    What a look-up by similarity achieves for profiles that were never trained on.
 
     Args:
         embeddings_NP: raw embeddings of all profiles.
     """
-    own = _histograms(zip(train.questions, train.profiles, strict=True), train)
     known = np.unique(train.profiles)
     unit_NP = embeddings_NP / np.maximum(np.linalg.norm(embeddings_NP, axis=1, keepdims=True), 1e-12)
     nearest = {profile: int(known[(unit_NP[known] @ unit_NP[profile]).argmax()]) for profile in set(test.profiles)}
+    group_of = dict(zip(train.profiles, train.groups, strict=True))
+    profiles = [nearest[profile] for profile in test.profiles]
+    return _own_answers(train, test, profiles, [group_of[profile] for profile in profiles], min_answers)
+
+
+def has_training_answers(train: ChoiceExamples, test: ChoiceExamples, min_answers: int) -> bool:
+    """Whether any (question, group) of ``test`` has ``min_answers`` answers in ``train``, so that there is an oracle at all."""
+    known = _histograms(zip(train.questions, train.groups, strict=True), train)
+    enough = {key for key, counts in known.items() if counts.sum() >= min_answers}
+    return not enough.isdisjoint(zip(test.questions, test.groups, strict=True))
+
+
+def _own_answers(
+    train: ChoiceExamples, test: ChoiceExamples, profiles: Sequence[int], groups: Sequence[str], min_answers: int
+) -> list[Array]:
+    of_profile = _histograms(zip(train.questions, train.profiles, strict=True), train)
+    of_group = _histograms(zip(train.questions, train.groups, strict=True), train)
     result = []
-    for question, profile, fallback in zip(test.questions, test.profiles, collapse_reference(train, test), strict=True):
-        counts = own.get((question, nearest[profile]))
-        result.append(fallback if counts is None or counts.sum() == 0 else normalise(counts))
+    for question, profile, group, everybody in zip(test.questions, profiles, groups, collapse_reference(train, test), strict=True):
+        own = (of_profile.get((question, profile)), of_group.get((question, group)))
+        enough = (normalise(counts) for counts in own if counts is not None and counts.sum() >= min_answers)
+        result.append(next(enough, everybody))
     return result
-
-
-def has_training_answers(train: ChoiceExamples, test: ChoiceExamples) -> bool:
-    """Whether any (question, profile) of ``test`` was answered in ``train``, so that there is an oracle at all."""
-    return not set(zip(train.questions, train.profiles, strict=True)).isdisjoint(zip(test.questions, test.profiles, strict=True))
 
 
 def _histograms(keys: Iterable[Hashable], train: ChoiceExamples) -> dict[Hashable, Array]:

@@ -23,26 +23,34 @@ class Answers:
 
     Attributes:
         person_A, example_A, option_A: who answered (0 to U - 1), which example, and with which option.
+        weight_A: how much each answer counts, 1 unless ``weighted``.
         known: False where the data does not say who answered; then every answer stands for a person of its own.
+        weighted: True where the counts are sums of survey weights. Then all answers of an example with one option are a single
+            entry: which weight belongs to whom is not known, and people cannot be drawn.
     """
 
     person_A: Indices
     example_A: Indices
     option_A: Indices
+    weight_A: Array
     known: bool
+    weighted: bool
 
     @classmethod
     def of(cls, examples: ChoiceExamples) -> Answers:
         """Unfold the answer counts of ``examples``."""
         sizes_M = np.array([len(counts) for counts in examples.counts], dtype=np.int64)
-        counts_F = np.concatenate([np.zeros(0), *examples.counts]).astype(np.int64)
+        counts_F = np.concatenate([np.zeros(0), *examples.counts])
         example_F = np.repeat(np.arange(len(sizes_M)), sizes_M)
         option_F = np.arange(len(counts_F)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
-        example_A, option_A = np.repeat(example_F, counts_F), np.repeat(option_F, counts_F)
-        if examples.people is None:
-            return cls(np.arange(len(example_A)), example_A, option_A, known=False)
-        person_A = np.concatenate([np.zeros(0, dtype=np.int64), *examples.people])
-        return cls(np.unique(person_A, return_inverse=True)[1].astype(np.int64), example_A, option_A, known=True)
+        weighted = bool((counts_F != np.floor(counts_F)).any())
+        repeats_F = (counts_F > 0).astype(np.int64) if weighted else counts_F.astype(np.int64)
+        example_A, option_A = np.repeat(example_F, repeats_F), np.repeat(option_F, repeats_F)
+        weight_A = counts_F[counts_F > 0] if weighted else np.ones(len(example_A))
+        if examples.people is None or weighted:
+            return cls(np.arange(len(example_A)), example_A, option_A, weight_A, known=False, weighted=weighted)
+        person_A = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *examples.people]), return_inverse=True)[1]
+        return cls(person_A.astype(np.int64), example_A, option_A, weight_A, known=True, weighted=False)
 
     @property
     def people(self) -> int:

@@ -105,12 +105,14 @@ class Evaluator:
             rows = self._references(train, examples)
             results = self._passes(predict_choices, name, examples.questions, examples.groups)
             rows |= {row: result.probabilities for row, result in results.items()}
-            sections[name] = choice_split(examples, rows, fields, settings, self.main)
+            mass = {row: result.letter_mass_M for row, result in results.items()}
+            sections[name] = choice_split(examples, rows, fields, settings, self.main, mass)
             unseen = _unseen(train, examples) if name == "test" else []
             if sum(examples.counts[index].sum() for index in unseen) >= settings.min_answers:
                 part = examples.only(unseen)
                 own = self._references(train, part) | {row: [r.probabilities[i] for i in unseen] for row, r in results.items()}
-                sections["unseen"] = choice_split(part, own, fields, settings, self.main)
+                mass = {row: mass_M[unseen] for row, mass_M in mass.items()}
+                sections["unseen"] = choice_split(part, own, fields, settings, self.main, mass)
             if not pictures and sections[name]["cells"]:
                 pictures = choice_pictures(self.folder, sections[name], self.main) | subgroup_picture(
                     self.folder, sections[name], self.main
@@ -153,11 +155,12 @@ class Evaluator:
         return None if told is None else lambda done, total: told(what, done, total)
 
     def _references(self, train: ChoiceExamples, examples: ChoiceExamples) -> dict[str, Sequence[Array]]:
+        least, embeddings_NP = self.subject.config.evaluation.min_answers, self.subject.embeddings_NP
         rows: dict[str, Sequence[Array]] = {"collapse": collapse_reference(train, examples)}
-        if has_training_answers(train, examples):
-            rows["oracle"] = oracle_reference(train, examples)
-        elif self.subject.embeddings_NP is not None:
-            rows["nearest"] = nearest_reference(train, examples, self.subject.embeddings_NP.numpy())
+        if has_training_answers(train, examples, least):
+            rows["oracle"] = oracle_reference(train, examples, least)
+        if embeddings_NP is not None and set(train.profiles).isdisjoint(examples.profiles):
+            rows["nearest"] = nearest_reference(train, examples, embeddings_NP.numpy(), least)
         return rows
 
     def _passes(self, run: Callable[..., Any], split: str, units: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
@@ -182,8 +185,10 @@ class Evaluator:
             results = {"before": go("before training", None)}
         results["trained"] = go("trained", subject.embeddings_NP, record=True)
         if subject.embeddings_NP is not None:
-            swapped = swap_profiles(units, groups, [example.profile for example in examples])
-            results["swapped"] = go("profiles swapped", subject.embeddings_NP, profiles=swapped)
+            own = [example.profile for example in examples]
+            swapped = swap_profiles(units, groups, own)
+            if swapped != own:
+                results["swapped"] = go("profiles swapped", subject.embeddings_NP, profiles=swapped)
         return results
 
     def _routing(

@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import (
     calibration_error,
-    emd,
+    distance,
     entropy,
     gather_cells,
     inequity,
@@ -63,7 +63,8 @@ class SplitScores:
 class Scorer:
     """Judges predictions for the examples of one split.
 
-    EMD is that of cells (question, group) with at least ``min_answers`` answers; everything else counts every answer.
+    The distance ``emd`` is that of cells (question, group) with at least ``min_answers`` answers; everything else counts every answer.
+    It is EMD, and for nominal questions total variation.
 
     Args:
         examples: the split.
@@ -86,7 +87,7 @@ class Scorer:
         # One person stands for all of a kind.
         first_Y = np.unique(kind_U, return_index=True)[1]
         chosen_A = np.isin(self.answers.person_A, first_Y)
-        self._kind_A = kind_U[self.answers.person_A[chosen_A]]
+        self._kind_A, self._weight_A = kind_U[self.answers.person_A[chosen_A]], self.answers.weight_A[chosen_A]
         self._example_A, self._option_A = self.answers.example_A[chosen_A], self.answers.option_A[chosen_A]
 
         self._options_M = np.array([len(counts) for counts in examples.counts], dtype=np.int64)
@@ -98,6 +99,8 @@ class Scorer:
         self._steps_C = np.array([max(len(shares) - 1, 1) for shares in self.cells.observed], dtype=np.float64)
         self._steps_Q = np.ones(int(self._question_M.max(initial=-1)) + 1)
         self._steps_Q[self._question_M] = np.maximum(self._options_M - 1, 1)
+        self._nominal_C = np.array([question in examples.nominal for question, _ in self.cells.keys], dtype=bool)
+        self._nominal_Q = np.array([question in examples.nominal for question in dict.fromkeys(examples.questions)], dtype=bool)
 
         group_M = _codes(examples.groups)
         self._group_M = np.where(self._people_of(group_M)[group_M] >= min_subgroup, group_M, -1)
@@ -119,15 +122,15 @@ class Scorer:
 
         Args:
             rows: M arrays [n] each; rows ``collapse`` and ``oracle`` give ``recovered`` its ends.
-            replicates: bootstrap samples of people; 0 gives no intervals.
+            replicates: bootstrap samples of people; 0 gives no intervals, and neither do sums of survey weights.
             seed: of the bootstrap; all rows meet the same people.
             against: the row that differences are taken from.
         """
         shared, blocks = self._shared(), {name: self._of_row(row) for name, row in rows.items()}
-        layout = _Layout([shared, *blocks.values()], self._kind_A, len(self._people_Y))
+        layout = _Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
         point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(rows), against)
         drawn: list[dict[tuple[str, ...], Array]] = []
-        if replicates and len(self._people_Y):
+        if replicates and len(self._people_Y) and not self.answers.weighted:
             chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
             for weights_BY in resample(self._people_Y, replicates, seed, chunk):
                 drawn.append(self._all(layout.sums(weights_BY), list(rows), against))
@@ -160,7 +163,6 @@ class Scorer:
         return {
             "cell": _Block(len(self._steps_C) * width, [(_join(self._cell_M[example_A], option_A, width), one_A)]),
             "question": _Block(len(self._steps_Q) * width, [(_join(self._question_M[example_A], option_A, width), one_A)]),
-            "true": _Block(width, [(option_A, one_A)]),
             "group": _Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], one_A)]),
             "subgroup": _Block(len(self._labels), [(codes[example_A], one_A) for codes in self._subgroup_M]),
         }
@@ -170,21 +172,22 @@ class Scorer:
         shares_MN = np.zeros((len(self.examples), width))
         for example, shares in enumerate(probabilities):
             shares_MN[example, : self._options_M[example]] = normalise(shares)
-        mode_M, confidence_M, entropy_M = shares_MN.argmax(axis=1), shares_MN.max(axis=1), entropy(shares_MN)
-        mode_A, one_A = mode_M[example_A], np.ones(len(example_A))
-        right_A = (mode_A == option_A).astype(np.float64)
+        confidence_M, entropy_M = shares_MN.max(axis=1), entropy(shares_MN)
+        # Options that tie for the mode share it; the first of them is no better a guess than the others.
+        mode_MN = (shares_MN == confidence_M[:, None]).astype(np.float64)
+        mode_MN /= mode_MN.sum(axis=1, keepdims=True)
+        right_A = mode_MN[example_A, option_A]
         bin_A = np.minimum((confidence_M * BINS).astype(np.int64), BINS - 1)[example_A]
         cell_A, question_A = self._cell_M[example_A], self._question_M[example_A]
 
-        def spread(code_A: Indices) -> list[tuple[Indices, Array]]:
-            return [(_join(code_A, np.full_like(code_A, option), width), shares_MN[example_A, option]) for option in range(width)]
+        def spread(code_A: Indices, values_MN: Array) -> list[tuple[Indices, Array]]:
+            return [(_join(code_A, np.full_like(code_A, option), width), values_MN[example_A, option]) for option in range(width)]
 
         return {
-            "cell_predicted": _Block(len(self._steps_C) * width, spread(cell_A)),
-            "question_predicted": _Block(len(self._steps_Q) * width, spread(question_A)),
-            "question_mode": _Block(len(self._steps_Q) * width, [(_join(question_A, mode_A, width), one_A)]),
-            "predicted": _Block(width, [(mode_A, one_A)]),
-            "both": _Block(width, [(mode_A, right_A)]),
+            "cell_predicted": _Block(len(self._steps_C) * width, spread(cell_A, shares_MN)),
+            "question_predicted": _Block(len(self._steps_Q) * width, spread(question_A, shares_MN)),
+            "question_mode": _Block(len(self._steps_Q) * width, spread(question_A, mode_MN)),
+            "question_both": _Block(len(self._steps_Q) * width, [(_join(question_A, option_A, width), right_A)]),
             "group_right": _Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], right_A)]),
             "subgroup_right": _Block(len(self._labels), [(codes[example_A], right_A) for codes in self._subgroup_M]),
             "bin_right": _Block(BINS, [(bin_A, right_A)]),
@@ -212,27 +215,36 @@ class Scorer:
         return found
 
     def _row(self, shared: dict[str, Array], own: dict[str, Array]) -> dict[str, Array]:
-        total_B = shared["true"].sum(axis=1)
+        total_B = shared["question"].sum(axis=1)
+        by_question = [self._by_question(sums) for sums in (shared["question"], own["question_mode"], own["question_both"])]
+
+        def questions(predicted: Array) -> Array:
+            return self._distance(shared["question"], predicted, self._steps_Q, self._nominal_Q, by_answers=False)
+
         return {
-            "emd": self._emd(shared["cell"], own["cell_predicted"], self._steps_C, by_answers=True),
-            "emd_questions": self._emd(shared["question"], own["question_predicted"], self._steps_Q, by_answers=False),
-            "emd_argmax": self._emd(shared["question"], own["question_mode"], self._steps_Q, by_answers=False),
-            "accuracy": _ratio(own["both"].sum(axis=1), total_B),
-            "macro_f1": macro_f1(shared["true"], own["predicted"], own["both"]),
+            "emd": self._distance(shared["cell"], own["cell_predicted"], self._steps_C, self._nominal_C, by_answers=True),
+            "emd_questions": questions(own["question_predicted"]),
+            "emd_argmax": questions(own["question_mode"]),
+            "accuracy": _ratio(own["question_both"].sum(axis=1), total_B),
+            "macro_f1": macro_f1(*(sums.sum(axis=1) for sums in by_question)),
+            "macro_f1_questions": _mean(np.where(by_question[0].any(axis=-1), macro_f1(*by_question), np.nan)),
             "group_accuracy": _mean(_ratio(own["group_right"], shared["group"])),
             "inequity": self._inequity(_ratio(own["subgroup_right"], shared["subgroup"])),
             "entropy": _ratio(own["entropy"][:, 0], total_B),
             "calibration_error": calibration_error(own["bin_right"], own["bin_confidence"], total_B),
         }
 
-    def _emd(self, observed: Array, predicted: Array, steps: Array, by_answers: bool) -> Array:
-        """Mean EMD [B] of distributions that stand side by side, ``width`` options each."""
+    def _distance(self, observed: Array, predicted: Array, steps: Array, nominal: NDArray[np.bool_], by_answers: bool) -> Array:
+        """Mean distance [B] of distributions that stand side by side, ``width`` options each."""
         shape = (len(observed), len(steps), self._width)
         observed, predicted = observed.reshape(shape), predicted.reshape(shape)
         answers = observed.sum(axis=-1)
-        distances = emd(_ratio(predicted, answers[..., None]), _ratio(observed, answers[..., None]), steps)
+        distances = distance(_ratio(predicted, answers[..., None]), _ratio(observed, answers[..., None]), nominal, steps)
         weights = answers if by_answers else (answers > 0).astype(np.float64)
         return _ratio(np.where(answers > 0, distances * weights, 0.0).sum(axis=1), weights.sum(axis=1))
+
+    def _by_question(self, sums: Array) -> Array:
+        return sums.reshape(len(sums), len(self._steps_Q), self._width)
 
     def _inequity(self, accuracy_BS: Array) -> Array:
         fields = dict.fromkeys(field for field, _, _ in self._labels)
@@ -244,7 +256,7 @@ class Scorer:
         parts = {name: row[name] for name in ("bin_right", "bin_confidence")}
         bin_A, _ = parts["bin_right"].parts[0]
         parts["total"] = _Block(BINS, [(bin_A, np.ones(len(bin_A)))])
-        (sums,) = _Layout([parts], self._kind_A, len(self._people_Y)).sums(self._people_Y[None].astype(np.float64))
+        (sums,) = _Layout([parts], self._kind_A, self._weight_A, len(self._people_Y)).sums(self._people_Y[None].astype(np.float64))
         total = sums["total"][0]
         return _ratio(sums["bin_right"][0], total), _ratio(sums["bin_confidence"][0], total), total
 
@@ -258,9 +270,9 @@ class _Block:
 
 
 class _Layout:
-    """All blocks as one sparse matrix [Y, columns]: what one person of each kind adds to every sum."""
+    """All blocks as one sparse matrix [Y, columns]: what one person of each kind adds to every sum, each answer by its weight."""
 
-    def __init__(self, groups: Sequence[Mapping[str, _Block]], kind_A: Indices, kinds: int) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, _Block]], kind_A: Indices, weight_A: Array, kinds: int) -> None:
         self.places: list[dict[str, slice]] = []
         rows, columns, values = [], [], []
         self.width = 0
@@ -272,7 +284,7 @@ class _Layout:
                     used = (column_A >= 0) & (value_A != 0)
                     rows.append(kind_A[used])
                     columns.append(column_A[used] + self.width)
-                    values.append(value_A[used])
+                    values.append(value_A[used] * weight_A[used])
                 self.width += block.width
         shape = (kinds, self.width)
         self._matrix = csr_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=shape)

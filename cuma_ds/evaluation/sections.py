@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cuma_ds.config import EvaluationSection
 from cuma_ds.evaluation.chat import ChatLosses
 from cuma_ds.evaluation.examples import ChoiceExamples
-from cuma_ds.evaluation.metrics import emd, gather_cells, predicted_distributions
+from cuma_ds.evaluation.metrics import Cells, distance, distance_name, gather_cells, predicted_distributions
 from cuma_ds.evaluation.resampling import interval, resample
 from cuma_ds.evaluation.scores import Score, Scorer
 
@@ -28,8 +28,11 @@ def choice_split(
     fields: Mapping[str, Sequence[str | None]],
     settings: EvaluationSection,
     main: str = "trained",
+    letter_mass: Mapping[str, Array] | None = None,
 ) -> dict[str, Any]:
     """Numbers of one split of choice questions: overall with intervals, per question, per subgroup and per (question, group).
+
+    Keys that begin with ``emd`` hold the distance that ``distance`` names: EMD, or TV (total variation) for nominal questions.
 
     Args:
         examples: the split.
@@ -37,6 +40,7 @@ def choice_split(
         fields: subgroup of every profile, by field.
         settings: smallest groups, number of bootstrap samples.
         main: the row that the others are compared with.
+        letter_mass: row name -> probability of the option letters together, of every example [M]; rows without a model have none.
     """
     scorer = Scorer(examples, fields, settings.min_answers, settings.min_subgroup)
     scores = scorer.scores(rows, settings.bootstrap, against=main)
@@ -44,12 +48,14 @@ def choice_split(
     predicted = {name: predicted_distributions(cells, row, examples.counts) for name, row in rows.items()}
     return {
         "people": scorer.answers.people if scorer.answers.known else None,
+        "weighted": scorer.answers.weighted,
         **_size(scorer),
+        "letter_mass": {name: _letter_mass(cells, examples, mass_M) for name, mass_M in (letter_mass or {}).items()},
         "rows": {name: _row(row) for name, row in scores.rows.items()},
         "differences": {name: _row(row) for name, row in scores.differences.items()},
-        "left_out": {"cells": cells.left_out, "answers": int(cells.left_out_answers)},
+        "left_out": {"cells": cells.left_out, "answers": _count(cells.left_out_answers)},
         "reliability": {
-            name: {"accuracy": _listed(right), "confidence": _listed(sure), "answers": [int(count) for count in answers]}
+            name: {"accuracy": _listed(right), "confidence": _listed(sure), "answers": [_count(count) for count in answers]}
             for name, (right, sure, answers) in scores.reliability.items()
         },
         "subgroups": {field: _subgroups(field, labels, scorer, scores.subgroups, rows) for field, labels in fields.items()},
@@ -61,10 +67,13 @@ def choice_split(
             {
                 "question_id": question,
                 "group": group,
-                "answers": int(cells.answers[index]),
+                "answers": _count(cells.answers[index]),
                 "observed": _listed(cells.observed[index]),
                 "predicted": {name: _listed(row[index]) for name, row in predicted.items()},
-                "emd": {name: round(float(emd(row[index], cells.observed[index])), 6) for name, row in predicted.items()},
+                "emd": {
+                    name: number(float(distance(row[index], cells.observed[index], question in examples.nominal)))
+                    for name, row in predicted.items()
+                },
             }
             for index, (question, group) in enumerate(cells.keys)
         ],
@@ -99,6 +108,11 @@ def chat_split(rows: Mapping[str, ChatLosses], people: Sequence[int] | None = No
     }
 
 
+def _count(answers: float) -> int | float:
+    """A number of answers; a sum of survey weights keeps two decimals."""
+    return int(answers) if float(answers).is_integer() else round(float(answers), 2)
+
+
 def number(value: float | None) -> float | None:
     """A number that JSON can hold, to six decimals."""
     return None if value is None or not math.isfinite(value) else round(value, 6)
@@ -125,20 +139,23 @@ def _subgroups(
     scores: Mapping[str, Mapping[str, Mapping[str, Score]]],
     rows: Mapping[str, Sequence[Array]],
 ) -> dict[str, Any]:
-    """Accuracy and EMD of the subgroups of one field that are large enough to be named."""
+    """Accuracy of the subgroups of one field that are large enough to be named, and distance over their questions that are."""
     examples = scorer.examples
     places = _places([labels[profile] for profile in examples.profiles])
     shown = []
     for label, by_row in scores.get(field, {}).items():
         chosen = places[label]
         part = examples.only(chosen)
-        cells = gather_cells(part.questions, [label] * len(chosen), part.counts, 1)
+        cells = gather_cells(part.questions, [label] * len(chosen), part.counts, scorer.min_answers)
+        nominal = [question in examples.nominal for question, _ in cells.keys]
         table = {}
         for name, accuracy in by_row.items():
             predicted = predicted_distributions(cells, [rows[name][index] for index in chosen], part.counts)
-            distances = [float(emd(p, q)) for p, q in zip(predicted, cells.observed, strict=True)]
-            table[name] = {"emd": number(float(np.average(distances, weights=cells.answers))), **_row({"accuracy": accuracy})}
-        shown.append({"label": label, "people": scorer.sizes[field][label], "answers": int(cells.answers.sum()), "rows": table})
+            distances = [float(distance(*pair)) for pair in zip(predicted, cells.observed, nominal, strict=True)]
+            mean = number(float(np.average(distances, weights=cells.answers))) if distances else None
+            table[name] = {"emd": mean, **_row({"accuracy": accuracy})}
+        answers = _count(sum(counts.sum() for counts in part.counts))
+        shown.append({"label": label, "people": scorer.sizes[field][label], "answers": answers, "rows": table})
     return {"shown": shown, "left_out": len(scorer.sizes[field]) - len(shown)}
 
 
@@ -150,17 +167,30 @@ def _places(names: Sequence[Any]) -> dict[Any, list[int]]:
     return found
 
 
+def _letter_mass(cells: Cells, examples: ChoiceExamples, mass_M: Array) -> dict[str, Any]:
+    """Mean over answers of the probability that the model gives to the option letters, and the cell where it is lowest."""
+    answers_M = np.array([counts.sum() for counts in examples.counts])
+    means = [float(np.average(mass_M[members], weights=answers_M[members])) for members in cells.members]
+    lowest = None
+    if means:
+        (question, group), mean = min(zip(cells.keys, means, strict=True), key=lambda cell: cell[1])
+        lowest = {"question_id": question, "group": group, "mean": number(mean)}
+    return {"mean": number(float(np.average(mass_M, weights=answers_M))), "lowest": lowest}
+
+
 def _size(scorer: Scorer) -> dict[str, Any]:
     return {
+        "distance": distance_name(question in scorer.examples.nominal for question in scorer.examples.questions),
         "groups": len({group for _, group in scorer.cells.keys}),
-        "answers": len(scorer.answers.example_A),
-        "compared": {"cells": len(scorer.cells.keys), "answers": int(scorer.cells.answers.sum())},
+        "answers": _count(scorer.answers.weight_A.sum()),
+        "compared": {"cells": len(scorer.cells.keys), "answers": _count(scorer.cells.answers.sum())},
     }
 
 
 def _row(scores: Mapping[str, Score]) -> dict[str, Any]:
     values: dict[str, Any] = {metric: number(score.value) for metric, score in scores.items()}
-    values.setdefault("recovered", None) if "emd" in values else None
+    if "emd" in values:
+        values.setdefault("recovered", None)
     spreads = {metric: [number(end) for end in score.interval] for metric, score in scores.items() if score.interval is not None}
     return {**values, "interval": spreads}
 

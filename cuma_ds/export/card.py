@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from cuma_ds.config import RunConfig
 from cuma_ds.data.prepared import PreparedData
+from cuma_ds.errors import DataError
+from cuma_ds.evaluation.report import SPLITS, legend, read_report, split_tables
 
 _USE = """\
 ## Use
@@ -99,30 +100,23 @@ def run_section(run_dir: Path, config: RunConfig, data: PreparedData, checkpoint
     names = {"train": "training", "test": "test (other people, same countries)", "heldout": "held out (never trained on)"}
     for split, size in data.manifest["splits"].items():
         lines.append(f"| {names.get(split, split)} | {size['people']:,} | {size['answers']:,} | {size['profiles']:,} |")
-    return "\n".join([*lines, "", "## Evaluation", "", *_metrics(run_dir / "evaluation" / "report.json", checkpoint)])
+    return "\n".join([*lines, "", "## Evaluation", "", *_metrics(run_dir / "evaluation", checkpoint)])
 
 
-def _metrics(file: Path, checkpoint: str) -> list[str]:
+def _metrics(folder: Path, checkpoint: str) -> list[str]:
+    """The tables of the run's report, or why there are none."""
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        if report["checkpoint"] != checkpoint:
-            return [f"Not evaluated: the run's report is about {report['checkpoint']}."]
-        lines = []
-        for split, content in report["splits"].items():
-            rows = content["rows"]
-            columns = list(next(iter(rows.values())))
-            lines += [f"| {split} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-            for name, values in rows.items():
-                cells = ("–" if values[column] is None else f"{values[column]:.4f}" for column in columns)
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
-            lines.append("")
-        return [
-            *lines,
-            "before: the bare base model; swapped: asked with somebody else's profile; collapse: one answer for everyone; "
-            "oracle: each group's own training answers.",
-        ]
-    except (OSError, ValueError, KeyError, StopIteration, TypeError):
+        report = read_report(folder)
+    except DataError as error:
+        return [f"Not shown: {error}."]
+    if report is None:
         return ["Not evaluated yet (`launchers/evaluate.py`)."]
+    if report["checkpoint"] != checkpoint:
+        return [f"Not evaluated: the run's report is about {report['checkpoint']}."]
+    lines = []
+    for name, split in report["splits"].items():
+        lines += [f"### {SPLITS[name]}", "", *split_tables(report, split)]
+    return [*lines, *legend(report)]
 
 
 def base_licence(folder: Path) -> str | None:

@@ -26,7 +26,7 @@ from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.forward import forward_batches, pad_id_of
-from cuma_ds.evaluation.metrics import emd
+from cuma_ds.evaluation.metrics import distance, distance_name
 from cuma_ds.evaluation.subject import load_trained
 from cuma_ds.export.hf import open_run, output_folder, portable
 from cuma_ds.export.modeling import Profile, unknown_fields
@@ -53,7 +53,8 @@ def write_lora(
 
     Returns:
         The report: for each profile ``exact``, ``rank``, and without exactness ``kl_mean``, ``kl_max`` (nats per predicted token) and
-        ``emd_mean``, ``emd_max`` (between the answer distributions; no distance to people's answers changes by more).
+        ``emd_mean``, ``emd_max`` (between the answer distributions; no distance to people's answers changes by more) and their
+        ``distance`` (EMD, or TV for nominal questions).
 
     Raises:
         CumaError: the run, a profile or the output folder cannot be used.
@@ -80,12 +81,15 @@ def write_lora(
         embeddings = [None] if table is None else list(_embed(sentences, table, str(config.profiles.encoder)))
         measure = _Measure(config.evaluation.batch_size, pad_id_of(tokenizer))
 
-        def examples(split: str, sentence: str) -> list[EncodedExample]:
+        def chosen(split: str) -> list[dict[str, Any]]:
             rows = data.splits[split]
-            chosen = np.random.default_rng(0).permutation(len(rows))[:prompts]
-            return [encode_example({**rows[int(row)], "profile": 0}, renderer, [sentence], config.data) for row in chosen]
+            return [rows[int(row)] for row in np.random.default_rng(0).permutation(len(rows))[:prompts]]
+
+        def examples(split: str, sentence: str) -> list[EncodedExample]:
+            return [encode_example({**row, "profile": 0}, renderer, [sentence], config.data) for row in chosen(split)]
 
         split = next((name for name in ("test", "heldout") if len(data.splits[name])), "train")
+        nominal = [row["scale"] == "nominal" for row in chosen(split)] if data.kind == "choice" else None
         found = []
         for sentence, embedding in zip(sentences or [""], embeddings, strict=True):
             exact = all(fixed_gate(router) for router in _routers(model))
@@ -100,7 +104,7 @@ def write_lora(
             row: dict[str, Any] = {"exact": exact, "rank": rank}
             if not exact:
                 set_lora(plain, state)
-                row |= divergence(before, measure.distributions(plain, held_out, None), held_out, choice=data.kind == "choice")
+                row |= divergence(before, measure.distributions(plain, held_out, None), held_out, nominal)
                 row["prompts"] = {"averaged over": min(prompts, len(data.splits["train"])), "measured on": len(held_out), "split": split}
             rows.append(row)
             write_peft(folder / f"profile-{number}", state, model, portable(config.model.path))
@@ -201,23 +205,25 @@ def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: 
     (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def divergence(before: Sequence[Tensor], after: Sequence[Tensor], examples: Sequence[EncodedExample], choice: bool) -> dict[str, float]:
+def divergence(
+    before: Sequence[Tensor], after: Sequence[Tensor], examples: Sequence[EncodedExample], nominal: Sequence[bool] | None
+) -> dict[str, Any]:
     """How far the plain LoRA's predictions are from the mixture's.
 
     Args:
         before, after: log-probabilities [positions, V] of each example, of the mixture and of the plain LoRA.
         examples: the prompts.
-        choice: whether they are choice questions, whose options' letters are the targets.
+        nominal: for choice questions, whose options' letters are the targets, whether the options have no order; None for chats.
     """
     kl = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(before, after, strict=True)]).clamp(min=0)
-    found = {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
-    if choice:
+    found: dict[str, Any] = {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
+    if nominal is not None:
         answers = [
             (p[-1, example.target_token].softmax(dim=0).numpy(), q[-1, example.target_token].softmax(dim=0).numpy())
             for p, q, example in zip(before, after, examples, strict=True)
         ]
-        distances = [float(emd(p, q)) for p, q in answers]
-        found |= {"emd_mean": float(np.mean(distances)), "emd_max": max(distances)}
+        distances = [float(distance(p, q, unordered)) for (p, q), unordered in zip(answers, nominal, strict=True)]
+        found |= {"emd_mean": float(np.mean(distances)), "emd_max": max(distances), "distance": distance_name(nominal)}
     return found
 
 
