@@ -25,7 +25,6 @@ from torch import Tensor
 import cuma_ds
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection, RunConfig, load_config
-from cuma_ds.data.prepared import PreparedData
 from cuma_ds.errors import CheckpointError, ModelError
 from cuma_ds.export.card import model_card, run_section
 from cuma_ds.export.modeling import (
@@ -41,8 +40,7 @@ from cuma_ds.export.modeling import (
 from cuma_ds.export.source import modeling_source
 from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer, skeleton
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
-from cuma_ds.profiles import ProfileTable
+from cuma_ds.training.run_folder import open_trained
 
 
 @dataclass(frozen=True)
@@ -89,23 +87,22 @@ def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
         CumaError: the folder or the checkpoint cannot be used; says why.
     """
     run_dir, config = open_run(run_dir)
-    checkpoint = find_checkpoint(run_dir, step)
-    data = PreparedData.load(run_dir / "data")
+    trained = open_trained(run_dir, config, step)
+    data, table = trained.data, trained.table
     profiles: dict[str, Any] = {"encoder": None, "template": config.profiles.template, "fields": []}
     width = 0
-    if config.adapters.uses_profiles:
-        table = ProfileTable.load(run_dir / "profiles.safetensors")
+    if table is not None:
         width = table.embeddings.shape[1]
         profiles["encoder"] = portable(str(config.profiles.encoder))
         profiles["fingerprint"] = table.fingerprint
         profiles["fields"] = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
     return Trained(
         adapters=config.adapters.model_copy(update={"profile_dim": width}),
-        state=read_adapters(checkpoint),
+        state=trained.adapters,
         base=config.model,
         profiles=profiles,
         prompt={key: getattr(config.data, key) for key in ("max_length", "profile_in_prompt", "system_prompt")},
-        story=run_section(run_dir, config, data, checkpoint.name),
+        story=run_section(run_dir, config, data, trained.checkpoint.name),
     )
 
 
