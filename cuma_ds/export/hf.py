@@ -35,10 +35,10 @@ from cuma_ds.export.modeling import (
     EXPORT_FORMAT,
     CumaForCausalLM,
     base_fact,
-    file_sha256,
 )
 from cuma_ds.export.source import modeling_source
 from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
+from cuma_ds.identity import file_sha256, model_fingerprint
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer, skeleton
 from cuma_ds.training.run_folder import open_trained
 
@@ -54,6 +54,7 @@ class Trained:
         profiles: encoder (or None), its fingerprint, template, and the field names of the training profiles.
         prompt: how training wrote prompts (max_length, profile_in_prompt, system_prompt).
         story: where they come from, as Markdown for the model card.
+        backbone: fingerprint of the base model in training; the base model's own as it is now where that is not known.
     """
 
     adapters: CumaConfig
@@ -62,6 +63,7 @@ class Trained:
     profiles: dict[str, Any]
     prompt: dict[str, Any] = field(default_factory=dict)
     story: str = ""
+    backbone: dict[str, str] = field(default_factory=dict)
 
 
 def open_run(run_dir: str | Path) -> tuple[Path, RunConfig]:
@@ -103,6 +105,7 @@ def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
         profiles=profiles,
         prompt={key: getattr(config.data, key) for key in ("max_length", "profile_in_prompt", "system_prompt")},
         story=run_section(run_dir, config, data, trained.checkpoint.name),
+        backbone=trained.identity.get("backbone", {}),
     )
 
 
@@ -143,6 +146,9 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
 def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
     """The content of ``adapter_config.json``, without the hash of the weights."""
     facts = {name: base_fact(base_config, name) for name in BASE_FACTS}
+    fingerprint = trained.backbone or model_fingerprint(trained.base.path)
+    # An export brings its own tokenizer.
+    facts["fingerprint"] = {name: digest for name, digest in fingerprint.items() if name != "tokenizer"}
     return {
         "peft_type": "CUMA",
         "format_version": EXPORT_FORMAT,

@@ -174,6 +174,7 @@ def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: 
     """``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT, vLLM and SGLang read them."""
     folder.mkdir()
     rank = next(iter(state.values()))[0].shape[0]
+    alpha = float(model.config.scaling * rank)
     linears = dict(model.adapted_layers())
     tensors = {}
     for name, (a, b) in state.items():
@@ -188,7 +189,7 @@ def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: 
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": model.config.scaling * rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # some readers take an integer alone
         "lora_dropout": 0.0,
         "target_modules": targets,
         "bias": "none",
