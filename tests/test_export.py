@@ -113,6 +113,13 @@ for folder in sys.argv[2:]:
                 results[folder + f"/bf16 {units}"] = brain(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
     results[folder + "/words"] = model.generate(
         **inputs, profile_embeddings=embeddings, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        for _, parameter in model.adapter_parameters():
+            parameter.mul_(0.9)
+        model.save_pretrained(folder + "-again")
+        again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+        one, other = (each(**inputs, profile_embeddings=embeddings).logits for each in (model, again))
+    assert torch.equal(one, other) and (one.float() - results[folder + "/logits"]).abs().max() > 1e-3
 save_file(results, sys.argv[1] + ".out")
 print(sorted({name.split(".")[0] for name in sys.modules} & {"cuma_ds", "deepspeed", "pydantic", "datasets", "peft"}))
 """
@@ -420,6 +427,41 @@ def test_output_folders_are_never_overwritten_and_never_half_written(tmp_path, r
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["empty", "file", "taken"]
 
 
+def test_a_saved_model_is_the_exported_folder_again(tmp_path, backbones, tiny_encoder, run, exported) -> None:
+    """With the adapters as they are now, beside a base that was found elsewhere, and with the base inside."""
+    model = load_exported(exported)
+    with torch.no_grad():
+        for _, parameter in model.adapter_parameters():
+            parameter.mul_(0.5)
+        expected = model(**BATCH, profiles=PROFILES).logits
+        for _ in range(2):  # into a new folder, and into the same again
+            model.save_pretrained(tmp_path / "saved")
+            again = load_exported(tmp_path / "saved")
+            assert torch.equal(again(**BATCH, profiles=PROFILES).logits, expected)
+        again.save_pretrained(tmp_path / "saved")
+        assert torch.equal(load_exported(tmp_path / "saved")(**BATCH, profiles=PROFILES).logits, expected)
+        assert (load_exported(exported)(**BATCH, profiles=PROFILES).logits - expected).abs().max() > 1e-3
+        assert {file.name for file in exported.iterdir()} == {file.name for file in (tmp_path / "saved").iterdir()}
+
+        shutil.copytree(backbones["llama", False], tmp_path / "base")
+        folder, _, _ = make_run(tmp_path / "runs" / "merged", tmp_path / "base", tiny_encoder, {})
+        merged = load_exported(write_hf(read_run(folder), tmp_path / "merged", merged=True))
+        light = write_hf(read_run(folder), tmp_path / "light")
+        (tmp_path / "base").rename(tmp_path / "elsewhere")
+        expected = merged(**BATCH, profiles=PROFILES).logits
+        merged.save_pretrained(tmp_path / "merged-again")
+        load_exported(light, base_model=str(tmp_path / "elsewhere")).save_pretrained(tmp_path / "light-again")
+        for name in ("merged-again", "light-again"):
+            assert torch.equal(load_exported(tmp_path / name)(**BATCH, profiles=PROFILES).logits, expected)
+    with pytest.raises(ModelError, match=r"loaded from a run.*launchers/export.py"):
+        load_run(run[0]).save_pretrained(tmp_path / "never")
+    with pytest.raises(ModelError, match="takes no push_to_hub"):
+        model.save_pretrained(tmp_path / "never", push_to_hub=True)
+    with pytest.raises(ModelError, match="is uploaded as it is"):
+        model.push_to_hub("somebody/something")
+    assert not (tmp_path / "never").exists()
+
+
 def test_without_permission_to_run_its_code_transformers_refuses(exported) -> None:
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
@@ -461,6 +503,8 @@ def test_stock_peft_reads_an_exact_lora(variant, tmp_path, tiny_llama, tiny_enco
         torch.testing.assert_close(found, expected[row][MASK[row] == 1].double().log_softmax(-1), rtol=1e-5, atol=1e-5)
     about = json.loads((tmp_path / "lora" / "profile-1" / "adapter_config.json").read_text())
     assert about["peft_type"] == "LORA"
+    assert about["lora_alpha"] == trained.config.scaling * about["r"]
+    assert all(type(about[key]) is int for key in ("r", "lora_alpha")), "readers that take integers alone"
     assert not any(word in (tmp_path / "lora" / "report.json").read_text() for word in ("Norway", "somebody"))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -34,6 +33,8 @@ from cuma_ds.data.rows import (
 )  # fmt: skip
 from cuma_ds.data.splits import HELDOUT, SPLITS, TRAIN, Share, assign_splits, draws
 from cuma_ds.errors import DataError, nearest
+from cuma_ds.identity import SEAL, seal_holds, sealed
+from cuma_ds.identity import file_sha256 as sha256
 from cuma_ds.profiles import ProfileTable, linearize
 from cuma_ds.profiles.linearize import country_of
 from cuma_ds.profiles.table import Encoder
@@ -107,10 +108,11 @@ class PreparedData:
             with (beside / "profiles.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(profile, ensure_ascii=False) + "\n" for profile in self.profiles)
             hashes = {file.name: sha256(file) for file in sorted(beside.iterdir())}
-            manifest = {**self.manifest, "hashes": hashes}
+            manifest = sealed({**self.manifest, "hashes": hashes})
             (beside / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             if (target / "manifest.json").is_file():
-                if {**_read_manifest(target), "versions": None} != {**manifest, "versions": None}:
+                here = {"versions": None, SEAL: None}
+                if {**read_manifest(target), **here} != {**manifest, **here}:
                     raise DataError(f"{target} already holds other prepared data; choose another folder or remove it first")
             elif target.exists() and (not target.is_dir() or any(target.iterdir())):
                 raise DataError(f"{target} exists and is no prepared folder; choose another folder")
@@ -129,7 +131,7 @@ class PreparedData:
             DataError: no prepared folder, another format version, or a missing or damaged file.
         """
         root = Path(folder)
-        manifest = _read_manifest(root)
+        manifest = read_manifest(root)
         for name in (*(f"{split}.arrow" for split in manifest["splits"]), "questions.arrow", "profiles.jsonl"):
             if not (root / name).is_file():
                 raise DataError(f"the prepared folder {root} is incomplete: {name} is missing; prepare it again")
@@ -311,12 +313,6 @@ def check_questions(config: DataSection, known: Collection[str]) -> list[str]:
     return [question for question in known if config.questions is None or question in config.questions]
 
 
-def sha256(file: Path) -> str:
-    """Hex digest of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def split_rows(rows: Rows, config: DataSection) -> np.ndarray:
     """[N] int8 index into ``SPLITS``, by the recipe's fractions and seed.
 
@@ -385,7 +381,12 @@ def finish(rows: Rows, files: dict[str, ArrowFile], sizes: dict[str, dict[str, i
     return PreparedData(manifest, splits, profiles.profiles)
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> dict[str, Any]:
+    """``manifest.json`` of a prepared folder.
+
+    Raises:
+        DataError: it is missing, damaged, or of another format.
+    """
     file = root / "manifest.json"
     if not file.is_file():
         raise DataError(f"{root} is no prepared folder: there is no manifest.json; make one with launchers/prepare_data.py")
@@ -397,4 +398,6 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         raise DataError(f"{file} is not the manifest of a prepared folder; prepare it again")
     if manifest["format_version"] != FORMAT_VERSION:
         raise DataError(f"{file} has format_version {manifest['format_version']}; this version reads {FORMAT_VERSION}; prepare it again")
+    if SEAL in manifest and not seal_holds(manifest):
+        raise DataError(f"the prepared folder {root} is damaged: manifest.json has changed since it was written; prepare it again")
     return manifest

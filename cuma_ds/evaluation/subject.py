@@ -19,8 +19,8 @@ from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, DataError, ModelError
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.training.run_folder import open_trained
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,9 @@ def open_run(run_dir: str | Path, step: int | None = None, data: str | Path | No
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves")
     config = load_config(run_dir / "config.yaml", list(overrides))
-    checkpoint = find_checkpoint(run_dir, step)
-    prepared = PreparedData.load(run_dir / "data")
-    table = ProfileTable.load(run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
-    if table is not None and table.sentences != prepared.sentences:
-        raise DataError(
-            f"{run_dir}: profiles.safetensors and data/ hold different profiles; this run folder was put together from two runs"
-        )
-    model = load_trained(config, read_adapters(checkpoint), table)
+    trained = open_trained(run_dir, config, step)
+    prepared, table = trained.data, trained.table
+    model = load_trained(config, trained.adapters, table)
     embeddings_NP = None if table is None else table.embeddings
     if data is not None:
         prepared = read_data(data, config)
@@ -85,7 +80,8 @@ def open_run(run_dir: str | Path, step: int | None = None, data: str | Path | No
             if encoder.fingerprint != table.fingerprint:
                 raise DataError(f"the sentence encoder {config.profiles.encoder} is not the one this run was trained with; restore it")
             embeddings_NP = prepared.profile_table(encoder, config.profiles.cache_dir).embeddings
-    return Subject(config.run.name, checkpoint.name, model, _renderer(config), config, prepared, embeddings_NP, model.adapters_disabled)
+    name, checkpoint = config.run.name, trained.checkpoint.name
+    return Subject(name, checkpoint, model, _renderer(config), config, prepared, embeddings_NP, model.adapters_disabled)
 
 
 def open_export(

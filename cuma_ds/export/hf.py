@@ -25,7 +25,6 @@ from torch import Tensor
 import cuma_ds
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection, RunConfig, load_config
-from cuma_ds.data.prepared import PreparedData
 from cuma_ds.errors import CheckpointError, ModelError
 from cuma_ds.export.card import model_card, run_section
 from cuma_ds.export.modeling import (
@@ -36,13 +35,12 @@ from cuma_ds.export.modeling import (
     EXPORT_FORMAT,
     CumaForCausalLM,
     base_fact,
-    file_sha256,
 )
 from cuma_ds.export.source import modeling_source
 from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
+from cuma_ds.identity import file_sha256, model_fingerprint
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer, skeleton
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
-from cuma_ds.profiles import ProfileTable
+from cuma_ds.training.run_folder import open_trained
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class Trained:
         profiles: encoder (or None), its fingerprint, template, and the field names of the training profiles.
         prompt: how training wrote prompts (max_length, profile_in_prompt, system_prompt).
         story: where they come from, as Markdown for the model card.
+        backbone: fingerprint of the base model in training; the base model's own as it is now where that is not known.
     """
 
     adapters: CumaConfig
@@ -64,6 +63,7 @@ class Trained:
     profiles: dict[str, Any]
     prompt: dict[str, Any] = field(default_factory=dict)
     story: str = ""
+    backbone: dict[str, str] = field(default_factory=dict)
 
 
 def open_run(run_dir: str | Path) -> tuple[Path, RunConfig]:
@@ -89,23 +89,23 @@ def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
         CumaError: the folder or the checkpoint cannot be used; says why.
     """
     run_dir, config = open_run(run_dir)
-    checkpoint = find_checkpoint(run_dir, step)
-    data = PreparedData.load(run_dir / "data")
+    trained = open_trained(run_dir, config, step)
+    data, table = trained.data, trained.table
     profiles: dict[str, Any] = {"encoder": None, "template": config.profiles.template, "fields": []}
     width = 0
-    if config.adapters.uses_profiles:
-        table = ProfileTable.load(run_dir / "profiles.safetensors")
+    if table is not None:
         width = table.embeddings.shape[1]
         profiles["encoder"] = portable(str(config.profiles.encoder))
         profiles["fingerprint"] = table.fingerprint
         profiles["fields"] = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
     return Trained(
         adapters=config.adapters.model_copy(update={"profile_dim": width}),
-        state=read_adapters(checkpoint),
+        state=trained.adapters,
         base=config.model,
         profiles=profiles,
         prompt={key: getattr(config.data, key) for key in ("max_length", "profile_in_prompt", "system_prompt")},
-        story=run_section(run_dir, config, data, checkpoint.name),
+        story=run_section(run_dir, config, data, trained.checkpoint.name),
+        backbone=trained.identity.get("backbone", {}),
     )
 
 
@@ -146,6 +146,9 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
 def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
     """The content of ``adapter_config.json``, without the hash of the weights."""
     facts = {name: base_fact(base_config, name) for name in BASE_FACTS}
+    fingerprint = trained.backbone or model_fingerprint(trained.base.path)
+    # An export brings its own tokenizer.
+    facts["fingerprint"] = {name: digest for name, digest in fingerprint.items() if name != "tokenizer"}
     return {
         "peft_type": "CUMA",
         "format_version": EXPORT_FORMAT,

@@ -22,7 +22,6 @@ from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.adapters.layer import AdaptedLinear
 from cuma_ds.adapters.router import Router
 from cuma_ds.data.batching import EncodedExample, encode_example
-from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.forward import forward_batches, pad_id_of
@@ -33,8 +32,8 @@ from cuma_ds.export.modeling import Profile, unknown_fields
 from cuma_ds.export.weights import save_tensors
 from cuma_ds.ops import demographic_gate, dense_gate
 from cuma_ds.parallel.backbone import load_tokenizer
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
+from cuma_ds.training.run_folder import open_trained
 
 
 def write_lora(
@@ -66,16 +65,15 @@ def write_lora(
         raise ConfigError(f"--profile was given, but method {config.adapters.method!r} takes no profiles; leave it out")
     if prompts < 1:
         raise ConfigError(f"--calibration is {prompts}; at least one prompt is needed")
-    checkpoint = find_checkpoint(run_dir, step)
-    data = PreparedData.load(run_dir / "data")
-    table = ProfileTable.load(run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
+    trained = open_trained(run_dir, config, step)
+    data, table = trained.data, trained.table
     sentences = [linearize(profile, config.profiles.template) for profile in profiles]
     known = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
     for profile in profiles:
         for message in unknown_fields(profile, known):
             warnings.warn(message, UserWarning, stacklevel=2)
     with output_folder(out) as folder:
-        model = load_trained(config, read_adapters(checkpoint), table)
+        model = load_trained(config, trained.adapters, table)
         tokenizer = load_tokenizer(config.model)
         renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
         embeddings = [None] if table is None else list(_embed(sentences, table, str(config.profiles.encoder)))
@@ -108,7 +106,7 @@ def write_lora(
                 row["prompts"] = {"averaged over": min(prompts, len(data.splits["train"])), "measured on": len(held_out), "split": split}
             rows.append(row)
             write_peft(folder / f"profile-{number}", state, model, portable(config.model.path))
-        report = {"run": config.run.name, "checkpoint": checkpoint.name, "profiles": rows}
+        report = {"run": config.run.name, "checkpoint": trained.checkpoint.name, "profiles": rows}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -180,6 +178,7 @@ def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: 
     """``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT, vLLM and SGLang read them."""
     folder.mkdir()
     rank = next(iter(state.values()))[0].shape[0]
+    alpha = float(model.config.scaling * rank)
     linears = dict(model.adapted_layers())
     tensors = {}
     for name, (a, b) in state.items():
@@ -194,7 +193,7 @@ def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: 
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": model.config.scaling * rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # some readers take an integer alone
         "lora_dropout": 0.0,
         "target_modules": targets,
         "bias": "none",

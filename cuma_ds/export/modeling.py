@@ -5,8 +5,8 @@ Shapes: B sequences, N profiles, P profile width.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -22,6 +22,7 @@ from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.inject import inject_adapters
 from cuma_ds.adapters.model import CumaModel
 from cuma_ds.errors import CheckpointError, ModelError, nearest
+from cuma_ds.identity import changed_part, file_sha256, model_fingerprint
 from cuma_ds.profiles.encoder import ProfileEncoder
 from cuma_ds.profiles.linearize import linearize
 
@@ -48,11 +49,13 @@ class CumaForCausalLM(CumaModel):
 
     Attributes:
         export: the content of ``adapter_config.json``.
+        folder: the exported folder it was loaded from; None for a model out of a run.
         encoder_path: sentence encoder for ``profiles``; loaded at the first use.
     """
 
     config_class = CumaExportConfig
     export: dict[str, Any]
+    folder: Path | None
     encoder_path: str | None
     _encoder: ProfileEncoder | None
     _embedded: dict[str, Tensor]
@@ -104,7 +107,11 @@ class CumaForCausalLM(CumaModel):
             raise ModelError(f"the base model {path} cannot be loaded: {reason} (base_model= names another place)") from None
         _check_base(str(path), base.config, facts)
         named = export["profiles"].get("encoder")
-        return cls.of(base, export, state, encoder or (named and _moved(named, place)))
+        model = cls.of(base, export, state, encoder or (named and _moved(named, place)))
+        model.folder = place
+        if not inside:
+            model.export = {**export, "base_model_name_or_path": str(Path(path).resolve()) if Path(path).is_dir() else str(path)}
+        return model
 
     @classmethod
     def of(cls, base: nn.Module, export: dict[str, Any], state: dict[str, Tensor], encoder: str | None = None) -> CumaForCausalLM:
@@ -112,7 +119,7 @@ class CumaForCausalLM(CumaModel):
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
         model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
         model.load_adapter_state(state)
-        model.export = export
+        model.export, model.folder = export, None
         model.encoder_path = encoder or export["profiles"].get("encoder")
         model._encoder, model._embedded = None, {}
         return model.eval().requires_grad_(False)
@@ -196,6 +203,33 @@ class CumaForCausalLM(CumaModel):
                 raise
             return getattr(self.base_model, name)
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the exported folder again, with the adapters as they are now; the backbone stays where it is.
+
+        Args:
+            save_directory: a new folder, or one whose files of the same names are replaced.
+            kwargs: of transformers; ``push_to_hub`` and ``state_dict`` are refused, the others decide nothing here.
+
+        Raises:
+            ModelError: the model was loaded from a run, or something is asked for that is not done here.
+        """
+        if refused := [name for name in ("push_to_hub", "state_dict") if kwargs.get(name)]:
+            raise ModelError(f"save_pretrained takes no {refused[0]} here: it writes an exported folder, which can be uploaded as it is")
+        if self.folder is None:
+            raise ModelError("this model was loaded from a run, not from an exported folder; write it with launchers/export.py --format hf")
+        target = Path(save_directory).expanduser()
+        if not target.exists() or not target.samefile(self.folder):
+            shutil.copytree(self.folder, target, dirs_exist_ok=True)
+        state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in self.adapter_state().items()}
+        save_file(state, target / ADAPTER_WEIGHTS, {"format": "pt"})
+        profiles = {**self.export["profiles"], "encoder": self.encoder_path}
+        export = {**self.export, "profiles": profiles, "sha256": file_sha256(target / ADAPTER_WEIGHTS)}
+        (target / ADAPTER_CONFIG).write_text(json.dumps(export, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Refused: the backbone's own would upload names that nobody can load."""
+        raise ModelError("an exported folder is uploaded as it is (hf upload NAME FOLDER); after save_pretrained, where it was changed")
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Nothing to remember: an exported folder already carries its code."""
@@ -241,12 +275,6 @@ def read_export(folder: Path) -> dict[str, Any]:
     return export
 
 
-def file_sha256(file: Path) -> str:
-    """Hex digest of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _export_folder(path: str, hub: dict[str, Any]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -285,6 +313,11 @@ def _check_base(path: str, config: Any, facts: Mapping[str, Any]) -> None:
         wanted, there = facts.get(name), base_fact(config, name)
         if wanted is not None and there != wanted:
             raise ModelError(f"{path} is the wrong base model: its {name} is {there}, the adapters were trained on one with {wanted}")
+    known = facts.get("fingerprint")
+    if known is None:
+        warnings.warn(f"this export names no fingerprint of its base model, so that {path} is it cannot be checked", stacklevel=3)
+    elif change := changed_part(path, known, model_fingerprint(path)):
+        raise ModelError(f"{change} than the base model these adapters were trained on; name the right one (base_model=, --base)")
 
 
 def base_fact(config: Any, name: str) -> Any:

@@ -6,7 +6,6 @@ import json
 import shutil
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,9 @@ import torch
 from torch import Tensor
 
 from cuma_ds.errors import ModelError
+from cuma_ds.identity import StoredTensor, stored_tensors, weight_files
 
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor as it lies in a file: header entry without offsets, and where its bytes are."""
-
-    about: dict[str, Any]
-    file: Path
-    start: int
-    size: int
 
 
 def copy_weights(source: Path, target: Path, shard_bytes: int = 5 * 10**9) -> int:
@@ -42,8 +32,11 @@ def copy_weights(source: Path, target: Path, shard_bytes: int = 5 * 10**9) -> in
     Raises:
         ModelError: there are no safetensors, or a file is missing or damaged.
     """
-    tensors = {name: stored for file in _weight_files(source) for name, stored in _read_header(file).items()}
-    shards: list[dict[str, _Stored]] = [{}]
+    files = weight_files(source)
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        raise ModelError(f"{source} holds no model.safetensors; hf-merged-repo needs a base model with safetensors weights")
+    tensors = {name: stored for file in files for name, stored in stored_tensors(file).items()}
+    shards: list[dict[str, StoredTensor]] = [{}]
     for name, stored in tensors.items():
         if shards[-1] and sum(other.size for other in shards[-1].values()) + stored.size > shard_bytes:
             shards.append({})
@@ -59,40 +52,6 @@ def copy_weights(source: Path, target: Path, shard_bytes: int = 5 * 10**9) -> in
     return len(shards)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ModelError(f"{index} is damaged: it names no weight files") from None
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} holds no {name}; hf-merged-repo needs a base model with safetensors weights")
-    return [folder / name for name in names]
-
-
-def _read_header(file: Path) -> dict[str, _Stored]:
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        found = {}
-        for name, entry in header.items():
-            start, end = entry.pop("data_offsets")
-            if 8 + length + end > file.stat().st_size:
-                raise ValueError
-            found[name] = _Stored(entry, file, 8 + length + start, end - start)
-        return found
-    except (ValueError, KeyError, AttributeError, struct.error):
-        raise ModelError(f"{file} is no readable safetensors file") from None
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write float32 tensors to a new safetensors file, one after another: nothing is held twice."""
     abouts = {name: {"dtype": "F32", "shape": list(tensor.shape)} for name, tensor in tensors.items()}
@@ -102,7 +61,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             out.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
 
 
-def _write(path: Path, tensors: dict[str, _Stored]) -> None:
+def _write(path: Path, tensors: dict[str, StoredTensor]) -> None:
     with path.open("xb") as out:
         sizes = {name: stored.size for name, stored in tensors.items()}
         out.write(_header({name: stored.about for name, stored in tensors.items()}, sizes, {"format": "pt"}))

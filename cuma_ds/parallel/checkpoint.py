@@ -2,7 +2,8 @@
 
 A checkpoint folder ``step-N`` holds::
 
-    state.json                     step, run fingerprint, who wrote it, and the size of every other file
+    state.json                     step, fingerprints of the settings, the models and the data, who wrote it, size and sha256 of every
+                                   other file, and a sha256 of all this
     shared.safetensors             routers, shared A, profile standardisation, running shares of the balance loss
     experts-I-of-J.safetensors     the experts of expert-parallel rank I, one tensor per expert
 
@@ -15,7 +16,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cuma_ds.errors import CheckpointError
+from cuma_ds.identity import SEAL, file_sha256, read_identity, seal_holds, sealed
 from cuma_ds.parallel.engine import AdapterEngine
 
 FORMAT_VERSION = 1
@@ -81,23 +84,26 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
         shared[f"param/{name}"] = buffer.cpu().contiguous()
     for name, buffer in engine.model.balance_state().items():
         shared[f"balance/{name}"] = buffer.cpu().contiguous()
+    written: dict[str, str] = {}  # each rank hashes what it wrote
     if topology.is_main:
         save_file(shared, partial / "shared.safetensors")
+        written["shared.safetensors"] = file_sha256(partial / "shared.safetensors")
     if topology.holds_first_copy:
-        save_file(experts, partial / f"experts-{topology.ep_rank}-of-{topology.ep_size}.safetensors")
-    dist.barrier()
+        name = f"experts-{topology.ep_rank}-of-{topology.ep_size}.safetensors"
+        save_file(experts, partial / name)
+        written[name] = file_sha256(partial / name)
+    by_rank: list[dict[str, str]] = [{}] * topology.world
+    dist.all_gather_object(by_rank, written)
     if topology.is_main:
-        files = {path.name: path.stat().st_size for path in sorted(partial.glob("*.safetensors"))}
         state = {
-            "format_version": FORMAT_VERSION,
             "step": step,
             "optimizer_steps": optimizer_steps,  # fewer where float16 gradients overflowed
             "fingerprint": fingerprint,
+            "identity": read_identity(run_dir),
             "written_by": {"world": topology.world, "ep_size": topology.ep_size, "zero_stage": engine.stage},
             "num_experts": engine.model.config.num_experts,
-            "files": files,
         }
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_state(partial, state, {name: digest for part in by_rank for name, digest in part.items()})
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         latest = folder.with_name("latest")
@@ -110,8 +116,23 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
     return folder
 
 
-def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> int:
+def write_state(folder: Path, state: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    """Write ``state.json`` beside the files of a checkpoint.
+
+    Args:
+        folder: holds all other files.
+        state: step, fingerprints and the like.
+        hashes: sha256 of each other file by its name.
+    """
+    files = {name: (folder / name).stat().st_size for name in sorted(hashes)}
+    content = sealed({"format_version": FORMAT_VERSION, **state, "files": files, "sha256": dict(sorted(hashes.items()))})
+    (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprints: Collection[str]) -> int:
     """Load a checkpoint written by any topology into this engine; all ranks call it before the first step.
+
+    The content of the files is not hashed again: :func:`check_checkpoint` comes first.
 
     Returns:
         The number of optimizer steps it had done.
@@ -119,7 +140,7 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> in
     Raises:
         CheckpointError: incomplete, damaged, or of another configuration.
     """
-    reader, step = check_checkpoint(folder, fingerprint)
+    reader, step = check_checkpoint(folder, fingerprints, content=False)
     _create_optimizer_states(engine, int(reader.state.get("optimizer_steps", step)))
     first, count = engine.topology.experts(engine.model.config.num_experts)
     for name, parameter, is_expert in _parameters(engine):
@@ -144,25 +165,35 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprint: str) -> in
     return step
 
 
-def check_checkpoint(folder: Path, fingerprint: str) -> tuple[_Reader, int]:
-    """Open a checkpoint without reading its tensors; returns its reader and its step.
+def check_checkpoint(folder: Path, fingerprints: Collection[str], content: bool = True) -> tuple[_Reader, int]:
+    """Open a checkpoint; returns its reader and its step.
+
+    Args:
+        fingerprints: of configurations whose checkpoints may be loaded.
+        content: as in :func:`read_state`.
 
     Raises:
         CheckpointError: incomplete, damaged, or of another configuration.
     """
-    state = read_state(folder)
-    if state["fingerprint"] != fingerprint:
+    state = read_state(folder, content)
+    if state.get("fingerprint") not in fingerprints:
         raise CheckpointError(f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe")
+    theirs, ours = state.get("identity"), read_identity(folder.parent.parent)
+    if theirs and any(theirs.get(key) != ours.get(key) for key in ("backbone", "encoder", "source", "data", "profiles")):
+        raise CheckpointError(f"{folder} belongs to another run, of another model, encoder or data; move it away")
     return _Reader(folder, state), int(state["step"])
 
 
-def read_adapters(folder: Path) -> dict[str, Tensor]:
+def read_adapters(folder: Path, state: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """All trained tensors of a checkpoint with their full expert dimension, as ``CumaModel.load_adapter_state`` takes them.
+
+    Args:
+        state: as :func:`read_state` returned it, if it was called before.
 
     Raises:
         CheckpointError: incomplete or damaged.
     """
-    reader = _Reader(folder, read_state(folder))
+    reader = _Reader(folder, read_state(folder) if state is None else state)
     whole: dict[str, Tensor] = {}
     by_expert: dict[str, dict[int, str]] = {}
     for key in reader.names():
@@ -205,8 +236,12 @@ def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
     return run_dir / "checkpoints" / f"step-{max(steps) if step is None else step}"
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, content: bool = True) -> dict[str, Any]:
     """``state.json`` of a checkpoint, after checking that every file it names is there and whole.
+
+    Args:
+        content: also hash every file, so that a single changed bit is noticed. Checkpoints of release 0.1.0 hold no hashes; a warning
+            says so. One rank of several does it for all.
 
     Raises:
         CheckpointError: what is missing or damaged.
@@ -214,18 +249,49 @@ def read_state(folder: Path) -> dict[str, Any]:
     _refuse_deepspeed(folder)
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        version, files = state["format_version"], state["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder} is not a complete checkpoint: state.json is missing or damaged") from None
+        version, step, files = state["format_version"], int(state["step"]), dict(state["files"])
+        has_hashes = SEAL in state or "sha256" in state
+        whole = not has_hashes or (seal_holds(state) and state["sha256"].keys() == files.keys())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{folder} is not a complete checkpoint: state.json is missing or damaged{_another(folder)}") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}")
+    if not whole:
+        raise CheckpointError(f"{folder} is damaged: state.json has changed since it was written{_another(folder)}")
+    if has_hashes and folder.name != f"step-{step}":
+        raise CheckpointError(f"{folder} is damaged: state.json is of step {step}{_another(folder)}")
     for name, size in files.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{folder} is incomplete: {name} is missing ({_written_by(state)})")
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing ({_written_by(state)}){_another(folder)}")
         if path.stat().st_size != size:
-            raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}")
+            raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}{_another(folder)}")
+        if content and has_hashes and file_sha256(path) != state["sha256"][name]:
+            raise CheckpointError(f"{folder} is damaged: the content of {name} has changed since it was written{_another(folder)}")
+    if content:
+        _check_latest(folder)
+        if not has_hashes:
+            warnings.warn(f"{folder} was written by release 0.1.0, without hashes: its content cannot be checked", stacklevel=2)
     return state
+
+
+def _another(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    others = sorted(step for step in _steps(folder.parent.parent) if folder.name != f"step-{step}")
+    return f"; move it away to go on from step {others[-1]}" if others else "; restore it from a copy"
+
+
+def _check_latest(folder: Path) -> None:
+    """The file that names the newest checkpoint is read by people alone, but what it says must be true."""
+    latest = folder.with_name("latest")
+    if not latest.is_file():
+        return
+    said = latest.read_bytes()
+    if not re.fullmatch(rb"step-\d+\n", said):
+        raise CheckpointError(f"{latest} is damaged: it does not name a checkpoint; remove it, or write the line {folder.name} there")
+    newest = f"step-{max(_steps(folder.parent.parent), default=0)}"
+    if said.decode().strip() != newest:
+        warnings.warn(f"{latest} names {said.decode().strip()}, but the newest checkpoint there is {newest}", stacklevel=3)
 
 
 def _refuse_deepspeed(folder: Path) -> None:

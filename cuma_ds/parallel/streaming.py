@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import cached_file
 
 from cuma_ds.config import ModelSection
+from cuma_ds.identity import model_file, weight_files
 
 # A tensor is read in pieces of at most so many bytes, so that nothing but the shard grows with the model.
 _PIECE_BYTES = 8 * 2**20
@@ -57,6 +56,7 @@ def plan_streaming(model: ModelSection) -> StreamingPlan:
 
     Raises:
         NotStreamable: no safetensors, weights that transformers converts while loading, or tensors missing or of another shape.
+        ModelError: a weight file that an index names is missing, or the index is damaged.
         OSError, ValueError, KeyError, SafetensorError: as ``from_pretrained``.
     """
     files = _checkpoint_files(model.path)
@@ -107,18 +107,12 @@ def _digest(files: list[str]) -> str:
 
 def _checkpoint_files(path: str) -> list[str]:
     """The safetensors files of a model: one, or those of an index."""
-
-    def find(name: str) -> str | None:
-        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-
-    if find("adapter_config.json") is not None:
+    if model_file(path, "adapter_config.json") is not None:
         raise NotStreamable("the folder holds an adapter")
-    if (single := find("model.safetensors")) is not None:
-        return [single]
-    if (index := find("model.safetensors.index.json")) is None:
+    files = weight_files(path)
+    if not files or any(file.suffix != ".safetensors" for file in files):
         raise NotStreamable("it has no safetensors files")
-    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [str(cached_file(path, name)) for name in names]
+    return [str(file) for file in files]
 
 
 def _empty_model(model: ModelSection) -> PreTrainedModel:

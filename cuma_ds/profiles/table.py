@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from cuma_ds.errors import DataError
 
-_FORMAT = "cuma-profile-table-1"
+_FORMAT = "cuma-profile-table-2"
+# Of release 0.1.0: the same without a hash of the content.
+_UNHASHED = "cuma-profile-table-1"
 
 
 class Encoder(Protocol):
@@ -67,15 +70,23 @@ class ProfileTable:
             _write_cache(folder, [keys[sentence] for sentence in missing], fresh_MP)
         return cls(rows, torch.stack([known[keys[sentence]] for sentence in rows]), encoder.fingerprint)
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of sentences, embeddings and the encoder's fingerprint."""
+        digest = hashlib.sha256(json.dumps([self.sentences, list(self.embeddings.shape), self.fingerprint]).encode())
+        digest.update(self.embeddings.contiguous().numpy().data)
+        return digest.hexdigest()
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, all of it or nothing."""
         text = torch.frombuffer(bytearray(json.dumps(self.sentences, ensure_ascii=False).encode()), dtype=torch.uint8)
         tensors = {"embeddings": self.embeddings.contiguous(), "sentences": text}
-        _write_atomically(Path(path), to_bytes(tensors, metadata={"format": _FORMAT, "fingerprint": self.fingerprint}))
+        metadata = {"format": _FORMAT, "fingerprint": self.fingerprint, "sha256": self.sha256}
+        _write_atomically(Path(path), to_bytes(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> ProfileTable:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; tables of release 0.1.0 hold no hash, and their content is taken as it is.
 
         Raises:
             DataError: the file is missing, damaged or something else.
@@ -83,12 +94,15 @@ class ProfileTable:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if metadata.get("format") not in (_FORMAT, _UNHASHED):
                     raise DataError(f"{path} is not a table of profiles in format {_FORMAT}")
                 sentences = json.loads(bytes(file.get_tensor("sentences").numpy()).decode())
-                return cls(sentences, file.get_tensor("embeddings"), metadata.get("fingerprint", ""))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise DataError(f"cannot read the table of profiles {path}: {str(error).splitlines()[0]}") from None
+                table = cls(sentences, file.get_tensor("embeddings"), metadata.get("fingerprint", ""))
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            raise DataError(f"cannot read the table of profiles {path}: {(str(error).splitlines() or [''])[0]}") from None
+        if metadata["format"] == _FORMAT and metadata.get("sha256") != table.sha256:
+            raise DataError(f"the table of profiles {path} is damaged: its content has changed since it was written; restore or remove it")
+        return table
 
 
 def default_cache_dir() -> Path:

@@ -23,6 +23,7 @@ from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.batching import Batch, BatchStream, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, CumaError, DataError
+from cuma_ds.identity import read_identity
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
 from cuma_ds.parallel.checkpoint import check_checkpoint, find_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
@@ -36,7 +37,17 @@ from cuma_ds.telemetry.writer import MetricsWriter
 from cuma_ds.training.objectives.sft import sft_loss
 from cuma_ds.training.optimizer import make_optimizer
 from cuma_ds.training.packing import tells_examples_apart
-from cuma_ds.training.run_folder import as_started, fingerprint, open_run_folder
+from cuma_ds.training.run_folder import (
+    DATA_FOLDER,
+    TABLE_FILE,
+    as_started,
+    check_backbone,
+    check_own_data,
+    fingerprint,
+    known_fingerprints,
+    open_run_folder,
+    record_identity,
+)
 from cuma_ds.training.schedule import learning_rate
 
 
@@ -75,12 +86,14 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
         if topology.is_main:
             prepare_run(config)
     with agreement():
+        if topology.local_rank == 0 and not topology.is_main:
+            check_backbone(config, read_identity(config.run_dir))  # each machine may hold a copy of its own
         inputs = load_inputs(config, topology)
         settings = read_deepspeed_config(config, inputs.stream.micro, inputs.stream.accumulation, topology.world)
         adapters = with_profile_width(config.adapters, inputs.table)
         find_targets(skeleton(config.model), adapters.target_modules)
         if has_checkpoint(config.run_dir):
-            check_checkpoint(find_checkpoint(config.run_dir), fingerprint(config))
+            check_checkpoint(find_checkpoint(config.run_dir), known_fingerprints(config), content=topology.is_main)
         if topology.is_main:
             (config.run_dir / "deepspeed.json").write_text(json.dumps(settings.engine, indent=2) + "\n", encoding="utf-8")
     engine = build_engine(config, adapters, settings, topology)
@@ -102,20 +115,29 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
 def prepare_run(config: RunConfig) -> None:
     """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
     folder = open_run_folder(config)
-    if (folder / "data" / "manifest.json").is_file():
-        data = PreparedData.load(folder / "data")
+    source = None
+    if (folder / DATA_FOLDER / "manifest.json").is_file():
+        data = PreparedData.load(folder / DATA_FOLDER)
     else:
-        data = load_data(config.data, config.profiles.template).save(folder / "data")
-    if config.adapters.uses_profiles and not (folder / "profiles.safetensors").is_file():
+        source = load_data(config.data, config.profiles.template)
+        data = source.save(folder / DATA_FOLDER)
+    table = None
+    if config.adapters.uses_profiles and (folder / TABLE_FILE).is_file():
+        table = ProfileTable.load(folder / TABLE_FILE)
+    elif config.adapters.uses_profiles:
         assert config.profiles.encoder is not None
         encoder = ProfileEncoder(config.profiles.encoder, batch_size=config.profiles.batch_size)
-        data.profile_table(encoder, config.profiles.cache_dir).save(folder / "profiles.safetensors")
+        # A prepared folder may hold the embeddings already; the run's copy of its data does not.
+        table = (source or data).profile_table(encoder, config.profiles.cache_dir)
+        table.save(folder / TABLE_FILE)
+    check_own_data(folder, data, table, read_identity(folder))
+    record_identity(config, data, table)
 
 
 def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     """Tokenizer, data and profiles from the run folder, as this rank's stream of batches."""
-    data = PreparedData.load(config.run_dir / "data")
-    table = ProfileTable.load(config.run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
+    data = PreparedData.load(config.run_dir / DATA_FOLDER)
+    table = ProfileTable.load(config.run_dir / TABLE_FILE) if config.adapters.uses_profiles else None
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
     if data.kind == "preference":
@@ -290,7 +312,7 @@ def _resume(config: RunConfig, engine: AdapterEngine, tell: Callable[[str], None
     if not has_checkpoint(config.run_dir):
         return 0
     folder = find_checkpoint(config.run_dir)
-    step = load_checkpoint(engine, folder, fingerprint(config))
+    step = load_checkpoint(engine, folder, known_fingerprints(config))
     tell(f"resuming {config.run_dir} after step {step}")
     return step
 
