@@ -46,13 +46,12 @@ def main() -> None:
 
     from cuma_ds.evaluation.talk import Decoding
     from cuma_ds.serving.app import make_app
-    from cuma_ds.serving.engine import Engine, Limits, end_ids
+    from cuma_ds.serving.engine import Engine, Limits
     from cuma_ds.serving.logs import configure_logs
 
     talker = load_talker(arguments, Decoding())
     max_tokens, max_length = _lengths(arguments, talker.longest)
-    ends = end_ids(talker.model, talker.tokenizer)
-    engine = Engine(talker.model, ends, talker.pad_id, Limits(arguments.max_batch, arguments.max_queue))
+    engine = Engine(talker.model, talker.end_ids, talker.pad_id, Limits(arguments.max_batch, arguments.max_queue))
     engine.check()
     name = arguments.name or Path(arguments.run or arguments.export).resolve().name
     app = make_app(talker, engine, name, max_tokens, max_length, arguments.max_body, api_key)

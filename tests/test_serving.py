@@ -34,7 +34,7 @@ from cuma_ds.evaluation.talk import Decoding, Talker
 from cuma_ds.export.hf import load_run
 from cuma_ds.serving.app import make_app
 from cuma_ds.serving.batch import Batch
-from cuma_ds.serving.engine import Engine, Job, Limits, Piece, end_ids
+from cuma_ds.serving.engine import Engine, Job, Limits, Piece
 from cuma_ds.serving.logs import JsonFormatter
 from cuma_ds.serving.sampling import Sampler, next_tokens
 from cuma_ds.serving.text import TextStream
@@ -88,7 +88,7 @@ def served(
     talker: Talker, limits: Limits | None = None, ends: list[int] | None = None, **options: Any
 ) -> Iterator[tuple[openai.OpenAI, Engine]]:
     """The application behind a real socket, and a client that does not try again."""
-    engine = Engine(talker.model, end_ids(talker.model, talker.tokenizer) if ends is None else ends, talker.pad_id, limits or Limits())
+    engine = Engine(talker.model, talker.end_ids if ends is None else ends, talker.pad_id, limits or Limits())
     sizes = {"max_tokens": 100, "max_length": 200, "max_body": 20_000}
     app = make_app(talker, engine, "opinions", **{**sizes, **options})
     with socket.create_server(("127.0.0.1", free_port())) as listener:

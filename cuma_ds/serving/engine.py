@@ -233,10 +233,3 @@ class Engine:
         for job in jobs:
             if not job.finish:
                 job.fail(error)
-
-
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, as the model's generation configuration and the tokenizer name them."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return sorted({token for token in ids if token is not None})
