@@ -148,7 +148,7 @@ def test_a_bare_model_and_one_in_peft_are_settled_too(run, tmp_path, expected) -
 
 @pytest.mark.parametrize(
     ("turn", "marker"),
-    [("%s<|im_end|>\n", 5), ("%s </s>", 2), ("%s\n", None), ("%s</s><|im_end|>", 2), ("<|im_start|>%s<|im_end|>", 5), ("", None)],
+    [("%s<|im_end|>\n", 5), ("%s </s>", 2), ("%s\n", None), ("%s</s><|im_end|>", 2), ("", None)],
 )
 def test_the_token_that_ends_a_turn_is_the_one_the_template_writes_behind_answers(turn, marker, tokenizer) -> None:
     header = "{{ m['role'] }}: "
