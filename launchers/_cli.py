@@ -5,19 +5,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cuma_ds.errors import ConfigError, CumaError
 from cuma_ds.strict_json import RepeatedKeyError, read_json
+
+# What the commands that start ranks are called, as a program and as a module.
+_LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
+_WATCH_SECONDS = 1.0
 
 if TYPE_CHECKING:
     from cuma_ds.evaluation.talk import Decoding, Talker
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
-    """Run ``main`` and exit: 0 when it returns, 2 with one line on stderr for a :class:`CumaError`, 130 on Ctrl-C."""
+    """Run ``main`` and exit: 0 when it returns, 2 with one line on stderr for a :class:`CumaError`, 130 on Ctrl-C.
+
+    Ranks that deepspeed or torchrun started also end, with exit code 2, when that launcher is gone.
+    """
+    _end_with_launcher()
     try:
         main()
     except CumaError as error:
@@ -37,6 +49,45 @@ def _leave(code: int) -> NoReturn:
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _end_with_launcher() -> None:
+    """Watch the launcher that started this rank; a process that was started by hand watches nothing and outlives its shell.
+
+    ``deepspeed`` is two processes, one above the other. When the upper one is killed, the lower one and the ranks would go on.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    import psutil  # DeepSpeed's own launcher needs it too
+
+    chain = [psutil.Process()]
+    try:
+        for ancestor in chain[0].parents():
+            if not any(Path(word).name in _LAUNCHERS for word in ancestor.cmdline()[:4]):
+                break
+            chain.append(ancestor)
+    except psutil.Error:  # an ancestor of another user is none of our launchers
+        pass
+    if len(chain) > 1:
+        threading.Thread(target=_watch, args=(chain,), name="launcher watch", daemon=True).start()
+
+
+def _watch(chain: list[Any]) -> None:
+    """End this process, and what it started, once a process of the chain no longer is the child of the next."""
+    import psutil
+
+    try:
+        while all(child.ppid() == parent.pid for child, parent in pairwise(chain)):
+            time.sleep(_WATCH_SECONDS)
+    except psutil.Error:  # one of them is gone
+        pass
+    try:
+        for child in chain[0].children(recursive=True):
+            child.kill()
+        print(f"error: rank {os.environ.get('RANK', '0')} stops: its launcher is gone", file=sys.stderr, flush=True)
+    except (psutil.Error, OSError):  # the terminal may be gone as well
+        pass
+    os._exit(2)
 
 
 def read_profile(text: str) -> dict[str, Any] | str:

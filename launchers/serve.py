@@ -46,13 +46,12 @@ def main() -> None:
 
     from cuma_ds.evaluation.talk import Decoding
     from cuma_ds.serving.app import make_app
-    from cuma_ds.serving.engine import Engine, Limits, end_ids
+    from cuma_ds.serving.engine import Engine, Limits
     from cuma_ds.serving.logs import configure_logs
 
     talker = load_talker(arguments, Decoding())
     max_tokens, max_length = _lengths(arguments, talker.longest)
-    ends = end_ids(talker.model, talker.tokenizer)
-    engine = Engine(talker.model, ends, talker.pad_id, Limits(arguments.max_batch, arguments.max_queue))
+    engine = Engine(talker.model, talker.end_ids, talker.pad_id, Limits(arguments.max_batch, arguments.max_queue))
     engine.check()
     name = arguments.name or Path(arguments.run or arguments.export).resolve().name
     app = make_app(talker, engine, name, max_tokens, max_length, arguments.max_body, api_key)
@@ -65,15 +64,19 @@ def main() -> None:
 
 def _api_key(file: str | None) -> str | None:
     """From the file, or from CUMA_API_KEY; never from the command line, which everybody on the machine can read."""
-    if file is None:
-        return os.environ.get("CUMA_API_KEY") or None
+    source = "the environment variable CUMA_API_KEY" if file is None else f"--api-key-file {file}"
+    if file is None and not os.environ.get("CUMA_API_KEY"):
+        return None
     try:
-        key = Path(file).read_text(encoding="utf-8").strip()
+        text = os.environ["CUMA_API_KEY"] if file is None else Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--api-key-file {file} cannot be read: {getattr(error, 'strerror', None) or 'not a text file'}") from None
-    if not key:
-        raise ConfigError(f"--api-key-file {file} is empty")
-    return key
+        raise ConfigError(f"{source} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"{source} is empty; expected the key that clients must send")
+    if len(lines) > 1:
+        raise ConfigError(f"{source} holds {len(lines)} lines of text; expected one key on one line")
+    return lines[0]
 
 
 def _listen(host: str, port: int) -> socket.socket:

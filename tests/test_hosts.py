@@ -14,6 +14,10 @@ HOSTFILES = {
     "twice": ("# two machines\nnode-1 slots=2\n\nnode-1 slots=4\n", ":4: host node-1 stands here a second time (first in line 2)"),
     "no-slots": ("node-1\n", ":1: 'node-1' is no host; expected NAME slots=N"),
     "words": ("node-1 slots=two\n", ":1: 'node-1 slots=two' is no host"),
+    "mark": ("\ufeffnode-1 slots=2\n", ":1: the file begins with a byte order mark"),
+    "max-slots-first": ("node-1 max_slots=4 slots=2\n", ":1: 'node-1 max_slots=4 slots=2' is no host"),
+    "more-than-max": ("node-1 slots=8 max_slots=4\n", ":1: host node-1 has slots=8, more than its max_slots=4"),
+    "mpi": ("node-1:8\n", ":1: 'node-1:8' is no host"),
     "empty": ("# nothing yet\n", "names no host"),
 }
 
@@ -27,6 +31,16 @@ def test_a_mistake_in_a_hostfile_is_one_line_with_its_place(mistake, tmp_path, l
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
     assert f"{tmp_path / 'hosts'}{part if part.startswith(':') else ' ' + part}" in done.err
+
+
+def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    from cuma_ds.parallel.hosts import read_hostfile
+
+    text = "# two machines\r\nnode-1 slots=8 max_slots=8\r\n\r\n  10.0.0.2\tslots=4  max-slots=16 # smaller\r\n#node-3 slots=1\r\n"
+    (tmp_path / "hosts").write_bytes(text.encode())
+    assert read_hostfile(tmp_path / "hosts") == dict(fetch_hostfile(str(tmp_path / "hosts"))) == {"node-1": 8, "10.0.0.2": 4}
 
 
 def test_a_missing_hostfile_is_a_mistake(tmp_path, launch) -> None:

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ranks import ROOT, environment, finish, free_port, run, start
@@ -108,6 +110,78 @@ def test_deepspeed_launcher_trains_and_evaluate_reports(tmp_path, tiny_llama, ti
     report = json.loads((run_dir / "evaluation" / "report.json").read_text())
     assert {"collapse", "before", "trained"} <= set(report["splits"]["test"]["rows"])
     assert "trained" in done.stdout
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait for what must happen within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_stopping_the_launcher_by_its_pid_stops_every_rank(sign, tmp_path, tiny_llama, tiny_encoder) -> None:
+    endless = {"steps": 100_000, "warmup_steps": 0}
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "endless", training=endless, parallel=SHARDED)
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port())]
+    command = [*deepspeed, "--hostfile", str(tmp_path / "no-hostfile"), TRAIN, "--config", str(path)]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    started: list[psutil.Process] = []
+    try:
+        rows = load_config(path).run_dir / "metrics.jsonl"
+        until(lambda: rows.exists() and rows.stat().st_size > 0, 120)
+        started = psutil.Process(launcher.pid).children(recursive=True)
+        assert sum("train.py" in " ".join(process.cmdline()[:4]) for process in started) == 2
+        launcher.send_signal(sign)
+        until(lambda: not living(started), 15)
+        launcher.wait(10)
+    finally:
+        for process in living(started):
+            process.kill()
+        launcher.kill()
+    assert "stops: its launcher is gone" in (tmp_path / "log").read_text()
+
+
+LASTING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, "launchers")
+from _cli import run_main
+run_main(lambda: [Path(sys.argv[1]).write_text(str(step)) or time.sleep(0.1) for step in range(int(sys.argv[2]))])
+"""
+
+
+def test_torchrun_takes_its_ranks_along(tmp_path) -> None:
+    (tmp_path / "lasting.py").write_text(LASTING)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(free_port()), str(tmp_path / "lasting.py")]
+    launcher = subprocess.Popen([sys.executable, *command, str(tmp_path / "said"), "100000"], cwd=ROOT, env=environment())
+    started: list[psutil.Process] = []
+    try:
+        until((tmp_path / "said").exists, 60)
+        started = psutil.Process(launcher.pid).children(recursive=True)
+        assert living(started)
+        launcher.kill()
+        until(lambda: not living(started), 15)
+    finally:
+        for process in living(started):
+            process.kill()
+        launcher.kill()
+
+
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}])
+def test_what_was_started_by_hand_outlives_its_shell(variables, tmp_path) -> None:
+    (tmp_path / "lasting.py").write_text(LASTING)
+    line = f"nohup {sys.executable} {tmp_path / 'lasting.py'} {tmp_path / 'said'} 45 > {tmp_path / 'log'} 2>&1 &"
+    subprocess.run(["sh", "-c", line], cwd=ROOT, env=environment() | variables, check=True)
+    said = tmp_path / "said"
+    until(lambda: said.exists() and said.read_text() == "44", 30)  # four seconds, the shell gone since long
+    assert "stops" not in (tmp_path / "log").read_text()
 
 
 def test_finished_runs_say_so_and_more_steps_go_on(tmp_path, tiny_llama, tiny_encoder) -> None:

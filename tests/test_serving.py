@@ -29,12 +29,12 @@ from run_folder import lively, make_run
 from transformers import AutoTokenizer
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.errors import ModelError
+from cuma_ds.errors import ConfigError, ModelError
 from cuma_ds.evaluation.talk import Decoding, Talker
 from cuma_ds.export.hf import load_run
 from cuma_ds.serving.app import make_app
 from cuma_ds.serving.batch import Batch
-from cuma_ds.serving.engine import Engine, Job, Limits, Piece, end_ids
+from cuma_ds.serving.engine import Engine, Job, Limits, Piece
 from cuma_ds.serving.logs import JsonFormatter
 from cuma_ds.serving.sampling import Sampler, next_tokens
 from cuma_ds.serving.text import TextStream
@@ -88,7 +88,7 @@ def served(
     talker: Talker, limits: Limits | None = None, ends: list[int] | None = None, **options: Any
 ) -> Iterator[tuple[openai.OpenAI, Engine]]:
     """The application behind a real socket, and a client that does not try again."""
-    engine = Engine(talker.model, end_ids(talker.model, talker.tokenizer) if ends is None else ends, talker.pad_id, limits or Limits())
+    engine = Engine(talker.model, talker.end_ids if ends is None else ends, talker.pad_id, limits or Limits())
     sizes = {"max_tokens": 100, "max_length": 200, "max_body": 20_000}
     app = make_app(talker, engine, "opinions", **{**sizes, **options})
     with socket.create_server(("127.0.0.1", free_port())) as listener:
@@ -422,11 +422,20 @@ REFUSED = {
     "no-tokens": ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "greater than or equal to 1"),
     "temperature": ({"temperature": 3}, openai.BadRequestError, "temperature", "less than or equal to 2"),
     "top-p": ({"top_p": 0}, openai.BadRequestError, "top_p", "greater than 0"),
-    "several": ({"n": 2}, openai.BadRequestError, "n", "should be 1"),
+    "several": ({"n": 2}, openai.BadRequestError, "n", "allowed: 1, or leave it out"),
     "stops": ({"stop": ["a"] * 5}, openai.BadRequestError, "stop", "at most 4"),
     "seed": ({"seed": 2**70}, openai.BadRequestError, "seed", "less than"),
-    "penalty": ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty", "less than or equal to 0"),
-    "unknown": ({"extra_body": {"tools": []}}, openai.BadRequestError, "tools", "is no parameter of this server"),
+    "penalty": ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty", "allowed: 0, or leave it out"),
+    "unknown": ({"extra_body": {"best_of": 3}}, openai.BadRequestError, "best_of", "is no parameter of this server"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools", "allowed: [], or leave it out"),
+    "tool-choice": ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice", 'allowed: "none" or "auto"'),
+    "json": ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format", 'allowed: {"type": "text"}'),
+    "bias": ({"logit_bias": {"5": 10}}, openai.BadRequestError, "logit_bias", "allowed: {}"),
+    "store": ({"store": True}, openai.BadRequestError, "store", "allowed: false"),
+    "null-messages": ({"messages": None}, openai.BadRequestError, "messages", "Field required"),
+    "calls": ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, openai.BadRequestError, "messages.0.tool_calls", "allowed: []"),
+    "null-content": ({"messages": [{"role": "assistant", "content": None}]}, openai.BadRequestError, "messages.0.content", "Field required"),
+    "refusal": ({"messages": [{"role": "assistant", "content": "x", "refusal": "No."}]}, openai.BadRequestError, "messages.0.refusal", "is no parameter"),
 }
 
 
@@ -440,6 +449,35 @@ def test_what_cannot_be_done_is_refused_in_openais_format(name, server) -> None:
     assert param is None or refused.value.param == param
     assert refused.value.type == "invalid_request_error"
     assert engine.load() == (0, 0)
+
+
+def test_what_clients_write_out_without_meaning_anything_changes_nothing(server) -> None:
+    """Messages dumped as OpenAI's client has them, and requests as LangChain and others write them, every optional field in them."""
+    client, _ = server
+    turns = [{"role": "user", "content": "Hi"}]
+    plain = ask(client, messages=turns)
+    dumped = plain.choices[0].message.model_dump()
+    assert None in dumped.values()
+    assert "refusal" in dumped
+    said = [*turns, {"role": "assistant", "content": plain.choices[0].message.content}, {"role": "user", "content": "And now?"}]
+    expected = ask(client, messages=said).choices[0].message.content
+    told = {"audio": None, "annotations": [], "tool_calls": [], "function_call": None, "refusal": None, "name": "ann"}
+    user = {"role": "user", "name": "bob", "content": [{"type": "text", "text": "And", "annotations": None}, {"type": "text", "text": " now?"}]}
+    for answer in (dumped, plain.choices[0].message, {**said[1], **told}):
+        assert ask(client, messages=[*turns, answer, user]).choices[0].message.content == expected
+    empty = {
+        "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}, "logit_bias": {}, "n": 1,
+        "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0, "service_tier": "auto", "store": False, "user": "ann",
+        "metadata": {"a": "b"}, "modalities": ["text"], "stream_options": {"include_usage": False, "include_obfuscation": False},
+        "top_logprobs": 0, "functions": [], "function_call": "auto", "safety_identifier": "x", "prompt_cache_key": "y",
+    }  # fmt: skip
+    nulls = dict.fromkeys([*empty, "stop", "seed", "max_completion_tokens", "top_p", "stream", "reasoning_effort", "web_search_options"])
+    for written in (empty, nulls):
+        assert ask(client, messages=said, extra_body=written).choices[0].message.content == expected
+        body = {"model": "opinions", "messages": said, "profile": PEOPLE[0], "max_tokens": 12, "temperature": 0, **written}
+        status, found = raw(client, "POST", "/v1/chat/completions", json.dumps(body).encode(), **{"Content-Type": "application/json"})
+        assert (status, found["choices"][0]["message"]["content"]) == (200, expected)
+    assert ask(client, messages=said, temperature=None, extra_body={"temperature": None}).choices[0].finish_reason
 
 
 def raw(client: openai.OpenAI, method: str, path: str, content: bytes = b"", **headers: str) -> tuple[int, dict[str, Any]]:
@@ -488,12 +526,31 @@ def test_models_health_and_unknown_paths(server) -> None:
 
 def test_keys_open_everything_and_health_needs_none(talker) -> None:
     with served(talker, api_key="söme key") as (client, _):
-        right = {"Authorization": "Bearer söme key".encode().decode("latin-1")}
         assert raw(client, "GET", "/health")[0] == 200
-        assert raw(client, "GET", "/v1/models", **right)[0] == 200
-        for wrong in ({}, {"Authorization": "Bearer other"}, {"Authorization": "söme key".encode().decode("latin-1")}):
-            status, body = raw(client, "GET", "/v1/models", **wrong)
+        for right in ("Bearer söme key", "bearer söme key", "BEARER   söme key  "):
+            assert raw(client, "GET", "/v1/models", Authorization=right.encode().decode("latin-1"))[0] == 200
+        for wrong in ("", "Bearer", "Bearer other", "söme key", "Basic söme key", "Bearer söme", "Bearer söme key x", "Bearersöme key"):
+            status, body = raw(client, "GET", "/v1/models", **({"Authorization": wrong.encode().decode("latin-1")} if wrong else {}))
             assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [(b"a-key\n", "a-key"), (b"\xef\xbb\xbfa-key\r\n", "a-key"), (b"\n  s\xc3\xb6me key \n\n", "söme key"),
+     (b"one\ntwo\n", "holds 2 lines of text"), (b"\xef\xbb\xbf\n", "is empty"), ("a-key".encode("utf-16"), "is no UTF-8 text")],
+)  # fmt: skip
+def test_key_files_as_editors_write_them(content, key, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "launchers"))
+    import serve
+
+    (tmp_path / "key").write_bytes(content)
+    if " " in key and key != "söme key":
+        with pytest.raises(ConfigError, match=key):
+            serve._api_key(str(tmp_path / "key"))
+    else:
+        assert serve._api_key(str(tmp_path / "key")) == key
+    monkeypatch.setenv("CUMA_API_KEY", " a-key\n")
+    assert serve._api_key(None) == "a-key"
 
 
 def test_unknown_profile_fields_are_told_to_the_client(server) -> None:

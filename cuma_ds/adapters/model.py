@@ -6,8 +6,9 @@ Shapes: B sequences, S positions, N profiles of the batch, P profile width, E ex
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ class CumaModel(nn.Module):
         """Run the backbone's own forward with the routers seeing who is asking.
 
         Args:
-            attention_mask: [B, S_total]; zeros are padding and are never routed.
+            attention_mask: [B, S_total]; zeros are padding and are never routed. Without ``position_ids``, left-padded rows count
+                their positions from their first real token, as in ``generate``.
             profile_embeddings: [N, P] raw encoder output (N = B without ``profile_index``); centred and scaled here.
             profile_index: [B] or [B, S] int64 rows of ``profile_embeddings``; -1 keeps a row out of all statistics.
             gradient_mask: [N, E] in [0, 1], share of the weight gradients each profile may send to each expert.
@@ -89,6 +91,9 @@ class CumaModel(nn.Module):
         """
         rows = self._rows(args, kwargs)
         self._open(rows, attention_mask, profile_embeddings, profile_index, gradient_mask, collect=True)
+        if kwargs.get("position_ids") is None and self.takes_positions and _left_padded(attention_mask):
+            length = self._inputs(args, kwargs).shape[1]
+            kwargs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
         out = self.base_model(*args, attention_mask=attention_mask, **kwargs)
         statistics = self.routing_statistics()
         if self._recording is not None and statistics is not None and statistics.gate_RBE is not None:
@@ -119,14 +124,22 @@ class CumaModel(nn.Module):
         self._open(self._rows(args, kwargs), None, profile_embeddings, None, None, collect=False)
         return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the backbone's forward names ``position_ids`` (of those that do not, some read positions off the mask)."""
+        return "position_ids" in inspect.signature(self.base_model.forward).parameters
+
     def routing_statistics(self) -> RoutingStatistics | None:
         """Statistics of the last forward (None without routers)."""
         return RoutingStatistics.stack(self.context.state.statistics)
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        return self._inputs(args, kwargs).shape[0]
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         for value in (kwargs.get("input_ids"), kwargs.get("inputs"), kwargs.get("inputs_embeds"), *args):
             if isinstance(value, Tensor):
-                return value.shape[0]
+                return value
         raise ModelError("the model was called without input_ids or inputs_embeds")
 
     def _open(
@@ -265,6 +278,11 @@ class CumaModel(nn.Module):
             if tensor.shape != state[name].shape:
                 raise ModelError(f"adapter tensor {name} has shape {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}")
             tensor.copy_(state[name])
+
+
+def _left_padded(mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a mask [B, S_total] begins with padding in any row."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all())
 
 
 def _contiguous_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from cuma_ds.adapters.model import CumaModel
 from cuma_ds.data.rendering import Message
 from cuma_ds.errors import ConfigError
+from cuma_ds.evaluation.decoding import settle_generation
 from cuma_ds.evaluation.forward import pad_id_of
 from cuma_ds.evaluation.judge import JudgeSettings, Pair, compare
 from cuma_ds.evaluation.metrics import distinct
@@ -127,6 +128,7 @@ def generate(
     """
     tokenizer = subject.renderer.tokenizer
     pad_id = pad_id_of(tokenizer)
+    settle_generation(subject.model, subject.renderer)
     backbone = subject.model.base_model if isinstance(subject.model, CumaModel) else subject.model
     longest = int(base_fact(backbone.config, "max_position_embeddings") or 2048) - decoding.max_new_tokens
     if longest < 1:

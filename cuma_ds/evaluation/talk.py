@@ -15,6 +15,7 @@ from transformers import TextStreamer
 
 from cuma_ds.data.rendering import Message, Renderer
 from cuma_ds.errors import ConfigError, ModelError
+from cuma_ds.evaluation.decoding import settle_generation
 from cuma_ds.evaluation.forward import pad_id_of
 from cuma_ds.export.modeling import CumaForCausalLM, Profile, base_fact
 from cuma_ds.profiles import linearize
@@ -53,12 +54,16 @@ class Talker:
         model: from an export or a run.
         tokenizer: of its backbone.
         decoding: how answers are generated.
+
+    Attributes:
+        end_ids: the tokens that end an answer.
     """
 
     def __init__(self, model: CumaForCausalLM, tokenizer: Any, decoding: Decoding) -> None:
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         prompt = {"max_length": _LONGEST, **model.export["prompt"]}
         self.renderer = Renderer(tokenizer, prompt["max_length"], bool(prompt.get("profile_in_prompt")), prompt.get("system_prompt"))
+        self.end_ids = settle_generation(model, self.renderer)
         self.pad_id = pad_id_of(tokenizer)
         self.longest = int(base_fact(model.base_model.config, "max_position_embeddings") or _LONGEST)
         self._device = next(model.parameters()).device

@@ -5,6 +5,7 @@ The folder holds::
     config.json, modeling_cuma.py            what transformers needs; the code is the package's own, in one file
     adapter_config.json                      the adapters, the base model, how a profile becomes a vector, how prompts were written
     adapter_model.safetensors                routers, experts (float32, full expert dimension) and the profile standardisation
+    generation_config.json                   which tokens end an answer; greedy decoding
     tokenizer files, README.md               the base model's tokenizer; a model card written from the run
     base/                                    only in ``hf-merged-repo``: the base model itself
 """
@@ -25,7 +26,9 @@ from torch import Tensor
 import cuma_ds
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection, RunConfig, load_config
+from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ModelError
+from cuma_ds.evaluation.decoding import folder_generation, settled_generation
 from cuma_ds.export.card import model_card, run_section
 from cuma_ds.export.modeling import (
     ADAPTER_CONFIG,
@@ -131,8 +134,12 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
         auto_map = {"AutoConfig": "modeling_cuma.CumaExportConfig", "AutoModelForCausalLM": "modeling_cuma.CumaForCausalLM"}
         _dump(folder / "config.json", {"model_type": "cuma", "architectures": ["CumaForCausalLM"], "auto_map": auto_map})
         (folder / "modeling_cuma.py").write_text(modeling_source(), encoding="utf-8")
+        renderer = None
         with contextlib.suppress(ModelError):  # without one, the export takes token ids only
-            load_tokenizer(trained.base).save_pretrained(folder)
+            tokenizer = load_tokenizer(trained.base)
+            tokenizer.save_pretrained(folder)
+            renderer = Renderer(tokenizer, trained.prompt.get("max_length", 2048))
+        settled_generation(folder_generation(trained.base.path, bare), bare.config, renderer).save_pretrained(folder)
         if merged:
             if not place.is_dir():
                 place = _from_hub(trained.base.path)

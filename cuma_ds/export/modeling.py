@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.inject import inject_adapters
@@ -106,6 +106,8 @@ class CumaForCausalLM(CumaModel):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"the base model {path} cannot be loaded: {reason} (base_model= names another place)") from None
         _check_base(str(path), base.config, facts)
+        if "generation_config" not in kwargs and (place / "generation_config.json").is_file():  # earlier exports have none
+            base.generation_config = GenerationConfig.from_pretrained(place)
         named = export["profiles"].get("encoder")
         model = cls.of(base, export, state, encoder or (named and _moved(named, place)))
         model.folder = place

@@ -21,7 +21,8 @@ from cuma_ds.errors import ModelError
 class Batch:
     """The running sequences of one model, left-padded to one length: row b of every tensor is sequence b.
 
-    Keys are cached after their rotation by absolute position, so more padding in front of a sequence changes nothing.
+    Positions count from the first real token of each sequence, so more padding in front of it changes nothing. A backbone that takes no
+    ``position_ids`` must find them by itself; :meth:`cuma_ds.serving.engine.Engine.check` measures whether it does.
 
     Args:
         model: in eval mode, with a key-value cache of attention layers.
@@ -100,11 +101,10 @@ class Batch:
             self.profiles_BP = self.profiles_BP[index]
 
     def _forward(self, ids_BS: Tensor, mask_BL: Tensor, positions_BS: Tensor, cache: DynamicCache, profiles_BP: Tensor | None) -> Tensor:
-        who = {} if profiles_BP is None else {"profile_embeddings": profiles_BP}
-        out = self.model(
-            input_ids=ids_BS, attention_mask=mask_BL, position_ids=positions_BS, past_key_values=cache, use_cache=True,
-            logits_to_keep=1, **who,
-        )  # fmt: skip
+        more: dict[str, Any] = {} if profiles_BP is None else {"profile_embeddings": profiles_BP}
+        if self.model.takes_positions:
+            more["position_ids"] = positions_BS
+        out = self.model(input_ids=ids_BS, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
         return out.logits[:, -1]
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from cuma_ds.errors import CumaError
-from cuma_ds.export.modeling import CumaForCausalLM
+from cuma_ds.errors import CumaError, ModelError
+from cuma_ds.export.modeling import CumaForCausalLM, base_fact
 from cuma_ds.serving.batch import Batch
 from cuma_ds.serving.sampling import Sampler, next_tokens
 from cuma_ds.serving.text import TextStream
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Most tokens, padding included, of the prompts that are read between two steps of the running answers.
 _PROMPT_TOKENS = 4096
+# Logits that differ by less than this share of their spread differ by rounding, in 16-bit dtypes too.
+_ROUNDING = 0.05
 
 
 class QueueFullError(Exception):
@@ -124,16 +128,46 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def check(self) -> None:
-        """Read and write one token, so that a model that cannot be served says so before anybody asks.
+        """Continue a made-up prompt in one whole forward, token by token, and beside a longer prompt, before anybody asks.
+
+        A model that answers differently beside others is run with one answer at a time, which a warning says.
 
         Raises:
-            ModelError: it keeps other states than attention keys and values, or its sentence encoder is missing.
+            ModelError: it cannot continue a prompt token by token, or its sentence encoder is missing.
         """
-        who = self._model.embed_profiles(["A person."]) if self._model.config.profile_dim else None
-        self._batch.join([[self._batch.pad_id]], who)
-        self._batch.step([self._batch.pad_id])
-        self._batch.keep([0])
-        self._batch.keep([])
+        try:
+            whole_V, alone_V, beside_V = self._probe()
+        except CumaError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise ModelError(f"this model cannot be served in batches: {reason}") from error
+        finally:
+            self._batch.keep([])
+        spread = (whole_V - whole_V.mean()).norm()
+        if (alone_V - whole_V).norm() > _ROUNDING * spread:
+            raise ModelError("this model cannot be served: token by token it continues a prompt differently than in one whole forward")
+        if (beside_V - whole_V).norm() > _ROUNDING * spread and self.limits.max_batch > 1:
+            self.limits = replace(self.limits, max_batch=1)
+            message = "this model answers differently in a batch with others (it takes no position_ids); answers are written one at a time"
+            warnings.warn(message, stacklevel=2)
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [V] float32 after a short prompt: of a whole forward, from the cache, and from the cache beside a longer prompt."""
+        model, batch = self._model, self._batch
+        who = model.embed_profiles(["A person."]) if model.config.profile_dim else None
+        vocabulary = int(base_fact(model.base_model.config, "vocab_size"))
+        long = [(7 * place + 3) % vocabulary for place in range(24)]
+        *short, last = long[3:8]
+        more = {} if who is None else {"profile_embeddings": who.to(batch.device)}
+        whole_V = model(input_ids=torch.tensor([[*short, last]], device=batch.device), use_cache=False, **more).logits[0, -1]
+        batch.join([short], who)
+        alone_V = batch.step([last])[0]
+        batch.keep([])
+        batch.join([long], who)
+        batch.join([short], who)
+        return whole_V.float(), alone_V.float(), batch.step([last, last])[1].float()
 
     def start(self) -> None:
         """Begin to answer."""
@@ -233,10 +267,3 @@ class Engine:
         for job in jobs:
             if not job.finish:
                 job.fail(error)
-
-
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, as the model's generation configuration and the tokenizer name them."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return sorted({token for token in ids if token is not None})

@@ -29,7 +29,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body: int) -> None:
         self.app, self.max_body = app, max_body
-        self._authorization = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; the job that the application leaves in ``scope["state"]`` ends with it."""
@@ -78,10 +78,12 @@ class Guard:
                 logger.info("request", exc_info=error, extra={"facts": facts | (_facts(job) if job is not None else {})})
 
     def _knows_key(self, scope: Scope) -> bool:
-        if self._authorization is None:
+        if self._key is None:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return secrets.compare_digest(given, self._authorization)
+        scheme, key = (*given.split(maxsplit=1), b"", b"")[:2]
+        # HTTP knows schemes by their letters, whatever the case. Keys are compared in a time that tells nothing about them.
+        return secrets.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
 
 
 def _facts(job: Any) -> dict[str, Any]:

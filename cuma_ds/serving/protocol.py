@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cuma_ds.data.rendering import Message
 
@@ -39,6 +40,24 @@ class _Strict(BaseModel):
     # A parameter we would have to ignore changes the answer silently; it is refused instead.
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        """What is null is not given; clients write out every optional field so, and send back the messages they got."""
+        return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+
+
+def _only(*allowed: Any) -> AfterValidator:
+    """Takes the values of a parameter that change nothing here, and refuses all others."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            shown = " or ".join(json.dumps(one) for one in allowed)
+            raise ValueError(f"this server does nothing with it; allowed: {shown}, or leave it out")
+        return value
+
+    return AfterValidator(check)
+
 
 class TextPart(_Strict):
     """One part of a message's content."""
@@ -52,6 +71,10 @@ class ChatMessage(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: list[TextPart]
+    name: str | None = None  # chat templates know roles only
+    # What an answer of this or another server carries beside its text.
+    annotations: Annotated[Any, _only([])] = None
+    tool_calls: Annotated[Any, _only([])] = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -67,6 +90,7 @@ class StreamOptions(_Strict):
     """What a stream carries besides the answer."""
 
     include_usage: bool = False
+    include_obfuscation: Annotated[Any, _only(False)] = None
 
 
 class ChatRequest(_Strict):
@@ -83,12 +107,28 @@ class ChatRequest(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # Taken because clients send them, at the only value that is done.
-    n: Literal[1] = 1
-    logprobs: Literal[False] | None = None
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    user: str | None = None
+    # Clients send these. None of them changes the answer at the values allowed here.
+    n: Annotated[Any, _only(1)] = None
+    logprobs: Annotated[Any, _only(False)] = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None
+    functions: Annotated[Any, _only([])] = None
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, _only(True, False)] = None
+    service_tier: Annotated[Any, _only("auto", "default")] = None
+    store: Annotated[Any, _only(False)] = None
+    # For the records of whoever runs a server; this one keeps none.
+    user: Any = None
+    metadata: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
 
     @field_validator("stop", mode="before")
     @classmethod
