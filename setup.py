@@ -39,7 +39,7 @@ EXTRAS = {
 
 setup(
     name="cuma-ds",
-    version="0.1.0",
+    version="0.2.0",
     description="A DeepSpeed trainer for the Cultural Mixture of Adapters (CuMA)",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

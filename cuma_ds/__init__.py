@@ -5,7 +5,7 @@ from typing import Any
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.profiles import ProfileEncoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["CumaConfig", "CumaModel", "ProfileEncoder", "inject_adapters", "load_exported"]
 
 
