@@ -173,6 +173,7 @@ def test_a_folder_with_one_csv_is_enough_and_gzip_is_read(tmp_path):
 BAD_ALIGNMENT = {
     "answer": ({"second_turn_preferred_response": "response_e"}, r"a\.csv: row 2: second_turn_preferred_response is 'response_e'; allowed"),
     "nobody": ({"annotator_id": None}, r"a\.csv: row 2: annotator_id is empty"),
+    "no person": ({"annotator_id": "unknown"}, r"a\.csv: row 2: annotator_id is unknown; each conversation names"),
     "twice": ({"conversation_id": "c0"}, r"a\.csv: row 2: the id 'c0' has come before"),
 }
 
@@ -229,6 +230,18 @@ def test_prism_preferences_set_the_chosen_answer_against_each_other(talks):
                     expected[json.dumps([prompt, turns[place][1], f"Answer {other} in turn {place} of {number}"])] += 1
     found = Counter(json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in rows(prism(talks, "preference")))
     assert found == expected
+
+
+def test_a_model_of_prism_that_said_nothing_gave_no_answer(tmp_path):
+    silent = prism_conversation(0, 0)
+    silent["conversation_history"][5]["content"] = "EMPTY STRING"  # the chosen answer of the second turn
+    beside = prism_conversation(1, 1, conversation_id=7)
+    beside["conversation_history"][1]["content"] = "EMPTY STRING"  # an answer that was not chosen
+    folder = write_prism(tmp_path, [prism_user(0), prism_user(1), prism_user(2)], [silent, beside, prism_conversation(2, 2)])
+    said = [message["content"] for row in rows(prism(folder)) for message in row["messages"]]
+    assert "EMPTY STRING" not in said
+    assert sum("of 0" in text for text in said) == 2
+    assert not any(row["rejected"] == "EMPTY STRING" for row in rows(prism(folder, "preference")))
 
 
 def test_prism_people_stay_on_one_side(talks):
