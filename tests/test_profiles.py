@@ -53,9 +53,9 @@ def test_generic_template_keeps_order_names_and_values():
 @pytest.mark.parametrize(
     "value",
     [
-        None, float("nan"), "", "  ", "\u200b", "missing", "EMPTY STRING", "Prefer not to say", "NO ANSWER", "Don't know", "don’t know.", [],
-        [None, ""], {"a": None},
-    ],  # fmt: skip
+        *(None, float("nan"), "", "  ", "\u200b", [], [None, ""], {"a": None}),
+        *("missing", "EMPTY STRING", "Prefer not to say", "NO ANSWER", "Don't know", "don’t know."),
+    ],
 )
 @pytest.mark.parametrize("template", ["wvs", "generic"])
 def test_missing_values_leave_no_trace(value, template):
