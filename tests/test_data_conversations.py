@@ -170,6 +170,14 @@ def test_a_folder_with_one_csv_is_enough_and_gzip_is_read(tmp_path):
     assert texts(alignment(tmp_path), "messages") == expected
 
 
+@pytest.mark.parametrize(("separator", "encoding"), [(";", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-8-sig")])
+def test_dialogues_saved_in_another_way_are_the_same(tmp_path, separator, encoding):
+    plain = write_alignment(tmp_path / "a.csv", [alignment_row(number) for number in range(18)])
+    other = tmp_path / "b.csv"
+    pd.read_csv(plain).to_csv(other, sep=separator, encoding=encoding, index=False)
+    assert texts(alignment(other), "messages") == texts(alignment(plain), "messages")
+
+
 BAD_ALIGNMENT = {
     "answer": ({"second_turn_preferred_response": "response_e"}, r"a\.csv: row 2: second_turn_preferred_response is 'response_e'; allowed"),
     "nobody": ({"annotator_id": None}, r"a\.csv: row 2: annotator_id is empty"),
@@ -191,6 +199,9 @@ def test_bad_alignment_files_are_told_in_one_line(tmp_path, dialogues):
     (tmp_path / "c.csv").write_bytes(dialogues.read_text().replace("first answer", "première").encode("latin-1"))
     with pytest.raises(DataError, match=r"c\.csv: not UTF-8 text"):
         alignment(tmp_path / "c.csv")
+    (tmp_path / "u.csv").write_text(dialogues.read_text(), encoding="utf-16")
+    with pytest.raises(DataError, match=r"u\.csv: not UTF-8 text; save it as UTF-8, e\.g\. with iconv -f UTF-16"):
+        alignment(tmp_path / "u.csv")
     (tmp_path / "d.csv.gz").write_bytes(gzip.compress(dialogues.read_bytes() * 40)[:-200])
     with pytest.raises(DataError, match=r"d\.csv\.gz: cannot be read"):
         alignment(tmp_path / "d.csv.gz")
