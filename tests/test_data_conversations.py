@@ -170,9 +170,18 @@ def test_a_folder_with_one_csv_is_enough_and_gzip_is_read(tmp_path):
     assert texts(alignment(tmp_path), "messages") == expected
 
 
+@pytest.mark.parametrize(("separator", "encoding"), [(";", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-8-sig")])
+def test_dialogues_saved_in_another_way_are_the_same(tmp_path, separator, encoding):
+    plain = write_alignment(tmp_path / "a.csv", [alignment_row(number) for number in range(18)])
+    other = tmp_path / "b.csv"
+    pd.read_csv(plain).to_csv(other, sep=separator, encoding=encoding, index=False)
+    assert texts(alignment(other), "messages") == texts(alignment(plain), "messages")
+
+
 BAD_ALIGNMENT = {
     "answer": ({"second_turn_preferred_response": "response_e"}, r"a\.csv: row 2: second_turn_preferred_response is 'response_e'; allowed"),
     "nobody": ({"annotator_id": None}, r"a\.csv: row 2: annotator_id is empty"),
+    "no person": ({"annotator_id": "unknown"}, r"a\.csv: row 2: annotator_id is unknown; each conversation names"),
     "twice": ({"conversation_id": "c0"}, r"a\.csv: row 2: the id 'c0' has come before"),
 }
 
@@ -190,6 +199,9 @@ def test_bad_alignment_files_are_told_in_one_line(tmp_path, dialogues):
     (tmp_path / "c.csv").write_bytes(dialogues.read_text().replace("first answer", "première").encode("latin-1"))
     with pytest.raises(DataError, match=r"c\.csv: not UTF-8 text"):
         alignment(tmp_path / "c.csv")
+    (tmp_path / "u.csv").write_text(dialogues.read_text(), encoding="utf-16")
+    with pytest.raises(DataError, match=r"u\.csv: not UTF-8 text; save it as UTF-8, e\.g\. with iconv -f UTF-16"):
+        alignment(tmp_path / "u.csv")
     (tmp_path / "d.csv.gz").write_bytes(gzip.compress(dialogues.read_bytes() * 40)[:-200])
     with pytest.raises(DataError, match=r"d\.csv\.gz: cannot be read"):
         alignment(tmp_path / "d.csv.gz")
@@ -229,6 +241,18 @@ def test_prism_preferences_set_the_chosen_answer_against_each_other(talks):
                     expected[json.dumps([prompt, turns[place][1], f"Answer {other} in turn {place} of {number}"])] += 1
     found = Counter(json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in rows(prism(talks, "preference")))
     assert found == expected
+
+
+def test_a_model_of_prism_that_said_nothing_gave_no_answer(tmp_path):
+    silent = prism_conversation(0, 0)
+    silent["conversation_history"][5]["content"] = "EMPTY STRING"  # the chosen answer of the second turn
+    beside = prism_conversation(1, 1, conversation_id=7)
+    beside["conversation_history"][1]["content"] = "EMPTY STRING"  # an answer that was not chosen
+    folder = write_prism(tmp_path, [prism_user(0), prism_user(1), prism_user(2)], [silent, beside, prism_conversation(2, 2)])
+    said = [message["content"] for row in rows(prism(folder)) for message in row["messages"]]
+    assert "EMPTY STRING" not in said
+    assert sum("of 0" in text for text in said) == 2
+    assert not any(row["rejected"] == "EMPTY STRING" for row in rows(prism(folder, "preference")))
 
 
 def test_prism_people_stay_on_one_side(talks):

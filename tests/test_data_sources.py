@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,46 @@ def test_gzip_folders_blank_lines_and_marks_are_read(tmp_path):
     assert set(data.manifest["inputs"]) == {"one.jsonl.gz", "two.jsonl"}
 
 
+@pytest.mark.parametrize("nobody", ["", " ", "nan", "None", "unknown", "N/A", "<NA>", "\u200b", None, float("nan")])
+def test_words_that_mean_no_person_leave_each_row_its_own(tmp_path, nobody):
+    rows = [{**CHOICE, "person_id": f"p{i}" if i % 2 else nobody, "answer": i % 2} for i in range(60)]
+    data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
+    named = [draw(0, "person", f"p{i}") < 0.3 for i in range(1, 60, 2)]
+    unnamed = [draw(0, "row", f"a.jsonl:{i + 1}") < 0.3 for i in range(0, 60, 2)]
+    assert data.manifest["splits"]["test"]["people"] == sum(named + unnamed)
+    assert sum(sizes["people"] for sizes in data.manifest["splits"].values()) == 60
+
+
+def test_an_id_with_very_many_rows_is_said_and_shortened(tmp_path):
+    rows = [{**CHOICE, "person_id": "somebody-else" if i < 60 else f"p{i}"} for i in range(200)]
+    with pytest.warns(UserWarning, match=r"one person, with the id 'some\.\.\.', has 60 of 200 rows; where that id stands for nobody"):
+        load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(jsonl(tmp_path / "a.jsonl", rows[10:]), heldout_fraction=0)
+
+
+def test_two_spellings_are_one_country_one_person_and_one_option(tmp_path):
+    one, other = "Côte d'Ivoire", "Co\u0302te d'Ivoire\u200b"
+    row = {**CHOICE, "question_id": "é", "options": ["Oui, bientôt", "Non"], "answer": "Oui, biento\u0302t "}
+    rows = [
+        {**row, "profile": {"country": (one, other)[i % 2]}, "person_id": (f"é{i // 4}", f"e\u0301{i // 4} ")[i // 2 % 2]}
+        for i in range(80)
+    ]
+    rows[1] = {**rows[1], "question_id": "e\u0301", "options": ["Oui, biento\u0302t", "\ufeffNon"]}
+    data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
+    assert [profile["fields"] for profile in data.profiles] == [{"country": one}]
+    assert sum(sizes["people"] for sizes in data.manifest["splits"].values()) == 20
+    assert len(data.splits["train"].questions.table) == 1
+    assert long_format(data).groupby("option")["count"].sum().to_dict() == {"Oui, bientôt": 80, "Non": 0}
+
+
+def test_a_profile_that_is_json_text_has_a_country(tmp_path):
+    rows = [{**CHOICE, "profile": json.dumps({"country": f"C{i % 3}", "age": 3})} for i in range(30)]
+    data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
+    assert {group for split in data.splits.values() for group in split["group"]} == {"C0", "C1", "C2"}
+
+
 def test_equal_questions_without_id_are_one_question(tmp_path):
     rows = [CHOICE] * 10 + [{**CHOICE, "question": "Coffee?"}] * 10
     frame = long_format(load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0))
@@ -273,6 +314,8 @@ BAD_ROWS = {
     "no fields": ({**CHOICE, "profile": {}}, r":2: a profile has no field with an answer"),
     "all missing": ({**CHOICE, "profile": {"age": None, "sex": "no answer"}}, r":2: .*fields given: age, sex"),
     "nested field": ({**CHOICE, "profile": {"place": {"country": "Chad"}}}, r":2: profile field 'place' is dict; allowed"),
+    "broken profile": ({**CHOICE, "profile": "{'country': 'Chad'}"}, r":2: the profile is a text that starts as JSON but is broken"),
+    "true as an age": ({**CHOICE, "profile": {"age": True}}, r":2: profile field 'age' is true; allowed: text or a number"),
     "number profile": ({**CHOICE, "profile": 3}, r":2: profile is int; allowed"),
     "scale": ({**CHOICE, "scale": "interval"}, r":2: scale is 'interval'; allowed: ordinal, nominal"),
     "bad person": ({**CHOICE, "person_id": [1]}, r":2: person_id is list; allowed"),

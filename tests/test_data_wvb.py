@@ -174,6 +174,24 @@ def test_people_without_answers_or_profile_are_left_out_and_counted(people, tmp_
         load(tmp_path / "nobody")
 
 
+@pytest.mark.parametrize(("separator", "encoding"), [(";", "utf-8"), ("\t", "utf-8-sig"), (",", "utf-8-sig")])
+def test_a_survey_saved_in_another_way_is_the_same(people, survey, separator, encoding):
+    """Also with labels in place of codes in the columns that say who somebody is."""
+    file = next(survey.glob("*.csv"))
+    frame = pd.read_csv(file, dtype=str)
+    for column in PROFILE:
+        frame[column] = frame[column].map(lambda code, column=column: CHOICES[column].get(code, code))
+    frame.to_csv(file, sep=separator, encoding=encoding, index=False)
+    assert prepared(load(survey)) == counted(people)
+
+
+def test_a_survey_in_utf_16_is_told_how_to_convert(survey):
+    file = next(survey.glob("*.csv"))
+    file.write_text(file.read_text(encoding="utf-8"), encoding="utf-16")
+    with pytest.raises(DataError, match=r"\.csv: not UTF-8 text; save it as UTF-8, e\.g\. with iconv -f UTF-16 -t UTF-8 FILE > NEW"):
+        load(survey)
+
+
 def test_the_interview_number_used_twice_by_the_survey_is_left_out(people, tmp_path):
     people = people.copy()
     people.loc[[3, 8], "D_INTERVIEW"] = 858069901
@@ -200,7 +218,12 @@ BAD_SURVEYS = {
     "profile column": (lambda frame: frame.drop(columns="Q289"), r"\.csv: column Q289 is missing"),
     "value code": (set_cell("Q56", "7"), r"\.csv: row 6: Q56 is 7; codes the codebook knows: 1, 2, 3, and negative ones"),
     "broken number": (set_cell("Q56", "1.5"), r"\.csv: row 6: Q56 is 1\.5"),
-    "no number": (set_cell("Q56", "often"), r"\.csv: cannot be read: .*often"),
+    "label": (set_cell("Q56", "often"), r"\.csv: row 6: Q56 is 'often', which is no number; save the codes, not their labels"),
+    "decimal comma": (set_cell("Q56", "1,0"), r"\.csv: row 6: Q56 is '1,0', which is no number; save numbers with a decimal point"),
+    "labels in the header": (
+        lambda frame: frame.rename(columns={"Q56": "Standard of living"}),
+        r"\.csv: column Q56 is missing; .*the names of the variables, not their labels",
+    ),
     "profile code": (set_cell("Q289", "77"), r"\.csv: Q289 is '77', which codebook\.json does not know"),
     "twice": (set_cell("D_INTERVIEW", "10003"), r"\.csv: D_INTERVIEW 10003 comes more than once"),
     "nobody": (lambda frame: frame.iloc[:0], r"\.csv holds no people"),

@@ -231,7 +231,7 @@ def make_run(folder: Path, llama: Path, encoder: Path, raw: Path, steps: tuple[i
             "model": {"path": str(llama), "dtype": "float32"},
             "profiles": {"encoder": str(encoder)},
             "adapters": ADAPTERS.model_dump() | adapters,
-            "data": {"source": "jsonl", "path": str(raw), "heldout_fraction": 0.25, "split_seed": 2},
+            "data": {"source": "jsonl", "path": str(raw), "heldout_fraction": 0.25, "split_seed": 3},
             "evaluation": {"min_answers": 15},
         }
     )

@@ -12,7 +12,8 @@ import torch
 from cuma_ds.errors import ConfigError, DataError, ModelError
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
 from cuma_ds.profiles.encoder import pool
-from cuma_ds.profiles.linearize import country_of, is_missing
+from cuma_ds.profiles.groups import group_mask
+from cuma_ds.profiles.linearize import country_of, is_missing, one_spelling, plain_profile
 
 WVS = [
     ({"country": "Thailand", "age": 55, "gender": "female", "religion": "Buddhist"}, "A 55-year-old Buddhist woman living in Thailand."),
@@ -30,6 +31,10 @@ WVS = [
     ({"religion": "Islam", "education_level": "Upper secondary"}, "A Muslim person whose highest education is upper secondary."),
     ({"country": "Chile", "marital_status": "married"}, "A person living in Chile. Marital status: married."),
     ({"employment": "retired"}, "Employment: retired."),
+    ({"religion": "Other", "gender": "female", "age": 34}, "A 34-year-old woman of another religion."),
+    ({"religion": "other religion", "age": "25-34", "country": "Peru"}, "A person of another religion aged 25 to 34 living in Peru."),
+    ({"religion": "Other Christian (Evangelical/Pentecostal)", "gender": "male"}, "A Christian man."),
+    ({"gender": "Other", "country": "Peru"}, "A person of another gender living in Peru."),
 ]
 
 
@@ -46,7 +51,11 @@ def test_generic_template_keeps_order_names_and_values():
 
 
 @pytest.mark.parametrize(
-    "value", [None, float("nan"), "", "  ", "missing", "Prefer not to say", "NO ANSWER", "Don't know", "don’t know.", []]
+    "value",
+    [
+        *(None, float("nan"), "", "  ", "\u200b", [], [None, ""], {"a": None}),
+        *("missing", "EMPTY STRING", "Prefer not to say", "NO ANSWER", "Don't know", "don’t know."),
+    ],
 )
 @pytest.mark.parametrize("template", ["wvs", "generic"])
 def test_missing_values_leave_no_trace(value, template):
@@ -69,6 +78,54 @@ def test_a_profile_without_answers_is_refused_without_showing_its_text(fields):
     with pytest.raises(DataError) as caught:
         linearize(fields)
     assert "\n" not in str(caught.value)
+
+
+SPELLINGS = {
+    "decomposed": "Co\u0302te d'Ivoire",
+    "spaces": "  Côte d'Ivoire\u00a0",
+    "no width": "Cô\u200bte\u2060 d'Ivoire\ufeff",
+    "joiners": "Cô\u200d\u200cte d'Ivoire",
+    "direction": "\u200eCôte d'Ivoire\u200f",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_one_value_has_one_spelling(spelling):
+    expected = {"country": "Côte d'Ivoire", "age": 3}
+    assert country_of({"country": spelling}) == expected["country"]
+    for template in ("wvs", "generic"):
+        assert linearize({"\u200bcountry": spelling, "age": 3}, template) == linearize(expected, template)
+    assert linearize(f"Somebody from {spelling} who cooks.") == "Somebody from Côte d'Ivoire who cooks."
+    assert plain_profile({"country": spelling, "age": 3, "tea": [spelling, None]}) == {**expected, "tea": ["Côte d'Ivoire"]}
+    mask_NE = group_mask([{"country": "Peru"}, {"country": "Côte d'Ivoire"}], {"country": {spelling: [0], "*": [1]}}, 2)
+    assert mask_NE.tolist() == [[0, 1], [1, 0]]
+
+
+def test_joiners_stay_where_a_script_writes_with_them():
+    for word in ("می\u200cخواهم", "क्\u200dष", "👩\u200d🌾"):
+        assert one_spelling(word) == word
+
+
+def test_a_profile_that_is_json_text_is_its_fields():
+    assert linearize(' {"country": "Norway", "age": 34}', "wvs") == "A 34-year-old person living in Norway."
+    for text, problem in (("{'country': 'Norway'}", "starts as JSON but is broken"), ('{"age": 1, "age": 2}', "names 'age' twice")):
+        with pytest.raises(DataError, match=problem) as caught:
+            linearize(text)
+        assert "Norway" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"age": True}, "profile field 'age' is true; allowed: text or a number"),
+        ({"Sex": False}, "profile field 'Sex' is false"),
+        ({"place": {"country": "Norway"}}, "profile field 'place' holds fields or lists of its own"),
+        ({"places": [["Norway"]]}, "profile field 'places' holds fields or lists of its own"),
+    ],
+)
+def test_a_field_of_another_kind_is_refused(fields, problem):
+    with pytest.raises(DataError, match=problem):
+        linearize(fields)
 
 
 def test_unknown_template_names_the_nearest():

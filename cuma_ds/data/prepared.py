@@ -36,7 +36,7 @@ from cuma_ds.errors import DataError, nearest
 from cuma_ds.identity import SEAL, seal_holds, sealed
 from cuma_ds.identity import file_sha256 as sha256
 from cuma_ds.profiles import ProfileTable, linearize
-from cuma_ds.profiles.linearize import country_of
+from cuma_ds.profiles.linearize import country_of, plain_profile
 from cuma_ds.profiles.table import Encoder
 
 FORMAT_VERSION = 2
@@ -173,10 +173,11 @@ class ProfileList:
         Raises:
             DataError: nothing in the profile is usable.
         """
-        fields = {} if isinstance(profile, str) else dict(profile)
-        key = (profile if isinstance(profile, str) else "", *((name, type(value), value) for name, value in fields.items()))
+        given = {} if isinstance(profile, str) else profile
+        key = (profile if isinstance(profile, str) else "", *((name, type(value), value) for name, value in given.items()))
         if key not in self._seen:
-            self._seen[key] = self._add(linearize(profile, self.template), fields)
+            plain = plain_profile(profile)
+            self._seen[key] = self._add(linearize(plain, self.template), {} if isinstance(plain, str) else plain)
         return self._seen[key]
 
     def merge(self, other: ProfileList, row: int) -> int:

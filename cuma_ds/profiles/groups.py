@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cuma_ds.errors import ConfigError, nearest
-from cuma_ds.profiles.linearize import value_of
+from cuma_ds.profiles.linearize import one_spelling, value_of
 
 EVERYONE_ELSE = "*"
 
@@ -29,7 +29,8 @@ def group_mask(profiles: Sequence[Mapping[str, Any]], groups: Mapping[str, Mappi
     Raises:
         ConfigError: no profile has the field, or nobody is in a group.
     """
-    ((field, experts_by_value),) = groups.items()
+    ((field, experts_by_given),) = groups.items()
+    experts_by_value = {one_spelling(value): experts for value, experts in experts_by_given.items()}
     values = [value_of(fields, field) for fields in profiles]
     if not any(values):
         known = list(dict.fromkeys(name for fields in profiles if not isinstance(fields, str) for name in fields))

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from cuma_ds.errors import ConfigError, DataError, nearest
+from cuma_ds.strict_json import RepeatedKeyError, read_json
 
 TEMPLATES = ("wvs", "generic")
 
 _MISSING = {
-    "", "-", "?", "na", "n/a", "nan", "null", "missing", "missing value", "unknown", "refused", "not asked", "not applicable",
+    "", "-", "?", "na", "n/a", "#n/a", "<na>", "nan", "null", "empty string",
+    "missing", "missing value", "unknown", "refused", "not asked", "not applicable",
     "not available", "no answer", "no response", "prefer not to say", "prefer not to answer", "prefer not to disclose",
     "rather not say", "don't know", "dont know", "do not know", "i don't know",
 }  # fmt: skip
+
+# Characters that are not seen: spaces of no width, marks of direction and of byte order. Joiners count only outside the scripts that
+# write with them (from Arabic on, and emoji).
+_INVISIBLE = re.compile(
+    r"[\u200b\u200e\u200f\u2060\ufeff]|(?<![\u0600-\u1fff\u2c00-\U0010ffff])[\u200c\u200d]"
+)
+_OTHER = re.compile(r"(?:an)?others?(?: (?:religion|faith|denomination|gender)s?)?(?:\s*[,:;(].*)?", re.IGNORECASE)
 
 # Field names people use, by the one the wvs template reads.
 _ALIASES = {
@@ -48,7 +58,7 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
     """Turn a profile into the sentence the encoder reads.
 
     Args:
-        fields: profile fields, or a sentence that is passed through.
+        fields: profile fields, or a sentence that is passed through; anything that :func:`plain_profile` takes.
         template: ``wvs`` reads country, age, gender, religion and education as one English sentence and adds other
             fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order.
 
@@ -56,30 +66,73 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
         One line, e.g. ``A 55-year-old Buddhist woman living in Thailand.``
 
     Raises:
-        DataError: no field has a usable value (None, NaN, empty, "prefer not to say", ... are not usable).
+        DataError: no field has a usable value (None, NaN, empty, "prefer not to say", ... are not usable), or as
+            :func:`plain_profile`.
         ConfigError: an unknown template.
     """
     if template not in TEMPLATES:
         raise ConfigError(f"unknown profile template {template!r}{nearest(template, TEMPLATES)}; allowed: {', '.join(TEMPLATES)}")
+    fields = plain_profile(fields)
     if isinstance(fields, str):
-        sentence = " ".join(fields.split())
-        if not sentence:
+        if not fields:
             raise DataError("the profile is empty text; allowed: a sentence, or fields such as country, age, gender")
-        return sentence
-    values = {str(name): _text(value) for name, value in fields.items() if not is_missing(value)}
+        return fields
+    values = {name: _text(value) for name, value in fields.items() if not is_missing(value)}
     if not values:
         given = ", ".join(str(name) for name in fields) or "none at all"
         raise DataError(f"a profile has no field with an answer (fields given: {given}); at least one is needed, e.g. country")
     return _wvs(values) if template == "wvs" else _generic(values)
 
 
+def plain_profile(profile: Mapping[str, Any] | str) -> dict[str, Any] | str:
+    """The profile with names and texts in one spelling.
+
+    A text that is a JSON object is read as the fields it holds; any other text is a sentence. Lists lose items without an answer.
+
+    Raises:
+        DataError: broken JSON, a field that holds fields, or an age, country or gender that is true or false.
+    """
+    if isinstance(profile, str):
+        sentence = " ".join(one_spelling(profile).split())
+        if not sentence.startswith("{"):
+            return sentence
+        try:
+            profile = dict(read_json(one_spelling(profile)))
+        except RepeatedKeyError as error:
+            raise DataError(f"the profile names {error.key!r} twice; keep one") from None
+        except ValueError:
+            raise DataError("the profile is a text that starts as JSON but is broken; allowed: a sentence, or fields such as age") from None
+    return {one_spelling(str(name)): _plain_value(name, value) for name, value in profile.items()}
+
+
+def _plain_value(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return one_spelling(value)
+    if isinstance(value, bool) and _canonical(str(name)) in ("age", "country", "gender"):
+        raise DataError(f"profile field {name!r} is {str(value).lower()}; allowed: text or a number")
+    if isinstance(value, list | tuple | set) and not any(isinstance(item, list | tuple | set | Mapping) for item in value):
+        return [_plain_value(name, item) for item in value if not is_missing(item)]
+    if isinstance(value, list | tuple | set | Mapping) and not is_missing(value):
+        raise DataError(f"profile field {name!r} holds fields or lists of its own; write each as a field of the profile")
+    return value
+
+
+def one_spelling(text: str) -> str:
+    """The text as all texts that look like it are spelled: composed (NFC), trimmed, without invisible characters."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
+    return text.strip()
+
+
 def is_missing(value: Any) -> bool:
     """Whether a field's value means that nothing is known (case-insensitive)."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return True
-    if isinstance(value, list | tuple | dict | set):
-        return not value
-    return str(value).strip().lower().replace("’", "'").rstrip(".") in _MISSING
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        return all(map(is_missing, value))
+    return one_spelling(str(value)).lower().replace("’", "'").rstrip(".") in _MISSING
 
 
 def country_of(fields: Mapping[str, Any] | str) -> str:
@@ -103,11 +156,11 @@ def _text(value: Any) -> str:
         return str(int(value))
     if isinstance(value, list | tuple | set):
         return ", ".join(_text(item) for item in value)
-    return " ".join(str(value).split())
+    return " ".join(one_spelling(str(value)).split())
 
 
 def _readable(name: str) -> str:
-    return " ".join(name.replace("_", " ").split())
+    return " ".join(one_spelling(name).replace("_", " ").split())
 
 
 def _canonical(name: str) -> str:
@@ -134,8 +187,9 @@ def _wvs(values: Mapping[str, str]) -> str:
             others[name] = value
     if not known:
         return _generic(others)
-    before_noun, after_noun = _age(known.get("age"))
-    words = [before_noun, _religion(known.get("religion")), _gender(known.get("gender")), after_noun]
+    age_before, age_after = _age(known.get("age"))
+    religion_before, religion_after = _religion(known.get("religion"))
+    words = [age_before, religion_before, _gender(known.get("gender")), religion_after, age_after]
     if "country" in known:
         words.append(f"living in {_country(known['country'])}")
     words.append(_education(known.get("education")))
@@ -168,13 +222,18 @@ def _age(age: str | None) -> tuple[str, str]:
     return "", f"aged {plain}"
 
 
-def _religion(religion: str | None) -> str:
+def _religion(religion: str | None) -> tuple[str, str]:
+    """What stands before the noun ("Buddhist") and after it ("of another religion")."""
     if religion is None:
-        return ""
+        return "", ""
     plain = re.sub(r"\s*\(.*?\)", "", religion).strip()
+    if _OTHER.fullmatch(plain):
+        return "", "of another religion"
     if plain.lower() in _NOT_RELIGIOUS:
-        return "non-religious"
-    return _BELIEVERS.get(plain.lower(), plain)
+        return "non-religious", ""
+    # "Other Christian" is a Christian of another church.
+    plain = re.sub(r"^other\s+", "", plain, flags=re.IGNORECASE)
+    return _BELIEVERS.get(plain.lower(), plain), ""
 
 
 def _gender(gender: str | None) -> str:
@@ -183,6 +242,8 @@ def _gender(gender: str | None) -> str:
     plain = gender.lower()
     if plain in _MAN:
         return "man"
+    if _OTHER.fullmatch(plain):
+        return "person of another gender"
     return "woman" if plain in _WOMAN else f"{plain} person"
 
 

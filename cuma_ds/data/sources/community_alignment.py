@@ -10,7 +10,7 @@ from typing import Any
 from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.sources.files import csv_columns, find_csv, require_columns
-from cuma_ds.data.sources.records import Converted, Progress, Row, anonymous, prepare_records
+from cuma_ds.data.sources.records import Converted, Progress, Row, anonymous, person_of, prepare_records
 from cuma_ds.errors import DataError
 
 _TURNS = ("first", "second", "third", "fourth")
@@ -60,8 +60,8 @@ def prepare_community_alignment(
 def convert_conversation(record: Row, where: str, kind: str) -> Converted:
     """Rows of one conversation; a turn without prompt, preference or preferred answer ends it."""
     for name in ("conversation_id", "annotator_id"):
-        if not record.get(name):
-            raise DataError(f"{where}: {name} is empty; each conversation names itself and its annotator")
+        if person_of(record, name, where) is None:
+            raise DataError(f"{where}: {name} is {record.get(name) or 'empty'}; each conversation names itself and its annotator")
     profile = {field: _readable(field, record.get(column)) for column, field in _FIELDS.items()}
     if anonymous(profile):
         return Converted([], record["conversation_id"], "conversations of people of whom nothing is known")

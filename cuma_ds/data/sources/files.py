@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from cuma_ds.data.prepared import sha256
 from cuma_ds.errors import DataError
 from cuma_ds.strict_json import read_json
 
-CONVERT = "save it as UTF-8, e.g. with iconv -f LATIN1 -t UTF-8 FILE > NEW"
 _CHUNK_BYTES = 4 << 20
 _CHUNK_ROWS = 2_000
 _JSON = ("*.jsonl", "*.jsonl.gz")
@@ -91,7 +91,7 @@ def find_input(path: str | Path, split: str | None = None) -> Input:
 
 
 def find_csv(file: Path, columns: list[str]) -> Input:
-    """One CSV file (also gzipped) whose texts may span lines; only ``columns`` are read, as text.
+    """One delimited file (also gzipped) whose texts may span lines; only ``columns`` are read, as text.
 
     Raises:
         DataError: a column is missing, or the file cannot be read.
@@ -99,7 +99,7 @@ def find_csv(file: Path, columns: list[str]) -> Input:
 
     def chunks() -> Iterator[Chunk]:
         number = 1
-        for batch, consumed in csv_batches(file, columns, ","):
+        for batch, consumed in csv_batches(file, columns):
             for start in range(0, len(batch), _CHUNK_ROWS):
                 part = batch.slice(start, _CHUNK_ROWS)
                 yield Chunk(str(file), number, part, consumed)
@@ -108,20 +108,19 @@ def find_csv(file: Path, columns: list[str]) -> Input:
     return Input(chunks, file.stat().st_size, {file.name: sha256(file)})
 
 
-def csv_batches(
-    file: Path, columns: list[str], delimiter: str, types: dict[str, pa.DataType] | None = None
-) -> Iterator[tuple[pa.RecordBatch, int]]:
+def csv_batches(file: Path, columns: list[str], types: dict[str, pa.DataType] | None = None) -> Iterator[tuple[pa.RecordBatch, int]]:
     """Batches of some columns of a delimited file, and the bytes read so far.
 
     Args:
-        types: of columns that are not text.
+        types: of columns that are not text; where there are any, no text of a tab-separated file spans lines.
 
     Raises:
         DataError: a missing column, a cell of another type, text that is not UTF-8, a damaged file.
     """
     from pyarrow import csv
 
-    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=delimiter == ",")
+    header, delimiter = _header(file)
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=types is None or delimiter != "\t")
     convert = csv.ConvertOptions(
         include_columns=columns,
         column_types={name: (types or {}).get(name, pa.string()) for name in columns},
@@ -137,23 +136,30 @@ def csv_batches(
                 for batch in reader:
                     yield batch, min(raw.tell() if not raw.closed else 0, file.stat().st_size)
     except (OSError, pa.ArrowException, ValueError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: {_csv_problem(error)}") from None
+        raise DataError(f"{file}: {_csv_problem(error, file, header)}") from None
 
 
-def csv_columns(file: Path, delimiter: str = ",") -> list[str]:
+def csv_columns(file: Path) -> list[str]:
     """The header of a delimited file.
 
     Raises:
         DataError: no readable header.
     """
+    return _header(file)[0]
+
+
+def _header(file: Path) -> tuple[list[str], str]:
+    """The columns of a delimited file, and what separates them: comma, semicolon or tabulator, whichever the header has."""
     import csv
 
     opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="") as lines:
-            return next(csv.reader(lines, delimiter=delimiter), [])
+            line = lines.readline()
+        found = [(next(csv.reader([line], delimiter=mark), []), mark) for mark in (",", ";", "\t")]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
-        raise DataError(f"{file}: {_csv_problem(error)}") from None
+        raise DataError(f"{file}: {_csv_problem(error, file)}") from None
+    return max(found, key=lambda columns: len(columns[0]))
 
 
 def require_columns(file: Path, found: list[str], needed: list[str]) -> None:
@@ -161,13 +167,29 @@ def require_columns(file: Path, found: list[str], needed: list[str]) -> None:
     missing = [name for name in needed if name not in found]
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise DataError(f"{file}: column {shown} is missing; the file has {len(found)} columns: {', '.join(found[:8])}, ...")
+        raise DataError(
+            f"{file}: column {shown} is missing; the file has {len(found)} columns: {', '.join(found[:8])}, ... "
+            "(the header must hold the names of the variables, not their labels)"
+        )
 
 
-def _csv_problem(error: BaseException) -> str:
+def not_utf8(start: bytes) -> str:
+    """What to say about a file that is not UTF-8, by its first bytes: its likely encoding and how to convert it."""
+    encoding = "UTF-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    return f"not UTF-8 text; save it as UTF-8, e.g. with iconv -f {encoding} -t UTF-8 FILE > NEW"
+
+
+def _csv_problem(error: BaseException, file: Path, header: Sequence[str] = ()) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in text:
-        return f"not UTF-8 text; {CONVERT}"
+        with file.open("rb") as raw:
+            return not_utf8(raw.read(2))
+    cell = re.search(r"CSV column #(\d+): (?:Row #(\d+): )?CSV conversion error to \w+: invalid value '(.*)'", text)
+    if cell and int(cell[1]) < len(header):
+        row = f"row {cell[2]}: " if cell[2] else ""
+        is_comma = re.fullmatch(r"-?\d*,\d+", cell[3])
+        advice = "save numbers with a decimal point" if is_comma else "save the codes, not their labels"
+        return f"{row}{header[int(cell[1])]} is {cell[3][:40]!r}, which is no number; {advice}"
     return f"cannot be read: {text[:200]}"
 
 
@@ -261,7 +283,7 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8 text; {CONVERT}") from None
+        raise DataError(f"{where}: {not_utf8(line)}") from None
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise DataError(f"{where}: \\u{ord(half):04x} is half of a pair and no character; write the pair, or leave it out") from None

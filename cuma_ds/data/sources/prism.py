@@ -9,7 +9,7 @@ from typing import Any
 from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import PreparedData, sha256
 from cuma_ds.data.sources.files import Input, decode, find_input
-from cuma_ds.data.sources.records import Converted, Progress, Row, anonymous, prepare_records
+from cuma_ds.data.sources.records import Converted, Progress, Row, anonymous, person_of, prepare_records
 from cuma_ds.errors import DataError
 
 _FILES = ("conversations.jsonl", "survey.jsonl")
@@ -67,7 +67,7 @@ def read_survey(source: Input) -> dict[str, dict[str, Any]]:
             for key in _SURVEY_KEYS:
                 if key not in record:
                     raise DataError(f"{where}: key {key!r} is missing; a survey row has: {', '.join(_SURVEY_KEYS)}")
-            user = record["user_id"]
+            user = _user(record, where)
             if user in people:
                 raise DataError(f"{where}: the user_id {user!r} has come before; each user answered the survey once")
             people[user] = _profile(record, where)
@@ -79,19 +79,20 @@ def convert_conversation(record: Row, where: str, kind: str, people: dict[str, d
     for key in ("conversation_id", "user_id", "conversation_history"):
         if key not in record:
             raise DataError(f"{where}: key {key!r} is missing; a conversation has conversation_id, user_id and conversation_history")
-    if record["user_id"] not in people:
-        raise DataError(f"{where}: user_id {record['user_id']!r} is not in the survey")
-    who = {"profile": people[record["user_id"]], "person_id": record["user_id"]}
-    if anonymous(who["profile"]):
+    user = _user(record, where)
+    if user not in people:
+        raise DataError(f"{where}: user_id {user!r} is not in the survey")
+    who = {"profile": people[user], "person_id": user}
+    if anonymous(people[user]):
         return Converted([], record["conversation_id"], "conversations of people of whom nothing is known")
     messages: list[dict[str, str]] = []
     rows: list[dict[str, Any]] = []
     for prompt, answers in _turns(record["conversation_history"], where):
-        chosen = [answer["content"].strip() for answer in answers if answer.get("if_chosen")]
+        chosen = [_text(answer) for answer in answers if answer.get("if_chosen")]
         if len(chosen) != 1 or not chosen[0] or not prompt:
             break
         messages.append({"role": "user", "content": prompt})
-        others = dict.fromkeys(answer["content"].strip() for answer in answers if not answer.get("if_chosen"))
+        others = dict.fromkeys(_text(answer) for answer in answers if not answer.get("if_chosen"))
         rows.extend(
             {**who, "prompt": list(messages), "chosen": chosen[0], "rejected": other} for other in others if other and other != chosen[0]
         )
@@ -114,10 +115,23 @@ def _turns(history: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
             raise DataError(f"{where}: entry {number} of conversation_history has role {entry.get('role')!r}; allowed: user, model")
         prompts, answers = turns.setdefault(entry["turn"], ([], []))
         if entry["role"] == "user":
-            prompts.append(entry["content"].strip())
+            prompts.append(_text(entry))
         else:
             answers.append(entry)
     return [("\n".join(prompts), answers) for _, (prompts, answers) in sorted(turns.items())]
+
+
+def _text(entry: dict[str, Any]) -> str:
+    """What an entry says; PRISM writes EMPTY STRING where a model said nothing."""
+    text = entry["content"].strip()
+    return "" if text == "EMPTY STRING" else text
+
+
+def _user(record: Row, where: str) -> str:
+    user = person_of(record, "user_id", where)
+    if user is None:
+        raise DataError(f"{where}: user_id is {record['user_id']!r}, which names nobody; each person has an id")
+    return user
 
 
 def _profile(record: Row, where: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,7 @@ from cuma_ds.data.rows import QUESTION_SCHEMA, SCALES, SCHEMAS, ArrowFile, Quest
 from cuma_ds.data.sources.files import Chunk, Input, decode
 from cuma_ds.data.splits import draws
 from cuma_ds.errors import DataError, nearest
-from cuma_ds.profiles.linearize import is_missing
+from cuma_ds.profiles.linearize import is_missing, one_spelling
 
 _KEYS = {
     "choice": ("profile", "question", "options", "answer", "question_id", "person_id", "scale"),
@@ -43,6 +44,8 @@ _KEYS = {
     "preference": ("profile", "prompt", "chosen", "rejected", "person_id"),
 }
 _OPTIONAL = ("question_id", "person_id", "scale")
+# Besides the words that mean a missing value in a profile.
+_NOBODY = {"none", "nil", "undefined", "anonymous"}
 _ROLES = ("system", "user", "assistant")
 # Smaller inputs are read before other processes have started.
 _WORTH_WORKERS = 64 << 20
@@ -108,7 +111,7 @@ def read_part(chunk: Chunk, convert: Convert, template: str, questions: tuple[st
     for where, record in decode(chunk):
         converted = convert(record, where)
         if converted.record_id is not None:
-            part.record_ids.append((converted.record_id, where))
+            part.record_ids.append((str(converted.record_id), where))
         if converted.skipped is not None:
             part.skipped[converted.skipped] += 1
         for row in converted.rows:
@@ -136,7 +139,7 @@ def _add(part: Part, row: Row, where: str, wanted: tuple[str, ...] | None, paylo
         profile = part.profiles.add(_profile(row["profile"], where))
     except DataError as error:
         raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
-    person_id = _identifier(row, "person_id", where)
+    person_id = person_of(row, "person_id", where)
     person = -1 if person_id is None else part.persons.setdefault(person_id, len(part.persons))
     if person_id is None:
         part.unnamed.append(Path(where).name)
@@ -293,9 +296,22 @@ class _Gathered:
         person_N[nobody_N] = len(names) + np.arange(nobody_N.sum(), dtype=np.int32)
         questions = self._asked.read() if self._asked is not None else ArrowFile(QUESTION_SCHEMA.empty_table())
         payload = self._texts.read() if self._texts is not None else None
+        _warn_of_one_for_many(np.bincount(person_N[~nobody_N]), names, len(rows))
         draw_P = np.concatenate([draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)])
         return Rows(
             self.kind, person_N, draw_P, rows[:, 1], self.profiles, inputs, questions, rows[:, 2], rows[:, 3], payload, self.skipped
+        )
+
+
+def _warn_of_one_for_many(rows_P: np.ndarray, names: list[str], rows: int) -> None:
+    """Say which id has so many rows that it may stand for nobody."""
+    most = int(rows_P.argmax()) if len(rows_P) else 0
+    if len(rows_P) and rows_P[most] > max(50, rows / 100):
+        name = names[most] if len(names[most]) <= 6 else f"{names[most][:4]}..."
+        warnings.warn(
+            f"one person, with the id {name!r}, has {rows_P[most]:,} of {rows:,} rows; where that id stands for nobody, "
+            "leave it out: each such row is then a person of its own",
+            stacklevel=2,
         )
 
 
@@ -383,30 +399,46 @@ def _profile(profile: Any, where: str) -> dict[str, Any] | str:
     if not isinstance(profile, dict):
         raise DataError(f"{where}: profile is {type(profile).__name__}; allowed: an object of fields or a sentence")
     for name, value in profile.items():
-        if isinstance(value, dict | list):
+        if value is not None and not isinstance(value, str | int | float):
             raise DataError(f"{where}: profile field {name!r} is {type(value).__name__}; allowed: text, a number, true, false or null")
     return profile
 
 
-def _identifier(row: dict[str, Any], key: str, where: str) -> str | None:
+def person_of(row: Row, key: str, where: str) -> str | None:
+    """The id of a row's person, in one spelling; None for words that mean there is none ("", "nan", "None", "unknown", ...).
+
+    Raises:
+        DataError: neither text nor a whole number.
+    """
     value = row.get(key)
+    if is_missing(value) and not isinstance(value, list | dict):
+        return None
+    person = _identifier(row, key, where)
+    return None if person is None or person.lower() in _NOBODY else person
+
+
+def _identifier(row: Row, key: str, where: str) -> str | None:
+    value = row.get(key)
+    if isinstance(value, float) and value.is_integer():
+        # A column of whole numbers with gaps is one of floats in many tables.
+        value = int(value)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
         raise DataError(f"{where}: {key} is {type(value).__name__}; allowed: text or a whole number")
-    return None if value is None else str(value)
+    return None if value is None else one_spelling(str(value)) or None
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
     text, options = row["question"], row["options"]
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not one_spelling(text):
         raise DataError(f"{where}: question is empty or not text; allowed: the question as asked")
-    if not isinstance(options, list) or not all(isinstance(option, str) and option.strip() for option in options):
+    if not isinstance(options, list) or not all(isinstance(option, str) and one_spelling(option) for option in options):
         raise DataError(f"{where}: options is not a list of texts; allowed: 2 to {len(LETTERS)} different texts")
-    options = tuple(option.strip() for option in options)
+    options = tuple(one_spelling(option) for option in options)
     if not 2 <= len(options) <= len(LETTERS) or len(set(options)) < len(options):
         raise DataError(
             f"{where}: options has {len(options)} texts, {len(set(options))} different; allowed: 2 to {len(LETTERS)} different texts"
         )
-    text = text.strip()
+    text = one_spelling(text)
     question_id = _identifier(row, "question_id", where)
     if question_id is None:
         question_id = hashlib.sha256(json.dumps([text, options]).encode()).hexdigest()[:12]
@@ -417,8 +449,8 @@ def _question(row: dict[str, Any], where: str) -> Question:
 
 
 def _answer(answer: Any, options: tuple[str, ...], where: str) -> int:
-    if isinstance(answer, str) and answer.strip() in options:
-        return options.index(answer.strip())
+    if isinstance(answer, str) and one_spelling(answer) in options:
+        return options.index(one_spelling(answer))
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return answer
     shown = repr(answer) if isinstance(answer, int | float | bool) or answer is None else f"a {type(answer).__name__} that is no option"

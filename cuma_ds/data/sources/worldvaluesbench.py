@@ -234,8 +234,8 @@ def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, t
     """
     parts = []
     for number, (name, (demographic, value)) in enumerate(files.items()):
-        described, value_NF = _read_fields(demographic, "\t", codebook.by_text)
-        ids, option_NQ = _read_options(value, "\t", codebook, codebook.scaled, tell, number / len(files) / 2, 1 / len(files) / 2)
+        described, value_NF = _read_fields(demographic, codebook.by_text)
+        ids, option_NQ = _read_options(value, codebook, codebook.scaled, tell, number / len(files) / 2, 1 / len(files) / 2)
         order = pd.Index(described)
         _check_unique(order, demographic)
         _check_unique(pd.Index(ids), value)
@@ -257,22 +257,21 @@ def read_survey(file: Path, codebook: Codebook, tell: _Steps) -> People:
     Raises:
         DataError: as :func:`read_benchmark`.
     """
-    delimiter = _delimiter(file)
-    _, value_NF = _read_fields(file, delimiter, codebook.by_code)
-    ids, option_NQ = _read_options(file, delimiter, codebook, codebook.raw, tell, 0.0, 0.5)
+    _, value_NF = _read_fields(file, {column: codebook.by_text[column] | codebook.by_code[column] for column in FIELDS})
+    ids, option_NQ = _read_options(file, codebook, codebook.raw, tell, 0.0, 0.5)
     kept = ids != _USED_TWICE
     _check_unique(pd.Index(ids[kept]), file)
     return People(ids[kept], option_NQ[kept], value_NF[kept])
 
 
-def _read_fields(file: Path, delimiter: str, meaning: Mapping[str, Mapping[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+def _read_fields(file: Path, meaning: Mapping[str, Mapping[str, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Ids [N] and profile values [N, F] of a file, -1 for no answer.
 
     Args:
         meaning: per profile column, cell to place in ``Codebook.values``.
     """
-    require_columns(file, csv_columns(file, delimiter), [ID, *FIELDS])
-    batches = [batch for batch, _ in csv_batches(file, [ID, *FIELDS], delimiter, {ID: pa.int64()})]
+    require_columns(file, csv_columns(file), [ID, *FIELDS])
+    batches = [batch for batch, _ in csv_batches(file, [ID, *FIELDS], {ID: pa.int64()})]
     if not any(map(len, batches)):
         raise DataError(f"{file} holds no people")
     table = pa.Table.from_batches(batches)
@@ -297,15 +296,15 @@ def _field_place(cell: str, meaning: Mapping[str, int], column: str, file: Path)
 
 
 def _read_options(
-    file: Path, delimiter: str, codebook: Codebook, codes: list[dict[int, int]], tell: _Steps, start: float, share: float
+    file: Path, codebook: Codebook, codes: list[dict[int, int]], tell: _Steps, start: float, share: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [N] int64 and options [N, Q] int8 of a file of codes; negative codes and empty cells are -1."""
     names = [question.question_id for question in codebook.questions]
-    require_columns(file, csv_columns(file, delimiter), [ID, *names])
+    require_columns(file, csv_columns(file), [ID, *names])
     types: dict[str, pa.DataType] = {ID: pa.int64(), **dict.fromkeys(names, pa.float32())}
     tables = [_lookup(meaning) for meaning in codes]
     ids, options, row, size = [np.zeros(0, np.int64)], [np.zeros((0, len(names)), np.int8)], 2, file.stat().st_size
-    for batch, consumed in csv_batches(file, [ID, *names], delimiter, types):
+    for batch, consumed in csv_batches(file, [ID, *names], types):
         if batch.column(0).null_count:
             raise DataError(f"{file}: {ID} is empty in a row; each person has a number")
         block = np.empty((len(batch), len(names)), np.int8)
@@ -420,11 +419,6 @@ def _find_below(root: Path, name: str) -> Path:
     if found is None:
         raise DataError(f"{name} is missing in {folder}; it is in dataset_construction/ of the benchmark's public repository")
     return found
-
-
-def _delimiter(file: Path) -> str:
-    """Comma, semicolon or tabulator: whichever the header has."""
-    return max((",", ";", "\t"), key=lambda mark: len(csv_columns(file, mark)))
 
 
 def _check_unique(ids: pd.Index, where: Path) -> None:
