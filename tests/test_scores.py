@@ -225,7 +225,11 @@ def test_the_same_seed_draws_the_same_people_in_any_chunks() -> None:
 def test_an_interval_of_nothing_is_none() -> None:
     assert interval(np.array([np.nan, np.nan]), 1.0) is None
     assert interval(np.array([1.0, np.nan, 3.0]), float("nan")) is None
-    assert interval(np.array([1.0, np.nan, 3.0]), 12.0) == pytest.approx((11.05, 12.95))
+    assert interval(np.array([1.0, 3.0]), 12.0) == pytest.approx((11.05, 12.95))
+    assert interval(np.array([1.0, 3.0] * 20 + [np.nan]), 12.0) == pytest.approx((11.0, 13.0))
+    # Where groups hardly differ, many samples of people have an oracle no better than one global distribution, so that nothing could be
+    # recovered; the other samples alone would claim to know more than they do.
+    assert interval(np.array([1.0, np.nan, 3.0]), 12.0) is None
 
 
 @pytest.mark.parametrize("nominal", [True, False])

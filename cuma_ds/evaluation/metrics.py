@@ -158,18 +158,6 @@ class Cells:
         """Examples that belong to any cell, in cell order."""
         return [example for members in self.members for example in members]
 
-    def of_question(self, question: str) -> Cells:
-        """Only the cells of one question (what was left out is not told apart by question)."""
-        kept = [index for index, key in enumerate(self.keys) if key[0] == question]
-        return Cells(
-            [self.keys[index] for index in kept],
-            [self.members[index] for index in kept],
-            [self.observed[index] for index in kept],
-            self.answers[kept],
-            0,
-            0.0,
-        )
-
 
 def gather_cells(questions: Sequence[str], groups: Sequence[str], counts: Sequence[ArrayLike], min_answers: int) -> Cells:
     """Gather M examples into (question, group) cells, in order of first appearance, without the small ones.
