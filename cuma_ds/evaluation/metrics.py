@@ -52,6 +52,8 @@ def total_variation(p: ArrayLike, q: ArrayLike) -> Array:
 
 def distance(p: ArrayLike, q: ArrayLike, nominal: ArrayLike, steps: ArrayLike | None = None) -> Array:
     """:func:`total_variation` where ``nominal`` [...] is true (the order of the options means nothing), else :func:`emd`."""
+    if not np.any(nominal):
+        return emd(p, q, steps)
     return np.where(nominal, total_variation(p, q), emd(p, q, steps))
 
 
