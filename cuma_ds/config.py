@@ -142,7 +142,14 @@ class EvaluationSection(_Section):
     """How a trained run is judged."""
 
     batch_size: int = Field(16, ge=1, description="prompts per forward")
-    min_answers: int = Field(30, ge=1, description="groups with fewer test answers (subgroups with fewer people) are left out of reports")
+    min_answers: int = Field(
+        30,
+        ge=1,
+        description=(
+            "groups with fewer test answers (subgroups with fewer people) are left out of reports; "
+            "the oracle is made of at least as many training answers"
+        ),
+    )
     min_subgroup: int = Field(5, ge=2, description="people a group needs to count in macro accuracy and sigma-inequity, which name nobody")
     bootstrap: int = Field(1000, ge=0, description="bootstrap samples of people behind the 95% intervals; 0 = no intervals")
 

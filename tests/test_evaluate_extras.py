@@ -80,7 +80,7 @@ def test_a_peft_adapter_is_judged_before_and_after(run, tmp_path, tiny_llama) ->
     assert isinstance(subject.model, PeftModel)
     report = evaluate(subject, tmp_path / "out")
     bare = evaluate(open_model(str(tiny_llama), run / "data", [*FEW, "model.dtype=float32"]), tmp_path / "bare")
-    assert list(rows(report)["test"]) == ["collapse", "before", "trained"]
+    assert list(rows(report)["test"]) == ["collapse", "oracle", "before", "trained"]
     assert numbers(report, "before") == pytest.approx(numbers(bare, "before"), abs=1e-5)
     assert numbers(report, "trained")["emd"] != pytest.approx(numbers(report, "before")["emd"], abs=1e-4)
 
@@ -88,7 +88,7 @@ def test_a_peft_adapter_is_judged_before_and_after(run, tmp_path, tiny_llama) ->
 def test_a_bare_model_has_one_row_of_its_own(run, tmp_path, tiny_llama) -> None:
     report = evaluate(open_model(str(tiny_llama), run / "data", [*FEW, "model.dtype=float32"]), tmp_path / "out")
     trained = evaluate(open_run(run), tmp_path / "run")
-    assert list(rows(report)["test"]) == ["collapse", "before"]
+    assert list(rows(report)["test"]) == ["collapse", "oracle", "before"]
     assert report.summary["main"] == "before"
     assert numbers(report, "before") == pytest.approx(numbers(trained, "before"), abs=1e-5)
     text = (tmp_path / "out" / "report.md").read_text()

@@ -32,8 +32,9 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
+from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.forward import forward_batches
-from cuma_ds.evaluation.pictures import expert_picture
+from cuma_ds.evaluation.pictures import _mean_answer, expert_picture
 from cuma_ds.evaluation.plots import discriminating_routers, group_tree, plot_distributions, plot_expert_use, plot_group_emd
 from cuma_ds.evaluation.report import markdown
 from cuma_ds.evaluation.run import evaluate_run
@@ -607,6 +608,16 @@ def test_experts_are_compared_on_questions_that_everybody_answered(tmp_path: Pat
     np.testing.assert_allclose(drawn.gates[:, 0], [gates[0, 0], gates[1, 0], (gates[3, 0] + 3 * gates[4, 0]) / 4])
 
 
+def test_a_map_shows_the_mean_of_answers_that_have_an_order() -> None:
+    names = ["q1", "q1", "q2", "q2"]
+    split = {"question_id": names, "question": names, "options": [["a", "b", "c"]] * 4, "group": ["x", "y"] * 2, "profile": [0, 1] * 2}
+    split["counts"] = [[9, 0, 0], [0, 9, 0], [2, 0, 2], [0, 0, 4]]
+    title, values = _mean_answer(ChoiceExamples.of({**split, "scale": ["nominal"] * 2 + ["ordinal"] * 2}), {0: 0, 1: 1})
+    assert title == "mean answer, from “a” to “c”"
+    np.testing.assert_allclose(values, [0.5, 1.0])
+    assert _mean_answer(ChoiceExamples.of({**split, "scale": ["nominal"] * 4}), {0: 0, 1: 1}) is None
+
+
 def test_one_group_has_no_map() -> None:
     assert expert_picture(Path("unused"), ["r"], ["q"], ["a"], [1.0], np.ones((1, 1, 2), dtype=np.float32)) == {}
 
@@ -615,7 +626,14 @@ def test_markdown_of_an_unknown_value_is_a_dash() -> None:
     rows = {"trained": {"emd": None, "recovered": None, "accuracy": 0.5, "entropy": 1.0, "interval": {"accuracy": [0.4, 0.61]}}}
     size = {"people": None, "groups": 0, "answers": 7, "compared": {"cells": 0, "answers": 0}, "left_out": {"cells": 3, "answers": 7}}
     about = {"run": "r", "checkpoint": "step-1", "kind": "choice", "main": "trained", "min_answers": 30, "min_subgroup": 5, "bootstrap": 10}
-    text = markdown({**about, "splits": {"test": {**size, "distance": "EMD", "rows": rows}}}, {})
+    shown = [{"label": "old", "people": 40, "answers": 40, "rows": {"trained": {"emd": None, "accuracy": 0.5, "interval": {}}}}]
+    subgroups = {"age": {"shown": shown, "left_out": 2}}
+    split = {**size, "distance": "TV", "rows": rows, "subgroups": subgroups}
+    text = markdown({**about, "splits": {"test": split}}, {})
+    # Nobody knows how many people gave these answers.
+    assert "| | answers | accuracy, trained | TV, trained |" in text
+    assert "| old | 40 | 0.500 | – |" in text
+    assert "2 with fewer than 30 answers are left out." in text
     assert "| **trained** | – | – | – | – | 1.000 |" in text
     assert "| **trained** | 0.500 [0.400, 0.610] | – |" in text
     assert "Left out there as too small: 3 (7 answers)" in text

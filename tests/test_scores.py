@@ -12,10 +12,12 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
+from cuma_ds.config import EvaluationSection
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import calibration_error, distinct, inequity, macro_f1, predicted_distributions
 from cuma_ds.evaluation.resampling import Answers, interval, resample
 from cuma_ds.evaluation.scores import BINS, Scorer
+from cuma_ds.evaluation.sections import choice_split
 from cuma_ds.evaluation.subgroups import subgroups
 
 OPTIONS = {"q1": 4, "q2": 3, "q3": 2}
@@ -225,7 +227,11 @@ def test_the_same_seed_draws_the_same_people_in_any_chunks() -> None:
 def test_an_interval_of_nothing_is_none() -> None:
     assert interval(np.array([np.nan, np.nan]), 1.0) is None
     assert interval(np.array([1.0, np.nan, 3.0]), float("nan")) is None
-    assert interval(np.array([1.0, np.nan, 3.0]), 12.0) == pytest.approx((11.05, 12.95))
+    assert interval(np.array([1.0, 3.0]), 12.0) == pytest.approx((11.05, 12.95))
+    assert interval(np.array([1.0, 3.0] * 20 + [np.nan]), 12.0) == pytest.approx((11.0, 13.0))
+    # Where groups hardly differ, many samples of people have an oracle no better than one global distribution, so that nothing could be
+    # recovered; the other samples alone would claim to know more than they do.
+    assert interval(np.array([1.0, np.nan, 3.0]), 12.0) is None
 
 
 @pytest.mark.parametrize("nominal", [True, False])
@@ -291,6 +297,31 @@ def test_subgroups_are_named_from_the_size_on_and_carry_intervals(people, exampl
     score = found["age"][label]["trained"]
     assert score.value == pytest.approx(np.mean([row.answer == np.argmax(by_key[row.question, row.profile]) for row in part.itertuples()]))
     assert score.interval[0] <= score.value <= score.interval[1]
+
+
+def test_the_distance_of_a_subgroup_is_over_the_questions_it_answered_often_enough(people, examples, rows) -> None:
+    """With a handful of answers even a perfect sampler is far from what was observed, the further the smaller the subgroup."""
+    least = 25
+    split = choice_split(examples, rows, FIELDS, EvaluationSection(min_answers=least, bootstrap=0))
+    kept = people.assign(age=[FIELDS["age"][p] for p in people["profile"]])
+    by_key = {(q, p): rows["trained"][i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
+    small = 0
+    for shown in split["subgroups"]["age"]["shown"]:
+        part = kept[kept["age"] == shown["label"]]
+        distances, sizes = [], []
+        for question, asked in part.groupby("question"):
+            if len(asked) < least:
+                small += 1
+                continue
+            options = OPTIONS[question]
+            places, shares = np.linspace(0, 1, options), np.mean([by_key[question, p] for p in asked["profile"]], axis=0)
+            observed = asked["answer"] / (options - 1)
+            distances.append(stats.wasserstein_distance(places, observed, shares))
+            sizes.append(len(asked))
+        assert shown["answers"] == len(part)
+        expected = np.average(distances, weights=sizes) if sizes else None
+        assert shown["rows"]["trained"]["emd"] == pytest.approx(expected, abs=1e-6)
+    assert small > 0
 
 
 def test_reliability_bins_hold_every_answer_once(people, examples, rows) -> None:

@@ -52,6 +52,8 @@ def total_variation(p: ArrayLike, q: ArrayLike) -> Array:
 
 def distance(p: ArrayLike, q: ArrayLike, nominal: ArrayLike, steps: ArrayLike | None = None) -> Array:
     """:func:`total_variation` where ``nominal`` [...] is true (the order of the options means nothing), else :func:`emd`."""
+    if not np.any(nominal):
+        return emd(p, q, steps)
     return np.where(nominal, total_variation(p, q), emd(p, q, steps))
 
 
@@ -157,18 +159,6 @@ class Cells:
     def examples(self) -> list[int]:
         """Examples that belong to any cell, in cell order."""
         return [example for members in self.members for example in members]
-
-    def of_question(self, question: str) -> Cells:
-        """Only the cells of one question (what was left out is not told apart by question)."""
-        kept = [index for index, key in enumerate(self.keys) if key[0] == question]
-        return Cells(
-            [self.keys[index] for index in kept],
-            [self.members[index] for index in kept],
-            [self.observed[index] for index in kept],
-            self.answers[kept],
-            0,
-            0.0,
-        )
 
 
 def gather_cells(questions: Sequence[str], groups: Sequence[str], counts: Sequence[ArrayLike], min_answers: int) -> Cells:

@@ -222,8 +222,9 @@ def subgroup_picture(folder: Path, split: Mapping[str, Any], main: str) -> dict[
             fields[field] = rows
     if not fields:
         return {}
-    plot_subgroups(folder / "subgroups.png", dict(list(fields.items())[:_MOST_FIELDS]))
-    return {"subgroups.png": "Accuracy of each subgroup of people, with 95% intervals over people."}
+    counted = "people" if split["people"] is not None else "answers"
+    plot_subgroups(folder / "subgroups.png", dict(list(fields.items())[:_MOST_FIELDS]), counted)
+    return {"subgroups.png": f"Accuracy of each subgroup of people, with 95% intervals over {counted}."}
 
 
 def _nats(values: Array) -> list[float]:

@@ -186,11 +186,12 @@ def plot_reliability(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     save(figure, path)
 
 
-def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Mapping[str, Any]]], counted: str = "people") -> None:
     """Accuracy of each subgroup with its 95% interval, field by field, that of all of them together as a line.
 
     Args:
         fields: field -> rows of ``label``, ``people``, ``answers``, ``accuracy``, ``interval`` (or None).
+        counted: what ``people`` counts: answers where the data does not say who gave them.
     """
     count = sum(len(rows) + 1.2 for rows in fields.values())
     figure = new_figure(6.4, 0.24 * count + 0.9)
@@ -212,7 +213,7 @@ def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Mapping[str, Any]]]
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)
     panels[-1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.supxlabel("accuracy (line: all of a field together; number of people in brackets)", fontsize=10)
+    figure.supxlabel(f"accuracy (line: all of a field together; number of {counted} in brackets)", fontsize=10)
     save(figure, path)
 
 

@@ -93,12 +93,15 @@ def resample(people_Y: Indices, replicates: int, seed: int, chunk: int) -> Itera
 
 
 def interval(values_B: Array, value: float, level: float = 0.95) -> tuple[float, float] | None:
-    """The percentile interval of bootstrap replicates, moved so that their mean is the measured value; None where none is a number.
+    """The percentile interval of bootstrap replicates, moved so that their mean is the measured value.
 
     Drawing people adds noise that a distance counts as distance: without the move, the interval of a small EMD lies above the EMD.
+
+    Returns:
+        The ends; None where the value, or so many replicates that the interval could not do without them, are no numbers.
     """
     values = values_B[np.isfinite(values_B)]
-    if not len(values) or not np.isfinite(value):
+    if not len(values) or len(values) < level * len(values_B) or not np.isfinite(value):
         return None
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) + (value - values.mean())
     return float(low), float(high)
