@@ -41,7 +41,9 @@ class ProfilesSection(_Section):
     """Who is asking: from fields to one sentence to one vector."""
 
     encoder: str | None = Field(None, description="folder or hub id of a sentence encoder; needed by method cuma")
-    template: Literal["wvs", "generic"] = Field("generic", description="how profile fields become a sentence")
+    template: Literal["wvs", "generic", "authors"] = Field(
+        "generic", description="how profile fields become a sentence; authors: as the authors' code writes survey respondents"
+    )
     standardise: float | None = Field(3.0, gt=0, description="RMS that centred profile embeddings are scaled to; null = raw embeddings")
     batch_size: int = Field(64, ge=1, description="sentences per encoder batch")
     cache_dir: str | None = Field(None, description="folder of cached embeddings; default: the user's cache folder")

@@ -158,12 +158,10 @@ def model_fingerprint(path: str | Path) -> dict[str, str]:
 
     Raises:
         ModelError: a weight file is missing or damaged, or a configuration is no JSON.
+        OSError: there is no such model.
     """
-    try:
-        digests = {"weights": _weights_sha256(weight_files(path)), "config": _settings_sha256(model_file(path, "config.json"))}
-        parts = {name: _settings_sha256(file) for name in _TOKENIZER_FILES if (file := model_file(path, name)) is not None}
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {(str(error).strip().splitlines() or [type(error).__name__])[0][:300]}") from None
+    digests = {"weights": _weights_sha256(weight_files(path)), "config": _settings_sha256(model_file(path, "config.json"))}
+    parts = {name: _settings_sha256(file) for name in _TOKENIZER_FILES if (file := model_file(path, name)) is not None}
     return {name: digest for name, digest in {**digests, "tokenizer": content_sha256(parts) if parts else ""}.items() if digest}
 
 

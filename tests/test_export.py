@@ -652,6 +652,45 @@ def test_the_authors_checkpoints_give_the_same_logits(variant, tmp_path, backbon
             ours(**BATCH, profiles=PROFILES)
 
 
+def test_an_imported_checkpoint_with_an_encoder_embeds_profiles_as_the_authors_code_does(tmp_path, backbones, tiny_encoder) -> None:
+    """Their sentence, at most 128 tokens, the mean of all, not normalised: the logits of their equations with their own vectors."""
+    from transformers import AutoModel, AutoTokenizer
+
+    theirs = write_authors_checkpoint(tmp_path / "theirs", backbones["llama", False], **AUTHORS["shared-a-mlp"], profile_dim=16)
+    trained = read_reference(tmp_path / "theirs", str(backbones["llama", False]), str(tiny_encoder))
+    folder = write_hf(trained, tmp_path / "ours")
+    about = json.loads((folder / "adapter_config.json").read_text())["profiles"]
+    assert {key: about[key] for key in ("template", "pooling", "normalise", "max_tokens")} == {
+        "template": "authors", "pooling": "mean-all", "normalise": False, "max_tokens": 128,
+    }  # fmt: skip
+    profiles = {
+        "You are a person from Egypt, age group: 16-24 years old, gender: Male, education: Unknown, marital status: Single, "
+        "religion: Muslim, ethnicity: EG: Coptic, employment: Unemployed.": {
+            "country": "Egypt", "age_group": "16-24 years", "gender": "Male", "marital_status": "Single", "religion": "Muslim",
+            "ethnicity": "EG: Coptic", "employment": "Unemployed",
+        },
+        "You are a person from Unknown, age group: 38, gender: Unknown, education: Unknown, marital status: Unknown, "
+        "religion: Unknown, ethnicity: Unknown, employment: Unknown.": {"age": 38},
+        "Age: 34, Gender: Woman": "Age: 34, Gender: Woman",
+    }  # fmt: skip
+    tokenizer, encoder = AutoTokenizer.from_pretrained(tiny_encoder), AutoModel.from_pretrained(tiny_encoder).eval()
+    with torch.no_grad():
+        vectors = []
+        for sentence in profiles:
+            tokens = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=128)
+            vectors.append(encoder(**tokens).last_hidden_state.mean(dim=1)[0])
+        model = load_exported(folder)
+        torch.testing.assert_close(model.embed_profiles(list(profiles.values())), torch.stack(vectors), rtol=1e-5, atol=1e-6)
+        found = model(**BATCH, profiles=list(profiles.values())).logits
+    for row in range(3):
+        real = MASK[row] == 1
+        torch.testing.assert_close(found[row][real], theirs(IDS[row : row + 1, real], vectors[row]), rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"num_encoder_proj_mlp_layers": 2}))
+    with pytest.raises(ModelError, match=r"projection after the encoder.*leave --encoder out"):
+        read_reference(tmp_path / "theirs", str(backbones["llama", False]), str(tiny_encoder))
+
+
 def test_bad_checkpoints_of_the_authors_are_named(tmp_path, backbones, tiny_llama, tiny_encoder) -> None:
     backbone = backbones["llama", False]
     write_authors_checkpoint(tmp_path / "good", backbone, **AUTHORS["shared-a-mlp"])

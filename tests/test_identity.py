@@ -24,6 +24,7 @@ from cuma_ds.export.hf import load_run, read_run, write_hf
 from cuma_ds.export.weights import copy_weights
 from cuma_ds.identity import model_fingerprint
 from cuma_ds.parallel.streaming import plan_streaming
+from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.training.loop import prepare_run
 
 
@@ -135,6 +136,30 @@ def test_a_prepared_folder_that_was_made_again_differently_is_refused(tmp_path, 
     prepare_again(1)
     with pytest.raises(CheckpointError, match=r"data.path: \w+.arrow in .*prepared has changed since"):
         prepare_run(config)
+
+
+def test_embeddings_of_a_prepared_folder_are_used_by_training_where_its_encoder_made_them(tmp_path, places, launch, monkeypatch) -> None:
+    arguments = ["--root", str(places["data"]), "--out", str(tmp_path / "prepared"), "--encoder", str(places["encoder"])]
+    assert launch("prepare_data", "jsonl", *arguments, "--cache-dir", str(tmp_path / "cache")).code == 0
+    asked = []
+    embed = ProfileEncoder.__call__
+    monkeypatch.setattr(ProfileEncoder, "__call__", lambda self, sentences: asked.extend(sentences) or embed(self, sentences))
+
+    def start(name: str) -> ProfileTable:
+        values = {
+            "run": {"name": name, "output_dir": str(tmp_path)}, "model": {"path": str(places["model"]), "dtype": "float32"},
+            "profiles": {"encoder": str(places["encoder"]), "cache_dir": str(tmp_path / f"cache-{name}")},
+            "data": {"path": str(tmp_path / "prepared")}, "adapters": {"num_experts": 2, "top_k": 1, "target_modules": ["q_proj"]},
+        }  # fmt: skip
+        prepare_run(RunConfig.model_validate(values))
+        return ProfileTable.load(tmp_path / name / "profiles.safetensors")
+
+    table = start("one")
+    assert asked == []
+    assert torch.equal(table.embeddings, ProfileTable.load(tmp_path / "prepared" / "profiles.safetensors").embeddings)
+    edit(places["encoder"] / "config.json", hidden_act="relu")
+    assert not torch.equal(start("two").embeddings, table.embeddings)
+    assert sorted(asked) == sorted(table.sentences)
 
 
 def test_a_raw_file_that_changed_is_noticed_in_runs_of_release_0_1_0_too(started, places) -> None:

@@ -69,6 +69,13 @@ def test_negative_answers_are_answers(value):
     assert not is_missing(value)
 
 
+def test_the_authors_sentence_has_all_their_fields_in_their_order_and_others_behind():
+    assert linearize({"hobby": "chess", "age": "25-34 years", "country": "Peru", "sex": "Female"}, "authors") == (
+        "You are a person from Peru, age group: 25-34 years old, gender: Female, education: Unknown, marital status: Unknown, "
+        "religion: Unknown, ethnicity: Unknown, employment: Unknown, hobby: chess."
+    )
+
+
 def test_text_passes_through_on_one_line():
     assert linearize("A nurse\n from  Peru.", "wvs") == "A nurse from Peru."
 
@@ -138,7 +145,7 @@ def test_country_is_found_under_its_names():
     assert country_of("A person living in Norway.") == country_of({"country": "missing", "city": "Oslo"}) == ""
 
 
-def _manual_embeddings(folder, sentences, how="mean"):
+def _manual_embeddings(folder, sentences, how="mean", normalise=True):
     """One sentence at a time, so that there is no padding at all."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -148,7 +155,7 @@ def _manual_embeddings(folder, sentences, how="mean"):
         with torch.no_grad():
             hidden = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0].numpy().astype(np.float64)
         vector = {"mean": hidden.mean(0), "cls": hidden[0], "lasttoken": hidden[-1]}[how]
-        rows.append(vector / np.linalg.norm(vector))
+        rows.append(vector / np.linalg.norm(vector) if normalise else vector)
     return np.stack(rows)
 
 
@@ -182,6 +189,19 @@ def test_padding_never_influences_an_embedding(tiny_encoder, batch_size):
 def test_pooling_is_what_the_folder_says(tiny_encoder, tmp_path, config, how):
     folder = _with_pooling(tiny_encoder, tmp_path / "encoder", config)
     np.testing.assert_allclose(ProfileEncoder(folder, "cpu")(SENTENCES).numpy(), _manual_embeddings(folder, SENTENCES, how), atol=1e-6)
+
+
+@pytest.mark.parametrize(("pooling", "how"), [("mean", "mean"), ("mean-all", "mean"), ("cls", "cls"), ("last", "lasttoken")])
+def test_pooling_scale_and_length_can_be_chosen(tiny_encoder, pooling, how):
+    plain = ProfileEncoder(tiny_encoder, "cpu")
+    chosen = ProfileEncoder(tiny_encoder, "cpu", pooling=pooling, normalise=False, max_tokens=12)
+    expected = _manual_embeddings(tiny_encoder, [sentence[:12] for sentence in SENTENCES], how, normalise=False)
+    np.testing.assert_allclose(chosen(SENTENCES).numpy(), expected, atol=1e-5)
+    assert (np.linalg.norm(expected, axis=1) > 2).all()
+    assert chosen.fingerprint != plain.fingerprint
+    assert ProfileEncoder(tiny_encoder, "cpu", pooling="mean").fingerprint == plain.fingerprint
+    with pytest.raises(ModelError, match=r"pooling is 'max'; allowed: auto, mean"):
+        ProfileEncoder(tiny_encoder, pooling="max")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -41,8 +41,8 @@ from cuma_ds.export.modeling import (
 )
 from cuma_ds.export.source import modeling_source
 from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
-from cuma_ds.identity import file_sha256, model_fingerprint
-from cuma_ds.parallel.backbone import load_backbone, load_tokenizer, skeleton
+from cuma_ds.identity import file_sha256
+from cuma_ds.parallel.backbone import backbone_fingerprint, load_backbone, load_tokenizer, skeleton
 from cuma_ds.training.run_folder import open_trained
 
 
@@ -153,7 +153,7 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
 def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
     """The content of ``adapter_config.json``, without the hash of the weights."""
     facts = {name: base_fact(base_config, name) for name in BASE_FACTS}
-    fingerprint = trained.backbone or model_fingerprint(trained.base.path)
+    fingerprint = trained.backbone or backbone_fingerprint(trained.base)
     # An export brings its own tokenizer.
     facts["fingerprint"] = {name: digest for name, digest in fingerprint.items() if name != "tokenizer"}
     return {

@@ -176,8 +176,9 @@ class CumaForCausalLM(CumaModel):
         if self._encoder is None:
             if self.encoder_path is None:
                 raise ModelError("this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER")
-            encoder = ProfileEncoder(self.encoder_path)
-            known = self.export["profiles"].get("fingerprint")
+            about = self.export["profiles"]
+            settings = {key: about[key] for key in ("pooling", "normalise", "max_tokens") if key in about}
+            encoder, known = ProfileEncoder(self.encoder_path, **settings), about.get("fingerprint")
             what = f"the sentence encoder {encoder.folder}"
             if encoder.dim != self.config.profile_dim:
                 raise ModelError(f"{what} has width {encoder.dim}; the adapters take {self.config.profile_dim}")

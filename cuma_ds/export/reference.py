@@ -20,15 +20,22 @@ from cuma_ds.errors import CheckpointError, ModelError
 from cuma_ds.export.hf import Trained, portable
 from cuma_ds.parallel.backbone import skeleton
 from cuma_ds.profiles import ProfileEncoder
+from cuma_ds.profiles.linearize import AUTHORS_FIELDS
 
 # Their sharing flags, and the linears that share a router where the flag is set.
 _SHARING = {"share_router_for_qkv": ("q_proj", "k_proj", "v_proj"), "share_router_for_w_i": ("gate_proj", "up_proj")}
 _NEEDED = ("lora_r", "lora_alpha", "num_experts", "top_k", "target_modules")
+# How the authors' code makes a vector of a profile's sentence.
+_ENCODER_SETTINGS: dict[str, Any] = {"pooling": "mean-all", "normalise": False, "max_tokens": 128}
 _STORY = """\
 ## Origin
 
 Imported from a checkpoint of the authors' research code (base model there: {base}). Profile embeddings are used raw, neither centred nor
-scaled. How it was trained and evaluated is not recorded in the checkpoint.
+scaled. Fields of a profile become the sentence their code writes for survey data ("You are a person from Norway, age group: ..."). For a
+checkpoint trained on Community Alignment or PRISM give the sentence itself ("Age: 34, Gender: ..."); it is embedded as it is. As in their
+code a sentence is cut after 128 tokens, and its vector is the mean over all of them, not normalised. Their batches also averaged over
+padding, which depended on the other sentences of a batch; that is left out. How it was trained and evaluated is not recorded in the
+checkpoint.
 """
 
 
@@ -66,12 +73,17 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
     if unused:
         raise ModelError(f"{folder}: {unused[0]} belongs to no adapted linear of {base}; the two do not belong together")
     model.load_adapter_state(state)  # on no memory; checks every name and shape
-    profiles: dict[str, Any] = {"encoder": None, "template": "generic", "fields": []}
+    profiles: dict[str, Any] = {"encoder": None, "template": "authors", "fields": [*AUTHORS_FIELDS, "age"], **_ENCODER_SETTINGS}
     if encoder is not None:
-        width = ProfileEncoder(encoder).dim
-        if width != config.profile_dim:
-            raise ModelError(f"--encoder {encoder} has width {width}; the checkpoint's adapters take {config.profile_dim}")
-        profiles["encoder"] = portable(encoder)
+        if theirs.get("num_encoder_proj_mlp_layers"):
+            raise ModelError(
+                f"{folder} was trained with a projection after the encoder, which the checkpoint does not hold; leave --encoder out "
+                "and give profile_embeddings"
+            )
+        made_by = ProfileEncoder(encoder, **_ENCODER_SETTINGS)
+        if made_by.dim != config.profile_dim:
+            raise ModelError(f"--encoder {encoder} has width {made_by.dim}; the checkpoint's adapters take {config.profile_dim}")
+        profiles |= {"encoder": portable(encoder), "fingerprint": made_by.fingerprint}
     name = str(theirs.get("base_model") or "not named")
     return Trained(config, state, section, profiles, story=_STORY.format(base=Path(name).name if name.startswith("/") else name))
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import ModelError
+from cuma_ds.identity import model_fingerprint
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.ds_config import FrozenBackbone
 from cuma_ds.parallel.streaming import NotStreamable, load_partitioned, plan_streaming
@@ -47,6 +48,17 @@ def skeleton(model: ModelSection) -> nn.Module:
     with _as_model_error(model), torch.device("meta"):
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+
+
+def backbone_fingerprint(model: ModelSection) -> dict[str, str]:
+    """What the folder or hub id holds now, see :func:`~cuma_ds.identity.model_fingerprint`.
+
+    Raises:
+        ModelError: there is no such model, or it is damaged.
+    """
+    _check_place(model)
+    with _as_model_error(model):
+        return model_fingerprint(model.path)
 
 
 class ShardedBackbone:

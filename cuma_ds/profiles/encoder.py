@@ -1,4 +1,4 @@
-"""A frozen sentence encoder: sentences in, unit vectors out; it knows nothing of surveys or adapters."""
+"""A frozen sentence encoder: sentences in, vectors out; it knows nothing of surveys or adapters."""
 
 from __future__ import annotations
 
@@ -15,41 +15,58 @@ from torch import Tensor
 from cuma_ds.errors import ModelError
 
 _POOLINGS = ("mean", "cls", "lasttoken")
+_SETTINGS = ("auto", "mean", "mean-all", "last", "cls")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 class ProfileEncoder:
     """Embeds profile sentences with any sentence-embedding folder that ``transformers`` reads.
 
-    Pooling is what the folder's ``1_Pooling/config.json`` says (mean, cls or lasttoken) and the mean over real tokens
-    without one; padding never counts. Vectors have length 1 and dtype float32. Weights are loaded at the first call.
+    By default pooling is what the folder's ``1_Pooling/config.json`` says (mean, cls or lasttoken) and the mean over real
+    tokens without one, and vectors have length 1. Padding never counts. Vectors are float32. Weights are loaded at the first call.
 
     Args:
         path: a folder, or a hub id that is brought to the local hub cache.
         device: where to embed; default: the first GPU, else the CPU.
         batch_size: sentences per forward.
+        pooling: auto (what the folder says) | mean | cls | last | mean-all. The last is the mean over every position, as the authors'
+            code takes it. There it depended on the padding of a batch; here each sentence is embedded alone, without padding.
+        normalise: whether vectors are scaled to length 1.
+        max_tokens: sentences are cut after so many tokens; default: what the folder says.
 
     Attributes:
         dim: P, width of the vectors.
-        fingerprint: sha256 over the folder's weights, configuration and tokenizer.
+        fingerprint: sha256 over the folder's weights, configuration and tokenizer, and these settings.
 
     Raises:
         ModelError: no such folder, no readable configuration, or modules that would change the vectors.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device | None = None, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        batch_size: int = 64,
+        pooling: str = "auto",
+        normalise: bool = True,
+        max_tokens: int | None = None,
+    ) -> None:
         from transformers import AutoConfig
 
         self.folder = _resolve(str(path))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.batch_size = batch_size
-        self.pooling = _pooling(self.folder)
+        if pooling not in _SETTINGS:
+            raise ModelError(f"pooling is {pooling!r}; allowed: {', '.join(_SETTINGS)}")
+        self.pooling = _pooling(self.folder) if pooling == "auto" else pooling.replace("last", "lasttoken")
+        self.batch_size = batch_size if self.pooling != "mean-all" else 1
+        self.normalise = normalise
         try:
             config = AutoConfig.from_pretrained(self.folder)
             self.dim = int(config.hidden_size)
         except (OSError, ValueError, AttributeError, KeyError) as error:
             raise ModelError(f"{self.folder} is not a sentence encoder: {_one_line(error)}") from None
         self._longest = int(getattr(config, "max_position_embeddings", 0) or 512)
+        self._asked_tokens = max_tokens
         if not any(file for pattern in _WEIGHTS for file in self.folder.glob(pattern)):
             raise ModelError(f"{self.folder} holds no encoder weights; expected one of {', '.join(_WEIGHTS)}")
 
@@ -76,7 +93,7 @@ class ProfileEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 hex digest that changes whenever the vectors could."""
-        digest = hashlib.sha256(f"{self.pooling}:{self._max_tokens}".encode())
+        digest = hashlib.sha256(f"{self.pooling}:{self._max_tokens}{'' if self.normalise else ':raw'}".encode())
         patterns = (*_WEIGHTS, "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
         for file in sorted({file for pattern in patterns for file in self.folder.glob(pattern)}):
             digest.update(file.name.encode())
@@ -86,7 +103,8 @@ class ProfileEncoder:
 
     @property
     def _max_tokens(self) -> int:
-        return min(self._longest, int(_json(self.folder / "sentence_bert_config.json").get("max_seq_length") or self._longest))
+        asked = self._asked_tokens or _json(self.folder / "sentence_bert_config.json").get("max_seq_length")
+        return min(self._longest, int(asked or self._longest))
 
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
@@ -115,20 +133,22 @@ class ProfileEncoder:
         inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self.device)
         hidden_BSP = model(**inputs).last_hidden_state
         pooled_BP = pool(hidden_BSP, inputs["attention_mask"], self.pooling)
-        return torch.nn.functional.normalize(pooled_BP.float(), dim=-1).cpu()
+        return (torch.nn.functional.normalize(pooled_BP.float(), dim=-1) if self.normalise else pooled_BP.float()).cpu()
 
 
 def pool(hidden_BSP: Tensor, mask_BS: Tensor, how: str) -> Tensor:
-    """One vector per sequence from its real tokens.
+    """One vector per sequence from its real tokens (``mean-all``: from every position).
 
     Args:
         hidden_BSP: [B, S, P] hidden states.
         mask_BS: [B, S], 1 for real tokens.
-        how: mean | cls (first real token) | lasttoken (last real token).
+        how: mean | cls (first real token) | lasttoken (last real token) | mean-all.
 
     Returns:
         [B, P], dtype of ``hidden_BSP``.
     """
+    if how == "mean-all":
+        return hidden_BSP.mean(1)
     if how == "mean":
         weights_BS1 = mask_BS.unsqueeze(-1).to(hidden_BSP.dtype)
         return (hidden_BSP * weights_BS1).sum(1) / weights_BS1.sum(1).clamp(min=1)

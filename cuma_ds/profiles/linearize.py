@@ -11,7 +11,7 @@ from typing import Any
 from cuma_ds.errors import ConfigError, DataError, nearest
 from cuma_ds.strict_json import RepeatedKeyError, read_json
 
-TEMPLATES = ("wvs", "generic")
+TEMPLATES = ("wvs", "generic", "authors")
 
 _MISSING = {
     "", "-", "?", "na", "n/a", "#n/a", "<na>", "nan", "null", "empty string",
@@ -35,6 +35,8 @@ _ALIASES = {
     "religion": {"religion", "religious denomination", "denomination"},
     "education": {"education", "education level", "highest education", "degree", "university degree"},
 }
+# Fields of the authors' sentence, in its order.
+AUTHORS_FIELDS = ("country", "age group", "gender", "education", "marital status", "religion", "ethnicity", "employment")
 _MAN = {"male", "man", "m", "men"}
 _WOMAN = {"female", "woman", "f", "women"}
 _NOT_RELIGIOUS = {
@@ -60,7 +62,8 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
     Args:
         fields: profile fields, or a sentence that is passed through; anything that :func:`plain_profile` takes.
         template: ``wvs`` reads country, age, gender, religion and education as one English sentence and adds other
-            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order.
+            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order; ``authors`` is the sentence of
+            the authors' code for survey data, where what is not known stands as ``Unknown``.
 
     Returns:
         One line, e.g. ``A 55-year-old Buddhist woman living in Thailand.``
@@ -81,7 +84,7 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
     if not values:
         given = ", ".join(str(name) for name in fields) or "none at all"
         raise DataError(f"a profile has no field with an answer (fields given: {given}); at least one is needed, e.g. country")
-    return _wvs(values) if template == "wvs" else _generic(values)
+    return {"wvs": _wvs, "generic": _generic, "authors": _authors}[template](values)
 
 
 def plain_profile(profile: Mapping[str, Any] | str) -> dict[str, Any] | str:
@@ -174,6 +177,21 @@ def _generic(values: Mapping[str, str]) -> str:
         label = _readable(name)
         parts.append(f"{label[:1].upper()}{label[1:]}: {value.rstrip('.')}.")
     return " ".join(parts)
+
+
+def _authors(values: Mapping[str, str]) -> str:
+    known: dict[str, str] = {}
+    others = []
+    for name, value in values.items():
+        field = "age group" if _canonical(name) == "age" else _canonical(name)
+        if field in AUTHORS_FIELDS and field not in known:
+            known[field] = value
+        else:
+            others.append(f"{_readable(name)}: {value}")
+    if known.get("age group", "").endswith("years"):
+        known["age group"] += " old"
+    parts = [f"{field}: {known.get(field, 'Unknown')}" for field in AUTHORS_FIELDS[1:]]
+    return ", ".join([f"You are a person from {known.get('country', 'Unknown')}", *parts, *others]) + "."
 
 
 def _wvs(values: Mapping[str, str]) -> str:

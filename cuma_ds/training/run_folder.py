@@ -15,7 +15,8 @@ from cuma_ds.config import CHANGED_SINCE_0_1_0, NEW_SINCE_0_1_0, DataSection, Ru
 from cuma_ds.data.prepared import PreparedData, read_manifest
 from cuma_ds.data.sources.files import find_input
 from cuma_ds.errors import CheckpointError, ConfigError, DataError
-from cuma_ds.identity import IDENTITY_FILE, changed_part, content_sha256, file_sha256, model_fingerprint, read_identity, sealed
+from cuma_ds.identity import IDENTITY_FILE, changed_part, content_sha256, file_sha256, read_identity, sealed
+from cuma_ds.parallel.backbone import backbone_fingerprint
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters, read_state
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
@@ -143,7 +144,7 @@ def record_identity(config: RunConfig, data: PreparedData, table: ProfileTable |
     if identity:
         return
     identity = {
-        "backbone": model_fingerprint(config.model.path),
+        "backbone": backbone_fingerprint(config.model),
         "encoder": None if table is None else table.fingerprint,
         "source": source_hashes(config.data) if _is_prepared(config.data) else data.manifest["inputs"],
         "data": content_sha256(data.manifest["hashes"]),
@@ -168,7 +169,7 @@ def check_backbone(config: RunConfig, identity: Mapping[str, Any]) -> None:
         identity: of the run or a checkpoint; nothing is checked where it names no backbone.
     """
     known = identity.get("backbone")
-    change = known and changed_part(config.model.path, known, model_fingerprint(config.model.path))
+    change = known and changed_part(config.model.path, known, backbone_fingerprint(config.model))
     if change:
         raise CheckpointError(
             f"model.path: {change} than {config.run_dir} was trained with; restore the folder, or start a run of another run.name"
