@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from cuma_ds.data.rendering import Message, Renderer
+from cuma_ds.data.rendering import PROMPT_KEYS, Message, Renderer
 from cuma_ds.errors import ConfigError, ModelError
 from cuma_ds.evaluation.forward import pad_id_of
 from cuma_ds.export.modeling import CumaForCausalLM, Profile, base_fact
@@ -58,7 +58,8 @@ class Talker:
     def __init__(self, model: CumaForCausalLM, tokenizer: Any, decoding: Decoding) -> None:
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         prompt = {"max_length": _LONGEST, **model.export["prompt"]}
-        self.renderer = Renderer(tokenizer, prompt["max_length"], bool(prompt.get("profile_in_prompt")), prompt.get("system_prompt"))
+        known = {key: prompt[key] for key in PROMPT_KEYS if prompt.get(key) is not None}
+        self.renderer = Renderer(tokenizer, **known)
         self.pad_id = pad_id_of(tokenizer)
         self.longest = int(base_fact(model.base_model.config, "max_position_embeddings") or _LONGEST)
         self._device = next(model.parameters()).device

@@ -5,6 +5,7 @@ Shapes: B sequences of a micro batch, N distinct profiles of it, P profile width
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from cuma_ds.adapters.inject import find_targets
 from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.batching import Batch, BatchStream, encode_example
+from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, CumaError, DataError
+from cuma_ds.export.modeling import base_fact
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
 from cuma_ds.parallel.checkpoint import check_checkpoint, find_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
@@ -38,6 +41,9 @@ from cuma_ds.training.optimizer import make_optimizer
 from cuma_ds.training.packing import tells_examples_apart
 from cuma_ds.training.run_folder import as_started, fingerprint, open_run_folder
 from cuma_ds.training.schedule import learning_rate
+
+# In the manifest of a run's own data: the max_length that all its prompts are known to fit.
+PROMPTS_CHECKED = "prompts_fit"
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,47 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
 
 def prepare_run(config: RunConfig) -> None:
     """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
-    folder = open_run_folder(config)
-    if (folder / "data" / "manifest.json").is_file():
-        data = PreparedData.load(folder / "data")
-    else:
-        data = load_data(config.data, config.profiles.template).save(folder / "data")
+    folder, source = config.run_dir, None
+    if not (folder / "data" / "manifest.json").is_file():
+        # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
+        source = check_prompts(load_data(config.data, config.profiles.template), config, started=False)
+    open_run_folder(config)
+    data = PreparedData.load(folder / "data") if source is None else source.save(folder / "data")
+    if source is None and PROMPTS_CHECKED not in data.manifest:
+        check_prompts(data, config, started=True)
     if config.adapters.uses_profiles and not (folder / "profiles.safetensors").is_file():
         assert config.profiles.encoder is not None
         encoder = ProfileEncoder(config.profiles.encoder, batch_size=config.profiles.batch_size)
         data.profile_table(encoder, config.profiles.cache_dir).save(folder / "profiles.safetensors")
+
+
+def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:
+    """The data without rows that are too long to be read whole, as ``data.on_long_prompt`` says; see :func:`fitting`.
+
+    Args:
+        started: the run has been started by release 0.1.0, which cut such rows. It cannot leave them out now.
+
+    Raises:
+        CumaError: rows are too long and are not to be skipped, or ``data.max_length`` is more than the model can read.
+    """
+
+    def advice(needed: int) -> str:
+        if started:
+            return f"release 0.1.0 cut them; start a new run (run.name) with data.max_length {needed}, or data.on_long_prompt: skip"
+        return f"raise data.max_length to {needed}, or leave them out with data.on_long_prompt: skip"
+
+    section = config.data
+    if section.option_order == "average":
+        raise ConfigError(
+            "data.option_order: average is for evaluation; train with fixed or reversed, and evaluate with --set data.option_order=average"
+        )
+    longest = base_fact(skeleton(config.model).config, "max_position_embeddings")
+    if longest and section.max_length > longest and not started:
+        raise ConfigError(f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it")
+    renderer = Renderer.of(load_tokenizer(config.model), section)
+    section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
+    fits = fitting(data, renderer, section, ["train", *data.evaluation_splits], advice)
+    return dataclasses.replace(fits, manifest={**fits.manifest, PROMPTS_CHECKED: section.max_length})
 
 
 def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
@@ -117,7 +155,7 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     data = PreparedData.load(config.run_dir / "data")
     table = ProfileTable.load(config.run_dir / "profiles.safetensors") if config.adapters.uses_profiles else None
     tokenizer = load_tokenizer(config.model)
-    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
+    renderer = Renderer.of(tokenizer, config.data)
     if data.kind == "preference":
         raise DataError("the data holds preferences, but objective sft learns from answers or conversations; prepare it with --kind chat")
     rows, sentences = data.splits["train"], data.sentences
