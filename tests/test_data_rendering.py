@@ -71,7 +71,7 @@ def test_a_template_without_system_role_gets_it_in_the_first_message():
 def test_a_choice_prompt_is_never_cut(tokenizer):
     whole = Renderer(tokenizer, 512).encode_choice("Tea?", ["Yes", "No"], WHO)
     assert Renderer(tokenizer, len(whole)).encode_choice("Tea?", ["Yes", "No"], WHO) == whole
-    with pytest.raises(PromptTooLong, match=f"a prompt has {len(whole)} tokens, and at most 20 are read") as refused:
+    with pytest.raises(PromptTooLong, match=f"a prompt has {len(whole)} tokens, but only 20 can be read") as refused:
         Renderer(tokenizer, 20).encode_choice("Tea?", ["Yes", "No"], WHO)
     assert refused.value.tokens == len(whole)
 
@@ -194,6 +194,16 @@ def test_a_blank_at_the_end_of_a_prompt_is_not_part_of_the_first_word(embedded_m
     assert [tokenizer.decode([token]) for token in ids[len(prompt) :]] == ["Hello", "<|im_end|>"]
     assert positions == [len(prompt) - 1, len(prompt)]
     assert [tokenizer.decode([token]) for token in renderer.letter_ids(3)] == ["A", "B", "C"]
+
+
+def test_a_prompt_to_be_continued_loses_early_turns_alone(tokenizer):
+    renderer = Renderer(tokenizer, 8, True)
+    talk = [{"role": "system", "content": "Be brief."}, *CHAT[:3]]
+    whole, least = renderer.encode_prompt(talk, WHO), renderer.encode_prompt([talk[0], talk[3]], WHO)
+    assert renderer.encode_prompt(talk, WHO, len(whole)) == whole
+    assert renderer.encode_prompt(talk, WHO, len(whole) - 1) == renderer.encode_prompt(talk, WHO, len(least)) == least
+    with pytest.raises(PromptTooLong, match=f"the last question of a conversation has {len(least)} tokens, but only {len(least) - 1}"):
+        renderer.encode_prompt(talk, WHO, len(least) - 1)
 
 
 @pytest.mark.parametrize(

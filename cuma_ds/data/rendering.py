@@ -44,7 +44,7 @@ class PromptTooLong(DataError):
     """
 
     def __init__(self, tokens: int, limit: int, what: str) -> None:
-        super().__init__(f"{what} has {tokens} tokens, and at most {limit} are read (max_length); shorten it, or raise data.max_length")
+        super().__init__(f"{what} has {tokens} tokens, but only {limit} can be read, and nothing is cut; shorten it, or allow more tokens")
         self.tokens = tokens
 
 
@@ -125,9 +125,23 @@ class Renderer:
             raise PromptTooLong(len(ids), self.max_length, "a prompt")
         return ids
 
-    def encode_prompt(self, messages: Sequence[Message], sentence: str) -> list[int]:
-        """Token ids of a conversation that the assistant is to continue, uncut."""
-        return self._ids(self._apply(self._with_profile(messages, sentence), answer_next=True))
+    def encode_prompt(self, messages: Sequence[Message], sentence: str, longest: int | None = None) -> list[int]:
+        """Token ids of a conversation that the assistant is to continue.
+
+        Args:
+            longest: whole early turns are left out to stay within this number of tokens; None leaves out nothing.
+
+        Raises:
+            PromptTooLong: the last question has more than ``longest`` tokens.
+        """
+        left: Sequence[Message] | None = messages
+        while left is not None:
+            ids = self._ids(self._apply(self._with_profile(left, sentence), answer_next=True))
+            if longest is None or len(ids) <= longest:
+                return ids
+            left = _without_first_turn(left)
+        assert longest is not None
+        raise PromptTooLong(len(ids), longest, "the last question of a conversation")
 
     def letter_ids(self, count: int) -> list[int]:
         """The token of each of ``count`` options, as it would follow :meth:`encode_choice`.

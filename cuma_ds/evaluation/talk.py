@@ -77,11 +77,10 @@ class Talker:
             profiles: B of them; empty for a model that takes none (then one answer).
             write: called with each piece of text as it comes; for a single profile.
         """
-        rows = [self.renderer.encode_prompt(messages, sentence) for sentence in self._sentences(profiles)]
         longest = self.longest - self.decoding.max_new_tokens
         if longest < 1:
             raise ConfigError(f"--max-new-tokens {self.decoding.max_new_tokens} leaves no room for a prompt; lower it")
-        inputs = self._batch([row[-longest:] for row in rows])
+        inputs = self._batch([self.renderer.encode_prompt(messages, sentence, longest) for sentence in self._sentences(profiles)])
         streamer = None if write is None else _Writer(self.tokenizer, write)
         torch.manual_seed(self.decoding.seed)
         tokens = self.model.generate(
