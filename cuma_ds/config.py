@@ -66,7 +66,16 @@ class DataSection(_Section):
     )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
     system_prompt: str | None = Field(None, description="system message of prompts that have none; null leaves it to the chat template")
-    max_length: int = Field(256, ge=8, description="tokens; longer prompts are cut at the front, never the answer")
+    prompt_style: Literal["letters", "metadata"] = Field(
+        "letters", description="letters leaves out the number scale that WorldValuesBench puts before its questions; metadata keeps it"
+    )
+    option_order: Literal["fixed", "reversed", "average"] = Field(
+        "fixed", description="reversed shows options from the last one on; average (evaluation only) asks both ways and takes the mean"
+    )
+    max_length: int = Field(256, ge=8, description="tokens of a prompt with its answer; conversations lose early turns to fit")
+    on_long_prompt: Literal["refuse", "skip"] = Field(
+        "refuse", description="examples that do not fit max_length: stop before the first step and name them, or leave them out and count"
+    )
     packing: bool = Field(False, description="several examples per row of max_length tokens, none seeing another; less padding")
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
     heldout_fraction: float | None = Field(
@@ -161,6 +170,9 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
     ("adapters", "balance_probability"): "gate",
     ("adapters", "balance_scope"): "micro_batch",
     ("adapters", "balance_decay"): 0.9,
+    ("data", "prompt_style"): "metadata",
+    ("data", "option_order"): "fixed",
+    ("data", "on_long_prompt"): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
 CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {("data", "heldout_fraction"): 0.15}
@@ -232,6 +244,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path}:1: a recipe is a mapping of sections ({', '.join(RunConfig.model_fields)}), not {type(values).__name__}")
 
     return make_config(values, overrides, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
+
+
+def load_started(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The recipe in a run folder. Keys that the release of the run did not have get the value that says what it did.
+
+    Arguments and errors as in :func:`load_config`.
+    """
+    config = load_config(path, overrides)
+    sections: dict[str, Any] = {}
+    for (section, key), released in (NEW_SINCE_0_1_0 | CHANGED_SINCE_0_1_0).items():
+        now = sections.get(section, getattr(config, section))
+        if key not in now.model_fields_set:  # a run folder's recipe has every key of its release written out
+            sections[section] = now.model_copy(update={key: released})
+    return config.model_copy(update=sections)
 
 
 def make_config(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 
 import pytest
 from conftest import CHAT_TEMPLATE, character_tokenizer
 
-from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rendering import PromptTooLong, Renderer
 from cuma_ds.errors import DataError, ModelError
 
 WHO = "A person living in Norway."
@@ -67,9 +68,28 @@ def test_a_template_without_system_role_gets_it_in_the_first_message():
     assert tokenizer.decode(ids).startswith(f"<|im_start|>user\nYou are answering for this person: {WHO}\n\nTea?")
 
 
-def test_long_prompts_lose_their_front(tokenizer):
+def test_a_choice_prompt_is_never_cut(tokenizer):
     whole = Renderer(tokenizer, 512).encode_choice("Tea?", ["Yes", "No"], WHO)
-    assert Renderer(tokenizer, 20).encode_choice("Tea?", ["Yes", "No"], WHO) == whole[-20:]
+    assert Renderer(tokenizer, len(whole)).encode_choice("Tea?", ["Yes", "No"], WHO) == whole
+    with pytest.raises(PromptTooLong, match=f"a prompt has {len(whole)} tokens, but only 20 can be read") as refused:
+        Renderer(tokenizer, 20).encode_choice("Tea?", ["Yes", "No"], WHO)
+    assert refused.value.tokens == len(whole)
+
+
+def test_the_number_scale_of_worldvaluesbench_is_left_out_where_letters_are_asked_for(tokenizer):
+    scale = "On a scale of 1 to 10, 1 meaning 'The economy, if need be,' and 10 meaning 'The people's air', "
+    for asked, question in ((f"{scale}how should we live?", "How should we live?"), ("On a scale, how tall?", "On a scale, how tall?")):
+        expected = Renderer(tokenizer, 512).encode_choice(question, ["Yes", "No"], WHO)
+        assert Renderer(tokenizer, 512, prompt_style="letters").encode_choice(asked, ["Yes", "No"], WHO) == expected
+        assert asked in tokenizer.decode(Renderer(tokenizer, 512).encode_choice(asked, ["Yes", "No"], WHO))
+
+
+def test_reversed_options_keep_their_letters_apart(tokenizer):
+    plain, turned = Renderer(tokenizer, 512), Renderer(tokenizer, 512, option_order="reversed")
+    assert turned.encode_choice("Tea?", ["Yes", "No", "?"], WHO) == plain.encode_choice("Tea?", ["?", "No", "Yes"], WHO)
+    assert turned.letter_ids(3) == plain.letter_ids(3)[::-1]
+    assert plain.with_options_reversed().letter_ids(3) == turned.letter_ids(3)
+    assert turned.with_options_reversed().letter_ids(3) == plain.letter_ids(3)
 
 
 @pytest.mark.parametrize("count", [2, 5, 26])
@@ -118,6 +138,99 @@ def test_thoughts_of_the_template_are_no_targets():
     assert tokenizer.convert_ids_to_tokens(renderer.letter_ids(2)) == ["A", "B"]
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE, THINKING_TEMPLATE], ids=["plain", "generation", "thinking"])
+@pytest.mark.parametrize("words", ["im", "end", "im_end", "<|im_end|>", ">", "|", "assistant", "user", "<", "think", "n", "\n<"])
+def test_an_answer_that_stands_in_the_markers_too_is_learned_with_its_end(template, words):
+    tokenizer = character_tokenizer(template)
+    talk = [{"role": "user", "content": words}, {"role": "assistant", "content": words}] * 2
+    ids, positions = Renderer(tokenizer, 512).encode_chat(talk, WHO)
+    said = words.strip() if "trim" in template else words
+    expected = tokenizer(f"{said}<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert [ids[position + 1] for position in positions] == expected * 2
+    assert positions[-1] == len(ids) - 2
+
+
+NO_THINKING = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+ASKED_OTHERWISE = {
+    "a thought in the prompt alone": CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}"),
+    "a blank in the prompt alone": CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant: {% endif %}"),
+    "a thought in the last answer alone": THINKING_TEMPLATE.replace(NO_THINKING, ""),
+    "an open thought": THINKING_TEMPLATE.replace(NO_THINKING, "<think>\n"),
+    "a blank in both": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+    "plain text": None,
+}
+
+
+@pytest.mark.parametrize("name", list(ASKED_OTHERWISE))
+def test_an_answer_is_learned_behind_the_tokens_it_is_asked_with(name):
+    tokenizer = character_tokenizer(ASKED_OTHERWISE[name])
+    renderer = Renderer(tokenizer, 512)
+    for talk in (CHAT[:2], CHAT):
+        ids, positions = renderer.encode_chat(talk, WHO)
+        prompt = renderer.encode_prompt(talk[:-1], WHO)
+        assert ids[: len(prompt)] == prompt
+        assert len(prompt) - 1 in positions
+        answer = tokenizer.decode(ids[len(prompt) :])
+        assert answer.endswith(f"{talk[-1]['content']}<|im_end|>")
+        assert answer.removesuffix(f"{talk[-1]['content']}<|im_end|>").strip() in ("", "</think>", "<think>\n\n</think>")
+    if name in ("a thought in the prompt alone", "a blank in the prompt alone", "a blank in both"):
+        assert tokenizer.convert_ids_to_tokens(renderer.letter_ids(3)) == ["A", "B", "C"]
+
+
+@pytest.mark.embedded
+def test_a_blank_at_the_end_of_a_prompt_is_not_part_of_the_first_word(embedded_models):
+    """Byte-level merges: 'Assistant: Hi' alone would be read with the token ' Hi', which is not what follows the prompt's blank."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_models[0])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    renderer = Renderer(tokenizer, 512)
+    prompt = renderer.encode_prompt(CHAT[:1], WHO)
+    ids, positions = renderer.encode_chat([CHAT[0], {"role": "assistant", "content": "Hello"}], WHO)
+    assert ids[: len(prompt)] == prompt
+    assert [tokenizer.decode([token]) for token in ids[len(prompt) :]] == ["Hello", "<|im_end|>"]
+    assert positions == [len(prompt) - 1, len(prompt)]
+    assert [tokenizer.decode([token]) for token in renderer.letter_ids(3)] == ["A", "B", "C"]
+
+
+def test_a_prompt_to_be_continued_loses_early_turns_alone(tokenizer):
+    renderer = Renderer(tokenizer, 8, True)
+    talk = [{"role": "system", "content": "Be brief."}, *CHAT[:3]]
+    whole, least = renderer.encode_prompt(talk, WHO), renderer.encode_prompt([talk[0], talk[3]], WHO)
+    assert renderer.encode_prompt(talk, WHO, len(whole)) == whole
+    assert renderer.encode_prompt(talk, WHO, len(whole) - 1) == renderer.encode_prompt(talk, WHO, len(least)) == least
+    with pytest.raises(PromptTooLong, match=f"the last question of a conversation has {len(least)} tokens, but only {len(least) - 1}"):
+        renderer.encode_prompt(talk, WHO, len(least) - 1)
+
+
+@pytest.mark.parametrize(
+    "today",
+    [
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}\n",
+        "Today: {{ strftime_now('%d %b %Y') }}\n",
+    ],
+)
+def test_prompts_do_not_change_from_day_to_day(today, monkeypatch):
+    import transformers.utils.chat_template_utils as templates
+
+    renderer = Renderer(character_tokenizer(today + CHAT_TEMPLATE), 512)
+    found = []
+    for day in (1, 2):
+
+        class Later(datetime):
+            @classmethod
+            def now(cls, tz=None, day=day):
+                return datetime(2031, 5, day, tzinfo=tz)
+
+        monkeypatch.setattr(templates, "datetime", Later)
+        found.append((renderer.encode_choice("Tea?", ["Yes", "No"], WHO), renderer.encode_chat(CHAT, WHO)))
+    assert found[0] == found[1]
+    assert renderer.tokenizer.decode(found[0][0]).startswith(("Today: 26 Jul 2024\n", "Today: 2024-07-26\n"))
+
+
 def test_an_answer_equal_to_the_question_is_found_in_its_own_turn(tokenizer):
     messages = [{"role": "user", "content": "assistant"}, {"role": "assistant", "content": "assistant"}]
     ids, positions = Renderer(tokenizer, 512).encode_chat(messages, WHO)
@@ -125,19 +238,21 @@ def test_an_answer_equal_to_the_question_is_found_in_its_own_turn(tokenizer):
     assert positions[0] > ids.index(5)
 
 
-def test_truncation_keeps_the_last_answer_whole_and_drops_cut_ones(tokenizer):
-    whole, _ = Renderer(tokenizer, 512).encode_chat(CHAT, WHO)
-    for length in range(5, len(whole) + 5):
-        renderer = Renderer(tokenizer, length)
-        ids, positions = renderer.encode_chat(CHAT, WHO)
-        assert ids == whole[-length:]
-        assert targets(renderer, CHAT) in (["Bye<|im_end|>"], ["Hi there<|im_end|>", "Bye<|im_end|>"])
-        assert min(positions) >= 0
-
-
-def test_an_answer_that_cannot_fit_is_refused(tokenizer):
-    with pytest.raises(DataError, match=r"an answer of 4 tokens does not fit data\.max_length 4"):
-        Renderer(tokenizer, 4).encode_chat(CHAT, WHO)
+def test_long_conversations_lose_whole_early_turns_but_never_their_system_message(tokenizer):
+    system = {"role": "system", "content": "Be brief."}
+    for talk, profile in (([system, *CHAT], False), (CHAT, True), ([system, *CHAT], True)):
+        whole, _ = Renderer(tokenizer, 512, profile).encode_chat(talk, WHO)
+        kept = [message for message in talk if message is system] + CHAT[2:]
+        least, _ = Renderer(tokenizer, 512, profile).encode_chat(kept, WHO)
+        for length in range(len(least) - 3, len(whole) + 3):
+            renderer = Renderer(tokenizer, length, profile)
+            if length < len(least):
+                with pytest.raises(PromptTooLong, match=f"last question of a conversation with its answer has {len(least)} tokens"):
+                    renderer.encode_chat(talk, WHO)
+                continue
+            ids, positions = renderer.encode_chat(talk, WHO)
+            assert ids == (whole if length >= len(whole) else least)
+            assert targets(renderer, talk) == ["Hi there<|im_end|>", "Bye<|im_end|>"][-len(positions) // 9 :]
 
 
 def test_a_conversation_without_answer_is_refused(tokenizer):

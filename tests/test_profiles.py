@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from cuma_ds.config import DataSection
+from cuma_ds.data import load_data
 from cuma_ds.errors import ConfigError, DataError, ModelError
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
 from cuma_ds.profiles.encoder import pool
@@ -212,6 +215,38 @@ def test_pool_finds_the_first_and_last_real_token_on_either_padding_side(side):
     assert (pool(hidden, mask, "cls").item(), pool(hidden, mask, "lasttoken").item(), pool(hidden, mask, "mean").item()) == (
         first, last, (first + last) / 2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_sentences_that_differ_behind_what_is_read_are_never_one_person(tiny_encoder, tmp_path, cached):
+    """The tiny encoder reads 256 characters; release 0.1.0 gave both countries one vector."""
+    encoder = ProfileEncoder(tiny_encoder)
+    long, country = "Hobby: chess. " * 30, ["Country: Norway.", "Country: Peru."]
+    kinds = ([long + country[0], long + country[1]], [country[0] + long, country[1] + long], country)
+    data = [load_data(DataSection(path=str(rows(tmp_path, sentences)), heldout_fraction=0.0)) for sentences in kinds]
+    if cached:
+        ProfileTable.build(data[0].sentences, encoder, tmp_path / "cache")
+    expected = r"2 of 2 profile sentences have more than the 256 tokens that .* reads .*different people would get one vector"
+    with pytest.raises(DataError, match=expected):
+        data[0].profile_table(encoder, tmp_path / "cache")
+    with pytest.warns(UserWarning, match=r"2 of 2 .* \(the longest has 435\); their ends are not read"):
+        table = data[1].profile_table(encoder, tmp_path / "cache")
+    assert not torch.equal(*table.embeddings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data[2].profile_table(encoder, tmp_path / "cache")
+
+
+def rows(folder, sentences):
+    """Answers of three people for each profile sentence."""
+    path = folder / f"{len(list(folder.iterdir()))}.jsonl"
+    answers = [
+        {"profile": sentence, "question": "Tea?", "options": ["Yes", "No"], "answer": 0, "person_id": f"{number}-{person}"}
+        for number, sentence in enumerate(sentences)
+        for person in range(3)
+    ]
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    return path
 
 
 def test_one_string_is_one_row_and_the_encoder_is_frozen(tiny_encoder):

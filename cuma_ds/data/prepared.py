@@ -35,7 +35,7 @@ from cuma_ds.data.splits import HELDOUT, SPLITS, TRAIN, Share, assign_splits, dr
 from cuma_ds.errors import DataError, nearest
 from cuma_ds.identity import SEAL, seal_holds, sealed
 from cuma_ds.identity import file_sha256 as sha256
-from cuma_ds.profiles import ProfileTable, linearize
+from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
 from cuma_ds.profiles.linearize import country_of, plain_profile
 from cuma_ds.profiles.table import Encoder
 
@@ -80,7 +80,13 @@ class PreparedData:
         return [profile["sentence"] for profile in self.profiles]
 
     def profile_table(self, encoder: Encoder, cache_dir: str | Path | None = None) -> ProfileTable:
-        """The embedded profiles: those in the prepared folder if this encoder made them, else built through the cache."""
+        """The embedded profiles: those in the prepared folder if this encoder made them, else built through the cache.
+
+        Raises:
+            DataError: sentences that the encoder cannot tell apart, because it does not read them to their end.
+        """
+        if isinstance(encoder, ProfileEncoder):
+            encoder.check_lengths(self.sentences)
         stored = self.root / TABLE_FILE if self.root else None
         if stored is not None and stored.is_file():
             table = ProfileTable.load(stored)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from cuma_ds.config import DataSection
 from cuma_ds.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Message = Mapping[str, str]
+# Keys of the section ``data`` that decide how prompts are written.
+PROMPT_KEYS = ("max_length", "profile_in_prompt", "system_prompt", "prompt_style", "option_order")
+PromptStyle = Literal["letters", "metadata"]
+OptionOrder = Literal["fixed", "reversed", "average"]
+
+# What WorldValuesBench puts before all its questions: it asks for a number, where the options have letters.
+_NUMBER_SCALE = re.compile(r"^On a scale of (-?\d+) to (-?\d+), \1 meaning '.+?' and \2 meaning '.+?', (?=\S)", re.DOTALL)
+# Put before every template: those that print today's date would train on other tokens each day.
+_NO_CLOCK = "{% macro strftime_now(format) %}2024-07-26{% endmacro %}"
+# Stands in for an answer, to find where a template puts it.
+_MARK = "Qx7Zv"
 
 _PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -22,31 +36,54 @@ _PLAIN_TEMPLATE = (
 )
 
 
+class PromptTooLong(DataError):
+    """A prompt that does not fit; nothing that could be cut is left.
+
+    Attributes:
+        tokens: how many it has.
+    """
+
+    def __init__(self, tokens: int, limit: int, what: str) -> None:
+        super().__init__(f"{what} has {tokens} tokens, but only {limit} can be read, and nothing is cut; shorten it, or allow more tokens")
+        self.tokens = tokens
+
+
 class Renderer:
     """Renders for one tokenizer; every token id of training and evaluation comes from here.
 
     Args:
         tokenizer: a fast ``transformers`` tokenizer; without a chat template, plain ``User: ... Assistant:`` text is used.
-        max_length: tokens; what is longer loses its front, never the answer.
+        max_length: tokens of a prompt with its answer. Conversations lose early turns to fit; nothing else is ever cut.
         profile_in_prompt: put the profile sentence into the system prompt as well.
         system_prompt: for conversations without one; None leaves it to the template.
+        prompt_style: ``letters`` leaves out the number scale that a question of WorldValuesBench starts with; ``metadata`` asks
+            it as the benchmark words it.
+        option_order: ``reversed`` shows the last option as A. ``average`` is for who asks twice; here it is as ``fixed``.
 
     Raises:
         ModelError: the tokenizer cannot map text to tokens (not a fast one) or its template cannot be rendered.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, profile_in_prompt: bool = False, system_prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        profile_in_prompt: bool = False,
+        system_prompt: str | None = None,
+        prompt_style: PromptStyle = "metadata",
+        option_order: OptionOrder = "fixed",
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"the tokenizer {tokenizer.name_or_path!r} is a slow one; a folder with tokenizer.json is needed")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.profile_in_prompt = profile_in_prompt
         self.system_prompt = system_prompt
-        self._template: str | None = None
+        self.prompt_style = prompt_style
+        self.option_order = option_order
+        self._template = _NO_CLOCK + (_PLAIN_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template())
         if tokenizer.chat_template is None:
-            self._template = _PLAIN_TEMPLATE
             logger.warning("the tokenizer has no chat template; conversations are written as plain 'User: ... Assistant: ...' text")
-        self._marks_answers = "{% generation" in str(self._template or tokenizer.chat_template).replace("{%-", "{%")
         probe = [{"role": "system", "content": "Qx7"}, {"role": "user", "content": "Hi"}]
         try:
             self._takes_system = "Qx7" in self._apply(probe)
@@ -54,26 +91,60 @@ class Renderer:
             self._takes_system = False
         self._letters: dict[int, list[int]] = {}
 
+    @classmethod
+    def of(cls, tokenizer: Any, data: DataSection) -> Renderer:
+        """The renderer that the section ``data`` of a recipe asks for."""
+        return cls(tokenizer, **{key: getattr(data, key) for key in PROMPT_KEYS})
+
+    def with_options_reversed(self) -> Renderer:
+        """The same, with options shown the other way round."""
+        other = copy.copy(self)
+        other.option_order = "fixed" if self.option_order == "reversed" else "reversed"
+        return other
+
     def encode_choice(self, question: str, options: Sequence[str], sentence: str) -> list[int]:
         """Token ids of the prompt; the token that follows the last one is the answer's letter.
 
         Args:
             question: the question as asked.
-            options: answers in order, shown as A, B, C, ...
+            options: answers in order, shown as A, B, C, ... (from the last one on with ``option_order: reversed``).
             sentence: who is asking; used only with ``profile_in_prompt``.
+
+        Raises:
+            PromptTooLong: the prompt has more than ``max_length`` tokens.
         """
-        lines = [question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))]
+        if self.prompt_style == "letters":
+            asked = _NUMBER_SCALE.sub("", question)
+            question = question if asked == question else asked[0].upper() + asked[1:]
+        shown = options[::-1] if self.option_order == "reversed" else options
+        lines = [question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False))]
         last = LETTERS[len(options) - 1]
         lines.append(f"Answer with one letter, A{' or ' if len(options) == 2 else ' to '}{last}.")
-        text = self._text([{"role": "user", "content": "\n".join(lines)}], sentence, answer_next=True)
-        return self._ids(text)[-self.max_length :]
+        ids = self.encode_prompt([{"role": "user", "content": "\n".join(lines)}], sentence)
+        if len(ids) > self.max_length:
+            raise PromptTooLong(len(ids), self.max_length, "a prompt")
+        return ids
 
-    def encode_prompt(self, messages: Sequence[Message], sentence: str) -> list[int]:
-        """Token ids of a conversation that the assistant is to continue, uncut."""
-        return self._ids(self._text(messages, sentence, answer_next=True))
+    def encode_prompt(self, messages: Sequence[Message], sentence: str, longest: int | None = None) -> list[int]:
+        """Token ids of a conversation that the assistant is to continue.
+
+        Args:
+            longest: whole early turns are left out to stay within this number of tokens; None leaves out nothing.
+
+        Raises:
+            PromptTooLong: the last question has more than ``longest`` tokens.
+        """
+        left: Sequence[Message] | None = messages
+        while left is not None:
+            ids = self._ids(self._apply(self._with_profile(left, sentence), answer_next=True))
+            if longest is None or len(ids) <= longest:
+                return ids
+            left = _without_first_turn(left)
+        assert longest is not None
+        raise PromptTooLong(len(ids), longest, "the last question of a conversation")
 
     def letter_ids(self, count: int) -> list[int]:
-        """The token of each of the first ``count`` letters, as it would follow :meth:`encode_choice`.
+        """The token of each of ``count`` options, as it would follow :meth:`encode_choice`.
 
         Raises:
             DataError: more options than letters, or a letter that is not one distinct token after the prompt.
@@ -81,79 +152,85 @@ class Renderer:
         if not 2 <= count <= len(LETTERS):
             raise DataError(f"a question has {count} options; allowed: 2 to {len(LETTERS)}")
         if count not in self._letters:
-            question = [{"role": "user", "content": "?"}]
-            prompt = self._ids(self._apply(question, answer_next=True))
             ids = []
             for letter in LETTERS[:count]:
-                conversation = [*question, {"role": "assistant", "content": letter}]
-                text = self._apply(conversation)
-                start, _ = self._answer_spans(conversation, text)[0]
-                tokens = self._ids(text[: text.index(letter, start) + 1])
-                if tokens[:-1] != prompt or tokens[-1] in ids:
+                prompt, answer, _ = self._asked([{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}])
+                tokens = self._continuation(prompt, answer)
+                if len(tokens) != 1 or tokens[0] in ids:
                     raise DataError(f"the letter {letter!r} is not a token of its own after the prompt of {self.tokenizer.name_or_path!r}")
-                ids.append(tokens[-1])
+                ids += tokens
             self._letters[count] = ids
-        return self._letters[count]
+        ids = self._letters[count]
+        return ids[::-1] if self.option_order == "reversed" else ids
 
     def encode_chat(self, messages: Sequence[Message], sentence: str) -> tuple[list[int], list[int]]:
         """Token ids of a conversation and the positions whose logits predict an assistant token.
 
-        Only what the assistant says is a target (its end-of-turn marker included): position p predicts ``ids[p + 1]``.
-        A conversation longer than ``max_length`` loses its front; an earlier answer that is cut is no target.
+        Only what the assistant says is a target (its end-of-turn marker included): position p predicts ``ids[p + 1]``. The last
+        answer follows exactly the tokens of :meth:`encode_prompt`. Earlier answers are learned as the template shows them there.
+        A conversation longer than ``max_length`` loses whole early turns, but never its system message.
 
         Raises:
-            DataError: no assistant message, a last answer that does not fit ``max_length``, or a template whose turns
-                cannot be told apart.
+            PromptTooLong: the last question with its answer has more than ``max_length`` tokens.
+            DataError: no assistant message, or a template that does not show each answer as it is.
         """
-        conversation = self._with_profile(messages, sentence)
-        if not any(message["role"] == "assistant" for message in conversation):
+        answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
             raise DataError("a conversation has no assistant message to learn from; at least one is needed")
-        if self._marks_answers:
-            ids, spans = self._marked(conversation)
-        else:
-            text = self._apply(conversation)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids = encoded["input_ids"]
-            spans = [_token_span(encoded["offset_mapping"], *span) for span in self._answer_spans(conversation, text)]
-        first, end = spans[-1]
-        if end - first >= self.max_length:
-            raise DataError(f"an answer of {end - first} tokens does not fit data.max_length {self.max_length}; raise it above the answer")
-        # What follows the last answer (a line break of the template) is never predicted and need not be computed.
-        ids, cut = ids[:end][-self.max_length :], max(0, end - self.max_length)
-        positions = [token - 1 - cut for first, end in spans if first > cut for token in range(first, end)]
-        return ids, positions
+        left: Sequence[Message] | None = messages[: answers[-1] + 1]
+        while left is not None:
+            ids, positions = self._encode_turns(self._with_profile(left, sentence))
+            if len(ids) <= self.max_length:
+                return ids, positions
+            left = _without_first_turn(left)
+        raise PromptTooLong(len(ids), self.max_length, "the last question of a conversation with its answer")
 
-    def _marked(self, conversation: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer.apply_chat_template(
-            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, enable_thinking=False
-        )
-        mask = [0, *encoded["assistant_masks"], 0]
-        starts = [index for index in range(1, len(mask)) if mask[index] and not mask[index - 1]]
-        ends = [index for index in range(1, len(mask)) if mask[index - 1] and not mask[index]]
-        if not starts:
-            raise DataError("the tokenizer's chat template marks no assistant token of a conversation as generated")
-        return encoded["input_ids"], [(start - 1, end - 1) for start, end in zip(starts, ends, strict=True)]
+    def _encode_turns(self, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Ids and positions of a conversation that ends with an answer."""
+        prompt, answer, marker = self._asked(conversation)
+        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        positions = []
+        for turn, message in enumerate(conversation[:-1]):
+            if message["role"] == "assistant":
+                first, end = _token_span(offsets, *self._earlier(conversation[:-1], turn, prompt, marker))
+                positions += [token - 1 for token in range(first, end)]
+        answered = self._continuation(prompt, answer + marker)
+        positions += range(len(ids) - 1, len(ids) + len(answered) - 1)
+        return ids + answered, positions
 
-    def _answer_spans(self, conversation: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Where each assistant message stands in ``text``, from after its header to its end-of-turn marker."""
-        spans = []
-        for turn, message in enumerate(conversation):
-            if message["role"] != "assistant":
-                continue
-            content = message["content"].strip()
-            until_header = self._apply(conversation[:turn], answer_next=True)
-            start = _common(until_header, text)
-            found = text.find(content, start)
-            alone = self._apply(conversation[: turn + 1])
-            if found < 0 or text[start:found].strip():
-                raise DataError("the turns of the tokenizer's chat template cannot be told apart; mark answers with {% generation %}")
-            marker = alone[alone.rindex(content) + len(content) :].rstrip()
-            end = found + len(content)
-            spans.append((start, end + _common(marker, text[end:])))
-        return spans
+    def _asked(self, conversation: Sequence[Message]) -> tuple[str, str, str]:
+        """The prompt for the conversation's last answer, that answer as the template writes it, and its end-of-turn marker."""
+        *before, last = conversation
+        prompt = self._apply(before, answer_next=True)
+        whole = self._apply(conversation)
+        header, suffix = self._around([*before, {**last, "content": _MARK}])
+        # Where the prompt has more than the template writes before an answer (a thought, a blank), the answer follows the prompt.
+        start = len(prompt) if header.startswith(prompt) else len(header)
+        return prompt, whole[start : len(whole) - len(suffix)], suffix.rstrip()
 
-    def _text(self, messages: Sequence[Message], sentence: str, answer_next: bool = False) -> str:
-        return self._apply(self._with_profile(messages, sentence), answer_next)
+    def _earlier(self, before: Sequence[Message], turn: int, prompt: str, marker: str) -> tuple[int, int]:
+        """Where an earlier answer stands in the prompt, its end-of-turn marker included."""
+        header, suffix = self._around([*before[:turn], {**before[turn], "content": _MARK}, *before[turn + 1 :]], answer_next=True)
+        asked = self._apply(before[:turn], answer_next=True)
+        start, end = len(asked) if header.startswith(asked) else len(header), len(prompt) - len(suffix)
+        return start, end + _common(marker, prompt[end:])
+
+    def _around(self, conversation: Sequence[Message], answer_next: bool = False) -> tuple[str, str]:
+        """What the template writes before and after the one message that is ``_MARK``."""
+        before, mark, after = self._apply(conversation, answer_next).rpartition(_MARK)
+        if not mark:
+            raise DataError(f"the chat template of {self.tokenizer.name_or_path!r} does not show each answer of a conversation as it is")
+        return before, after
+
+    def _continuation(self, prompt: str, text: str) -> list[int]:
+        """Token ids of what is written after a prompt whose own tokens stand already."""
+        # Where the prompt's last token would join the text's first (a blank does), the text is read as after a line break.
+        for lead in (prompt, "\n"):
+            ids, whole = self._ids(lead), self._ids(lead + text)
+            if whole[: len(ids)] == ids:
+                return whole[len(ids) :]
+        return self._ids(text)
 
     def _with_profile(self, messages: Sequence[Message], sentence: str) -> list[dict[str, str]]:
         conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -172,9 +249,14 @@ class Renderer:
 
     def _apply(self, messages: Sequence[Message], answer_next: bool = False) -> str:
         try:
-            # enable_thinking is read by templates of reasoning models and ignored by all others.
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer_next, chat_template=self._template, enable_thinking=False
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                chat_template=self._template,
+                # Read by templates of reasoning models, and by those that print a date; ignored by all others.
+                enable_thinking=False,
+                date_string="26 Jul 2024",
             )
         except TemplateError as error:
             reason = (str(error).splitlines() or ["unknown reason"])[0]
@@ -182,6 +264,13 @@ class Renderer:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _without_first_turn(messages: Sequence[Message]) -> Sequence[Message] | None:
+    """The conversation from its second question on, behind its system message; None where there is no other question."""
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    questions = [turn for turn, message in enumerate(messages) if message["role"] == "user"]
+    return [*system, *messages[questions[1] :]] if len(questions) > 1 else None
 
 
 def _common(first: str, second: str) -> int:

@@ -6,7 +6,7 @@ Shapes: M examples, n options, R routers, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import numpy as np
@@ -36,6 +36,12 @@ class ChoicePredictions:
     gates_MRE: NDArray[np.float32] | None = None
     router_names: tuple[str, ...] = ()
     routing: RoutingTally = field(default_factory=RoutingTally)
+
+    def averaged_with(self, other: ChoicePredictions) -> ChoicePredictions:
+        """Means with the answers to the same questions with options in another order; the routing stays that of this order."""
+        pairs = zip(self.probabilities, other.probabilities, strict=True)
+        mass_M = (self.letter_mass_M + other.letter_mass_M) / 2
+        return replace(self, probabilities=[(p + q) / 2 for p, q in pairs], letter_mass_M=mass_M)
 
 
 def predict_choices(

@@ -92,7 +92,8 @@ class Generation:
     def _answers(
         self, subject: Subject, requests: Sequence[Request], embeddings_NP: Tensor | None, progress: Callable[[int, int], None] | None
     ) -> list[str]:
-        rows = [subject.renderer.encode_prompt(request.messages, subject.data.sentences[request.profile]) for request in requests]
+        longest, sentences = longest_prompt(subject, self.decoding), subject.data.sentences
+        rows = [subject.renderer.encode_prompt(request.messages, sentences[request.profile], longest) for request in requests]
         profiles = [request.profile for request in requests]
         return generate(subject, rows, profiles, embeddings_NP, self.decoding, progress)
 
@@ -110,6 +111,19 @@ def sample_requests(split: Any, count: int, seed: int = 0) -> list[Request]:
     return found
 
 
+def longest_prompt(subject: Subject, decoding: Decoding) -> int:
+    """Tokens that a prompt may have, so that the model can look back over it and a whole answer.
+
+    Raises:
+        ConfigError: none are left.
+    """
+    backbone = subject.model.base_model if isinstance(subject.model, CumaModel) else subject.model
+    longest = int(base_fact(backbone.config, "max_position_embeddings") or 2048) - decoding.max_new_tokens
+    if longest < 1:
+        raise ConfigError(f"--max-new-tokens {decoding.max_new_tokens} leaves no room for a prompt; lower it")
+    return longest
+
+
 @torch.no_grad()
 def generate(
     subject: Subject,
@@ -122,28 +136,24 @@ def generate(
     """The model's continuation of each prompt, in batches of similar length.
 
     Args:
-        rows: token ids; what is longer than the model can look back loses its front.
+        rows: token ids, each at most :func:`longest_prompt` long.
         profiles: row of ``embeddings_NP`` that asks each.
         embeddings_NP: None for a model that takes none.
     """
     tokenizer = subject.renderer.tokenizer
     pad_id = pad_id_of(tokenizer)
     settle_generation(subject.model, subject.renderer)
-    backbone = subject.model.base_model if isinstance(subject.model, CumaModel) else subject.model
-    longest = int(base_fact(backbone.config, "max_position_embeddings") or 2048) - decoding.max_new_tokens
-    if longest < 1:
-        raise ConfigError(f"--max-new-tokens {decoding.max_new_tokens} leaves no room for a prompt; lower it")
     torch.manual_seed(decoding.seed)
     texts = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     size = subject.config.evaluation.batch_size
     for start in range(0, len(order), size):
         indices = order[start : start + size]
-        cut = [list(rows[index])[-longest:] for index in indices]
-        width = max(map(len, cut))
+        asked = [list(rows[index]) for index in indices]
+        width = max(map(len, asked))
         inputs = {
-            "input_ids": torch.tensor([[pad_id] * (width - len(row)) + row for row in cut], device=subject.device),
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in cut], device=subject.device),
+            "input_ids": torch.tensor([[pad_id] * (width - len(row)) + row for row in asked], device=subject.device),
+            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked], device=subject.device),
         }
         if embeddings_NP is not None:
             inputs["profile_embeddings"] = embeddings_NP[[profiles[index] for index in indices]].to(subject.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuma_ds.data.batching import EncodedExample, encode_example
+from cuma_ds.data.lengths import fitting
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
@@ -82,7 +84,6 @@ class Evaluator:
     """
 
     def __init__(self, subject: Subject, folder: Path, progress: Progress | None = None) -> None:
-        self.subject = subject
         self.folder = folder
         self.progress = progress
         self.main = "before" if subject.untrained is None else "trained"
@@ -91,6 +92,12 @@ class Evaluator:
             raise DataError(f"data of kind {subject.data.kind!r} cannot be evaluated; allowed: choice questions and conversations")
         if not self.splits:
             raise DataError("there is nothing to evaluate on: the splits test and heldout are empty; hold out more people")
+        data = fitting(
+            subject.data, subject.renderer, subject.config.data, self.splits,
+            lambda needed: f"evaluate with --set data.max_length={needed}, or leave them out with --set data.on_long_prompt=skip",
+        )  # fmt: skip
+        self.subject = dataclasses.replace(subject, data=data)
+        self.splits = data.evaluation_splits
 
     def choice(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Sections of the summary and pictures, for choice questions."""
@@ -144,10 +151,11 @@ class Evaluator:
                     summary["routing"], pictures = self._routing(talks.only(seen), found, seen, fields)
         return summary, pictures
 
-    def encode(self, split: str) -> list[EncodedExample]:
-        """All rows of a split as token ids."""
+    def encode(self, split: str, options_reversed: bool = False) -> list[EncodedExample]:
+        """All rows of a split as token ids, options in the recipe's order or the other way round."""
         subject = self.subject
-        return [encode_example(row, subject.renderer, subject.data.sentences, subject.config.data) for row in subject.data.splits[split]]
+        renderer = subject.renderer.with_options_reversed() if options_reversed else subject.renderer
+        return [encode_example(row, renderer, subject.data.sentences, subject.config.data) for row in subject.data.splits[split]]
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
         """A progress function of (done, in all) for one piece of work."""
@@ -166,11 +174,13 @@ class Evaluator:
     def _passes(self, run: Callable[..., Any], split: str, units: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
         """``run`` (predict_choices or chat_losses) on a split, by row name: before, trained, and swapped where there are profiles."""
         subject, examples = self.subject, self.encode(split)
+        twice = subject.data.kind == "choice" and subject.config.data.option_order == "average"
+        turned = self.encode(split, options_reversed=True) if twice else None
 
-        def go(label: str, embeddings_NP: Any, **options: Any) -> Any:
+        def once(label: str, asked: Sequence[EncodedExample], embeddings_NP: Any, **options: Any) -> Any:
             return run(
                 subject.model,
-                examples,
+                asked,
                 embeddings_NP,
                 subject.config.evaluation.batch_size,
                 pad_id_of(subject.renderer.tokenizer),
@@ -178,6 +188,10 @@ class Evaluator:
                 progress=self.tell(f"{split}: {label}"),
                 **options,
             )
+
+        def go(label: str, embeddings_NP: Any, **options: Any) -> Any:
+            found = once(label, examples, embeddings_NP, **options)
+            return found if turned is None else found.averaged_with(once(f"{label}, reversed", turned, embeddings_NP, **options))
 
         if subject.untrained is None:
             return {"before": go("as it is", None)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cuma_ds.adapters import CumaModel, inject_adapters
-from cuma_ds.config import ModelSection, RunConfig, load_config, make_config
+from cuma_ds.config import ModelSection, RunConfig, load_started, make_config
 from cuma_ds.data import load_data
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
@@ -68,7 +68,7 @@ def open_run(run_dir: str | Path, step: int | None = None, data: str | Path | No
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves")
-    config = load_config(run_dir / "config.yaml", list(overrides))
+    config = load_started(run_dir / "config.yaml", list(overrides))
     trained = open_trained(run_dir, config, step)
     prepared, table = trained.data, trained.table
     model = load_trained(config, trained.adapters, table)
@@ -98,7 +98,7 @@ def open_export(
     from cuma_ds.export.modeling import load_exported
 
     model = load_exported(folder, base_model=base, encoder=encoder)
-    prompt = {key: value for key, value in model.export["prompt"].items() if value is not None}
+    prompt = {"prompt_style": "metadata"} | {key: value for key, value in model.export["prompt"].items() if value is not None}
     adapters = {key: value for key, value in model.export["adapters"].items() if key != "profile_dim"}
     profiles = {"encoder": model.encoder_path or "", "template": model.export["profiles"]["template"]}
     place = str(base or model.export["base_model_name_or_path"])
@@ -171,4 +171,4 @@ def _bare_config(path: str, overrides: Sequence[str]) -> RunConfig:
 
 def _renderer(config: RunConfig, place: str | None = None) -> Renderer:
     tokenizer = load_tokenizer(config.model if place is None else ModelSection(path=place))
-    return Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
+    return Renderer.of(tokenizer, config.data)

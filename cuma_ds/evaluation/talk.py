@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from cuma_ds.data.rendering import Message, Renderer
+from cuma_ds.data.rendering import PROMPT_KEYS, Message, Renderer
 from cuma_ds.errors import ConfigError, ModelError
 from cuma_ds.evaluation.decoding import settle_generation
 from cuma_ds.evaluation.forward import pad_id_of
@@ -62,7 +62,8 @@ class Talker:
     def __init__(self, model: CumaForCausalLM, tokenizer: Any, decoding: Decoding) -> None:
         self.model, self.tokenizer, self.decoding = model, tokenizer, decoding
         prompt = {"max_length": _LONGEST, **model.export["prompt"]}
-        self.renderer = Renderer(tokenizer, prompt["max_length"], bool(prompt.get("profile_in_prompt")), prompt.get("system_prompt"))
+        known = {key: prompt[key] for key in PROMPT_KEYS if prompt.get(key) is not None}
+        self.renderer = Renderer(tokenizer, **known)
         self.end_ids = settle_generation(model, self.renderer)
         self.pad_id = pad_id_of(tokenizer)
         self.longest = int(base_fact(model.base_model.config, "max_position_embeddings") or _LONGEST)
@@ -81,11 +82,10 @@ class Talker:
             profiles: B of them; empty for a model that takes none (then one answer).
             write: called with each piece of text as it comes; for a single profile.
         """
-        rows = [self.renderer.encode_prompt(messages, sentence) for sentence in self._sentences(profiles)]
         longest = self.longest - self.decoding.max_new_tokens
         if longest < 1:
             raise ConfigError(f"--max-new-tokens {self.decoding.max_new_tokens} leaves no room for a prompt; lower it")
-        inputs = self._batch([row[-longest:] for row in rows])
+        inputs = self._batch([self.renderer.encode_prompt(messages, sentence, longest) for sentence in self._sentences(profiles)])
         streamer = None if write is None else _Writer(self.tokenizer, write)
         torch.manual_seed(self.decoding.seed)
         tokens = self.model.generate(

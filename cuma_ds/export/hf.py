@@ -25,8 +25,8 @@ from torch import Tensor
 
 import cuma_ds
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.config import ModelSection, RunConfig, load_config
-from cuma_ds.data.rendering import Renderer
+from cuma_ds.config import ModelSection, RunConfig, load_started
+from cuma_ds.data.rendering import PROMPT_KEYS, Renderer
 from cuma_ds.errors import CheckpointError, ModelError
 from cuma_ds.evaluation.decoding import folder_generation, settled_generation
 from cuma_ds.export.card import model_card, run_section
@@ -55,7 +55,7 @@ class Trained:
         state: as :meth:`CumaModel.load_adapter_state` takes it.
         base: the frozen model they belong to.
         profiles: encoder (or None), its fingerprint, template, and the field names of the training profiles.
-        prompt: how training wrote prompts (max_length, profile_in_prompt, system_prompt).
+        prompt: how training wrote prompts, :data:`PROMPT_KEYS` of the recipe's section ``data``.
         story: where they come from, as Markdown for the model card.
         backbone: fingerprint of the base model in training; the base model's own as it is now where that is not known.
     """
@@ -78,7 +78,7 @@ def open_run(run_dir: str | Path) -> tuple[Path, RunConfig]:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise CheckpointError(f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves")
-    return run_dir, load_config(run_dir / "config.yaml")
+    return run_dir, load_started(run_dir / "config.yaml")
 
 
 def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
@@ -106,7 +106,7 @@ def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
         state=trained.adapters,
         base=config.model,
         profiles=profiles,
-        prompt={key: getattr(config.data, key) for key in ("max_length", "profile_in_prompt", "system_prompt")},
+        prompt={key: getattr(config.data, key) for key in PROMPT_KEYS},
         story=run_section(run_dir, config, data, trained.checkpoint.name),
         backbone=trained.identity.get("backbone", {}),
     )

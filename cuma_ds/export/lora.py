@@ -75,7 +75,7 @@ def write_lora(
     with output_folder(out) as folder:
         model = load_trained(config, trained.adapters, table)
         tokenizer = load_tokenizer(config.model)
-        renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
+        renderer = Renderer.of(tokenizer, config.data)
         embeddings = [None] if table is None else list(_embed(sentences, table, str(config.profiles.encoder)))
         measure = _Measure(config.evaluation.batch_size, pad_id_of(tokenizer))
 

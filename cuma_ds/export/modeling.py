@@ -166,7 +166,9 @@ class CumaForCausalLM(CumaModel):
         sentences = [linearize(profile, about["template"]) for profile in profiles]
         missing = sorted(set(sentences) - self._embedded.keys())
         if missing:
-            self._embedded.update(zip(missing, self._load_encoder()(missing), strict=True))
+            encoder = self._load_encoder()
+            encoder.check_lengths(missing, apart=False)  # who is asked as together here need not have to do with one another
+            self._embedded.update(zip(missing, encoder(missing), strict=True))
         rows_NP = torch.stack([self._embedded[sentence] for sentence in sentences])
         for oldest in list(self._embedded)[: max(0, len(self._embedded) - _REMEMBERED)]:
             del self._embedded[oldest]

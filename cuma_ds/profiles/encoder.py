@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuma_ds.errors import ModelError
+from cuma_ds.errors import DataError, ModelError
 
 _POOLINGS = ("mean", "cls", "lasttoken")
 _SETTINGS = ("auto", "mean", "mean-all", "last", "cls")
@@ -89,6 +90,37 @@ class ProfileEncoder:
             if progress is not None:
                 progress(start + len(rows), len(order))
         return embeddings_NP
+
+    def check_lengths(self, sentences: Iterable[str], apart: bool = True) -> None:
+        """Warn of sentences that have more tokens than the encoder reads.
+
+        Args:
+            sentences: of profiles.
+            apart: also refuse different sentences of which the same tokens are read: they would become one vector.
+
+        Raises:
+            DataError: there are such sentences.
+        """
+        texts = list(dict.fromkeys(sentences))
+        # A token has at least one byte, and few are added around a sentence: most need not be tokenised.
+        near = [text for text in texts if len(text.encode()) > self._max_tokens - 8]
+        if not near:
+            return
+        tokenizer, _ = self._parts
+        limit = min(self._max_tokens, tokenizer.model_max_length)
+        whole = tokenizer(near, verbose=False)["input_ids"]
+        lengths = [len(ids) for ids in whole if len(ids) > limit]
+        if not lengths:
+            return
+        about = f"{len(lengths)} of {len(texts)} profile sentences have more than the {limit} tokens that {self.folder} reads"
+        about = f"{about} (the longest has {max(lengths)})"
+        read = {tuple(ids) for ids in tokenizer(near, truncation=True, max_length=limit)["input_ids"]}
+        if apart and len(read) < len({tuple(ids) for ids in whole}):
+            raise DataError(
+                f"{about}, and some of them differ only in what is not read: different people would get one vector; put fewer fields "
+                "into profiles, or the telling ones first, or use an encoder that reads more"
+            )
+        warnings.warn(f"{about}; their ends are not read", stacklevel=2)
 
     @cached_property
     def fingerprint(self) -> str:

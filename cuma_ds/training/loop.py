@@ -5,6 +5,7 @@ Shapes: B sequences of a micro batch, N distinct profiles of it, P profile width
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from cuma_ds.adapters.inject import find_targets
 from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.batching import Batch, BatchStream, encode_example
+from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, CumaError, DataError
+from cuma_ds.export.modeling import base_fact
 from cuma_ds.identity import read_identity
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
@@ -49,6 +52,9 @@ from cuma_ds.training.run_folder import (
     record_identity,
 )
 from cuma_ds.training.schedule import learning_rate
+
+# In the manifest of a run's own data: the max_length that all its prompts are known to fit.
+PROMPTS_CHECKED = "prompts_fit"
 
 
 @dataclass(frozen=True)
@@ -114,13 +120,14 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
 
 def prepare_run(config: RunConfig) -> None:
     """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
-    folder = open_run_folder(config)
-    source = None
-    if (folder / DATA_FOLDER / "manifest.json").is_file():
-        data = PreparedData.load(folder / DATA_FOLDER)
-    else:
-        source = load_data(config.data, config.profiles.template)
-        data = source.save(folder / DATA_FOLDER)
+    folder, source = config.run_dir, None
+    if not (folder / DATA_FOLDER / "manifest.json").is_file():
+        # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
+        source = check_prompts(load_data(config.data, config.profiles.template), config, started=False)
+    open_run_folder(config)
+    data = PreparedData.load(folder / DATA_FOLDER) if source is None else source.save(folder / DATA_FOLDER)
+    if source is None and PROMPTS_CHECKED not in data.manifest:
+        check_prompts(data, config, started=True)
     table = None
     if config.adapters.uses_profiles and (folder / TABLE_FILE).is_file():
         table = ProfileTable.load(folder / TABLE_FILE)
@@ -134,12 +141,41 @@ def prepare_run(config: RunConfig) -> None:
     record_identity(config, data, table)
 
 
+def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:
+    """The data without rows that are too long to be read whole, as ``data.on_long_prompt`` says; see :func:`fitting`.
+
+    Args:
+        started: the run has been started by release 0.1.0, which cut such rows. It cannot leave them out now.
+
+    Raises:
+        CumaError: rows are too long and are not to be skipped, or ``data.max_length`` is more than the model can read.
+    """
+
+    def advice(needed: int) -> str:
+        if started:
+            return f"release 0.1.0 cut them; start a new run (run.name) with data.max_length {needed}, or data.on_long_prompt: skip"
+        return f"raise data.max_length to {needed}, or leave them out with data.on_long_prompt: skip"
+
+    section = config.data
+    if section.option_order == "average":
+        raise ConfigError(
+            "data.option_order: average is for evaluation; train with fixed or reversed, and evaluate with --set data.option_order=average"
+        )
+    longest = base_fact(skeleton(config.model).config, "max_position_embeddings")
+    if longest and section.max_length > longest and not started:
+        raise ConfigError(f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it")
+    renderer = Renderer.of(load_tokenizer(config.model), section)
+    section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
+    fits = fitting(data, renderer, section, ["train", *data.evaluation_splits], advice)
+    return dataclasses.replace(fits, manifest={**fits.manifest, PROMPTS_CHECKED: section.max_length})
+
+
 def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     """Tokenizer, data and profiles from the run folder, as this rank's stream of batches."""
     data = PreparedData.load(config.run_dir / DATA_FOLDER)
     table = ProfileTable.load(config.run_dir / TABLE_FILE) if config.adapters.uses_profiles else None
     tokenizer = load_tokenizer(config.model)
-    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt, config.data.system_prompt)
+    renderer = Renderer.of(tokenizer, config.data)
     if data.kind == "preference":
         raise DataError("the data holds preferences, but objective sft learns from answers or conversations; prepare it with --kind chat")
     rows, sentences = data.splits["train"], data.sentences

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cuma_ds.config import CHANGED_SINCE_0_1_0, NEW_SINCE_0_1_0, DataSection, RunConfig, load_config
+from cuma_ds.config import CHANGED_SINCE_0_1_0, NEW_SINCE_0_1_0, DataSection, RunConfig, load_started
 from cuma_ds.data.prepared import PreparedData, read_manifest
 from cuma_ds.data.sources.files import find_input
 from cuma_ds.errors import CheckpointError, ConfigError, DataError
@@ -51,15 +51,14 @@ def as_started(config: RunConfig) -> RunConfig:
     if not recipe.is_file():
         return config
     try:
-        started = load_config(recipe)
+        started = load_started(recipe)
     except ConfigError:
         return config  # open_run_folder refuses it
     sections: dict[str, Any] = {}
     for (section, key), released in (NEW_SINCE_0_1_0 | CHANGED_SINCE_0_1_0).items():
-        before, now = getattr(started, section), sections.get(section, getattr(config, section))
-        value = getattr(before, key) if key in before.model_fields_set else released
-        if key not in now.model_fields_set and value == released:
-            sections[section] = now.model_copy(update={key: value})
+        now = sections.get(section, getattr(config, section))
+        if key not in now.model_fields_set and getattr(getattr(started, section), key) == released:
+            sections[section] = now.model_copy(update={key: released})
     return config.model_copy(update=sections)
 
 
@@ -110,13 +109,16 @@ def open_run_folder(config: RunConfig) -> Path:
     if recipe.is_file():
         identity = read_identity(folder)
         try:
-            before, now = (learned_settings(one, names=not identity) for one in (load_config(recipe), config))
+            before, now = (learned_settings(one, names=not identity) for one in (load_started(recipe), config))
         except ConfigError as error:
             raise CheckpointError(f"{folder} holds a run whose recipe cannot be read ({error}); choose another run.name") from None
-        for key, value in now.items():
-            if before.get(key) != value:
+        for key in before | now:
+            section, _, name = key.partition(".")
+            # What is left out says what release 0.1.0 did.
+            started, value = (settings.get(key, NEW_SINCE_0_1_0.get((section, name))) for settings in (before, now))
+            if started != value:
                 raise ConfigError(
-                    f"{folder} holds a run with {key}: {before.get(key)}, but this recipe says {value}; "
+                    f"{folder} holds a run with {key}: {started}, but this recipe says {value}; "
                     "choose another run.name, or restore the recipe to resume"
                 )
         _check_started_with(config, identity)

@@ -1,0 +1,137 @@
+"""Rows whose prompt is longer than a model reads: found and named before anything is learned or judged, never cut in silence.
+
+Shapes: M rows of a split, Q questions, N profiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cuma_ds.config import DataSection
+from cuma_ds.data.prepared import PreparedData
+from cuma_ds.data.rendering import PromptTooLong, Renderer
+from cuma_ds.data.rows import Split
+from cuma_ds.errors import CumaError, DataError
+
+logger = logging.getLogger(__name__)
+
+# Tokens by which the length of a prompt may differ from that of its parts, because words join where they meet.
+_SEAM = 16
+_REASON = "examples longer than max_length"
+
+
+@dataclass(frozen=True)
+class LongRows:
+    """Rows of one split that do not fit: their numbers, ascending, and the tokens of the longest."""
+
+    numbers: list[int]
+    longest: int
+
+
+def fitting(
+    data: PreparedData, renderer: Renderer, config: DataSection, splits: Sequence[str], advice: Callable[[int], str]
+) -> PreparedData:
+    """The data with nothing in ``splits`` that is longer than ``data.max_length``.
+
+    Args:
+        data: choice questions or conversations; other kinds are returned as they are.
+        renderer: of the model's tokenizer.
+        config: ``on_long_prompt`` decides: refuse such rows, or leave them out, count them in the manifest and say so.
+        splits: names of the splits that will be read.
+        advice: what to do about a refusal, given the tokens that the longest row needs.
+
+    Raises:
+        DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row numbers.
+        CumaError: a row cannot be rendered at all; names it.
+    """
+    if data.kind == "preference":
+        return data
+    sentences = data.sentences
+    find = _long_choices if data.kind == "choice" else _long_chats
+    found = {name: find(name, data.splits[name], renderer, sentences) for name in splits if len(data.splits[name])}
+    found = {name: rows for name, rows in found.items() if rows.numbers}
+    if not found:
+        return data
+    what = "; ".join(
+        f"{len(rows.numbers)} of {len(data.splits[name])} rows of split {name} (row {', '.join(map(str, rows.numbers[:3]))}"
+        f"{', ...' if len(rows.numbers) > 3 else ''}; the longest has {rows.longest} tokens)"
+        for name, rows in found.items()
+    )
+    limit = f"data.max_length is {renderer.max_length}, and a question is never cut"
+    if config.on_long_prompt == "refuse":
+        raise DataError(f"too long to be read whole: {what}; {limit}; {advice(max(rows.longest for rows in found.values()))}")
+    if len(found.get("train", LongRows([], 0)).numbers) == len(data.splits["train"]):
+        raise DataError(f"nothing is left for training without what is too long: {what}; {limit}")
+    logger.warning("left out, being too long: %s; %s", what, limit)
+    return _without(data, found)
+
+
+def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+    """Encodes each question once; with its profiles only those pairs whose lengths together come near the limit."""
+    question_M, profile_M = split.numbers("question"), split.numbers("profile")
+    question_Q, first_Q, which_M = np.unique(question_M, return_index=True, return_inverse=True)
+    questions = [split.question(int(number)) for number in question_Q]
+
+    def length(which: int, sentence: str, row: int) -> int:
+        question = questions[which]
+        return _tokens(lambda: renderer.encode_choice(question.text, question.options, sentence), name, row)
+
+    tokens_M = np.array([length(which, "", int(row)) for which, row in enumerate(first_Q)])[which_M]
+    if renderer.profile_in_prompt:
+        profile_N, who_M = np.unique(profile_M, return_inverse=True)
+        said = renderer.tokenizer([sentences[profile] for profile in profile_N], add_special_tokens=False)["input_ids"]
+        tokens_M = tokens_M + np.array([len(ids) for ids in said])[who_M]
+        near = np.flatnonzero(tokens_M > renderer.max_length - _SEAM)
+        pairs, first, pair_of = np.unique(which_M[near] * len(profile_N) + who_M[near], return_index=True, return_inverse=True)
+        exact = [
+            length(int(pair) // len(profile_N), sentences[profile_N[pair % len(profile_N)]], int(near[place]))
+            for pair, place in zip(pairs, first, strict=True)
+        ]
+        tokens_M[near] = np.array(exact, dtype=tokens_M.dtype)[pair_of]
+    numbers = np.flatnonzero(tokens_M > renderer.max_length)
+    return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
+
+
+def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+    def length(number: int, row: dict[str, Any]) -> int:
+        return _tokens(lambda: renderer.encode_chat(row["messages"], sentences[row["profile"]])[0], name, number)
+
+    tokens_M = np.array([length(number, row) for number, row in enumerate(split)])
+    numbers = np.flatnonzero(tokens_M > renderer.max_length)
+    return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
+
+
+def _tokens(encode: Callable[[], list[int]], split: str, row: int) -> int:
+    try:
+        return len(encode())
+    except PromptTooLong as error:
+        return error.tokens
+    except CumaError as error:
+        raise type(error)(f"row {row} of split {split}: {error}") from None
+
+
+def _without(data: PreparedData, found: dict[str, LongRows]) -> PreparedData:
+    splits, manifest = dict(data.splits), dict(data.manifest)
+    manifest["splits"] = {name: dict(sizes) for name, sizes in manifest["splits"].items()}
+    manifest["skipped"] = {**manifest.get("skipped", {}), _REASON: sum(len(rows.numbers) for rows in found.values())}
+    for name, rows in found.items():
+        kept = np.setdiff1d(np.arange(len(splits[name])), rows.numbers)
+        splits[name] = splits[name].select(kept)
+        manifest["splits"][name] |= _sizes(splits[name])
+    return dataclasses.replace(data, splits=splits, manifest=manifest)
+
+
+def _sizes(split: Split) -> dict[str, Any]:
+    people = split.rows.table["people"].combine_chunks().flatten().to_numpy()
+    return {
+        "examples": len(split),
+        "answers": int(split.answers().sum()),
+        "people": len(np.unique(people)),
+        "profiles": len(np.unique(split.numbers("profile"))),
+    }
