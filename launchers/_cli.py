@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cuma_ds.errors import ConfigError, CumaError
 
 # What the commands that start ranks are called, as a program and as a module.
-_LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
+_DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+_LAUNCHERS = (*_DEEPSPEED, "torchrun", "torch.distributed.run")
 _WATCH_SECONDS = 1.0
 
 if TYPE_CHECKING:
@@ -52,9 +53,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def _end_with_launcher() -> None:
-    """Watch the launcher that started this rank; a process that was started by hand watches nothing and outlives its shell.
+    """Watch the launcher that started this rank.
 
-    ``deepspeed`` is two processes, one above the other. When the upper one is killed, the lower one and the ranks would go on.
+    A process that was started by hand watches nothing and outlives its shell. ``deepspeed`` is two processes, one above
+    the other. When the upper one is killed, the lower one and the ranks would go on.
     """
     if "LOCAL_RANK" not in os.environ:
         return

@@ -70,7 +70,8 @@ def _api_key(file: str | None) -> str | None:
     try:
         text = os.environ["CUMA_API_KEY"] if file is None else Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigError(f"{source} cannot be read: {reason}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ConfigError(f"{source} is empty; expected the key that clients must send")

@@ -209,6 +209,7 @@ MISTAKES = {
     "broken-profile": (["--run", "RUN", *ASK, "--profile", '{"country": Atlantis}'], "--profile is broken JSON"),
     "no-tokens": (["--run", "RUN", *ASK, "--profile", NORWAY, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
     "too-many-tokens": (["--run", "RUN", *ASK, "--profile", NORWAY, "--max-new-tokens", "9999"], "leaves no room"),
+    "long-prompt": (["--run", "RUN", "--prompt", "x" * 600, "--profile", NORWAY], "tokens; with --max-new-tokens 128 this model reads 384"),
     "top-p": (["--run", "RUN", *ASK, "--profile", NORWAY, "--top-p", "0"], "top-p in (0, 1]"),
 }
 
@@ -227,5 +228,9 @@ def test_a_mistake_is_one_line_and_exit_2(mistake, run, launch) -> None:
 def test_decoding_checks_its_numbers() -> None:
     with pytest.raises(ConfigError, match="--temperature -1"):
         Decoding(temperature=-1)
+    for odd in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="--temperature"):
+            Decoding(temperature=odd)
     assert Decoding(temperature=0.7).options()["do_sample"]
+    assert not Decoding(temperature=1e-300).options()["do_sample"]
     assert not Decoding().options()["do_sample"]
