@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,17 +134,20 @@ def generate(
     longest = int(base_fact(backbone.config, "max_position_embeddings") or 2048) - decoding.max_new_tokens
     if longest < 1:
         raise ConfigError(f"--max-new-tokens {decoding.max_new_tokens} leaves no room for a prompt; lower it")
+    if cut := sum(len(row) > longest for row in rows):
+        longer = f"{cut} of {len(rows)} prompts are longer than the {longest} tokens this model reads"
+        warnings.warn(f"{longer}; they lose their front", stacklevel=2)
     torch.manual_seed(decoding.seed)
     texts = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     size = subject.config.evaluation.batch_size
     for start in range(0, len(order), size):
         indices = order[start : start + size]
-        cut = [list(rows[index])[-longest:] for index in indices]
-        width = max(map(len, cut))
+        kept = [list(rows[index])[-longest:] for index in indices]
+        width = max(map(len, kept))
         inputs = {
-            "input_ids": torch.tensor([[pad_id] * (width - len(row)) + row for row in cut], device=subject.device),
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in cut], device=subject.device),
+            "input_ids": torch.tensor([[pad_id] * (width - len(row)) + row for row in kept], device=subject.device),
+            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in kept], device=subject.device),
         }
         if embeddings_NP is not None:
             inputs["profile_embeddings"] = embeddings_NP[[profiles[index] for index in indices]].to(subject.device)
