@@ -36,6 +36,7 @@ from cuma_ds.serving.app import make_app
 from cuma_ds.serving.batch import Batch
 from cuma_ds.serving.engine import Engine, Job, Limits, Piece
 from cuma_ds.serving.logs import JsonFormatter
+from cuma_ds.serving.patience import Patience
 from cuma_ds.serving.sampling import Sampler, next_tokens
 from cuma_ds.serving.text import TextStream
 
@@ -92,7 +93,7 @@ def served(
     sizes = {"max_tokens": 100, "max_length": 200, "max_body": 20_000}
     app = make_app(talker, engine, "opinions", **{**sizes, **options})
     with socket.create_server(("127.0.0.1", free_port())) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -547,6 +548,32 @@ def test_large_bodies_are_refused_whether_announced_or_in_pieces(server) -> None
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         wire.sendall(head.encode() + b"7000\r\n" + b"x" * 0x7000 + b"\r\n")
         assert b" 413 " in wire.recv(100)
+
+
+HALVES = {
+    "nothing": b"",
+    "head": b"GET /v1/models HTTP/1.1\r\nHost: x\r\n",
+    "body": b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"model":',
+    "second": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTT",
+}
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_sent_requests_are_closed_and_slow_answers_are_not(half, talker, monkeypatch) -> None:
+    monkeypatch.setattr(Patience, "seconds", 0.5)
+    with served(talker) as (client, _):
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=20) as wire:
+            wire.sendall(HALVES[half])
+            said, begun = b"", time.monotonic()
+            while piece := wire.recv(1000):
+                said += piece
+            assert time.monotonic() - begun < 10
+        assert said.startswith(b"HTTP/1.1 200 " if half == "second" else b"HTTP/1.1 408 ")
+        with gated(monkeypatch, talker) as permits:
+            stream = ask(client, stream=True)
+            time.sleep(1)
+            permits.release(1000)
+            assert list(stream)[-1].choices[0].finish_reason
 
 
 def test_models_health_and_unknown_paths(server) -> None:
