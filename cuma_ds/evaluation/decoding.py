@@ -51,7 +51,8 @@ def settled_generation(found: GenerationConfig, config: Any, renderer: Renderer 
         renderer: of the model's tokenizer; None where there is no tokenizer.
     """
     said = {key: value for key, value in found.to_diff_dict().items() if value not in (None, False)}
-    unused = [f"{key} {said[key]}" for key in said if key not in (*_REPLACED, *_LENGTHS) and not key.startswith(_HARMLESS)]
+    others = [key for key in said if key not in (*_REPLACED, *_LENGTHS) and not key.startswith(_HARMLESS)]
+    unused = [f"{key} {said[key]}"[:60] for key in others]
     if unused:
         message = f"the model folder's generation settings are not used: {', '.join(unused)}"
         warnings.warn(f"{message}; answers follow the model's own probabilities", stacklevel=3)
