@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import os
 import sys
 import threading
@@ -17,7 +19,8 @@ from cuma_ds.errors import ConfigError, CumaError
 from cuma_ds.strict_json import RepeatedKeyError, read_json
 
 # What the commands that start ranks are called, as a program and as a module.
-_LAUNCHERS = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
+_DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+_LAUNCHERS = (*_DEEPSPEED, "torchrun", "torch.distributed.run")
 _WATCH_SECONDS = 1.0
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     Ranks that deepspeed or torchrun started also end, with exit code 2, when that launcher is gone.
     """
     _end_with_launcher()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for letters it does not know
     try:
         main()
     except CumaError as error:
@@ -52,9 +57,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def _end_with_launcher() -> None:
-    """Watch the launcher that started this rank; a process that was started by hand watches nothing and outlives its shell.
+    """Watch the launcher that started this rank.
 
-    ``deepspeed`` is two processes, one above the other. When the upper one is killed, the lower one and the ranks would go on.
+    A process that was started by hand watches nothing and outlives its shell. ``deepspeed`` is two processes, one above
+    the other. When the upper one is killed, the lower one and the ranks would go on.
     """
     if "LOCAL_RANK" not in os.environ:
         return
@@ -94,8 +100,9 @@ def read_profile(text: str) -> dict[str, Any] | str:
     """``--profile``: a JSON object of fields, or a sentence as it is.
 
     Raises:
-        ConfigError: broken JSON; the profile itself is not repeated in the message.
+        ConfigError: broken JSON or broken text; the profile itself is not repeated in the message.
     """
+    check_text("--profile", text)
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
@@ -106,7 +113,20 @@ def read_profile(text: str) -> dict[str, Any] | str:
         raise ConfigError(f'--profile is broken JSON ({error}); expected e.g. \'{{"country": "Norway", "age": 34}}\'') from None
     if not isinstance(fields, dict):
         raise ConfigError("--profile is a JSON list; expected an object of fields, or a sentence")
+    check_text("--profile", json.dumps(fields, ensure_ascii=False))  # JSON can write half of a surrogate pair
     return fields
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse what no tokenizer takes: bytes that are no UTF-8, and halves of surrogate pairs.
+
+    Raises:
+        ConfigError: names the option; the text is not repeated.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} holds characters that are no Unicode text; write it in UTF-8") from None
 
 
 def warn_in_one_line() -> None:

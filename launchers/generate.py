@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from _cli import add_model_arguments, check_model_arguments, load_talker, read_profile, run_main, warn_in_one_line
+from _cli import add_model_arguments, check_model_arguments, check_text, load_talker, read_profile, run_main, warn_in_one_line
 
 from cuma_ds.errors import ConfigError, CumaError
 
@@ -40,6 +40,8 @@ def main() -> None:
     warn_in_one_line()
     profiles = [read_profile(text) for text in arguments.profile]
     check_model_arguments("generate", arguments)
+    for name, texts in (("--prompt", [arguments.prompt or ""]), ("--options", arguments.options)):
+        check_text(name, "".join(texts))
     if arguments.prompt is None and (arguments.options or arguments.compare):
         raise ConfigError(f"{'--options' if arguments.options else '--compare'} needs --prompt, the question to ask")
     if arguments.prompt is not None and not arguments.prompt.strip():
@@ -126,6 +128,7 @@ def _chat(talker: Talker, given: Sequence[Any], console: Console) -> None:
         try:
             if not line:
                 continue
+            check_text("the message", line)
             if command == "/quit":
                 return
             if command == "/help":

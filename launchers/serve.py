@@ -48,6 +48,7 @@ def main() -> None:
     from cuma_ds.serving.app import make_app
     from cuma_ds.serving.engine import Engine, Limits
     from cuma_ds.serving.logs import configure_logs
+    from cuma_ds.serving.patience import Patience
 
     talker = load_talker(arguments, Decoding())
     max_tokens, max_length = _lengths(arguments, talker.longest)
@@ -58,8 +59,8 @@ def main() -> None:
     host, port = listener.getsockname()[:2]
     print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     configure_logs()
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
-    server.run(sockets=[listener])
+    config = uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _api_key(file: str | None) -> str | None:
@@ -70,7 +71,8 @@ def _api_key(file: str | None) -> str | None:
     try:
         text = os.environ["CUMA_API_KEY"] if file is None else Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ConfigError(f"{source} cannot be read: {reason}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ConfigError(f"{source} is empty; expected the key that clients must send")

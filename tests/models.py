@@ -16,15 +16,16 @@ _USUAL = {
     "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5,
 }  # fmt: skip
 _OPENAI = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 5}
+_ALIBI = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 5}
 # What each family knows positions by, its sizes, and one of its linears.
 POSITIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2": ("absolute", _OPENAI, "c_attn"),
     "opt": ("absolute", {**_USUAL, "ffn_dim": 48, "word_embed_proj_dim": 32}, "q_proj"),
     "llama": ("rotary", {**_USUAL, "num_key_value_heads": 2}, "q_proj"),
     "gpt_neox": ("rotary", _USUAL, "query_key_value"),
-    "bloom": ("ALiBi", {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0, "eos_token_id": 5}, "query_key_value"),
-    "mpt": ("ALiBi", {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128, "eos_token_id": 5}, "Wqkv"),
-}  # fmt: skip
+    "bloom": ("ALiBi", {**_ALIBI, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "query_key_value"),
+    "mpt": ("ALiBi", {**_ALIBI, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}, "Wqkv"),
+}
 
 
 def random_model(family: str, seed: int = 0) -> Any:
@@ -49,7 +50,8 @@ def save_disagreeing(folder: Path, source: Path) -> Path:
     """A copy of the tiny Llama whose files disagree about answers.
 
     The chat template ends a turn with token 5. The tokenizer names token 3 as its end, config.json token 2 and
-    generation_config.json tokens 2 and 4. The latter also holds sampling settings. The model likes tokens 5 and 3 often enough that answers end.
+    generation_config.json tokens 2 and 4. The latter also holds sampling settings. The model likes these tokens often
+    enough that answers end.
     """
     shutil.copytree(source, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -209,6 +209,11 @@ MISTAKES = {
     "broken-profile": (["--run", "RUN", *ASK, "--profile", '{"country": Atlantis}'], "--profile is broken JSON"),
     "no-tokens": (["--run", "RUN", *ASK, "--profile", NORWAY, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
     "too-many-tokens": (["--run", "RUN", *ASK, "--profile", NORWAY, "--max-new-tokens", "9999"], "leaves no room"),
+    "bytes": (["--run", "RUN", "--prompt", "a \udcff", "--profile", NORWAY], "--prompt holds characters that are no Unicode text"),
+    "bytes-in-options": (["--run", "RUN", *ASK, "--options", "Yes", "\udcff", "--profile", NORWAY], "--options holds characters"),
+    "bytes-in-profile": (["--run", "RUN", *ASK, "--profile", "a \udcff"], "--profile holds characters"),
+    "half-a-pair": (["--run", "RUN", *ASK, "--profile", '{"country": "\\ud83d"}'], "--profile holds characters"),
+    "long-prompt": (["--run", "RUN", "--prompt", "x" * 600, "--profile", NORWAY], "tokens; with --max-new-tokens 128 this model reads 384"),
     "top-p": (["--run", "RUN", *ASK, "--profile", NORWAY, "--top-p", "0"], "top-p in (0, 1]"),
 }
 
@@ -224,8 +229,24 @@ def test_a_mistake_is_one_line_and_exit_2(mistake, run, launch) -> None:
     assert "Atlantis" not in done.err
 
 
+def test_terminals_without_utf8_show_question_marks(run, launch, monkeypatch) -> None:
+    import io
+    import sys
+
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    done = launch("generate", "--run", str(run[0]), "--profile", NORWAY, *ASK, "--options", "Très", "Non")
+    assert done.code == 0
+    sys.stdout.flush()
+    assert b"Tr?s" in screen.getvalue()
+
+
 def test_decoding_checks_its_numbers() -> None:
     with pytest.raises(ConfigError, match="--temperature -1"):
         Decoding(temperature=-1)
+    for odd in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="--temperature"):
+            Decoding(temperature=odd)
     assert Decoding(temperature=0.7).options()["do_sample"]
+    assert not Decoding(temperature=1e-300).options()["do_sample"]
     assert not Decoding().options()["do_sample"]

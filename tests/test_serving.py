@@ -36,6 +36,7 @@ from cuma_ds.serving.app import make_app
 from cuma_ds.serving.batch import Batch
 from cuma_ds.serving.engine import Engine, Job, Limits, Piece
 from cuma_ds.serving.logs import JsonFormatter
+from cuma_ds.serving.patience import Patience
 from cuma_ds.serving.sampling import Sampler, next_tokens
 from cuma_ds.serving.text import TextStream
 
@@ -92,7 +93,7 @@ def served(
     sizes = {"max_tokens": 100, "max_length": 200, "max_body": 20_000}
     app = make_app(talker, engine, "opinions", **{**sizes, **options})
     with socket.create_server(("127.0.0.1", free_port())) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -272,6 +273,19 @@ def test_samples_are_drawn_as_a_plain_loop_draws_them() -> None:
         assert found[row] == token, row
 
 
+def test_numbers_that_float32_cannot_hold_hurt_nobody() -> None:
+    """Temperatures and top-p positive in double precision only, and a row of NaN, beside rows that are drawn as without them."""
+    logits = torch.randn(5, 17, generator=torch.Generator().manual_seed(0)) * 20
+    good = [Sampler(0.7, 0.9, row) for row in range(2)]
+    expected = next_tokens(logits[:2], [Sampler(0.7, 0.9, row) for row in range(2)])
+    odd = [Sampler(1e-300, 1.0), Sampler(1.0, 1e-300), Sampler(1.0, 1.0)]
+    logits[4] = float("nan")
+    found = next_tokens(logits, [*good, *odd])
+    assert found[:2] == expected
+    assert found[2:4] == logits[2:4].argmax(dim=-1).tolist()
+    assert 0 <= found[4] < 17
+
+
 FAMILIES = {
     "llama": {}, "mistral": {"sliding_window": 8}, "gemma2": {"sliding_window": 8, "head_dim": 8}, "gpt2": {},
 }  # fmt: skip
@@ -427,15 +441,35 @@ REFUSED = {
     "seed": ({"seed": 2**70}, openai.BadRequestError, "seed", "less than"),
     "penalty": ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty", "allowed: 0, or leave it out"),
     "unknown": ({"extra_body": {"best_of": 3}}, openai.BadRequestError, "best_of", "is no parameter of this server"),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools", "allowed: [], or leave it out"),
+    "tools": (
+        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        openai.BadRequestError,
+        "tools",
+        "allowed: [], or leave it out",
+    ),
     "tool-choice": ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice", 'allowed: "none" or "auto"'),
     "json": ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format", 'allowed: {"type": "text"}'),
     "bias": ({"logit_bias": {"5": 10}}, openai.BadRequestError, "logit_bias", "allowed: {}"),
     "store": ({"store": True}, openai.BadRequestError, "store", "allowed: false"),
     "null-messages": ({"messages": None}, openai.BadRequestError, "messages", "Field required"),
-    "calls": ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, openai.BadRequestError, "messages.0.tool_calls", "allowed: []"),
-    "null-content": ({"messages": [{"role": "assistant", "content": None}]}, openai.BadRequestError, "messages.0.content", "Field required"),
-    "refusal": ({"messages": [{"role": "assistant", "content": "x", "refusal": "No."}]}, openai.BadRequestError, "messages.0.refusal", "is no parameter"),
+    "calls": (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
+        openai.BadRequestError,
+        "messages.0.tool_calls",
+        "allowed: []",
+    ),
+    "null-content": (
+        {"messages": [{"role": "assistant", "content": None}]},
+        openai.BadRequestError,
+        "messages.0.content",
+        "Field required",
+    ),
+    "refusal": (
+        {"messages": [{"role": "assistant", "content": "x", "refusal": "No."}]},
+        openai.BadRequestError,
+        "messages.0.refusal",
+        "is no parameter",
+    ),
 }
 
 
@@ -462,7 +496,11 @@ def test_what_clients_write_out_without_meaning_anything_changes_nothing(server)
     said = [*turns, {"role": "assistant", "content": plain.choices[0].message.content}, {"role": "user", "content": "And now?"}]
     expected = ask(client, messages=said).choices[0].message.content
     told = {"audio": None, "annotations": [], "tool_calls": [], "function_call": None, "refusal": None, "name": "ann"}
-    user = {"role": "user", "name": "bob", "content": [{"type": "text", "text": "And", "annotations": None}, {"type": "text", "text": " now?"}]}
+    user = {
+        "role": "user",
+        "name": "bob",
+        "content": [{"type": "text", "text": "And", "annotations": None}, {"type": "text", "text": " now?"}],
+    }
     for answer in (dumped, plain.choices[0].message, {**said[1], **told}):
         assert ask(client, messages=[*turns, answer, user]).choices[0].message.content == expected
     empty = {
@@ -510,6 +548,32 @@ def test_large_bodies_are_refused_whether_announced_or_in_pieces(server) -> None
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
         wire.sendall(head.encode() + b"7000\r\n" + b"x" * 0x7000 + b"\r\n")
         assert b" 413 " in wire.recv(100)
+
+
+HALVES = {
+    "nothing": b"",
+    "head": b"GET /v1/models HTTP/1.1\r\nHost: x\r\n",
+    "body": b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"model":',
+    "second": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTT",
+}
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_half_sent_requests_are_closed_and_slow_answers_are_not(half, talker, monkeypatch) -> None:
+    monkeypatch.setattr(Patience, "seconds", 0.5)
+    with served(talker) as (client, _):
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=20) as wire:
+            wire.sendall(HALVES[half])
+            said, begun = b"", time.monotonic()
+            while piece := wire.recv(1000):
+                said += piece
+            assert time.monotonic() - begun < 10
+        assert said.startswith(b"HTTP/1.1 200 " if half == "second" else b"HTTP/1.1 408 ")
+        with gated(monkeypatch, talker) as permits:
+            stream = ask(client, stream=True)
+            time.sleep(1)
+            permits.release(1000)
+            assert list(stream)[-1].choices[0].finish_reason
 
 
 def test_models_health_and_unknown_paths(server) -> None:
@@ -562,6 +626,49 @@ def test_unknown_profile_fields_are_told_to_the_client(server) -> None:
     assert "'contry' is unknown" in chunks[0].warnings[0]
 
 
+def test_a_prompt_that_cannot_be_read_fails_alone(talker, monkeypatch) -> None:
+    """Its neighbours, those that joined with it and those that were running, get the answers they get alone."""
+    expected = {person: words(talker, alone(talker, "Hi", PEOPLE[person])) for person in range(4)}
+    forward = talker.model.forward
+
+    def picky(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["input_ids"].shape[1] > 1 and (kwargs["input_ids"] == 101).any():
+            raise RuntimeError("this token has no row")
+        return forward(*args, **kwargs)
+
+    with served(talker) as (client, engine), monkeypatch.context() as patch:
+        patch.setattr(talker.model, "forward", picky)
+        results: dict[Any, Any] = {}
+
+        def go(who: Any, text: str) -> None:
+            try:
+                results[who] = ask(client, text, PEOPLE[who] if isinstance(who, int) else PEOPLE[0]).choices[0].message.content
+            except openai.InternalServerError as error:
+                results[who] = error
+
+        threads = [threading.Thread(target=go, args=(who, "Hi")) for who in range(4)]
+        threads += [
+            threading.Thread(target=go, args=(f"bad {number}", f"{number} {talker.tokenizer.decode([101])}")) for number in range(2)
+        ]
+        with engine._changed:  # so that they join together
+            for thread in threads:
+                thread.start()
+            time.sleep(0.5)
+        for thread in threads:
+            thread.join()
+    assert {who: results[who] for who in range(4)} == expected
+    assert all(isinstance(results[f"bad {number}"], openai.InternalServerError) for number in range(2))
+
+
+def test_a_token_without_an_embedding_is_refused_before_it_meets_others(talker, monkeypatch) -> None:
+    encode = talker.renderer.encode_prompt
+    monkeypatch.setattr(talker.renderer, "encode_prompt", lambda *who: [*encode(*who), 128])
+    with served(talker) as (client, _), pytest.raises(openai.BadRequestError, match="embeddings for 128 tokens only"):
+        ask(client)
+    with pytest.raises(ModelError, match="holds token 128"):
+        talker.answers([{"role": "user", "content": "Hi"}], PEOPLE[:1])
+
+
 class Lines(logging.Handler):
     """What the server's log would say."""
 
@@ -605,7 +712,7 @@ def test_a_failing_forward_fails_its_requests_alone_and_says_nothing_about_them(
     rows = [json.loads(line) for line in log]
     statuses = Counter(row["status"] for row in rows if row["event"] == "request")
     assert Counter([200, 200, 400, 404, 404, 500]) <= statuses  # a request that another test gave up may be told late
-    assert {row["error"] for row in rows if row["event"] == "step failed"} == {"RuntimeError"}
+    assert {row["error"] for row in rows if row["event"] == "prompt failed"} == {"RuntimeError"}
     assert SECRET not in "".join(log)
 
 

@@ -76,8 +76,8 @@ class CumaModel(nn.Module):
         """Run the backbone's own forward with the routers seeing who is asking.
 
         Args:
-            attention_mask: [B, S_total]; zeros are padding and are never routed. Without ``position_ids``, left-padded rows count
-                their positions from their first real token, as in ``generate``.
+            attention_mask: [B, S_total]; zeros are padding and are never routed. Without ``position_ids``, left-padded
+                rows count their positions from their first real token, as in ``generate``.
             profile_embeddings: [N, P] raw encoder output (N = B without ``profile_index``); centred and scaled here.
             profile_index: [B] or [B, S] int64 rows of ``profile_embeddings``; -1 keeps a row out of all statistics.
             gradient_mask: [N, E] in [0, 1], share of the weight gradients each profile may send to each expert.
@@ -126,7 +126,7 @@ class CumaModel(nn.Module):
 
     @property
     def takes_positions(self) -> bool:
-        """Whether the backbone's forward names ``position_ids`` (of those that do not, some read positions off the mask)."""
+        """Whether the backbone's forward names ``position_ids``. Some of the others read positions off the mask."""
         return "position_ids" in inspect.signature(self.base_model.forward).parameters
 
     def routing_statistics(self) -> RoutingStatistics | None:

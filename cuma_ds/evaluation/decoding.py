@@ -12,11 +12,16 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CumaError
 from cuma_ds.export.modeling import base_fact
 
+# How tokens become text. Some tokenizer folders ask for "cleaned up" spaces.
+# They would change whole answers and not streamed ones.
+AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+# Logits divided by less than this overflow float32. What would be drawn there is the most probable token.
+COLDEST = 1e-5
 _PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Qx7"})
 _LENGTHS = ("max_length", "max_new_tokens")
 # Entries of generation_config.json that our own options replace, or that do not change which token is chosen.
-_REPLACED = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k", "transformers_version")
-_HARMLESS = ("_", "output_", "return_", "use_cache", "cache_", "compile_", "disable_compile")
+_REPLACED = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_p", "top_k")
+_HARMLESS = ("_", "output_", "return_", "use_cache", "cache_", "compile_", "disable_compile", "transformers_version")
 
 
 def settle_generation(model: Any, renderer: Renderer) -> list[int]:
@@ -36,8 +41,9 @@ def settle_generation(model: Any, renderer: Renderer) -> list[int]:
 def settled_generation(found: GenerationConfig, config: Any, renderer: Renderer | None) -> GenerationConfig:
     """Greedy decoding by the model's own probabilities, with every token that ends an answer.
 
-    A model folder's ``generation_config.json`` may hold sampling settings, such as a repetition penalty. They would change the
-    answers of ``generate`` and not those of the server, so no answer of this package uses them. A warning names what is not used.
+    A model folder's ``generation_config.json`` may hold sampling settings, such as a repetition penalty. They would
+    change the answers of ``generate`` and not those of the server. So no answer of this package uses them, and a
+    warning names what is not used.
 
     Args:
         found: what the model folder says about generation.
@@ -45,27 +51,34 @@ def settled_generation(found: GenerationConfig, config: Any, renderer: Renderer 
         renderer: of the model's tokenizer; None where there is no tokenizer.
     """
     said = {key: value for key, value in found.to_diff_dict().items() if value not in (None, False)}
-    unused = [f"{key} {said[key]}" for key in said if key not in (*_REPLACED, *_LENGTHS) and not key.startswith(_HARMLESS)]
+    others = [key for key in said if key not in (*_REPLACED, *_LENGTHS) and not key.startswith(_HARMLESS)]
+    unused = [f"{key} {said[key]}"[:60] for key in others]
     if unused:
-        warnings.warn(
-            f"the model folder's generation settings are not used: {', '.join(unused)}; answers follow the model's own probabilities",
-            stacklevel=3,
-        )
+        message = f"the model folder's generation settings are not used: {', '.join(unused)}"
+        warnings.warn(f"{message}; answers follow the model's own probabilities", stacklevel=3)
     tokenizer = None if renderer is None else renderer.tokenizer
     named = [found.eos_token_id, base_fact(config, "eos_token_id"), getattr(tokenizer, "eos_token_id", None)]
     ids = {token for one in named for token in (one if isinstance(one, list | tuple) else [one])}
     if renderer is not None:
         ids.add(_end_of_turn(renderer))
     ends = sorted(token for token in ids if isinstance(token, int) and token >= 0)
-    pad_id = next((token for token in (getattr(tokenizer, "pad_token_id", None), found.pad_token_id, *ends) if token is not None), None)
-    lengths = {key: said[key] for key in _LENGTHS if key in said}
-    return GenerationConfig(bos_token_id=found.bos_token_id, eos_token_id=ends or None, pad_token_id=pad_id, do_sample=False, **lengths)
+    pads = [getattr(tokenizer, "pad_token_id", None), found.pad_token_id, *ends]
+    tokens = {
+        "bos_token_id": found.bos_token_id,
+        "eos_token_id": ends or None,
+        "pad_token_id": next((token for token in pads if token is not None), None),
+    }
+    return GenerationConfig(do_sample=False, **tokens, **{key: said[key] for key in _LENGTHS if key in said})
 
 
 def folder_generation(place: str | Path, model: Any) -> GenerationConfig:
-    """The ``generation_config.json`` of a model folder or hub id; what ``model`` (built from its configuration) says without one."""
+    """The ``generation_config.json`` of a model folder or hub id.
+
+    Without one, the settings that ``model`` took from its configuration.
+    """
+    folder = Path(place).expanduser()
     try:
-        return GenerationConfig.from_pretrained(str(Path(place).expanduser() if Path(place).expanduser().is_dir() else place))
+        return GenerationConfig.from_pretrained(str(folder if folder.is_dir() else place))
     except (OSError, ValueError):
         return model.generation_config
 

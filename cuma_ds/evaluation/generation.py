@@ -14,7 +14,7 @@ from torch import Tensor
 from cuma_ds.adapters.model import CumaModel
 from cuma_ds.data.rendering import Message
 from cuma_ds.errors import ConfigError
-from cuma_ds.evaluation.decoding import settle_generation
+from cuma_ds.evaluation.decoding import AS_WRITTEN, settle_generation
 from cuma_ds.evaluation.forward import pad_id_of
 from cuma_ds.evaluation.judge import JudgeSettings, Pair, compare
 from cuma_ds.evaluation.metrics import distinct
@@ -158,7 +158,7 @@ def generate(
         if embeddings_NP is not None:
             inputs["profile_embeddings"] = embeddings_NP[[profiles[index] for index in indices]].to(subject.device)
         tokens = subject.model.generate(**inputs, **decoding.options(), pad_token_id=pad_id)
-        for index, text in zip(indices, tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True), strict=True):
+        for index, text in zip(indices, tokenizer.batch_decode(tokens[:, width:], **AS_WRITTEN), strict=True):
             texts[index] = text.strip()
         if progress is not None:
             progress(start + len(indices), len(order))

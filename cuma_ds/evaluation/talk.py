@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from cuma_ds.data.rendering import PROMPT_KEYS, Message, Renderer
 from cuma_ds.errors import ConfigError, ModelError
-from cuma_ds.evaluation.decoding import settle_generation
+from cuma_ds.evaluation.decoding import AS_WRITTEN, COLDEST, settle_generation
 from cuma_ds.evaluation.forward import pad_id_of
 from cuma_ds.export.modeling import CumaForCausalLM, Profile, base_fact
 from cuma_ds.profiles import linearize
@@ -36,12 +36,12 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens is {self.max_new_tokens}; at least 1 is needed")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
             raise ConfigError(f"--temperature {self.temperature} --top-p {self.top_p}: allowed are temperatures from 0 and top-p in (0, 1]")
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate``; what greedy decoding does not read is switched off."""
-        if not self.temperature:
+        if self.temperature < COLDEST:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {"max_new_tokens": self.max_new_tokens, **sampling}
@@ -85,13 +85,18 @@ class Talker:
         longest = self.longest - self.decoding.max_new_tokens
         if longest < 1:
             raise ConfigError(f"--max-new-tokens {self.decoding.max_new_tokens} leaves no room for a prompt; lower it")
-        inputs = self._batch([self.renderer.encode_prompt(messages, sentence, longest) for sentence in self._sentences(profiles)])
+        rows = [self.encode(messages, sentence) for sentence in self._sentences(profiles)]
+        if (prompt := max(map(len, rows))) > longest:
+            room = f"with --max-new-tokens {self.decoding.max_new_tokens} this model reads {longest}"
+            raise ConfigError(f"the conversation has {prompt} tokens; {room}; shorten it (in a chat: /clear)")
+        inputs = self._batch(rows)
         streamer = None if write is None else _Writer(self.tokenizer, write)
         torch.manual_seed(self.decoding.seed)
         tokens = self.model.generate(
             **inputs, **self._who(profiles), **self.decoding.options(), pad_token_id=self.pad_id, streamer=streamer
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], **AS_WRITTEN)
+        return [text.strip() for text in texts]
 
     @torch.no_grad()
     def choose(self, question: str, options: Sequence[str], profiles: Sequence[Profile]) -> list[list[float]]:
@@ -106,10 +111,23 @@ class Talker:
         """Mean gate [B, R, E] over the prompt's tokens; None for a model without routers."""
         if not self.model.router_names:
             return None
-        inputs = self._batch([self.renderer.encode_prompt(messages, sentence) for sentence in self._sentences(profiles)])
+        inputs = self._batch([self.encode(messages, sentence) for sentence in self._sentences(profiles)])
         with self.model.recording_routing() as record:
             self.model(**inputs, **self._who(profiles), logits_to_keep=1, use_cache=False)
         return record.gates[0].transpose(0, 1).cpu()
+
+    def encode(self, messages: Sequence[Message], sentence: str) -> list[int]:
+        """Token ids of a conversation that the model is to continue.
+
+        Raises:
+            CumaError: the chat template refuses it, or the model has no embedding for one of its tokens.
+        """
+        ids = self.renderer.encode_prompt(messages, sentence)
+        rows = self.model.base_model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        if max(ids) >= rows:
+            only = f"the model has embeddings for {rows} tokens only"
+            raise ModelError(f"the conversation holds token {max(ids)}, but {only}; write it otherwise")
+        return ids
 
     def _sentences(self, profiles: Sequence[Profile]) -> list[str]:
         if not profiles:
@@ -154,7 +172,7 @@ def experts_of(gates_BRE: Tensor, names: Sequence[str], rows: int = 3) -> list[t
 
 class _Writer(TextStreamer):
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_prompt=True, **AS_WRITTEN)
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

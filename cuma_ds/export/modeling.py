@@ -106,7 +106,8 @@ class CumaForCausalLM(CumaModel):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(f"the base model {path} cannot be loaded: {reason} (base_model= names another place)") from None
         _check_base(str(path), base.config, facts)
-        if "generation_config" not in kwargs and (place / "generation_config.json").is_file():  # earlier exports have none
+        # Earlier exports have no such file.
+        if "generation_config" not in kwargs and (place / "generation_config.json").is_file():
             base.generation_config = GenerationConfig.from_pretrained(place)
         named = export["profiles"].get("encoder")
         model = cls.of(base, export, state, encoder or (named and _moved(named, place)))

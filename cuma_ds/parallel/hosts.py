@@ -26,7 +26,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     """Hosts and their slots, in the order of the file.
 
     Raises:
-        TopologyError: no file, no hosts, a line that is no ``NAME slots=N [max_slots=M]``, no slots, or a name that stands there twice.
+        TopologyError: no file, no hosts, a line that is no ``NAME slots=N [max_slots=M]``, no slots, or a name that stands
+            there twice.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -34,7 +35,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise TopologyError(f"cannot read the hostfile {path}: {reason}; deepspeed would train on this machine alone") from None
     if lines and lines[0].startswith("\ufeff"):
-        raise TopologyError(f"{path}:1: the file begins with a byte order mark, which deepspeed takes for text; save it as UTF-8 without one")
+        mark = "the file begins with a byte order mark, which deepspeed takes for text"
+        raise TopologyError(f"{path}:1: {mark}; save it as UTF-8 without one")
     slots: dict[str, int] = {}
     first_line: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
@@ -43,9 +45,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         # As deepspeed reads it, slots= comes first. What may follow is for Open MPI.
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)(?:\s+max[_-]slots=(\d+))?\s*(#.*)?", line.strip())
         if match is None:
-            raise TopologyError(
-                f"{path}:{number}: {line.strip()!r} is no host; expected NAME slots=N or NAME slots=N max_slots=M, e.g. node-1 slots=8"
-            )
+            expected = "expected NAME slots=N or NAME slots=N max_slots=M, e.g. node-1 slots=8"
+            raise TopologyError(f"{path}:{number}: {line.strip()!r} is no host; {expected}")
         if match[3] is not None and int(match[3]) < int(match[2]):
             raise TopologyError(f"{path}:{number}: host {match[1]} has slots={match[2]}, more than its max_slots={match[3]}")
         name, count = match[1], int(match[2])

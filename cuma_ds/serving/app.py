@@ -151,7 +151,7 @@ class Desk:
         for turn in messages:
             _text(turn["content"], "messages")
         try:
-            prompt = self.talker.renderer.encode_prompt(messages, sentence)
+            prompt = self.talker.encode(messages, sentence)
         except CumaError as error:
             raise ServingError(400, str(error), "messages") from None
         if len(prompt) >= self.max_length:

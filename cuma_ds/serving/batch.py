@@ -6,7 +6,7 @@ Shapes: B sequences, S positions of a prompt, L cached positions, H key-value he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,21 @@ from cuma_ds.adapters import CumaModel
 from cuma_ds.errors import ModelError
 
 
+class Newcomers(NamedTuple):
+    """Prompts that were read, left-padded to one length: cache, mask [B, S], lengths [B], raw profile embeddings [B, P]."""
+
+    cache: DynamicCache
+    mask_BS: Tensor
+    lengths_B: Tensor
+    profiles_BP: Tensor | None
+
+
 class Batch:
     """The running sequences of one model, left-padded to one length: row b of every tensor is sequence b.
 
-    Positions count from the first real token of each sequence, so more padding in front of it changes nothing. A backbone that takes no
-    ``position_ids`` must find them by itself; :meth:`cuma_ds.serving.engine.Engine.check` measures whether it does.
+    Positions count from the first real token of each sequence, so more padding in front of it changes nothing. A backbone
+    that takes no ``position_ids`` must find them by itself. :meth:`cuma_ds.serving.engine.Engine.check` measures whether
+    it does.
 
     Args:
         model: in eval mode, with a key-value cache of attention layers.
@@ -43,16 +53,22 @@ class Batch:
         self.lengths_B = torch.zeros(0, dtype=torch.long, device=self.device)
         self.profiles_BP: Tensor | None = None
 
-    @torch.inference_mode()
     def join(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> Tensor:
-        """Read new prompts in one forward and put them behind the running sequences.
+        """:meth:`read` and :meth:`add` in one."""
+        logits_BV, new = self.read(prompts, profiles_BP)
+        self.add(new)
+        return logits_BV
+
+    @torch.inference_mode()
+    def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Newcomers]:
+        """Read new prompts in one forward; the running sequences are as they were, whatever happens.
 
         Args:
             prompts: token ids of each.
             profiles_BP: one raw embedding for each; None for a model that takes none.
 
         Returns:
-            [new B, V] logits of their first answer tokens.
+            [new B, V] logits of their first answer tokens, and what :meth:`add` takes.
         """
         profiles_BP = None if profiles_BP is None else profiles_BP.to(self.device)
         longest = max(len(prompt) for prompt in prompts)
@@ -62,19 +78,22 @@ class Batch:
         mask_BS = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
         cache = DynamicCache()
         logits_BV = self._forward(ids_BS, mask_BS, (mask_BS.cumsum(dim=1) - 1).clamp(min=0), cache, profiles_BP)
+        return logits_BV, Newcomers(cache, mask_BS, lengths_B, profiles_BP)
+
+    @torch.inference_mode()
+    def add(self, new: Newcomers) -> None:
+        """Put sequences that were read behind the running ones."""
         if not len(self):
-            self.cache, self.mask_BL, self.lengths_B, self.profiles_BP = cache, mask_BS, lengths_B, profiles_BP
-            return logits_BV
-        length = max(longest, self.mask_BL.shape[1])
-        for layer, new in zip(_layers(self.cache), _layers(cache), strict=True):
-            layer.keys = torch.cat([_widen(layer.keys, length), _widen(new.keys, length)])
-            layer.values = torch.cat([_widen(layer.values, length), _widen(new.values, length)])
-        masks = [F.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask_BL, mask_BS)]
-        self.mask_BL = torch.cat(masks)
-        self.lengths_B = torch.cat([self.lengths_B, lengths_B])
-        if self.profiles_BP is not None and profiles_BP is not None:
-            self.profiles_BP = torch.cat([self.profiles_BP, profiles_BP])
-        return logits_BV
+            self.cache, self.mask_BL, self.lengths_B, self.profiles_BP = new
+            return
+        length = max(new.mask_BS.shape[1], self.mask_BL.shape[1])
+        for layer, other in zip(_layers(self.cache), _layers(new.cache), strict=True):
+            layer.keys = torch.cat([_widen(layer.keys, length), _widen(other.keys, length)])
+            layer.values = torch.cat([_widen(layer.values, length), _widen(other.values, length)])
+        self.mask_BL = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask_BL, new.mask_BS)])
+        self.lengths_B = torch.cat([self.lengths_B, new.lengths_B])
+        if self.profiles_BP is not None and new.profiles_BP is not None:
+            self.profiles_BP = torch.cat([self.profiles_BP, new.profiles_BP])
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -104,7 +123,8 @@ class Batch:
         more: dict[str, Any] = {} if profiles_BP is None else {"profile_embeddings": profiles_BP}
         if self.model.takes_positions:
             more["position_ids"] = positions_BS
-        out = self.model(input_ids=ids_BS, attention_mask=mask_BL, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+        more |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        out = self.model(input_ids=ids_BS, attention_mask=mask_BL, **more)
         return out.logits[:, -1]
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,9 +128,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def check(self) -> None:
-        """Continue a made-up prompt in one whole forward, token by token, and beside a longer prompt, before anybody asks.
+        """Compare how the model continues a made-up prompt: in one whole forward, token by token, and beside a longer one.
 
-        A model that answers differently beside others is run with one answer at a time, which a warning says.
+        A model that continues it differently beside others writes one answer at a time from now on. A warning says so.
 
         Raises:
             ModelError: it cannot continue a prompt token by token, or its sentence encoder is missing.
@@ -146,22 +146,24 @@ class Engine:
             self._batch.keep([])
         spread = (whole_V - whole_V.mean()).norm()
         if (alone_V - whole_V).norm() > _ROUNDING * spread:
-            raise ModelError("this model cannot be served: token by token it continues a prompt differently than in one whole forward")
+            how = "token by token it continues a prompt differently than in one whole forward"
+            raise ModelError(f"this model cannot be served: {how}")
         if (beside_V - whole_V).norm() > _ROUNDING * spread and self.limits.max_batch > 1:
             self.limits = replace(self.limits, max_batch=1)
-            message = "this model answers differently in a batch with others (it takes no position_ids); answers are written one at a time"
+            message = "this model answers differently in a batch with others; answers are written one at a time"
             warnings.warn(message, stacklevel=2)
 
     @torch.inference_mode()
     def _probe(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [V] float32 after a short prompt: of a whole forward, from the cache, and from the cache beside a longer prompt."""
+        """Logits [V] float32 after a short prompt: whole forward, from the cache, from the cache beside a longer prompt."""
         model, batch = self._model, self._batch
         who = model.embed_profiles(["A person."]) if model.config.profile_dim else None
         vocabulary = int(base_fact(model.base_model.config, "vocab_size"))
         long = [(7 * place + 3) % vocabulary for place in range(24)]
         *short, last = long[3:8]
         more = {} if who is None else {"profile_embeddings": who.to(batch.device)}
-        whole_V = model(input_ids=torch.tensor([[*short, last]], device=batch.device), use_cache=False, **more).logits[0, -1]
+        ids = torch.tensor([[*short, last]], device=batch.device)
+        whole_V = model(input_ids=ids, use_cache=False, **more).logits[0, -1]
         batch.join([short], who)
         alone_V = batch.step([last])[0]
         batch.keep([])
@@ -217,20 +219,27 @@ class Engine:
         """Let the cancelled go, take new ones in, and write one token for everybody."""
         self._leave()
         if jobs := self._admitted():
-            try:
-                logits_BV = self._batch.join([job.prompt for job in jobs], self._embeddings(jobs))
-            except CumaError as error:
-                self._fail(jobs, error)
-            except Exception:
-                self._running += jobs  # fail with the others
-                raise
-            else:
-                self._running += jobs
-                self._write(jobs, logits_BV)
-                self._leave()
+            self._join(jobs)
         if self._running:
             self._write(self._running, self._batch.step([job.tokens[-1] for job in self._running]))
             self._leave()
+
+    def _join(self, jobs: Sequence[Job]) -> None:
+        """Read prompts and write the first token of each; a prompt that cannot be read fails alone."""
+        try:
+            logits_BV, new = self._batch.read([job.prompt for job in jobs], self._embeddings(jobs))
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._join([job])
+                return
+            logger.error("prompt failed", exc_info=error)
+            self._fail(jobs, error)
+            return
+        self._running += jobs
+        self._batch.add(new)
+        self._write(jobs, logits_BV)
+        self._leave()
 
     def _admitted(self) -> list[Job]:
         """The next jobs in line that fit the batch and one forward."""
@@ -254,8 +263,13 @@ class Engine:
 
     def _write(self, jobs: Sequence[Job], logits_BV: Tensor) -> None:
         for job, token in zip(jobs, next_tokens(logits_BV, [job.sampler for job in jobs]), strict=True):
-            if not job.cancelled:
+            if job.cancelled:
+                continue
+            try:
                 job.add(token, token in self._end_ids)
+            except Exception as error:  # what cannot be written as text fails alone
+                logger.error("token failed", exc_info=error)
+                job.fail(error)
 
     def _leave(self) -> None:
         rows = [row for row, job in enumerate(self._running) if not (job.cancelled or job.finish)]

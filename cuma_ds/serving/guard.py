@@ -82,7 +82,7 @@ class Guard:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, key = (*given.split(maxsplit=1), b"", b"")[:2]
-        # HTTP knows schemes by their letters, whatever the case. Keys are compared in a time that tells nothing about them.
+        # Schemes may be in any case (RFC 9110). Keys are compared in a time that tells nothing about them.
         return secrets.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
 
 

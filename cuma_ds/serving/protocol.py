@@ -44,7 +44,9 @@ class _Strict(BaseModel):
     @classmethod
     def _given(cls, values: Any) -> Any:
         """What is null is not given; clients write out every optional field so, and send back the messages they got."""
-        return {key: value for key, value in values.items() if value is not None} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None}
 
 
 def _only(*allowed: Any) -> AfterValidator:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cuma_ds.evaluation.decoding import COLDEST
+
 
 class Sampler:
     """How one sequence chooses: the most probable token at temperature 0, else a sample of the top-p mass.
@@ -18,8 +20,8 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> None:
-        self.temperature, self.top_p = temperature, top_p
-        self._generator = torch.Generator().manual_seed(seed) if temperature else None
+        self.temperature, self.top_p = 0.0 if temperature < COLDEST else temperature, top_p
+        self._generator = torch.Generator().manual_seed(seed) if self.temperature else None
 
     def draw(self) -> float:
         """The next uniform number in [0, 1)."""
@@ -51,9 +53,11 @@ def _sample(logits_BV: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     probabilities_BV = (logits_BV.float() / column([sampler.temperature for sampler in samplers])).softmax(dim=-1)
     sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
     before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
-    kept_BV = sorted_BV * (before_BV < column([sampler.top_p for sampler in samplers]))
+    least = torch.finfo(torch.float32).tiny  # so that the most probable token is always kept
+    kept_BV = sorted_BV * (before_BV < column([max(sampler.top_p, least) for sampler in samplers]))
     cumulated_BV = kept_BV.cumsum(dim=-1)
     target_B1 = column([sampler.draw() for sampler in samplers]) * cumulated_BV[:, -1:]
     place_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True)
-    last_B1 = (kept_BV > 0).sum(dim=-1, keepdim=True) - 1
+    # A row of NaN keeps nothing; it must not fail the others.
+    last_B1 = ((kept_BV > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     return order_BV.gather(1, place_B1.minimum(last_B1))[:, 0]

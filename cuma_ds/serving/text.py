@@ -7,6 +7,8 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from cuma_ds.evaluation.decoding import AS_WRITTEN
+
 
 class TextStream:
     """The text of one answer, token by token.
@@ -35,7 +37,7 @@ class TextStream:
 
     def finish(self) -> str:
         """What was still waiting."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        whole = self._tokenizer.decode(self._ids, **AS_WRITTEN)
         if whole.startswith(self._decoded):  # bytes of a character that never became whole
             self._decoded = whole
         return self._release(final=True)
