@@ -161,6 +161,7 @@ def _section(arguments: argparse.Namespace) -> Any:
 
 
 def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
@@ -183,6 +184,10 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
         console.print(f"held out: {', '.join(data.manifest['heldout_groups'])}")
     for reason, count in data.manifest["skipped"].items():
         console.print(f"left out: {count:,} {reason}", highlight=False)
+    texts = np.concatenate([split.characters() for split in data.splits.values()])
+    lengths = (("a prompt" if data.kind == "choice" else "a row's texts", texts), ("a profile", np.array([*map(len, data.sentences)])))
+    for what, counts in lengths:
+        console.print(f"characters of {what}: median {np.median(counts):,.0f}, longest {counts.max():,}", highlight=False)
     section = _section(arguments)
     chosen = [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
     keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in ("source", "path")]

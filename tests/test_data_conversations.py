@@ -178,6 +178,14 @@ def test_dialogues_saved_in_another_way_are_the_same(tmp_path, separator, encodi
     assert texts(alignment(other), "messages") == texts(alignment(plain), "messages")
 
 
+def test_one_first_turn_in_two_spellings_is_one_question(tmp_path):
+    first = {name: text for name, text in alignment_row(0).items() if name.startswith(("first_turn_prompt", "first_turn_response"))}
+    other = {name: f"{text}\u200b" for name, text in first.items()}
+    dialogues = [alignment_row(4 * number, conversation_id=f"c{number}", **(other if number % 2 else {})) for number in range(18)]
+    data = alignment(write_alignment(tmp_path / "a.csv", dialogues), "choice")
+    assert {row["question_id"] for row in rows(data)} == {data.splits["train"][0]["question_id"]}
+
+
 BAD_ALIGNMENT = {
     "answer": ({"second_turn_preferred_response": "response_e"}, r"a\.csv: row 2: second_turn_preferred_response is 'response_e'; allowed"),
     "nobody": ({"annotator_id": None}, r"a\.csv: row 2: annotator_id is empty"),

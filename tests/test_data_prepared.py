@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -129,6 +130,17 @@ def _chosen(row):
     return [option for option, count in enumerate(row["counts"]) for _ in range(count)]
 
 
+def test_characters_are_those_of_all_texts_of_a_row(tmp_path):
+    chats = load_data(DataSection(path=str(OPINIONS.with_name("chats.jsonl"))))
+    row = {"profile": "Én.", "prompt": "Hvorfør?", "chosen": "Før", "rejected": "Nå 👍"}
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**row, "prompt": f"{row['prompt']}{'!' * i}"}) for i in range(9)))
+    preferences = load_data(DataSection(path=str(tmp_path / "a.jsonl"), heldout_fraction=0))
+    for split in chats.splits.values():
+        assert split.characters().tolist() == [sum(len(message["content"]) for message in row["messages"]) for row in split]
+    lengths = [length for split in preferences.splits.values() for length in split.characters().tolist()]
+    assert sorted(lengths) == [8 + 3 + 4 + i for i in range(9)]
+
+
 @pytest.mark.parametrize("file", ["train.arrow", "test.arrow", "heldout.arrow", "questions.arrow", "profiles.jsonl", "manifest.json"])
 def test_a_missing_or_changed_file_is_noticed(folder, file):
     content = (folder / file).read_bytes()
@@ -223,6 +235,9 @@ def test_the_command_prepares_embeds_and_reports(tmp_path, tiny_encoder):
     for sizes in data.manifest["splits"].values():
         assert f"{sizes['answers']}" in result.stdout
     assert "source: jsonl" in result.stdout
+    prompts = [len(row["question"] + "".join(row["options"])) for split in data.splits.values() for row in split]
+    assert f"characters of a prompt: median {np.median(prompts):,.0f}, longest {max(prompts):,}\n" in result.stdout
+    assert f"characters of a profile: median {np.median([*map(len, data.sentences)]):,.0f}, longest" in result.stdout
     table = ProfileTable.load(out / "profiles.safetensors")
     encoder = ProfileEncoder(tiny_encoder, "cpu")
     assert (table.sentences, table.fingerprint) == (data.sentences, encoder.fingerprint)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _PEOPLE = pa.list_(pa.int32())
@@ -189,6 +190,15 @@ class Split:
                 totals.append(np.add.reduceat(values[: offsets[-1]], offsets[:-1], dtype=np.int64))
         return np.concatenate(totals)
 
+    def characters(self) -> np.ndarray:
+        """[M] int64: characters of each row's texts: the question with its options, or all that is said."""
+        if self.kind == "choice":
+            table = self.questions.table.combine_chunks()
+            text_Q = _characters(table["question"]) + _characters(table["options"])
+            return text_Q[self.numbers("question")]
+        columns = ["messages"] if self.kind == "chat" else ["prompt", "chosen", "rejected"]
+        return sum((_characters(self.rows.table[name]) for name in columns), np.zeros(len(self), np.int64))
+
     def question(self, number: int) -> Question:
         """A question by its row."""
         question_id, text, options, scale = (self.questions.table[name][number].as_py() for name in QUESTION_SCHEMA.names)
@@ -210,6 +220,20 @@ class Split:
             asked = dict(zip(QUESTION_SCHEMA.names, self.question(row["question"]).columns(), strict=True))
             row = {"profile": row["profile"], **asked, "counts": row["counts"], "people": row["people"]}
         return {**row, "group": self.groups[row["profile"]]}
+
+
+def _characters(column: pa.ChunkedArray) -> np.ndarray:
+    """[M] int64: characters of each text, or of each list of texts or messages."""
+    counted = [np.zeros(0, np.int64)]
+    for chunk in column.chunks:
+        if pa.types.is_list(chunk.type):
+            texts = chunk.flatten()
+            texts = texts.field("content") if pa.types.is_struct(texts.type) else texts
+            row_A = pc.list_parent_indices(chunk).to_numpy()
+            counted.append(np.bincount(row_A, pc.utf8_length(texts).to_numpy(), len(chunk)).astype(np.int64))
+        else:
+            counted.append(pc.utf8_length(chunk).to_numpy().astype(np.int64))
+    return np.concatenate(counted)
 
 
 def single_answers(split: Split) -> Split:

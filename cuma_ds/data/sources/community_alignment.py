@@ -12,6 +12,7 @@ from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.sources.files import csv_columns, find_csv, require_columns
 from cuma_ds.data.sources.records import Converted, Progress, Row, anonymous, person_of, prepare_records
 from cuma_ds.errors import DataError
+from cuma_ds.profiles.linearize import one_spelling
 
 _TURNS = ("first", "second", "third", "fourth")
 _LETTERS = ("a", "b", "c", "d")
@@ -78,11 +79,11 @@ def convert_conversation(record: Row, where: str, kind: str) -> Converted:
             break
         messages.append({"role": "user", "content": prompt})
         if kind == "choice":
-            options = list(answers.values())
+            text, chosen, *options = map(one_spelling, [prompt, chosen, *answers.values()])
             if not all(options) or len(set(options)) < len(options):
                 return Converted([], record["conversation_id"], "conversations whose four first answers are not four different texts")
-            question = f"{prompt}\n\nWhich of these answers does this person prefer?"
-            question_id = hashlib.sha256("\0".join([prompt, *options]).encode()).hexdigest()[:12]
+            question = f"{text}\n\nWhich of these answers does this person prefer?"
+            question_id = hashlib.sha256("\0".join([text, *options]).encode()).hexdigest()[:12]
             row = {**who, "question": question, "options": options, "answer": options.index(chosen), "question_id": question_id}
             return Converted([{**row, "scale": "nominal"}], record["conversation_id"])
         others = [answer for answer in dict.fromkeys(answers.values()) if answer and answer != chosen]

@@ -280,7 +280,7 @@ def _dataset(rows: Any, where: str) -> Input:
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = read_json(line.decode("utf-8-sig"))
-        if b"\\u" in line:
+        if b"\\ud" in line.lower():
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise DataError(f"{where}: {not_utf8(line)}") from None

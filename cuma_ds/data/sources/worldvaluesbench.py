@@ -34,7 +34,7 @@ from cuma_ds.data.sources.files import csv_batches, csv_columns, require_columns
 from cuma_ds.data.sources.records import Progress
 from cuma_ds.data.splits import SPLITS, TEST, TRAIN, VALID, draws
 from cuma_ds.errors import DataError
-from cuma_ds.profiles.linearize import is_missing
+from cuma_ds.profiles.linearize import is_missing, one_spelling
 from cuma_ds.strict_json import read_json
 
 ID = "D_INTERVIEW"
@@ -437,7 +437,7 @@ def _field_text(column: str, code: str, text: str) -> str | None:
 
 
 def _clean(text: str | None) -> str:
-    return " ".join((text or "").split())
+    return " ".join(one_spelling(text or "").split())
 
 
 def _whole(code: Any) -> str:
