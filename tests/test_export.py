@@ -364,6 +364,11 @@ def test_bad_exports_are_named(tmp_path, exported, backbones, tiny_encoder) -> N
     with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is missing"):
         load_exported(tampered)
 
+    for section, key, wrong in (("adapters", "lora_alpha", 17.0), ("profiles", "template", "wvs"), ("prompt", "max_length", 77)):
+        edited = change(exported, tmp_path / f"edited-{section}", lambda about, s=section, k=key, w=wrong: about[s].update({k: w}))
+        with pytest.raises(CheckpointError, match=r"adapter_config.json no longer says how the adapters were trained"):
+            load_exported(edited)
+
     with pytest.raises(ModelError, match="wrong base model: its model_type is qwen3, the adapters were trained on one with llama"):
         load_exported(exported, base_model=str(backbones["qwen3", False]))
     for key, wanted in {"vocab_size": 999, "hidden_size": 64}.items():

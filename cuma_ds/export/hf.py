@@ -38,6 +38,7 @@ from cuma_ds.export.modeling import (
     EXPORT_FORMAT,
     CumaForCausalLM,
     base_fact,
+    settings_sha256,
 )
 from cuma_ds.export.source import modeling_source
 from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
@@ -129,7 +130,8 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
         inject_adapters(bare, trained.adapters).load_adapter_state(trained.state)  # on no memory; checks every name and shape
         save_tensors(folder / ADAPTER_WEIGHTS, trained.state, {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"})
         place = Path(trained.base.path).expanduser()
-        export = describe(trained, bare.config) | {"sha256": file_sha256(folder / ADAPTER_WEIGHTS)}
+        export = describe(trained, bare.config)
+        export |= {"sha256": file_sha256(folder / ADAPTER_WEIGHTS), "settings_sha256": settings_sha256(export)}
         _dump(folder / ADAPTER_CONFIG, export)
         auto_map = {"AutoConfig": "modeling_cuma.CumaExportConfig", "AutoModelForCausalLM": "modeling_cuma.CumaForCausalLM"}
         _dump(folder / "config.json", {"model_type": "cuma", "architectures": ["CumaForCausalLM"], "auto_map": auto_map})

@@ -22,7 +22,7 @@ from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.inject import inject_adapters
 from cuma_ds.adapters.model import CumaModel
 from cuma_ds.errors import CheckpointError, ModelError, nearest
-from cuma_ds.identity import changed_part, file_sha256, model_fingerprint
+from cuma_ds.identity import changed_part, content_sha256, file_sha256, model_fingerprint
 from cuma_ds.profiles.encoder import ProfileEncoder
 from cuma_ds.profiles.linearize import linearize
 
@@ -278,7 +278,15 @@ def read_export(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds adapters of type {kind}, not an export of cuma-ds{hint}")
     if export.get("format_version") != EXPORT_FORMAT:
         raise CheckpointError(f"{folder} has export format {export.get('format_version')}; this version reads {EXPORT_FORMAT}")
+    if export.get("settings_sha256") not in (None, settings_sha256(export)):  # exports of release 0.1.0 have none
+        raise CheckpointError(f"{folder} is damaged: {ADAPTER_CONFIG} no longer says how the adapters were trained; export again")
     return export
+
+
+def settings_sha256(export: Mapping[str, Any]) -> str:
+    """Hash of what decides the answers of an export beside its weights; places of base model and encoder are left out."""
+    profiles = {key: value for key, value in export["profiles"].items() if key != "encoder"}
+    return content_sha256([export["adapters"], profiles, export.get("prompt")])
 
 
 def _export_folder(path: str, hub: dict[str, Any]) -> Path:
