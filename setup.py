@@ -26,6 +26,7 @@ REQUIRES = [
     "scipy>=1.15",  # clustering in reports
     "scikit-learn>=1.8",  # maps of profiles in reports
     "matplotlib>=3.10",  # pictures in reports
+    "psutil>=6",  # whether the launcher that started a rank still runs
 ]
 SERVE = ["fastapi>=0.120", "uvicorn>=0.38"]  # launchers/serve.py
 JUDGE = ["openai>=2"]  # the judge of generated answers, behind any OpenAI-compatible endpoint

@@ -169,7 +169,7 @@ class EvaluationSection(_Section):
 NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
     ("adapters", "balance_probability"): "gate",
     ("adapters", "balance_scope"): "micro_batch",
-    ("adapters", "balance_decay"): 0.98,
+    ("adapters", "balance_decay"): 0.9,
     ("data", "prompt_style"): "metadata",
     ("data", "option_order"): "fixed",
     ("data", "on_long_prompt"): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
