@@ -205,7 +205,7 @@ def test_plain_python_without_any_launcher_trains(tmp_path, tiny_llama, tiny_enc
 
 def test_lora_and_semantic_only_runs_train_and_evaluate_without_profiles(tmp_path, tiny_llama, tiny_encoder) -> None:
     lora = {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0}
-    path = recipe(tmp_path, tiny_llama, tiny_encoder, "lora", adapters=lora, data={"profile_in_prompt": True})
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "lora", adapters=lora, data={"profile_in_prompt": True, "max_length": 300})
     assert run(2, [TRAIN, "--config", str(path)])[0][0] == 0
     arguments = ["launchers/evaluate.py", "--run", str(load_config(path).run_dir), "--set", "evaluation.min_answers=2"]
     code, output = run(1, arguments)[0]

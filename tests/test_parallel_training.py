@@ -100,7 +100,7 @@ VARIANTS = {
     "no-balance": {"adapters": {"balance_weight": 0.0}, "training": {"max_grad_norm": 0.0}},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
     "odd-batch": {"training": {"global_batch_size": 7}},
-    "profile-in-prompt": {"data": {"profile_in_prompt": True, "example_weight": "answers"}},
+    "profile-in-prompt": {"data": {"profile_in_prompt": True, "max_length": 300, "example_weight": "answers"}},
 }
 
 
