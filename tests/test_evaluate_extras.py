@@ -146,13 +146,6 @@ def test_answers_equal_single_unpadded_generations(chat_run) -> None:
         assert text == subject.renderer.tokenizer.decode(tokens[0, len(row) :], skip_special_tokens=True).strip()
 
 
-def test_prompts_that_lose_their_front_are_counted(chat_run) -> None:
-    subject = open_run(chat_run)
-    rows = [[40] * 20, [40] * 510, [40] * 600]
-    with pytest.warns(UserWarning, match="2 of 3 prompts are longer than the 506 tokens"):
-        generate(subject, rows, [0, 0, 0], subject.embeddings_NP, Decoding(max_new_tokens=6))
-
-
 def test_requests_end_before_the_last_answer_and_know_who_asks(chat_run) -> None:
     split = open_run(chat_run).data.splits["test"]
     requests = sample_requests(split, 1000)

@@ -216,17 +216,23 @@ def build_engine(config: RunConfig, adapters: CumaConfig, settings: DeepSpeedSet
 def model_inputs(
     batch: Batch, table: ProfileTable | None, device: torch.device, group_mask: Tensor | None = None
 ) -> dict[str, Any]:
-    """Keyword arguments of the adapted model for one batch; each distinct profile is passed once."""
+    """Keyword arguments of the adapted model for one batch.
+
+    Each example brings its profile as a row of its own. A gradient mask that is made of one example's routing (``dominant``) then does
+    not depend on which other examples share its micro batch.
+    """
     inputs: dict[str, Any] = batch.to(device).inputs
-    rows_N, index_B = torch.unique(batch.profile_index.clamp(min=0), return_inverse=True)
-    index_B = index_B.masked_fill(batch.profile_index < 0, -1)
-    if table is None:
-        nobody_B = torch.zeros_like(index_B) if batch.packed else torch.arange(len(index_B))
-        index_B = nobody_B.masked_fill(batch.profile_index < 0, -1)
-        rows_N = batch.profile_index.clamp(min=0)  # read by the mask alone, which is not for packed rows without profiles
+    if batch.position_ids is None:
+        rows_N, number = batch.profile_index, torch.arange(len(batch.profile_index))
     else:
+        starts_BS = batch.position_ids == 0
+        rows_N, number = batch.profile_index[starts_BS], starts_BS.flatten().cumsum(dim=0).view_as(starts_BS) - 1
+    rows_N = rows_N.clamp(min=0)
+    if table is not None:
         inputs["profile_embeddings"] = table.embeddings[rows_N].to(device)
-    inputs["profile_index"] = index_B.to(device)
+    elif batch.packed:
+        number = torch.zeros_like(number)  # nothing reads it: packed rows without profiles take no mask
+    inputs["profile_index"] = number.masked_fill(batch.profile_index < 0, -1).to(device)
     if group_mask is not None:
         inputs["gradient_mask"] = group_mask[rows_N].to(device)
     return inputs
