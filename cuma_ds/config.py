@@ -66,7 +66,7 @@ class DataSection(_Section):
     )
     weights: bool = Field(
         False,
-        description="answers count by survey weights, scaled to mean 1: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
+        description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
     )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
     system_prompt: str | None = Field(None, description="system message of prompts that have none; null leaves it to the chat template")
@@ -92,11 +92,11 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _check(self) -> DataSection:
         if self.weights and self.source not in ("jsonl", "wvb"):
-            raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may have them")
+            raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
             raise ValueError(
-                "weights is true, but single answers (histogram_targets: false) with example_weight: uniform all count alike; "
-                "set example_weight: answers"
+                "weights is true, but single answers (histogram_targets: false) with example_weight: uniform "
+                "all count alike; set example_weight: answers"
             )
         return self
 

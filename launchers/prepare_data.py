@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -199,7 +198,9 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
 
 
 def _yaml(value: Any) -> str:
-    return f"[{', '.join(value)}]" if isinstance(value, tuple) else json.dumps(value) if isinstance(value, bool) else str(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parser() -> argparse.ArgumentParser:

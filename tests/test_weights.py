@@ -14,7 +14,7 @@ from run_folder import make_run
 
 from cuma_ds.config import DataSection, load_started, make_config
 from cuma_ds.data import PreparedData, load_data
-from cuma_ds.data.batching import collate, encode_example
+from cuma_ds.data.batching import Batch, collate, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.run import evaluate
@@ -32,7 +32,8 @@ def answers(count: int = 120) -> list[dict[str, Any]]:
     for person in range(count):
         weight = {} if person % 5 == 0 else {"weight": float(rng.lognormal())}
         for question in ("tea", "bus"):
-            row = {"profile": {"country": ["Peru", "Laos", "Chad"][person % 3]}, "question": question, "options": OPTIONS}
+            country = ["Peru", "Laos", "Chad"][person % 3]
+            row = {"profile": {"country": country}, "question": question, "options": OPTIONS}
             rows.append({**row, "answer": int(rng.integers(3)), "person_id": f"p{person}", **weight})
     return rows
 
@@ -85,7 +86,8 @@ def test_a_folder_with_weights_reads_back_and_is_told_apart(tmp_path) -> None:
     data = load(file, weights=True)
     data.save(tmp_path / "prepared")
     again = load(tmp_path / "prepared", weights=True)
-    assert {name: split.to_list() for name, split in again.splits.items()} == {name: s.to_list() for name, s in data.splits.items()}
+    assert list(again.splits) == list(data.splits)
+    assert all(again.splits[name].to_list() == split.to_list() for name, split in data.splits.items())
     assert again.splits["train"]["counts"] == [row["counts"] for row in again.splits["train"]]
     assert set(again.splits["train"].column_names) == set(again.splits["train"][0])
     with pytest.raises(DataError, match=r"was prepared with weights True, but the recipe says data\.weights: False"):
@@ -108,10 +110,12 @@ def test_equal_weights_are_no_weights(tmp_path, tokenizer, weight) -> None:
     with pytest.warns(UserWarning, match="rows have weights that count nothing, because data.weights is false"):
         plain = load(tmp_path / "a.jsonl")
     pd.testing.assert_series_equal(table(alike), table(plain), check_dtype=False, check_exact=True)
-    batches = [
-        collate([encode_example(row, Renderer(tokenizer, 512), data.sentences, DataSection()) for row in data.splits["train"]], 0)
-        for data in (alike, plain)
-    ]
+
+    def batch(data: PreparedData) -> Batch:
+        renderer = Renderer(tokenizer, 512)
+        return collate([encode_example(row, renderer, data.sentences, DataSection()) for row in data.splits["train"]], 0)
+
+    batches = [batch(data) for data in (alike, plain)]
     assert batches[0].target_weight.tolist() == batches[1].target_weight.tolist()
     assert batches[0].input_ids.tolist() == batches[1].input_ids.tolist()
 
@@ -159,14 +163,14 @@ def test_weights_where_there_are_none_are_refused_in_one_line(tmp_path) -> None:
     with pytest.raises(DataError, match=r"data\.weights is true, but no row of a\.jsonl has a weight"):
         load(write_jsonl(tmp_path / "a.jsonl", bare), weights=True)
     chat = {"profile": "x", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    with pytest.raises(DataError, match=r"data\.weights is true, but the data holds kind chat"):
+    with pytest.raises(DataError, match=r"data\.weights is true, but only choice questions have weights, not kind chat"):
         load(write_jsonl(tmp_path / "b.jsonl", [chat, chat]), weights=True)
     far = [{**row, "weight": (1e-200, 1e200)[number % 2]} for number, row in enumerate(bare)]
     with pytest.raises(DataError, match="too far to be added up"):
         load(write_jsonl(tmp_path / "c.jsonl", far), weights=True)
     for source in ("wvs-sample", "prism", "community-alignment"):
         recipe = {"model": {"path": "m"}, "adapters": {"method": "lora"}, "data": {"source": source, "weights": True}}
-        with pytest.raises(ConfigError, match=f"source {source} has no survey weights; only jsonl and wvb may have them"):
+        with pytest.raises(ConfigError, match=f"source {source} has no survey weights; only jsonl and wvb may"):
             make_config(recipe)
 
 
@@ -188,7 +192,8 @@ def test_a_report_says_that_answers_are_weighted(tmp_path, tiny_llama, tiny_enco
     for cell in split["cells"]:
         for part, shares in ((test, cell["observed"]), (train, cell["predicted"]["oracle"])):
             members = part[part["country"] == cell["group"]]
-            sums = members[members["question"] == split["questions"][cell["question_id"]]["question"]].groupby("option")["weight"].sum()
+            asked = members["question"] == split["questions"][cell["question_id"]]["question"]
+            sums = members[asked].groupby("option")["weight"].sum()
             assert shares == pytest.approx((sums / sums.sum()).reindex(range(3), fill_value=0.0).tolist(), abs=1e-5)
     assert split["rows"]["trained"]["interval"]["accuracy"]
     text = (report.folder / "report.md").read_text()
@@ -198,7 +203,8 @@ def test_a_report_says_that_answers_are_weighted(tmp_path, tiny_llama, tiny_enco
 
 def test_the_command_reads_weights_and_says_so_in_the_recipe(tmp_path, launch) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", answers())
-    done = launch("prepare_data", "jsonl", "--root", str(file), "--out", str(tmp_path / "prepared"), "--weights", "--heldout-fraction", "0")
+    places = ("--root", str(file), "--out", str(tmp_path / "prepared"))
+    done = launch("prepare_data", "jsonl", *places, "--weights", "--heldout-fraction", "0")
     assert done.code == 0
     assert "weights: true" in done.out
     assert load(tmp_path / "prepared", weights=True).splits["train"].weighted
@@ -232,7 +238,12 @@ def test_the_surveys_weights_are_those_of_its_people(survey) -> None:
 
 @pytest.mark.parametrize(
     ("value", "problem"),
-    [(0.0, "W_WEIGHT is 0"), (-2.0, "W_WEIGHT is -2"), (np.nan, "W_WEIGHT is empty"), ("much", "W_WEIGHT is 'much', which is no number")],
+    [
+        (0.0, "W_WEIGHT is 0"),
+        (-2.0, "W_WEIGHT is -2"),
+        (np.nan, "W_WEIGHT is empty"),
+        ("much", "W_WEIGHT is 'much', which is no number"),
+    ],
 )
 def test_a_bad_weight_of_the_survey_is_told_with_its_row(survey, value, problem) -> None:
     root, people = survey

@@ -68,7 +68,7 @@ def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
         if config.heldout_fraction is None:
             del asked["heldout_fraction"]
     for key, value in asked.items():
-        prepared_as = manifest.get("weights", False) if key == "weights" else manifest["seed" if key == "split_seed" else key]
+        prepared_as = {"weights": False, **manifest}["seed" if key == "split_seed" else key]
         if prepared_as != value:
             raise DataError(
                 f"{config.path} was prepared with {key} {prepared_as}, but the recipe says data.{key}: {value}; "

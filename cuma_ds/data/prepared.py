@@ -244,7 +244,7 @@ def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> 
         DataError: no rows, or none left for training; weights for something else than choice questions.
     """
     if config.weights and rows.kind != "choice":
-        raise DataError(f"data.weights is true, but the data holds kind {rows.kind}; only choice questions have weights, leave it out")
+        raise DataError(f"data.weights is true, but only choice questions have weights, not kind {rows.kind}; leave it out")
     split_N = split_rows(rows, config)
     weight_N = None if rows.weight_N is None else with_mean_one(rows.weight_N)
     schema = choice_schema(weight_N is not None) if rows.kind == "choice" else SCHEMAS[rows.kind]
@@ -257,8 +257,8 @@ def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> 
         if rows.kind == "choice":
             options_Q = np.array([len(options) for options in rows.questions.table["options"]], np.int64)
             batches = histogram_batches(
-                rows.person_N[chosen_N], rows.profile_N[chosen_N], rows.question_N[chosen_N], rows.answer_N[chosen_N], options_Q,
-                None if weight_N is None else weight_N[chosen_N],
+                rows.person_N[chosen_N], rows.profile_N[chosen_N], rows.question_N[chosen_N], rows.answer_N[chosen_N],
+                options_Q, None if weight_N is None else weight_N[chosen_N],
             )  # fmt: skip
         else:
             batches = _chosen_batches(rows, chosen_N)
@@ -285,7 +285,8 @@ def with_mean_one(weight_N: np.ndarray, answers_N: np.ndarray | None = None) -> 
     """
     relative_N = weight_N / weight_N.max()  # equal weights are exactly 1 from here on
     if not relative_N.min():
-        raise DataError(f"survey weights reach from {weight_N.min():g} to {weight_N.max():g}, too far to be added up; correct them")
+        reach = f"{weight_N.min():g} to {weight_N.max():g}"
+        raise DataError(f"survey weights reach from {reach}, too far to be added up; correct them")
     return relative_N / np.average(relative_N, weights=answers_N)
 
 
@@ -317,8 +318,8 @@ def histogram_batches(
         people = order_N[first_C[begin] : first_C[begin] + counts.sum()]
         answers_M = np.bincount(index_C, counts).astype(np.int64)
         yield choice_batch(
-            keys % profiles, question_M, options_Q[question_M], index_C, cells[begin:end] % width, counts, person_N[people], answers_M,
-            None if weight_N is None else weight_N[people],
+            keys % profiles, question_M, options_Q[question_M], index_C, cells[begin:end] % width, counts, person_N[people],
+            answers_M, None if weight_N is None else weight_N[people],
         )  # fmt: skip
 
 

@@ -119,10 +119,11 @@ class ArrowFile:
 class Split:
     """Rows as mappings, columns as lists; read from disk when asked for.
 
-    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one number per answer,
-    those who chose the first option first) and group (the country, or ""); with survey weights counts are their sums, and there are
-    answers (people per option) and weights (of each of ``people``); of kind chat profile, messages, people (the one person),
-    group; of kind preference profile, prompt, chosen, rejected, people, group. Numbers of people mean nothing outside this data.
+    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one number per
+    answer, those who chose the first option first) and group (the country, or ""). With survey weights counts are their sums,
+    and there are answers (people per option) and weights (of each of ``people``). A row of kind chat has profile, messages,
+    people (the one person) and group; one of kind preference profile, prompt, chosen, rejected, people and group. Numbers of
+    people mean nothing outside this data.
 
     Args:
         kind: choice | chat | preference.
@@ -145,7 +146,8 @@ class Split:
         """Keys of a row."""
         stored = list(SCHEMAS[self.kind].names)
         if self.kind == "choice":
-            stored = ["profile", *QUESTION_SCHEMA.names, "counts", "people", *(["answers", "weights"] if self.weighted else [])]
+            stored = ["profile", *QUESTION_SCHEMA.names, "counts", "people"]
+            stored += ["answers", "weights"] if self.weighted else []
         return [*stored, "group"]
 
     @property
@@ -262,10 +264,12 @@ def single_answers(split: Split) -> Split:
             weight_A = batch.column("weights").flatten().to_numpy() if split.weighted else None
             yield choice_batch(
                 batch.column("profile").to_numpy()[row_A], batch.column("question").to_numpy()[row_A], lengths[row_A],
-                np.arange(len(row_A)), option_A, np.ones(len(row_A), np.int32), people_A, np.ones(len(row_A), np.int32), weight_A,
+                np.arange(len(row_A)), option_A, np.ones(len(row_A), np.int32), people_A, np.ones(len(row_A), np.int32),
+                weight_A,
             )  # fmt: skip
 
-    return Split("choice", ArrowFile.collect(choice_schema(split.weighted), batches(), None), split.questions, split.groups)
+    rows = ArrowFile.collect(choice_schema(split.weighted), batches(), None)
+    return Split("choice", rows, split.questions, split.groups)
 
 
 def choice_schema(weighted: bool) -> pa.Schema:

@@ -46,6 +46,7 @@ class ChoiceExamples:
         for question, text, options in zip(questions, split["question"], split["options"], strict=True):
             texts.setdefault(question, (text, list(options)))
         names = getattr(split, "column_names", None) or list(split)
+        weighted = "weights" in names
         scales = split["scale"] if "scale" in names else ["ordinal"] * len(questions)
         return cls(
             questions=questions,
@@ -55,8 +56,8 @@ class ChoiceExamples:
             texts=texts,
             people=[np.asarray(people, dtype=np.int64) for people in split["people"]] if "people" in names else None,
             nominal=frozenset(question for question, scale in zip(questions, scales, strict=True) if scale == "nominal"),
-            answers=[np.asarray(answers, dtype=np.int64) for answers in split["answers"]] if "weights" in names else None,
-            weights=[np.asarray(weights, dtype=np.float64) for weights in split["weights"]] if "weights" in names else None,
+            answers=[np.asarray(answers, dtype=np.int64) for answers in split["answers"]] if weighted else None,
+            weights=[np.asarray(weights, dtype=np.float64) for weights in split["weights"]] if weighted else None,
         )
 
     def only(self, chosen: Sequence[int]) -> ChoiceExamples:

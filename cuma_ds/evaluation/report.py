@@ -311,8 +311,8 @@ def legend(summary: Mapping[str, Any]) -> list[str]:
     some = next(iter(summary["splits"].values()))
     if some.get("weighted"):
         lines += [
-            "Answers count by their survey weights, which are 1 on average over all data. Effective: how many answers of one and the same "
-            "weight would be as precise, (sum of weights)² / sum of squared weights.",
+            "Answers count by their survey weights, which are 1 on average over all data. Effective: how many answers of one "
+            "and the same weight would be as precise, (sum of weights)² / sum of squared weights.",
             "",
         ]
     if summary["bootstrap"]:
@@ -340,8 +340,8 @@ def _size(split: Mapping[str, Any]) -> str:
     compared = split["compared"]
     effective = f" ({split['effective_answers']:,} effective)" if "effective_answers" in split else ""
     text = (
-        f"{people}{split['answers']:,} answers{effective}; {split['distance']} over {compared['answers']:,} of them in {split['groups']:,} "
-        f"group{_s(split['groups'])}."
+        f"{people}{split['answers']:,} answers{effective}; {split['distance']} over {compared['answers']:,} of them in "
+        f"{split['groups']:,} group{_s(split['groups'])}."
     )
     left_out = split.get("left_out", {"cells": 0})
     if left_out["cells"]:

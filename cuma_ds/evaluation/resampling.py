@@ -42,7 +42,8 @@ class Answers:
         example_F = np.repeat(np.arange(len(sizes_M)), sizes_M)
         option_F = np.arange(len(repeats_F)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
         example_A, option_A = np.repeat(example_F, repeats_F), np.repeat(option_F, repeats_F)
-        weight_A = np.ones(len(example_A)) if examples.weights is None else np.concatenate([np.zeros(0), *examples.weights])
+        weights = [np.ones(len(example_A))] if examples.weights is None else examples.weights
+        weight_A = np.concatenate([np.zeros(0), *weights])
         if examples.people is None:
             return cls(np.arange(len(example_A)), example_A, option_A, weight_A, known=False)
         person_A = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *examples.people]), return_inverse=True)[1]
@@ -62,7 +63,8 @@ class Answers:
         # The sum of one random number per (example, option, weight) tells sets of answers apart.
         width = int(self.option_A.max(initial=0)) + 1
         weights, weight_of_A = np.unique(self.weight_A, return_inverse=True)
-        values, place_A = np.unique((self.example_A * width + self.option_A) * len(weights) + weight_of_A, return_inverse=True)
+        key_A = (self.example_A * width + self.option_A) * len(weights) + weight_of_A
+        values, place_A = np.unique(key_A, return_inverse=True)
         marks = np.random.default_rng(0).integers(0, 2**63, size=len(values), dtype=np.uint64)
         sums_U = np.zeros(self.people, dtype=np.uint64)
         np.add.at(sums_U, self.person_A, marks[place_A])

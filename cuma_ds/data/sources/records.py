@@ -312,13 +312,14 @@ class _Gathered:
         self._check_weights(inputs)
         draw_P = np.concatenate([draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)])
         return Rows(
-            self.kind, person_N, draw_P, rows[:, 1], self.profiles, inputs, questions, rows[:, 2], rows[:, 3], payload, self.skipped,
-            weight_N=np.frombuffer(self.weights, np.float64) if self.config.weights else None,
+            self.kind, person_N, draw_P, rows[:, 1], self.profiles, inputs, questions, rows[:, 2], rows[:, 3], payload,
+            self.skipped, weight_N=np.frombuffer(self.weights, np.float64) if self.config.weights else None,
         )  # fmt: skip
 
     def _check_weights(self, inputs: dict[str, str]) -> None:
         if self.kind == "choice" and self.config.weights and not self.has_weights:
-            raise DataError(f"data.weights is true, but no row of {', '.join(inputs)} has a weight; leave it out, or give the rows weights")
+            names = ", ".join(inputs)
+            raise DataError(f"data.weights is true, but no row of {names} has a weight; leave it out, or give the rows weights")
         if self.has_weights and not self.config.weights:
             warnings.warn("rows have weights that count nothing, because data.weights is false", stacklevel=2)
 

@@ -98,8 +98,8 @@ def prepare_worldvaluesbench(
         workers: not used; columns are read by Arrow's own threads.
 
     Raises:
-        DataError: a missing file or column, a code the codebook does not know, a person who comes twice, no answers; weights where
-            there are none.
+        DataError: a missing file or column, a code the codebook does not know, a person who comes twice, no answers;
+            weights where there are none.
     """
     root = Path(path)
     codebook = read_codebook(root, config)
@@ -110,8 +110,8 @@ def prepare_worldvaluesbench(
         inputs = {files.name: sha256(files)}
     elif config.weights:
         raise DataError(
-            f"{root}: data.weights is true, but the benchmark's files hold no weights; only the WVS-7 CSV has them ({WEIGHT}); "
-            "prepare from that, or leave it out"
+            f"{root}: data.weights is true, but the benchmark's files hold no weights; only the WVS-7 CSV has them "
+            f"({WEIGHT}); prepare from that, or leave it out"
         )
     else:
         people = read_benchmark(files, codebook, tell)
@@ -281,7 +281,8 @@ def _read_weights(file: Path) -> np.ndarray:
     wrong = np.flatnonzero(~((weight_N > 0) & np.isfinite(weight_N)))
     if len(wrong):
         value = "empty" if np.isnan(weight_N[wrong[0]]) else f"{weight_N[wrong[0]]:g}"
-        raise DataError(f"{file}: row {int(wrong[0]) + 2}: {WEIGHT} is {value}; allowed: a positive number, for every person")
+        place = f"{file}: row {int(wrong[0]) + 2}"
+        raise DataError(f"{place}: {WEIGHT} is {value}; allowed: a positive number, for every person")
     return weight_N
 
 
@@ -409,7 +410,8 @@ def _write(rows: Rows, option_NQ: np.ndarray, config: DataSection, spool: Path |
                 tell(0.5 + 0.5 * done / (len(used) * len(options_Q)))
 
         name = SPLITS[number]
-        files[name] = ArrowFile.collect(choice_schema(weight_N is not None), batches(), None if spool is None else spool / f"{name}.arrow")
+        file = None if spool is None else spool / f"{name}.arrow"
+        files[name] = ArrowFile.collect(choice_schema(weight_N is not None), batches(), file)
         sizes[name] = {**count_sizes(person_P, profile_P), "answers": int((option_PQ >= 0).sum())}
     return finish(rows, files, sizes, config)
 
