@@ -64,6 +64,10 @@ class DataSection(_Section):
     example_weight: Literal["uniform", "answers"] = Field(
         "uniform", description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)"
     )
+    weights: bool = Field(
+        False,
+        description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
+    )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
     system_prompt: str | None = Field(None, description="system message of prompts that have none; null leaves it to the chat template")
     prompt_style: Literal["letters", "metadata"] = Field(
@@ -84,6 +88,17 @@ class DataSection(_Section):
     )  # fmt: skip
     heldout_profile_fraction: float = Field(0.0, ge=0, lt=1, description="share of the other profiles held out entirely")
     split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.weights and self.source not in ("jsonl", "wvb"):
+            raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
+        if self.weights and not self.histogram_targets and self.example_weight == "uniform":
+            raise ValueError(
+                "weights is true, but single answers (histogram_targets: false) with example_weight: uniform "
+                "all count alike; set example_weight: answers"
+            )
+        return self
 
     @property
     def heldout(self) -> float:
@@ -172,6 +187,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
     ("adapters", "balance_decay"): 0.9,
     ("data", "prompt_style"): "metadata",
     ("data", "option_order"): "fixed",
+    ("data", "weights"): False,
     ("data", "on_long_prompt"): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.

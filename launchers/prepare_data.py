@@ -45,7 +45,8 @@ preferences (prepared, not trained on by objective sft):
 
 profile    fields of your choice or a sentence; a field 'country' makes countries the unit that is held out
 answer     index into options, or the option's text
-person_id  optional; all rows of one person stay on one side of the split"""
+person_id  optional; all rows of one person stay on one side of the split
+weight     optional survey weight of the answer, read with --weights (1 where a row has none)"""
 
 _WVB = """\
 Read WorldValuesBench: codebook.json, question_metadata.json and answer_adjustment.json of the benchmark's public repository, and
@@ -152,6 +153,7 @@ def _section(arguments: argparse.Namespace) -> Any:
             heldout_fraction=arguments.heldout_fraction,
             heldout_profile_fraction=arguments.heldout_profile_fraction,
             kind=getattr(arguments, "kind", None),
+            weights=getattr(arguments, "weights", False),
             split_seed=arguments.seed,
         )
     except ValidationError as error:
@@ -196,7 +198,9 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
 
 
 def _yaml(value: Any) -> str:
-    return f"[{', '.join(value)}]" if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -248,6 +252,8 @@ def _parser() -> argparse.ArgumentParser:
         "--kind", choices=["chat", "preference"],
         help="chat: conversations along the chosen answers (default); preference: the chosen answer against each other one",
     )  # fmt: skip
+    for command, where in ((own, "the key weight of each row"), (wvb, "W_WEIGHT of the WVS-7 CSV")):
+        command.add_argument("--weights", action="store_true", help=f"let answers count by their survey weights, {where}")
     for command, template in ((survey, "wvs"), (own, "generic"), (wvb, "wvs"), (alignment, "wvs"), (prism, "wvs")):
         command.add_argument(
             "--template", choices=["wvs", "generic"], default=template, help="how profile fields become a sentence (default %(default)s)"

@@ -31,10 +31,13 @@ def stream(n, batch, micro, rank=0, world=1, seed=0):
     return BatchStream(n, batch, micro, rank, world, seed, example, pad_id=0)
 
 
+@pytest.mark.parametrize("unit", [1, 1.0, 0.75])
 @pytest.mark.parametrize(("weight", "expected"), [("uniform", [0.25, 0.0, 0.75]), ("answers", [2.0, 0.0, 6.0])])
-def test_choice_targets_are_letters_weighted_by_answers(tokenizer, weight, expected):
+def test_choice_targets_are_letters_weighted_by_answers(tokenizer, weight, expected, unit):
+    """Counts may be sums of survey weights."""
     renderer = Renderer(tokenizer, 512)
-    encoded = encode_example(choice_row([2, 0, 6], profile=1), renderer, WHO, DataSection(example_weight=weight))
+    expected = expected if weight == "uniform" else [unit * count for count in expected]
+    encoded = encode_example(choice_row([2 * unit, 0, 6 * unit], profile=1), renderer, WHO, DataSection(example_weight=weight))
     assert encoded.target_weight == expected
     assert tokenizer.convert_ids_to_tokens(encoded.target_token) == ["A", "B", "C"]
     assert encoded.target_position == [len(encoded.input_ids) - 1] * 3

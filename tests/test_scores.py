@@ -21,6 +21,7 @@ from cuma_ds.evaluation.sections import choice_split
 from cuma_ds.evaluation.subgroups import subgroups
 
 OPTIONS = {"q1": 4, "q2": 3, "q3": 2}
+SETTINGS = EvaluationSection(min_answers=10, bootstrap=20)
 FIELDS = {"gender": ["man", "woman", None] * 8, "age": [str(k % 4) for k in range(24)]}
 
 
@@ -187,24 +188,56 @@ def test_answers_of_one_person_are_drawn_together() -> None:
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(np.sqrt(20), rel=0.1)
 
 
-def test_survey_weights_are_neither_rounded_nor_drawn(people, examples, rows) -> None:
-    """Half of every answer: the same numbers. Weights by option: those of a walk over weighted answers."""
-    halves = replace(examples, counts=[counts / 2 + 0.0 for counts in examples.counts])
-    whole, half = (
-        Scorer(some, FIELDS, least).scores(rows, 10).rows for some, least in ((replace(examples, people=None), 20), (halves, 10))
-    )
-    for name in rows:
-        for metric in set(whole[name]) - {"group_accuracy", "inequity"}:  # over groups of enough people
-            assert half[name][metric].value == pytest.approx(whole[name][metric].value, abs=1e-12), metric
-            assert half[name][metric].interval is None
-    weights = {
-        key: np.random.default_rng(k).uniform(0.3, 3, 4) for k, key in enumerate(zip(examples.questions, examples.profiles, strict=True))
-    }
-    table = people.assign(weight=[weights[row.question, row.profile][row.answer] for row in people.itertuples()])
-    weighted = [c * weights[key][: len(c)] for c, key in zip(examples.counts, weights, strict=True)]
-    found = Scorer(replace(examples, counts=weighted), FIELDS, 20).scores(rows, 10).rows["trained"]
-    by_key = dict(zip(weights, rows["trained"], strict=True))
-    table["right"] = [float(np.argmax(by_key[row.question, row.profile]) == row.answer) for row in table.itertuples()]
+def weighted(examples: ChoiceExamples, weight_P: np.ndarray) -> ChoiceExamples:
+    """The same answers, each with the weight of its person."""
+    weights = [weight_P[people] for people in examples.people]
+    options = [np.repeat(np.arange(len(c)), c.astype(int)) for c in examples.counts]
+    sums = [np.bincount(o, w, len(c)) for o, w, c in zip(options, weights, examples.counts, strict=True)]
+    return replace(examples, counts=sums, answers=[c.astype(np.int64) for c in examples.counts], weights=weights)
+
+
+def rights(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarray]) -> list[float]:
+    """Whether each answer is the one the row finds most likely."""
+    by_key = dict(zip(zip(examples.questions, examples.profiles, strict=True), given, strict=True))
+    return [float(np.argmax(by_key[row.question, row.profile]) == row.answer) for row in people.itertuples()]
+
+
+def test_equal_survey_weights_change_nothing(examples, rows) -> None:
+    plain, alike = (choice_split(some, rows, FIELDS, SETTINGS) for some in (examples, weighted(examples, np.ones(150))))
+    assert (plain.pop("weighted"), alike.pop("weighted"), alike.pop("effective_answers")) == (False, True, plain["answers"])
+    for question in alike["questions"].values():
+        del question["effective_answers"]
+    assert alike == plain
+
+
+def test_intervals_with_survey_weights_draw_people_with_their_weights(people, examples, rows) -> None:
+    """People with the same answers but another weight are no longer one kind."""
+    weight_P = np.where(np.arange(150) % 3 == 0, 2.0, 0.5)
+    some = weighted(examples, weight_P)
+    kind_U, people_Y = Answers.of(some).kinds()
+    table = people.assign(weight=weight_P[people["person"]], right=rights(people, examples, rows["trained"]))
+    kinds: dict[int, frozenset] = {}
+    for person, part in table.groupby("person"):
+        mine = frozenset(zip(part["question"], part["profile"], part["answer"], part["weight"], strict=True))
+        assert kinds.setdefault(int(kind_U[person]), mine) == mine
+    assert len(set(kinds.values())) == len(kinds) == len(people_Y)
+    of_kind = table.assign(kind=kind_U[table["person"]], right=table["right"] * table["weight"])
+    sums = of_kind.groupby("kind")[["right", "weight"]].sum().div(people_Y, axis=0)
+    values = [(drawn @ sums["right"]) / (drawn @ sums["weight"]) for drawn in np.concatenate(list(resample(people_Y, 40, 3, 40)))]
+    found = Scorer(some, FIELDS, 20).scores(rows, 40, seed=3).rows["trained"]["accuracy"]
+    assert found.interval == pytest.approx(tuple(np.percentile(values, [2.5, 97.5]) - np.mean(values) + found.value), abs=1e-12)
+
+
+def test_survey_weights_count_as_a_walk_over_weighted_answers(people, examples, rows) -> None:
+    weight_P = np.random.default_rng(7).uniform(0.3, 3, 150)
+    table = people.assign(weight=weight_P[people["person"]])
+    section = choice_split(weighted(examples, weight_P), rows, FIELDS, SETTINGS)
+    assert section["people"] == 150
+    assert section["answers"] == pytest.approx(table["weight"].sum(), abs=0.01)
+    assert section["effective_answers"] == pytest.approx(table["weight"].sum() ** 2 / (table["weight"] ** 2).sum(), abs=0.01)
+    found = Scorer(weighted(examples, weight_P), FIELDS, 20).scores(rows, 10).rows["trained"]
+    by_key = dict(zip(zip(examples.questions, examples.profiles, strict=True), rows["trained"], strict=True))
+    table["right"] = rights(people, examples, rows["trained"])
     assert found["accuracy"].value == pytest.approx(np.average(table["right"], weights=table["weight"]), abs=1e-12)
     distances = []
     for question, part in table.groupby("question"):

@@ -17,7 +17,7 @@ from cuma_ds.data.sources.worldvaluesbench import prepare_worldvaluesbench
 from cuma_ds.data.sources.wvs_sample import prepare_wvs_sample
 from cuma_ds.errors import ConfigError, DataError
 
-_DECIDED_WHEN_PREPARED = ("source", "questions", "test_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
+_DECIDED_WHEN_PREPARED = ("source", "questions", "weights", "test_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
 _SOURCES = {
     "jsonl": prepare_jsonl,
     "wvb": prepare_worldvaluesbench,
@@ -68,7 +68,7 @@ def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
         if config.heldout_fraction is None:
             del asked["heldout_fraction"]
     for key, value in asked.items():
-        prepared_as = manifest["seed" if key == "split_seed" else key]
+        prepared_as = {"weights": False, **manifest}["seed" if key == "split_seed" else key]
         if prepared_as != value:
             raise DataError(
                 f"{config.path} was prepared with {key} {prepared_as}, but the recipe says data.{key}: {value}; "

@@ -28,6 +28,7 @@ from cuma_ds.data.rows import (
     Question,
     Split,
     choice_batch,
+    choice_schema,
     people_lists,
     single_answers,
 )  # fmt: skip
@@ -213,6 +214,7 @@ class Rows:
         payload: the other stored columns of ``SCHEMAS[kind]``, N rows in the same order (other kinds).
         skipped: what was left out, reason to count.
         given_N: [N] split of each row's person where the source says so.
+        weight_N: [N] survey weight of each row, in any unit; None where all count alike.
     """
 
     kind: str
@@ -227,6 +229,7 @@ class Rows:
     payload: ArrowFile | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
     given_N: np.ndarray | None = None
+    weight_N: np.ndarray | None = None
 
 
 def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> PreparedData:
@@ -238,9 +241,13 @@ def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> 
         spool: folder for the splits' files; in memory without one.
 
     Raises:
-        DataError: no rows, or none left for training.
+        DataError: no rows, or none left for training; weights for something else than choice questions.
     """
+    if config.weights and rows.kind != "choice":
+        raise DataError(f"data.weights is true, but only choice questions have weights, not kind {rows.kind}; leave it out")
     split_N = split_rows(rows, config)
+    weight_N = None if rows.weight_N is None else with_mean_one(rows.weight_N)
+    schema = choice_schema(weight_N is not None) if rows.kind == "choice" else SCHEMAS[rows.kind]
     files, sizes = {}, {}
     for number, name in enumerate(SPLITS):
         chosen_N = split_N == number
@@ -250,11 +257,12 @@ def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> 
         if rows.kind == "choice":
             options_Q = np.array([len(options) for options in rows.questions.table["options"]], np.int64)
             batches = histogram_batches(
-                rows.person_N[chosen_N], rows.profile_N[chosen_N], rows.question_N[chosen_N], rows.answer_N[chosen_N], options_Q
-            )
+                rows.person_N[chosen_N], rows.profile_N[chosen_N], rows.question_N[chosen_N], rows.answer_N[chosen_N],
+                options_Q, None if weight_N is None else weight_N[chosen_N],
+            )  # fmt: skip
         else:
             batches = _chosen_batches(rows, chosen_N)
-        files[name] = ArrowFile.collect(SCHEMAS[rows.kind], batches, file)
+        files[name] = ArrowFile.collect(schema, batches, file)
         sizes[name] = count_sizes(rows.person_N[chosen_N], rows.profile_N[chosen_N])
     return finish(rows, files, sizes, config)
 
@@ -265,14 +273,33 @@ def question_file(questions: Sequence[Question], file: Path | None) -> ArrowFile
     return ArrowFile.collect(QUESTION_SCHEMA, [pa.RecordBatch.from_pylist(rows, QUESTION_SCHEMA)], file)
 
 
+def with_mean_one(weight_N: np.ndarray, answers_N: np.ndarray | None = None) -> np.ndarray:
+    """[N] weights whose mean over all answers is 1, so that a sum of weights is comparable with a number of answers.
+
+    Args:
+        weight_N: positive.
+        answers_N: answers that have each weight; one without it.
+
+    Raises:
+        DataError: weights so far apart that the smallest would count nothing.
+    """
+    relative_N = weight_N / weight_N.max()  # equal weights are exactly 1 from here on
+    if not relative_N.min():
+        reach = f"{weight_N.min():g} to {weight_N.max():g}"
+        raise DataError(f"survey weights reach from {reach}, too far to be added up; correct them")
+    return relative_N / np.average(relative_N, weights=answers_N)
+
+
 def histogram_batches(
-    person_N: np.ndarray, profile_N: np.ndarray, question_N: np.ndarray, answer_N: np.ndarray, options_Q: np.ndarray
-) -> Iterator[pa.RecordBatch]:
+    person_N: np.ndarray, profile_N: np.ndarray, question_N: np.ndarray, answer_N: np.ndarray, options_Q: np.ndarray,
+    weight_N: np.ndarray | None = None,
+) -> Iterator[pa.RecordBatch]:  # fmt: skip
     """Answers merged into one row per (question, profile) with counts per option, in that order.
 
     Args:
         person_N, profile_N, question_N, answer_N: [N] int.
         options_Q: [Q] number of options of each question.
+        weight_N: [N] of each answer; None where all count alike.
     """
     if not len(profile_N):
         return
@@ -291,8 +318,9 @@ def histogram_batches(
         people = order_N[first_C[begin] : first_C[begin] + counts.sum()]
         answers_M = np.bincount(index_C, counts).astype(np.int64)
         yield choice_batch(
-            keys % profiles, question_M, options_Q[question_M], index_C, cells[begin:end] % width, counts, person_N[people], answers_M
-        )
+            keys % profiles, question_M, options_Q[question_M], index_C, cells[begin:end] % width, counts, person_N[people],
+            answers_M, None if weight_N is None else weight_N[people],
+        )  # fmt: skip
 
 
 def _chosen_batches(rows: Rows, chosen_N: np.ndarray) -> Iterator[pa.RecordBatch]:
@@ -378,6 +406,8 @@ def finish(rows: Rows, files: dict[str, ArrowFile], sizes: dict[str, dict[str, i
         "heldout_profile_fraction": config.heldout_profile_fraction,
         "seed": config.split_seed,
         "questions": None if config.questions is None else list(config.questions),
+        # Without weights a folder is as release 0.1.0 wrote it.
+        **({"weights": True} if config.weights else {}),
         "versions": {"cuma_ds": cuma_ds.__version__, "python": platform.python_version(), "pyarrow": pa.__version__},
         "inputs": rows.inputs,
         "skipped": dict(rows.skipped),

@@ -26,6 +26,11 @@ SCHEMAS = {
         {"profile": pa.int32(), "people": _PEOPLE, "prompt": _MESSAGES, "chosen": pa.string(), "rejected": pa.string()}
     ),
 }
+# With survey weights: counts are sums of weights; answers are people per option, weights one number for each of people.
+WEIGHTED_CHOICE = pa.schema(
+    {**dict(zip(SCHEMAS["choice"].names, SCHEMAS["choice"].types, strict=True)), "counts": pa.list_(pa.float64())}
+    | {"answers": pa.list_(pa.int32()), "weights": pa.list_(pa.float64())}
+)
 QUESTION_SCHEMA = pa.schema(
     {"question_id": pa.string(), "question": pa.string(), "options": pa.list_(pa.string()), "scale": pa.string()}
 )
@@ -114,13 +119,15 @@ class ArrowFile:
 class Split:
     """Rows as mappings, columns as lists; read from disk when asked for.
 
-    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one number per answer,
-    those who chose the first option first) and group (the country, or ""); of kind chat profile, messages, people (the one person),
-    group; of kind preference profile, prompt, chosen, rejected, people, group. Numbers of people mean nothing outside this data.
+    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one number per
+    answer, those who chose the first option first) and group (the country, or ""). With survey weights counts are their sums,
+    and there are answers (people per option) and weights (of each of ``people``). A row of kind chat has profile, messages,
+    people (the one person) and group; one of kind preference profile, prompt, chosen, rejected, people and group. Numbers of
+    people mean nothing outside this data.
 
     Args:
         kind: choice | chat | preference.
-        rows: the stored columns (``SCHEMAS``).
+        rows: the stored columns (``SCHEMAS``, ``WEIGHTED_CHOICE``).
         questions: Q rows of ``QUESTION_SCHEMA``.
         groups: country of each profile, or "".
     """
@@ -140,7 +147,13 @@ class Split:
         stored = list(SCHEMAS[self.kind].names)
         if self.kind == "choice":
             stored = ["profile", *QUESTION_SCHEMA.names, "counts", "people"]
+            stored += ["answers", "weights"] if self.weighted else []
         return [*stored, "group"]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether answers count by survey weights."""
+        return "weights" in self.rows.table.column_names
 
     def __len__(self) -> int:
         return self.rows.table.num_rows
@@ -184,7 +197,7 @@ class Split:
         if self.kind != "choice":
             return np.ones(len(self), np.int64)
         totals = [np.zeros(0, np.int64)]
-        for chunk in self.rows.table["counts"].chunks:
+        for chunk in self.rows.table["answers" if self.weighted else "counts"].chunks:
             offsets, values = chunk.offsets.to_numpy(), chunk.values.to_numpy()
             if len(chunk):
                 totals.append(np.add.reduceat(values[: offsets[-1]], offsets[:-1], dtype=np.int64))
@@ -218,7 +231,7 @@ class Split:
     def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.kind == "choice":
             asked = dict(zip(QUESTION_SCHEMA.names, self.question(row["question"]).columns(), strict=True))
-            row = {"profile": row["profile"], **asked, "counts": row["counts"], "people": row["people"]}
+            row = {**row, **asked}
         return {**row, "group": self.groups[row["profile"]]}
 
 
@@ -237,23 +250,31 @@ def _characters(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def single_answers(split: Split) -> Split:
-    """One row per answer of a choice split (one-hot counts), in the order of its rows."""
+    """One row per answer of a choice split (one-hot counts, or its weight instead of 1), in the order of its rows."""
 
     def batches() -> Iterator[pa.RecordBatch]:
         for batch in split.rows.table.to_batches(BATCH_ROWS):
-            lists = batch.column("counts")
+            lists = batch.column("answers" if split.weighted else "counts")
             start = lists.offsets[0].as_py()
             counts, lengths = lists.flatten().to_numpy(), np.diff(lists.offsets.to_numpy())
             row_of = np.repeat(np.arange(len(lengths)), lengths)
             option_of = np.arange(len(counts)) - np.repeat(lists.offsets.to_numpy()[:-1] - start, lengths)
             row_A, option_A = np.repeat(row_of, counts), np.repeat(option_of, counts)
             people_A = batch.column("people").flatten().to_numpy()
+            weight_A = batch.column("weights").flatten().to_numpy() if split.weighted else None
             yield choice_batch(
                 batch.column("profile").to_numpy()[row_A], batch.column("question").to_numpy()[row_A], lengths[row_A],
                 np.arange(len(row_A)), option_A, np.ones(len(row_A), np.int32), people_A, np.ones(len(row_A), np.int32),
+                weight_A,
             )  # fmt: skip
 
-    return Split("choice", ArrowFile.collect(SCHEMAS["choice"], batches(), None), split.questions, split.groups)
+    rows = ArrowFile.collect(choice_schema(split.weighted), batches(), None)
+    return Split("choice", rows, split.questions, split.groups)
+
+
+def choice_schema(weighted: bool) -> pa.Schema:
+    """The stored columns of choice questions."""
+    return WEIGHTED_CHOICE if weighted else SCHEMAS["choice"]
 
 
 def choice_batch(
@@ -265,6 +286,7 @@ def choice_batch(
     count_C: np.ndarray,
     person_A: np.ndarray,
     answers_M: np.ndarray,
+    weight_A: np.ndarray | None = None,
 ) -> pa.RecordBatch:
     """A batch of answer histograms from their cells.
 
@@ -274,14 +296,20 @@ def choice_batch(
         row_C, option_C, count_C: [C] cells that are not zero.
         person_A: [A] who answered, in the order of the cells.
         answers_M: [M] answers of each row.
+        weight_A: [A] of each answer; None where all count alike.
     """
     offsets = _offsets(options_M)
+    place_C = offsets[row_C] + option_C
     values = np.zeros(offsets[-1], np.int32)
-    values[offsets[row_C] + option_C] = count_C
+    values[place_C] = count_C
     counts = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
     people = people_lists(person_A, answers_M)
     columns = [pa.array(profile_M.astype(np.int32)), people, pa.array(question_M.astype(np.int32)), counts]
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMAS["choice"])
+    if weight_A is not None:
+        sums = np.bincount(np.repeat(place_C, count_C), weight_A, len(values))
+        columns[-1] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(sums))
+        columns += [counts, pa.ListArray.from_arrays(people.offsets, pa.array(weight_A))]
+    return pa.RecordBatch.from_arrays(columns, schema=choice_schema(weight_A is not None))
 
 
 def people_lists(person_A: np.ndarray, answers_M: np.ndarray) -> pa.ListArray:

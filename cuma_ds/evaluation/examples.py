@@ -19,10 +19,12 @@ class ChoiceExamples:
         questions: question id of each example.
         groups: the country, or ``profile <row>`` where the split names no group.
         profiles: row of each example's profile.
-        counts: answers of each example, float64 [n], n its number of options.
+        counts: answers of each example, or sums of their survey weights, float64 [n], n its number of options.
         texts: question id -> (question, options).
         people: who gave the answers of each example, those of its first option first; None where the data does not say.
         nominal: ids of the questions whose options have no order.
+        answers: with survey weights, people who gave each answer of each example, int64 [n].
+        weights: with survey weights, that of each of ``people``.
     """
 
     questions: list[str]
@@ -32,6 +34,8 @@ class ChoiceExamples:
     texts: dict[str, tuple[str, list[str]]]
     people: list[NDArray[np.int64]] | None = None
     nominal: frozenset[str] = frozenset()
+    answers: list[NDArray[np.int64]] | None = None
+    weights: list[NDArray[np.float64]] | None = None
 
     @classmethod
     def of(cls, split: Any) -> ChoiceExamples:
@@ -42,6 +46,7 @@ class ChoiceExamples:
         for question, text, options in zip(questions, split["question"], split["options"], strict=True):
             texts.setdefault(question, (text, list(options)))
         names = getattr(split, "column_names", None) or list(split)
+        weighted = "weights" in names
         scales = split["scale"] if "scale" in names else ["ordinal"] * len(questions)
         return cls(
             questions=questions,
@@ -51,6 +56,8 @@ class ChoiceExamples:
             texts=texts,
             people=[np.asarray(people, dtype=np.int64) for people in split["people"]] if "people" in names else None,
             nominal=frozenset(question for question, scale in zip(questions, scales, strict=True) if scale == "nominal"),
+            answers=[np.asarray(answers, dtype=np.int64) for answers in split["answers"]] if weighted else None,
+            weights=[np.asarray(weights, dtype=np.float64) for weights in split["weights"]] if weighted else None,
         )
 
     def only(self, chosen: Sequence[int]) -> ChoiceExamples:
@@ -63,6 +70,8 @@ class ChoiceExamples:
             texts=self.texts,
             people=None if self.people is None else [self.people[index] for index in chosen],
             nominal=self.nominal,
+            answers=None if self.answers is None else [self.answers[index] for index in chosen],
+            weights=None if self.weights is None else [self.weights[index] for index in chosen],
         )
 
     def __len__(self) -> int:

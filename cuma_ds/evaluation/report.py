@@ -310,8 +310,12 @@ def legend(summary: Mapping[str, Any]) -> list[str]:
         ]
     some = next(iter(summary["splits"].values()))
     if some.get("weighted"):
-        lines += ["Answers count by their survey weights. There are no intervals: the data holds sums of weights, not single answers.", ""]
-    elif summary["bootstrap"]:
+        lines += [
+            "Answers count by their survey weights, which are 1 on average over all data. Effective: how many answers of one "
+            "and the same weight would be as precise, (sum of weights)² / sum of squared weights.",
+            "",
+        ]
+    if summary["bootstrap"]:
         who = (
             "people, each with all of their answers"
             if some["people"] is not None
@@ -334,9 +338,10 @@ def _size(split: Mapping[str, Any]) -> str:
     if "conversations" in split:
         return f"{people}{split['conversations']:,} conversations, {split['tokens']:,} assistant tokens."
     compared = split["compared"]
+    effective = f" ({split['effective_answers']:,} effective)" if "effective_answers" in split else ""
     text = (
-        f"{people}{split['answers']:,} answers; {split['distance']} over {compared['answers']:,} of them in {split['groups']:,} "
-        f"group{_s(split['groups'])}."
+        f"{people}{split['answers']:,} answers{effective}; {split['distance']} over {compared['answers']:,} of them in "
+        f"{split['groups']:,} group{_s(split['groups'])}."
     )
     left_out = split.get("left_out", {"cells": 0})
     if left_out["cells"]:

@@ -23,10 +23,8 @@ class Answers:
 
     Attributes:
         person_A, example_A, option_A: who answered (0 to U - 1), which example, and with which option.
-        weight_A: how much each answer counts, 1 unless ``weighted``.
+        weight_A: the survey weight of each answer, 1 where the data has none.
         known: False where the data does not say who answered; then every answer stands for a person of its own.
-        weighted: True where the counts are sums of survey weights. Then all answers of an example with one option are a single
-            entry: which weight belongs to whom is not known, and people cannot be drawn.
     """
 
     person_A: Indices
@@ -34,23 +32,22 @@ class Answers:
     option_A: Indices
     weight_A: Array
     known: bool
-    weighted: bool
 
     @classmethod
     def of(cls, examples: ChoiceExamples) -> Answers:
         """Unfold the answer counts of ``examples``."""
-        sizes_M = np.array([len(counts) for counts in examples.counts], dtype=np.int64)
-        counts_F = np.concatenate([np.zeros(0), *examples.counts])
+        counts = examples.counts if examples.answers is None else examples.answers
+        sizes_M = np.array([len(answers) for answers in counts], dtype=np.int64)
+        repeats_F = np.concatenate([np.zeros(0), *counts]).astype(np.int64)
         example_F = np.repeat(np.arange(len(sizes_M)), sizes_M)
-        option_F = np.arange(len(counts_F)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
-        weighted = bool((counts_F != np.floor(counts_F)).any())
-        repeats_F = (counts_F > 0).astype(np.int64) if weighted else counts_F.astype(np.int64)
+        option_F = np.arange(len(repeats_F)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
         example_A, option_A = np.repeat(example_F, repeats_F), np.repeat(option_F, repeats_F)
-        weight_A = counts_F[counts_F > 0] if weighted else np.ones(len(example_A))
-        if examples.people is None or weighted:
-            return cls(np.arange(len(example_A)), example_A, option_A, weight_A, known=False, weighted=weighted)
+        weights = [np.ones(len(example_A))] if examples.weights is None else examples.weights
+        weight_A = np.concatenate([np.zeros(0), *weights])
+        if examples.people is None:
+            return cls(np.arange(len(example_A)), example_A, option_A, weight_A, known=False)
         person_A = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *examples.people]), return_inverse=True)[1]
-        return cls(person_A.astype(np.int64), example_A, option_A, weight_A, known=True, weighted=False)
+        return cls(person_A.astype(np.int64), example_A, option_A, weight_A, known=True)
 
     @property
     def people(self) -> int:
@@ -58,14 +55,16 @@ class Answers:
         return int(self.person_A.max()) + 1 if len(self.person_A) else 0
 
     def kinds(self) -> tuple[Indices, Indices]:
-        """People with the same answers to the same examples are one kind.
+        """People with the same answers to the same examples, and with the same weight, are one kind.
 
         Returns:
             The kind of each person [U], and how many people are of each kind [Y].
         """
-        # The sum of one random number per (example, option) tells sets of answers apart.
+        # The sum of one random number per (example, option, weight) tells sets of answers apart.
         width = int(self.option_A.max(initial=0)) + 1
-        values, place_A = np.unique(self.example_A * width + self.option_A, return_inverse=True)
+        weights, weight_of_A = np.unique(self.weight_A, return_inverse=True)
+        key_A = (self.example_A * width + self.option_A) * len(weights) + weight_of_A
+        values, place_A = np.unique(key_A, return_inverse=True)
         marks = np.random.default_rng(0).integers(0, 2**63, size=len(values), dtype=np.uint64)
         sums_U = np.zeros(self.people, dtype=np.uint64)
         np.add.at(sums_U, self.person_A, marks[place_A])

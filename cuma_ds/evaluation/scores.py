@@ -122,7 +122,7 @@ class Scorer:
 
         Args:
             rows: M arrays [n] each; rows ``collapse`` and ``oracle`` give ``recovered`` its ends.
-            replicates: bootstrap samples of people; 0 gives no intervals, and neither do sums of survey weights.
+            replicates: bootstrap samples of people; 0 gives no intervals.
             seed: of the bootstrap; all rows meet the same people.
             against: the row that differences are taken from.
         """
@@ -130,7 +130,7 @@ class Scorer:
         layout = _Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
         point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(rows), against)
         drawn: list[dict[tuple[str, ...], Array]] = []
-        if replicates and len(self._people_Y) and not self.answers.weighted:
+        if replicates and len(self._people_Y):
             chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
             for weights_BY in resample(self._people_Y, replicates, seed, chunk):
                 drawn.append(self._all(layout.sums(weights_BY), list(rows), against))

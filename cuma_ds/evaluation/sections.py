@@ -48,7 +48,7 @@ def choice_split(
     predicted = {name: predicted_distributions(cells, row, examples.counts) for name, row in rows.items()}
     return {
         "people": scorer.answers.people if scorer.answers.known else None,
-        "weighted": scorer.answers.weighted,
+        "weighted": examples.weights is not None,
         **_size(scorer),
         "letter_mass": {name: _letter_mass(cells, examples, mass_M) for name, mass_M in (letter_mass or {}).items()},
         "rows": {name: _row(row) for name, row in scores.rows.items()},
@@ -178,11 +178,17 @@ def _letter_mass(cells: Cells, examples: ChoiceExamples, mass_M: Array) -> dict[
     return {"mean": number(float(np.average(mass_M, weights=answers_M))), "lowest": lowest}
 
 
+def _effective(weight_A: Array) -> float:
+    """(sum w)^2 / sum w^2: how many answers of one weight would be as precise."""
+    return round(float(weight_A.sum() ** 2 / np.square(weight_A).sum()), 2)
+
+
 def _size(scorer: Scorer) -> dict[str, Any]:
     return {
         "distance": distance_name(question in scorer.examples.nominal for question in scorer.examples.questions),
         "groups": len({group for _, group in scorer.cells.keys}),
         "answers": _count(scorer.answers.weight_A.sum()),
+        **({} if scorer.examples.weights is None else {"effective_answers": _effective(scorer.answers.weight_A)}),
         "compared": {"cells": len(scorer.cells.keys), "answers": _count(scorer.cells.answers.sum())},
     }
 

@@ -2,7 +2,7 @@
 
 A row is one of
 
-- ``{"profile", "question", "options", "answer", "question_id"?, "person_id"?, "scale"?}``
+- ``{"profile", "question", "options", "answer", "question_id"?, "person_id"?, "scale"?, "weight"?}``
 - ``{"profile", "messages", "person_id"?}``
 - ``{"profile", "prompt", "chosen", "rejected", "person_id"?}``
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import warnings
 from array import array
 from collections import Counter, deque
@@ -39,11 +40,11 @@ from cuma_ds.errors import DataError, nearest
 from cuma_ds.profiles.linearize import is_missing, one_spelling
 
 _KEYS = {
-    "choice": ("profile", "question", "options", "answer", "question_id", "person_id", "scale"),
+    "choice": ("profile", "question", "options", "answer", "question_id", "person_id", "scale", "weight"),
     "chat": ("profile", "messages", "person_id"),
     "preference": ("profile", "prompt", "chosen", "rejected", "person_id"),
 }
-_OPTIONAL = ("question_id", "person_id", "scale")
+_OPTIONAL = ("question_id", "person_id", "scale", "weight")
 # Besides the words that mean a missing value in a profile.
 _NOBODY = {"none", "nil", "undefined", "anonymous"}
 _ROLES = ("system", "user", "assistant")
@@ -85,6 +86,8 @@ class Part:
 
     rows: person, profile, question and answer of each row; person -1 where nothing names one.
     unnamed: what identifies each row without a person in its source.
+    weights: survey weight of each row, where they are asked for.
+    has_weights: whether any row names one.
     """
 
     kind: str = ""
@@ -93,6 +96,8 @@ class Part:
     questions: dict[str, tuple[int, Question, str]] = field(default_factory=dict)
     rows: array = field(default_factory=lambda: array("i"))
     unnamed: list[str] = field(default_factory=list)
+    weights: array = field(default_factory=lambda: array("d"))
+    has_weights: bool = False
     payload: pa.RecordBatch | None = None
     record_ids: list[tuple[str, str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -100,7 +105,7 @@ class Part:
     consumed: int = 0
 
 
-def read_part(chunk: Chunk, convert: Convert, template: str, questions: tuple[str, ...] | None) -> Part:
+def read_part(chunk: Chunk, convert: Convert, template: str, config: DataSection) -> Part:
     """Check and count the rows of one chunk.
 
     Raises:
@@ -115,7 +120,7 @@ def read_part(chunk: Chunk, convert: Convert, template: str, questions: tuple[st
         if converted.skipped is not None:
             part.skipped[converted.skipped] += 1
         for row in converted.rows:
-            _add(part, row, where, questions, payload)
+            _add(part, row, where, config, payload)
     if part.kind and part.kind != "choice":
         schema = _payload_schema(part.kind)
         columns = list(zip(*payload, strict=True))
@@ -123,7 +128,7 @@ def read_part(chunk: Chunk, convert: Convert, template: str, questions: tuple[st
     return part
 
 
-def _add(part: Part, row: Row, where: str, wanted: tuple[str, ...] | None, payload: list[tuple]) -> None:
+def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tuple]) -> None:
     kind = row_kind(row, where)
     if part.kind and kind != part.kind:
         raise DataError(f"{where}: a {kind} row after {part.kind} rows; one data set holds one kind")
@@ -133,7 +138,7 @@ def _add(part: Part, row: Row, where: str, wanted: tuple[str, ...] | None, paylo
         question = _question(row, where)
         number, known, first = part.questions.setdefault(question.question_id, (len(part.questions), question, where))
         _same_question(question, known, where, first)
-        if wanted is not None and question.question_id not in wanted:
+        if config.questions is not None and question.question_id not in config.questions:
             return
     try:
         profile = part.profiles.add(_profile(row["profile"], where))
@@ -145,6 +150,9 @@ def _add(part: Part, row: Row, where: str, wanted: tuple[str, ...] | None, paylo
         part.unnamed.append(Path(where).name)
     if kind == "choice":
         answer = _answer(row["answer"], question.options, where)
+        part.has_weights |= row.get("weight") is not None
+        if config.weights:
+            part.weights.append(_weight(row, where))
     elif kind == "chat":
         payload.append((_messages(row["messages"], where),))
     else:
@@ -176,7 +184,7 @@ def prepare_records(
         DataError: the first thing that is wrong.
     """
     with _Gathered(config, template, spool) as gathered:
-        for part in _parts(source, convert, template, config.questions, workers):
+        for part in _parts(source, convert, template, config, workers):
             gathered.add(part)
             if progress is not None:
                 progress(min(part.consumed, source.size), source.size)
@@ -192,17 +200,17 @@ def _reasons(skipped: Mapping[str, int]) -> str:
     return f" (left out: {', '.join(f'{count} {reason}' for reason, count in skipped.items())})" if skipped else ""
 
 
-def _parts(source: Input, convert: Convert, template: str, questions: tuple[str, ...] | None, workers: int | None) -> Iterator[Part]:
+def _parts(source: Input, convert: Convert, template: str, config: DataSection, workers: int | None) -> Iterator[Part]:
     count = ((os.cpu_count() or 1) if source.size > _WORTH_WORKERS else 0) if workers is None else workers
     if count < 2:
-        yield from (read_part(chunk, convert, template, questions) for chunk in source.chunks())
+        yield from (read_part(chunk, convert, template, config) for chunk in source.chunks())
         return
     # Fresh processes: this one may hold threads of libraries that do not survive a fork.
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
         waiting: deque[Future[Part]] = deque()
         try:
             for chunk in source.chunks():
-                waiting.append(pool.submit(read_part, chunk, convert, template, questions))
+                waiting.append(pool.submit(read_part, chunk, convert, template, config))
                 # Few chunks wait at a time, so that memory does not grow with the input.
                 if len(waiting) > 2 * count:
                     yield waiting.popleft().result()
@@ -223,6 +231,8 @@ class _Gathered:
         self.rows = array("i")
         self.persons: dict[str, int] = {}
         self.unnamed_draws = array("d")
+        self.weights = array("d")
+        self.has_weights = False
         self.profiles = ProfileList(template)
         # Question id to its number, the hash of all that belongs to it, and where it came first; the texts are in the spool.
         self.questions: dict[str, tuple[int, bytes, str]] = {}
@@ -264,6 +274,8 @@ class _Gathered:
                 rows[:, 2] = questions[local[:, 2]]
         self.rows.frombytes(rows.tobytes())
         self.unnamed_draws.frombytes(draws(self.config.split_seed, "row", part.unnamed).tobytes())
+        self.weights.extend(part.weights)
+        self.has_weights |= part.has_weights
         if part.payload is not None:
             if self._texts is None:
                 self._texts = self._open.enter_context(_Spool(part.payload.schema, self._spool, "texts"))
@@ -297,10 +309,19 @@ class _Gathered:
         questions = self._asked.read() if self._asked is not None else ArrowFile(QUESTION_SCHEMA.empty_table())
         payload = self._texts.read() if self._texts is not None else None
         _warn_of_one_for_many(np.bincount(person_N[~nobody_N]), names, len(rows))
+        self._check_weights(inputs)
         draw_P = np.concatenate([draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)])
         return Rows(
-            self.kind, person_N, draw_P, rows[:, 1], self.profiles, inputs, questions, rows[:, 2], rows[:, 3], payload, self.skipped
-        )
+            self.kind, person_N, draw_P, rows[:, 1], self.profiles, inputs, questions, rows[:, 2], rows[:, 3], payload,
+            self.skipped, weight_N=np.frombuffer(self.weights, np.float64) if self.config.weights else None,
+        )  # fmt: skip
+
+    def _check_weights(self, inputs: dict[str, str]) -> None:
+        if self.kind == "choice" and self.config.weights and not self.has_weights:
+            names = ", ".join(inputs)
+            raise DataError(f"data.weights is true, but no row of {names} has a weight; leave it out, or give the rows weights")
+        if self.has_weights and not self.config.weights:
+            warnings.warn("rows have weights that count nothing, because data.weights is false", stacklevel=2)
 
 
 def _warn_of_one_for_many(rows_P: np.ndarray, names: list[str], rows: int) -> None:
@@ -455,6 +476,16 @@ def _answer(answer: Any, options: tuple[str, ...], where: str) -> int:
         return answer
     shown = repr(answer) if isinstance(answer, int | float | bool) or answer is None else f"a {type(answer).__name__} that is no option"
     raise DataError(f"{where}: answer is {shown}; allowed: 0 to {len(options) - 1}, or the text of an option")
+
+
+def _weight(row: Row, where: str) -> float:
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= sys.float_info.max:
+        shown = f"{weight!r:.40}" if isinstance(weight, int | float) else type(weight).__name__
+        raise DataError(f"{where}: weight is {shown}; allowed: a positive number (1 where a row has none)")
+    return float(weight)
 
 
 def _messages(messages: Any, where: str, last: str = "assistant") -> list[dict[str, str]]:

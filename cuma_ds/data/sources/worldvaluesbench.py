@@ -27,9 +27,10 @@ from cuma_ds.data.prepared import (
     question_file,
     sha256,
     split_rows,
+    with_mean_one,
 )  # fmt: skip
 from cuma_ds.data.rendering import LETTERS
-from cuma_ds.data.rows import SCHEMAS, ArrowFile, Question, Scale
+from cuma_ds.data.rows import ArrowFile, Question, Scale, choice_schema
 from cuma_ds.data.sources.files import csv_batches, csv_columns, require_columns
 from cuma_ds.data.sources.records import Progress
 from cuma_ds.data.splits import SPLITS, TEST, TRAIN, VALID, draws
@@ -37,7 +38,7 @@ from cuma_ds.errors import DataError
 from cuma_ds.profiles.linearize import is_missing, one_spelling
 from cuma_ds.strict_json import read_json
 
-ID = "D_INTERVIEW"
+ID, WEIGHT = "D_INTERVIEW", "W_WEIGHT"
 # The profile the method's authors use: column of the survey, name of the field.
 FIELDS = {
     "B_COUNTRY": "country",
@@ -97,15 +98,21 @@ def prepare_worldvaluesbench(
         workers: not used; columns are read by Arrow's own threads.
 
     Raises:
-        DataError: a missing file or column, a code the codebook does not know, a person who comes twice, no answers.
+        DataError: a missing file or column, a code the codebook does not know, a person who comes twice, no answers;
+            weights where there are none.
     """
     root = Path(path)
     codebook = read_codebook(root, config)
     tell = _Steps(progress)
     files = _find_answers(root)
     if isinstance(files, Path):
-        people = read_survey(files, codebook, tell)
+        people = read_survey(files, codebook, tell, config.weights)
         inputs = {files.name: sha256(files)}
+    elif config.weights:
+        raise DataError(
+            f"{root}: data.weights is true, but the benchmark's files hold no weights; only the WVS-7 CSV has them "
+            f"({WEIGHT}); prepare from that, or leave it out"
+        )
     else:
         people = read_benchmark(files, codebook, tell)
         inputs = {file.name: sha256(file) for pair in files.values() for file in pair}
@@ -124,6 +131,7 @@ def prepare_worldvaluesbench(
         "choice", np.arange(kept_N.sum(), dtype=np.int32), draws(config.split_seed, "person", map(str, people.ids[kept_N].tolist())),
         profile_N[kept_N], profiles, {**codebook.inputs, **inputs}, table, skipped=skipped,
         given_N=None if people.given_N is None else people.given_N[kept_N],
+        weight_N=None if people.weight_N is None else people.weight_N[kept_N],
     )  # fmt: skip
     return _write(rows, people.option_NQ[kept_N], config, spool, tell)
 
@@ -133,13 +141,14 @@ class People:
     """Who answered what.
 
     ids: [N] int64.  option_NQ: [N, Q] int8 option chosen, -1 for none.  value_NF: [N, F] int16 places in ``Codebook.values``, -1 for
-    no answer.  given_N: [N] split the benchmark gives, if it does.
+    no answer.  given_N: [N] split the benchmark gives, if it does.  weight_N: [N] survey weights, where they are asked for.
     """
 
     ids: np.ndarray
     option_NQ: np.ndarray
     value_NF: np.ndarray
     given_N: np.ndarray | None = None
+    weight_N: np.ndarray | None = None
 
 
 class _Steps:
@@ -251,17 +260,30 @@ def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, t
     return People(ids, np.concatenate([part.option_NQ for part in parts]), value_NF, np.concatenate(given) if given else None)
 
 
-def read_survey(file: Path, codebook: Codebook, tell: _Steps) -> People:
-    """People of the raw WVS-7 CSV.
+def read_survey(file: Path, codebook: Codebook, tell: _Steps, weights: bool = False) -> People:
+    """People of the raw WVS-7 CSV, with their weights if wanted.
 
     Raises:
-        DataError: as :func:`read_benchmark`.
+        DataError: as :func:`read_benchmark`; a weight that is not positive.
     """
+    weight_N = _read_weights(file) if weights else None
     _, value_NF = _read_fields(file, {column: codebook.by_text[column] | codebook.by_code[column] for column in FIELDS})
     ids, option_NQ = _read_options(file, codebook, codebook.raw, tell, 0.0, 0.5)
     kept = ids != _USED_TWICE
     _check_unique(pd.Index(ids[kept]), file)
-    return People(ids[kept], option_NQ[kept], value_NF[kept])
+    return People(ids[kept], option_NQ[kept], value_NF[kept], weight_N=None if weight_N is None else weight_N[kept])
+
+
+def _read_weights(file: Path) -> np.ndarray:
+    require_columns(file, csv_columns(file), [WEIGHT])
+    batches = csv_batches(file, [WEIGHT], {WEIGHT: pa.float64()})
+    weight_N = np.concatenate([np.zeros(0), *(batch.column(0).to_numpy(zero_copy_only=False) for batch, _ in batches)])
+    wrong = np.flatnonzero(~((weight_N > 0) & np.isfinite(weight_N)))
+    if len(wrong):
+        value = "empty" if np.isnan(weight_N[wrong[0]]) else f"{weight_N[wrong[0]]:g}"
+        place = f"{file}: row {int(wrong[0]) + 2}"
+        raise DataError(f"{place}: {WEIGHT} is {value}; allowed: a positive number, for every person")
+    return weight_N
 
 
 def _read_fields(file: Path, meaning: Mapping[str, Mapping[str, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -359,30 +381,37 @@ def _write(rows: Rows, option_NQ: np.ndarray, config: DataSection, spool: Path |
     """Split people and merge their answers, question by question.
 
     Args:
-        rows: one per person.
+        rows: one per person, with their weight where weights are asked for.
         option_NQ: [N, Q] what they chose, -1 for nothing.
     """
     split_N = split_rows(rows, config)
     used = [number for number in range(len(SPLITS)) if SPLITS[number] in ("train", "test", "heldout") or (split_N == number).any()]
     options_Q = np.array([len(options) for options in rows.questions.table["options"]])
+    weight_N = None if rows.weight_N is None else with_mean_one(rows.weight_N, (option_NQ >= 0).sum(axis=1))
     files, sizes, done = {}, {}, 0
     for number in used:
         chosen_N = split_N == number
         option_PQ, profile_P, person_P = option_NQ[chosen_N], rows.profile_N[chosen_N], rows.person_N[chosen_N]
+        weight_P = None if weight_N is None else weight_N[chosen_N]
 
         def batches(
-            option_PQ: np.ndarray = option_PQ, profile_P: np.ndarray = profile_P, person_P: np.ndarray = person_P
-        ) -> Iterator[pa.RecordBatch]:
+            option_PQ: np.ndarray = option_PQ, profile_P: np.ndarray = profile_P, person_P: np.ndarray = person_P,
+            weight_P: np.ndarray | None = weight_P,
+        ) -> Iterator[pa.RecordBatch]:  # fmt: skip
             nonlocal done
             for question in range(len(options_Q)):
                 chosen = option_PQ[:, question] >= 0
                 asked = np.full(int(chosen.sum()), question)
-                yield from histogram_batches(person_P[chosen], profile_P[chosen], asked, option_PQ[chosen, question], options_Q)
+                yield from histogram_batches(
+                    person_P[chosen], profile_P[chosen], asked, option_PQ[chosen, question], options_Q,
+                    None if weight_P is None else weight_P[chosen],
+                )  # fmt: skip
                 done += 1
                 tell(0.5 + 0.5 * done / (len(used) * len(options_Q)))
 
         name = SPLITS[number]
-        files[name] = ArrowFile.collect(SCHEMAS["choice"], batches(), None if spool is None else spool / f"{name}.arrow")
+        file = None if spool is None else spool / f"{name}.arrow"
+        files[name] = ArrowFile.collect(choice_schema(weight_N is not None), batches(), file)
         sizes[name] = {**count_sizes(person_P, profile_P), "answers": int((option_PQ >= 0).sum())}
     return finish(rows, files, sizes, config)
 
