@@ -184,7 +184,7 @@ class EvaluationSection(_Section):
 NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
     ("adapters", "balance_probability"): "gate",
     ("adapters", "balance_scope"): "micro_batch",
-    ("adapters", "balance_decay"): 0.9,
+    ("adapters", "balance_decay"): 0.5,
     ("data", "prompt_style"): "metadata",
     ("data", "option_order"): "fixed",
     ("data", "weights"): False,

@@ -64,6 +64,10 @@ def test_training_step(dtype, tiny_llama, table) -> None:
     assert "naive K x E loop" in printed
 
 
+def test_balance(table) -> None:
+    assert "balance_decay" in table("balance", "--decays", "0.5", "--means", "1", "--steps", "2")
+
+
 def test_evaluation(tiny_llama, table) -> None:
     sizes = "--profiles 3 --people 20 --alone 3 --sample 2 --rounds 1"
     assert "nothing shared" in table("evaluation", "--model", str(tiny_llama), *sizes.split())

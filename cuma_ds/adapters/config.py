@@ -59,7 +59,7 @@ class CumaConfig(BaseModel):
         description="f_i of the load-balance loss: run, a running share over whole optimizer steps, the same for any "
         "micro_batch_size and number of ranks | micro_batch, the shares of each forward (the authors' code and release 0.1.0)",
     )
-    balance_decay: float = Field(0.9, ge=0, lt=1, description="with balance_scope: run, weight of the shares before this step")
+    balance_decay: float = Field(0.5, ge=0, lt=1, description="with balance_scope: run, weight of the shares before this step")
     gradient_mask: Literal["none", "dominant", "groups"] = Field(
         "none",
         description="which experts learn from whom: none, all that answer (paper) | dominant, only a profile's main expert | "
