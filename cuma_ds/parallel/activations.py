@@ -6,8 +6,11 @@ storage is counted from its birth to its death; the peak is linear in layers and
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +97,7 @@ def _trace(
         model.enable_gradient_checkpointing()
     model.train()
     weights = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers()]}
-    with _PeakMemory(weights) as memory:
+    with _without_collector(), _PeakMemory(weights) as memory:
         inputs: dict[str, Any] = {"input_ids": ids_BS, "position_ids": torch.zeros_like(ids_BS)}
         out = model(**inputs, profile_embeddings=profiles_NP, use_cache=False, logits_to_keep=kept)
         logits = out.logits.flatten(0, 1)
@@ -121,6 +124,19 @@ def adapted_skeleton(config: PretrainedConfig, adapters: CumaConfig, dtype: torc
         except (ValueError, KeyError) as error:
             raise ModelError(f"no causal language model has this configuration: {str(error).splitlines()[0]}") from None
         return inject_adapters(base, adapters)
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's garbage collector may run at any time, and the peak would depend on when it did."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _PeakMemory(TorchDispatchMode):
