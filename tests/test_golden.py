@@ -70,7 +70,7 @@ def test_an_export_of_0_1_0_answers_as_it_did(expected) -> None:
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
 
 
-def test_a_run_of_0_1_0_is_exported(tmp_path, places, expected, monkeypatch) -> None:
+def test_a_run_of_0_1_0_is_exported(tmp_path, places, expected) -> None:
     recipe = tmp_path / "run" / "config.yaml"
     recipe.write_text(recipe.read_text().replace("tests/golden/0.1.0", str(GOLDEN)))
     write_hf(read_run(tmp_path / "run"), tmp_path / "export")
