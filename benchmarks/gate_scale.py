@@ -20,7 +20,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     tokens, experts, top_k, device = arguments.tokens, arguments.experts, arguments.top_k, arguments.device
-    z_TER = torch.randn(tokens, experts, arguments.rank, device=device, dtype=getattr(torch, arguments.dtype), requires_grad=True)
+    z_TER = torch.randn(
+        tokens, experts, arguments.rank, device=device, dtype=getattr(torch, arguments.dtype), requires_grad=True
+    )
     expert_TK = torch.rand(tokens, experts, device=device).argsort(dim=1)[:, :top_k].int()
     weight_TK = torch.rand(tokens, top_k, device=device, requires_grad=True)
     mask_NE, index_T = torch.rand(16, experts, device=device), torch.arange(tokens, device=device) % 16
@@ -50,7 +52,10 @@ def main() -> None:
     both = {name: with_backward(call, leaves, d_TER) for name, call in variants.items()}
     report(f"{title}, forward + backward", both, 2 * size_of(z_TER) + 3 * chosen, arguments)
     inputs = (d_TER, z_TER.detach(), weight_TK.detach(), expert_TK, 2.0, mask_NE, index_T)
-    masked = {"cuma-ds": lambda: gate_scale_backward(*inputs), "broadcasting": lambda: reference.gate_scale_backward(*inputs)}
+    masked = {
+        "cuma-ds": lambda: gate_scale_backward(*inputs),
+        "broadcasting": lambda: reference.gate_scale_backward(*inputs),
+    }
     report(f"{title}, backward with a gradient mask", masked, 3 * size_of(z_TER) + 2 * chosen, arguments)
 
 

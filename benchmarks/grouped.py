@@ -10,7 +10,16 @@ from measure import parser, report
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuma_ds.ops import grouped_expand, grouped_outer, grouped_shrink, library, permute_gather, permute_scatter, reference, sort_by_expert
+from cuma_ds.ops import (
+    grouped_expand,
+    grouped_outer,
+    grouped_shrink,
+    library,
+    permute_gather,
+    permute_scatter,
+    reference,
+    sort_by_expert,
+)
 
 
 def main() -> None:
@@ -23,7 +32,9 @@ def main() -> None:
     arguments_parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="narrow features")
     arguments = arguments_parser.parse_args()
     if arguments.device != "cpu" or arguments.dtype != "float32" or library.reason:
-        arguments_parser.error(f"these operators are compiled for the CPU in float32{library.reason and ', but ' + library.reason}")
+        arguments_parser.error(
+            f"these operators are compiled for the CPU in float32{library.reason and ', but ' + library.reason}"
+        )
     torch.set_num_threads(arguments.threads)
     for rank in arguments.ranks:
         tables(arguments, rank)
@@ -34,7 +45,11 @@ def tables(arguments: argparse.Namespace, rank: int) -> None:
     torch.manual_seed(0)
     tokens, experts, width = arguments.tokens, arguments.experts, arguments.width
     pairs = sort_by_expert(torch.rand(tokens, experts).argsort(dim=1)[:, : arguments.top_k].int(), experts)
-    x, weight, z = torch.randn(tokens, width), torch.randn(experts, rank, width), torch.randn(tokens * arguments.top_k, rank)
+    x, weight, z = (
+        torch.randn(tokens, width),
+        torch.randn(experts, rank, width),
+        torch.randn(tokens * arguments.top_k, rank),
+    )
     dense_z = torch.randn(tokens, experts * rank)
 
     def gathered() -> Tensor:
@@ -67,7 +82,12 @@ def tables(arguments: argparse.Namespace, rank: int) -> None:
         for other in (turns, at_once):
             torch.testing.assert_close(ours(), other(), rtol=1e-4, atol=1e-3)
         title = f"grouped {name}, T {tokens}, E {experts}, K {arguments.top_k}, r {rank}, {width} wide"
-        variants = {"cuma-ds": ours, "expert after expert": turns, "gather and grouped_mm": at_once, "all experts, dense": dense}
+        variants = {
+            "cuma-ds": ours,
+            "expert after expert": turns,
+            "gather and grouped_mm": at_once,
+            "all experts, dense": dense,
+        }
         report(title, variants, 0, arguments)
 
 

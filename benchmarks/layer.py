@@ -56,8 +56,12 @@ class NaiveLayer(nn.Module):
         linears = [nn.Linear(i, o, bias=config.router == "mlp", device=device) for i, o in itertools.pairwise(sizes)]
         self.router = nn.Sequential(linears[0], *(layer for linear in linears[1:] for layer in (nn.ReLU(), linear)))
         experts, rank = config.num_experts, config.lora_r
-        self.lora_a = nn.ParameterList(nn.Parameter(torch.randn(rank, width, device=device) / 50) for _ in range(experts))
-        self.lora_b = nn.ParameterList(nn.Parameter(torch.randn(width, rank, device=device) / 50) for _ in range(experts))
+        self.lora_a = nn.ParameterList(
+            nn.Parameter(torch.randn(rank, width, device=device) / 50) for _ in range(experts)
+        )
+        self.lora_b = nn.ParameterList(
+            nn.Parameter(torch.randn(width, rank, device=device) / 50) for _ in range(experts)
+        )
 
     def forward(self, x: Tensor, profiles_BP: Tensor) -> Tensor:
         out = self.base(x)
@@ -71,7 +75,9 @@ class NaiveLayer(nn.Module):
             for expert in range(self.config.num_experts):
                 mask_T = expert_TK[:, k] == expert
                 if mask_T.any():
-                    y = F.linear(F.linear(x_TD[mask_T], self.lora_a[expert].to(x.dtype)), self.lora_b[expert].to(x.dtype))
+                    y = F.linear(
+                        F.linear(x_TD[mask_T], self.lora_a[expert].to(x.dtype)), self.lora_b[expert].to(x.dtype)
+                    )
                     mixed_TO[mask_T] += weight_TK[mask_T, k, None] * y
         return out + (mixed_TO * self.config.scaling).view(out.shape)
 
@@ -98,7 +104,9 @@ def compare(
     profiles = torch.randn(batch, PROFILE, device=device)
     naive = NaiveLayer(base.q_proj, config)
     lora_config = LoraConfig(r=config.top_k * rank, lora_alpha=2 * config.top_k * rank)
-    peft_layer = PeftLinear(base.q_proj, "default", lora_config, r=config.top_k * rank, lora_alpha=2 * config.top_k * rank)
+    peft_layer = PeftLinear(
+        base.q_proj, "default", lora_config, r=config.top_k * rank, lora_alpha=2 * config.top_k * rank
+    )
     frozen = base.q_proj
     model = inject_adapters(OneLinear(width, dtype, device), config)
     model.base_model.q_proj.base = frozen  # type: ignore[union-attr]
@@ -150,7 +158,9 @@ def tables(arguments: argparse.Namespace) -> None:
         )
         for heading in ("variant", "added ms", "naive / this", "this / PEFT LoRA"):
             table.add_column(heading, justify="left" if heading == "variant" else "right")
-        added = {name: statistics.median(t - f for t, f in zip(seconds[name], frozen[name], strict=True)) for name in seconds}
+        added = {
+            name: statistics.median(t - f for t, f in zip(seconds[name], frozen[name], strict=True)) for name in seconds
+        }
         naive, peft = added["naive K x E loop"], added[f"PEFT LoRA, r {arguments.top_k * rank}"]
         for name, value in added.items():
             table.add_row(name, f"{value * 1e3:.2f}", f"{naive / value:.2f}", f"{value / peft:.2f}")
@@ -178,7 +188,10 @@ def fit(arguments: argparse.Namespace) -> None:
 
         inputs = (x_TD, weight_TK, expert_TK, lora_a, lora_b)
         variants = {name: partial(run, name, inputs, d_out) for name in get_args(Strategy)}
-        times = {name: statistics.median(seconds) for name, seconds in turns(variants, arguments.rounds, arguments.device).items()}
+        times = {
+            name: statistics.median(seconds)
+            for name, seconds in turns(variants, arguments.rounds, arguments.device).items()
+        }
         measured.append((experts, top_k, rank, width, times))
         dense, grouped = (times[name] * 1e3 for name in ("dense", "grouped"))
         print(f"E {experts} K {top_k} r {rank} d {width} T {tokens}: dense {dense:.2f} ms, grouped {grouped:.2f} ms")
@@ -206,7 +219,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8, help="E")
     parser.add_argument("--top-k", type=int, default=2, help="K")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="r of one expert")
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of the frozen linear and x")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"], help="of the frozen linear and x"
+    )
     parser.add_argument("--router", default="mlp", choices=["linear", "mlp"], help="256 wide if mlp")
     parser.add_argument("--rounds", type=int, default=41, help="counted rounds, after two for warming up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")

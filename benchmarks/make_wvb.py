@@ -29,18 +29,31 @@ def make(codebook_dir: Path, out: Path, people: int, seed: int = 0, missing: flo
         shutil.copyfile(codebook_dir / name, out / "dataset_construction" / name)
     rng = np.random.default_rng(seed)
     countries = [code for code in _codes(codebook["B_COUNTRY"]) if _ethnicities(codebook, code)][:64]
-    demographic = [name for name, entry in metadata.items() if entry["use_case"] == "demographic" and name != "D_INTERVIEW"]
+    demographic = [
+        name for name, entry in metadata.items() if entry["use_case"] == "demographic" and name != "D_INTERVIEW"
+    ]
     value = [name for name, entry in metadata.items() if entry["use_case"] == "value"]
-    scales = {name: (int(metadata[name]["answer_scale_min"]), int(metadata[name]["answer_scale_max"])) for name in value}
-    likely = {name: rng.dirichlet(np.ones(high - low + 1), len(countries)).cumsum(axis=1) for name, (low, high) in scales.items()}
+    scales = {
+        name: (int(metadata[name]["answer_scale_min"]), int(metadata[name]["answer_scale_max"])) for name in value
+    }
+    likely = {
+        name: rng.dirichlet(np.ones(high - low + 1), len(countries)).cumsum(axis=1)
+        for name, (low, high) in scales.items()
+    }
     first = 0
     for split, share in SHARES.items():
         (out / split).mkdir()
         starts = range(first, first + round(share * people), CHUNK)
         first += round(share * people)
         ids = [np.arange(start, min(start + CHUNK, first)) for start in starts]
-        _write(out / split / f"{split}_demographic_qa.tsv", (_who(part, seed, codebook, demographic, countries) for part in ids))
-        _write(out / split / f"{split}_value_qa.tsv", (_answers(part, seed, scales, likely, len(countries), missing) for part in ids))
+        _write(
+            out / split / f"{split}_demographic_qa.tsv",
+            (_who(part, seed, codebook, demographic, countries) for part in ids),
+        )
+        _write(
+            out / split / f"{split}_value_qa.tsv",
+            (_answers(part, seed, scales, likely, len(countries), missing) for part in ids),
+        )
 
 
 def _write(file: Path, tables: Iterable[pa.Table]) -> None:
@@ -66,7 +79,10 @@ def _who(ids: np.ndarray, seed: int, codebook: Any, columns: list[str], countrie
             texts = np.array([choices[code] for code in countries], object)[country]
         elif name == "Q290":
             own = [_ethnicities(codebook, country_code) for country_code in countries]
-            texts = np.array([own[c][min(int(x), len(own[c]) - 1)] for c, x in zip(country, rng.exponential(0.8, n), strict=True)], object)
+            texts = np.array(
+                [own[c][min(int(x), len(own[c]) - 1)] for c, x in zip(country, rng.exponential(0.8, n), strict=True)],
+                object,
+            )
         elif codes := _codes(codebook[name]):
             # Some answers are much more common than others.
             rank = np.minimum(rng.exponential(len(codes) / 3, n).astype(int), len(codes) - 1)
@@ -81,7 +97,12 @@ def _who(ids: np.ndarray, seed: int, codebook: Any, columns: list[str], countrie
 
 
 def _answers(
-    ids: np.ndarray, seed: int, scales: dict[str, tuple[int, int]], likely: dict[str, np.ndarray], countries: int, missing: float
+    ids: np.ndarray,
+    seed: int,
+    scales: dict[str, tuple[int, int]],
+    likely: dict[str, np.ndarray],
+    countries: int,
+    missing: float,
 ) -> pa.Table:
     rng, n = np.random.default_rng([seed, 2, int(ids[0])]), len(ids)
     country = _country(ids, countries)
@@ -105,7 +126,9 @@ def _codes(entry: Any) -> list[str]:
 def main() -> None:
     """Parse and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--codebook", type=Path, required=True, metavar="FOLDER", help="folder with the benchmark's three JSON files")
+    parser.add_argument(
+        "--codebook", type=Path, required=True, metavar="FOLDER", help="folder with the benchmark's three JSON files"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--people", type=int, default=65_294, help="in all splits together (default %(default)s)")
     arguments = parser.parse_args()

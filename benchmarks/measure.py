@@ -19,7 +19,9 @@ def parser(about: str | None, rounds: int = 25) -> argparse.ArgumentParser:
     """The options every operator benchmark has."""
     made = argparse.ArgumentParser(description=about)
     made.add_argument("--device", default="cpu", help="cpu or cuda")
-    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the tokens' tensors")
+    made.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the tokens' tensors"
+    )
     made.add_argument("--rounds", type=int, default=rounds, help="counted rounds, after two for warming up")
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     return made
@@ -45,9 +47,15 @@ def report(title: str, variants: Mapping[str, Run], moved: int, arguments: argpa
         moved: bytes that the operator must read and write at least.
         arguments: of :func:`parser`.
     """
-    seconds = {name: statistics.median(times) for name, times in turns(variants, arguments.rounds, arguments.device).items()}
+    seconds = {
+        name: statistics.median(times) for name, times in turns(variants, arguments.rounds, arguments.device).items()
+    }
     ours = next(iter(seconds.values()))
-    where = f"{arguments.device}, {arguments.threads} threads" if arguments.device == "cpu" else torch.cuda.get_device_name()
+    where = (
+        f"{arguments.device}, {arguments.threads} threads"
+        if arguments.device == "cpu"
+        else torch.cuda.get_device_name()
+    )
     table = Table(title=f"{title}, {arguments.dtype}, {where}, median of {arguments.rounds} rounds")
     headings = ["variant", "ms", "cuma-ds / this"] + (["GB/s", "of a copy"] if arguments.device != "cpu" else [])
     for heading in headings:

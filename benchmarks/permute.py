@@ -20,7 +20,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     tokens, experts, top_k, device = arguments.tokens, arguments.experts, arguments.top_k, arguments.device
-    x_TW = torch.randn(tokens, arguments.width, device=device, dtype=getattr(torch, arguments.dtype), requires_grad=True)
+    x_TW = torch.randn(
+        tokens, arguments.width, device=device, dtype=getattr(torch, arguments.dtype), requires_grad=True
+    )
     expert_TK = torch.rand(tokens, experts, device=device).argsort(dim=1)[:, :top_k].int()
     weight_TK = torch.rand(tokens, top_k, device=device, requires_grad=True)
 

@@ -39,9 +39,18 @@ def measure(command: list[str]) -> tuple[float, int]:
 def main() -> None:
     """Parse, make, prepare, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--codebook", type=Path, required=True, metavar="FOLDER", help="folder with the benchmark's three JSON files")
-    parser.add_argument("--people", type=int, default=65_294, help="default %(default)s: 15 million answers to 239 questions")
-    parser.add_argument("--raw", type=Path, metavar="FOLDER", help="where the raw files are, or will be made; default: a temporary folder")
+    parser.add_argument(
+        "--codebook", type=Path, required=True, metavar="FOLDER", help="folder with the benchmark's three JSON files"
+    )
+    parser.add_argument(
+        "--people", type=int, default=65_294, help="default %(default)s: 15 million answers to 239 questions"
+    )
+    parser.add_argument(
+        "--raw",
+        type=Path,
+        metavar="FOLDER",
+        help="where the raw files are, or will be made; default: a temporary folder",
+    )
     parser.add_argument("--encoder", metavar="FOLDER", help="also embed the profiles")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,7 +65,9 @@ def main() -> None:
         answers, examples = (sum(split[key] for split in splits.values()) for key in ("answers", "examples"))
         profiles = sum(1 for _ in (out / "profiles.jsonl").open(encoding="utf-8"))
         size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"answers {answers:,}  examples {examples:,}  profiles {profiles:,}{'  embedded' if arguments.encoder else ''}")
+    print(
+        f"answers {answers:,}  examples {examples:,}  profiles {profiles:,}{'  embedded' if arguments.encoder else ''}"
+    )
     print(f"time {seconds:.1f} s  peak memory {peak / 1e9:.2f} GB  folder {size / 1e9:.2f} GB")
 
 

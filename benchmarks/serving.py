@@ -29,7 +29,11 @@ from cuma_ds.serving.app import make_app
 from cuma_ds.serving.engine import Engine, Limits
 
 COUNTRIES = ["Norway", "Ghana", "Japan", "Peru", "Jordan", "Chile", "Kenya", "Nepal"]
-QUESTIONS = ["How important is religion in your life?", "What is a good life?", "Can most people be trusted, or need one be careful?"]
+QUESTIONS = [
+    "How important is religion in your life?",
+    "What is a good life?",
+    "Can most people be trusted, or need one be careful?",
+]
 
 
 def load(arguments: argparse.Namespace) -> Talker:
@@ -56,7 +60,11 @@ async def tokens_per_second(client: openai.AsyncOpenAI, requests: int, together:
         return answer.usage.completion_tokens
 
     start = time.perf_counter()
-    tokens = await asyncio.gather(*map(one, range(requests))) if together else [await one(number) for number in range(requests)]
+    tokens = (
+        await asyncio.gather(*map(one, range(requests)))
+        if together
+        else [await one(number) for number in range(requests)]
+    )
     return sum(tokens) / (time.perf_counter() - start)
 
 
@@ -65,8 +73,13 @@ async def measure(url: str, arguments: argparse.Namespace) -> dict[str, list[flo
     rates: dict[str, list[float]] = {"one at a time": [], "at once": []}
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
         for round_number in range(arguments.rounds + 1):
-            for name, requests in (("one at a time", max(2, arguments.requests // 16)), ("at once", arguments.requests)):
-                rate = await tokens_per_second(client, requests, name == "at once", arguments.max_tokens if round_number else 1)
+            for name, requests in (
+                ("one at a time", max(2, arguments.requests // 16)),
+                ("at once", arguments.requests),
+            ):
+                rate = await tokens_per_second(
+                    client, requests, name == "at once", arguments.max_tokens if round_number else 1
+                )
                 if round_number:
                     rates[name].append(rate)
     return rates
@@ -76,7 +89,9 @@ def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="backbone folder")
-    parser.add_argument("--encoder", default=".cache/models/all-MiniLM-L6-v2", help="sentence encoder folder, of width 384")
+    parser.add_argument(
+        "--encoder", default=".cache/models/all-MiniLM-L6-v2", help="sentence encoder folder, of width 384"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the backbone")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--requests", type=int, default=32, help="requests at once, each of another person")
@@ -86,7 +101,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     talker = load(arguments)
-    engine = Engine(talker.model, [], talker.pad_id, Limits(max_batch=arguments.requests))  # without an end token all answers are long
+    engine = Engine(
+        talker.model, [], talker.pad_id, Limits(max_batch=arguments.requests)
+    )  # without an end token all answers are long
     app = make_app(talker, engine, "bench", arguments.max_tokens, 2048, 100_000)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

@@ -55,7 +55,9 @@ def write_model(folder: Path, size: str) -> None:
         part = name.split(".")[2] if ".layers." in name else "outside"
         by_file.setdefault(f"model-{part}.safetensors", []).append(name)
     for file, names in by_file.items():
-        save_file({name: torch.empty(shapes[name], dtype=torch.bfloat16).uniform_(-0.1, 0.1) for name in names}, folder / file)
+        save_file(
+            {name: torch.empty(shapes[name], dtype=torch.bfloat16).uniform_(-0.1, 0.1) for name in names}, folder / file
+        )
     index = {"metadata": {}, "weight_map": {name: file for file, names in by_file.items() for name in names}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -99,7 +101,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if os.environ.get("RANK", "0") == "0":  # in a process of its own, whose memory does not count
-            writer = multiprocessing.get_context("fork").Process(target=write_model, args=(Path(folder), arguments.size))
+            writer = multiprocessing.get_context("fork").Process(
+                target=write_model, args=(Path(folder), arguments.size)
+            )
             writer.start()
             writer.join()
         topology = start_processes(600)

@@ -34,7 +34,13 @@ class NaiveDispatcher:
         """See ``cuma_ds.adapters.experts.Dispatcher``."""
 
     def mix(
-        self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+        self,
+        x_TD: Tensor,
+        gate: GateOutput,
+        experts: Experts,
+        mask: GradientMask | None,
+        z_TC: Tensor | None,
+        frozen_TO: Tensor,
     ) -> Tensor:
         """See ``cuma_ds.adapters.experts.Dispatcher``."""
         out_TO = x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1])
@@ -50,7 +56,9 @@ class NaiveDispatcher:
 
 def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaModel:
     """The backbone with 8 experts of rank r, top 2, on q and v."""
-    adapted = inject_adapters(model, CumaConfig(num_experts=8, top_k=2, lora_r=arguments.lora_r, router=arguments.router, profile_dim=384))
+    adapted = inject_adapters(
+        model, CumaConfig(num_experts=8, top_k=2, lora_r=arguments.lora_r, router=arguments.router, profile_dim=384)
+    )
     adapted.set_profile_standardisation(torch.randn(64, 384), 3.0)
     if naive:
         for _, layer in adapted.adapted_layers():
@@ -93,7 +101,11 @@ def main() -> None:
 
     def load() -> nn.Module:
         dtype = getattr(torch, arguments.dtype)
-        return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).requires_grad_(False).to(arguments.device)
+        return (
+            AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+            .requires_grad_(False)
+            .to(arguments.device)
+        )
 
     vocabulary = AutoConfig.from_pretrained(arguments.model).vocab_size
     ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), device=arguments.device)
@@ -107,7 +119,9 @@ def main() -> None:
     peft_model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     steps = {
         f"PEFT LoRA, r {2 * arguments.lora_r}": one_step(peft_model, plain),
-        f"cuma-ds, r {arguments.lora_r}, E 8, K 2": one_step(ours(load(), False, arguments).to(arguments.device), asked),
+        f"cuma-ds, r {arguments.lora_r}, E 8, K 2": one_step(
+            ours(load(), False, arguments).to(arguments.device), asked
+        ),
         "naive K x E loop, same adapters": one_step(ours(load(), True, arguments).to(arguments.device), asked),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}

@@ -30,7 +30,9 @@ def cpu_flags() -> list[str]:
 def find_torch() -> Path | None:
     """The folder of the environment's torch, also from within pip's isolated build; None if it is missing or older than 2.11."""
     spec = importlib.util.find_spec("torch")
-    places = list(spec.submodule_search_locations or ()) if spec else [str(Path(sysconfig.get_path("purelib")) / "torch")]
+    places = (
+        list(spec.submodule_search_locations or ()) if spec else [str(Path(sysconfig.get_path("purelib")) / "torch")]
+    )
     for place in map(Path, places):
         version = place / "version.py"
         found = re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.exists() else None
@@ -42,7 +44,9 @@ def find_torch() -> Path | None:
 def find_nvcc() -> Path | None:
     """nvcc of CUDA_HOME, of the toolkit's usual folders (versioned ones first), then of PATH (which may be a wrapper)."""
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    versioned = sorted(Path("/usr/local").glob("cuda-[0-9]*"), key=lambda p: [int(x) for x in re.findall(r"\d+", p.name)], reverse=True)
+    versioned = sorted(
+        Path("/usr/local").glob("cuda-[0-9]*"), key=lambda p: [int(x) for x in re.findall(r"\d+", p.name)], reverse=True
+    )
     for home in [*homes, *versioned, Path("/usr/local/cuda")]:
         if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
             return home / "bin" / "nvcc"
@@ -64,11 +68,19 @@ def nvcc_command(nvcc: Path, source: Path, output: Path, architectures: list[str
 
 def operators() -> Extension:
     """The extension module; where it cannot be built the package installs without it and uses plain PyTorch."""
-    macros = [("TORCH_TARGET_VERSION", "0x020b000000000000ULL"), ("TORCH_STABLE_ONLY", None), ("Py_LIMITED_API", "0x030b0000")]
+    macros = [
+        ("TORCH_TARGET_VERSION", "0x020b000000000000ULL"),
+        ("TORCH_STABLE_ONLY", None),
+        ("Py_LIMITED_API", "0x030b0000"),
+    ]
     return Extension(
         "cuma_ds.ops._C",
         sources=["csrc/ops.cpp"],
-        depends=[str(path.relative_to(CSRC.parent)) for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cu", ".py")],
+        depends=[
+            str(path.relative_to(CSRC.parent))
+            for path in sorted(CSRC.rglob("*"))
+            if path.suffix in (".h", ".cu", ".py")
+        ],
         define_macros=macros,
         extra_compile_args=cpu_flags(),
         py_limited_api=True,
@@ -105,7 +117,9 @@ class BuildOperators(build_ext):
         sources = sorted((CSRC / "cuda").glob("*.cu"))
         objects = [folder / f"{source.stem}.o" for source in sources]
         pairs = zip(sources, objects, strict=True)
-        running = [subprocess.Popen(nvcc_command(nvcc, source, target, cuda_architectures())) for source, target in pairs]
+        running = [
+            subprocess.Popen(nvcc_command(nvcc, source, target, cuda_architectures())) for source, target in pairs
+        ]
         if any([process.wait() for process in running]):
             if wish == "1":
                 raise RuntimeError("CUMA_DS_CUDA=1, but the CUDA kernels did not compile")

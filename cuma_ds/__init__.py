@@ -11,6 +11,8 @@ __all__ = ["CumaConfig", "CumaModel", "ProfileEncoder", "inject_adapters", "load
 
 def load_exported(folder: Any, dtype: Any = None, **kwargs: Any) -> Any:
     """Load a folder that launchers/export.py wrote; see :func:`cuma_ds.export.load_exported`."""
-    from cuma_ds.export import load_exported as load  # transformers is slow to import, and training ranks need none of this
+    from cuma_ds.export import (
+        load_exported as load,
+    )  # transformers is slow to import, and training ranks need none of this
 
     return load(folder, dtype, **kwargs)

@@ -22,7 +22,9 @@ class _Section(BaseModel):
 class RunSection(_Section):
     """Name, place and seed of a run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name of the run under output_dir")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder name of the run under output_dir"
+    )
     output_dir: str = Field("runs", description="folder that holds the run folders")
     seed: int = Field(0, ge=0, description="seed of initialisation, data order and dropout")
 
@@ -32,7 +34,9 @@ class ModelSection(_Section):
 
     path: str = Field(description="folder with config.json and safetensors, or a hub id")
     dtype: DType = Field("bfloat16", description="dtype the frozen backbone is held and run in")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation of transformers")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="attention implementation of transformers"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     trust_remote_code: bool = Field(False, description="allow code that comes with the model to run")
 
@@ -42,9 +46,12 @@ class ProfilesSection(_Section):
 
     encoder: str | None = Field(None, description="folder or hub id of a sentence encoder; needed by method cuma")
     template: Literal["wvs", "generic", "authors"] = Field(
-        "generic", description="how profile fields become a sentence; authors: as the authors' code writes survey respondents"
+        "generic",
+        description="how profile fields become a sentence; authors: as the authors' code writes survey respondents",
     )
-    standardise: float | None = Field(3.0, gt=0, description="RMS that centred profile embeddings are scaled to; null = raw embeddings")
+    standardise: float | None = Field(
+        3.0, gt=0, description="RMS that centred profile embeddings are scaled to; null = raw embeddings"
+    )
     batch_size: int = Field(64, ge=1, description="sentences per encoder batch")
     cache_dir: str | None = Field(None, description="folder of cached embeddings; default: the user's cache folder")
 
@@ -53,40 +60,58 @@ class DataSection(_Section):
     """What is asked and answered."""
 
     source: Literal["wvs-sample", "jsonl", "wvb", "community-alignment", "prism"] = Field(
-        "jsonl", description="wvs-sample (embedded survey answers) | jsonl (your own) | wvb | community-alignment | prism"
+        "jsonl",
+        description="wvs-sample (embedded survey answers) | jsonl (your own) | wvb | community-alignment | prism",
     )
     path: str | None = Field(None, description="folder made by prepare_data, or the raw files; wvs-sample needs none")
     kind: Literal["choice", "chat", "preference"] | None = Field(
-        None, description="what to make of a source that holds several: community-alignment and prism give chat by default"
+        None,
+        description="what to make of a source that holds several: community-alignment and prism give chat by default",
     )
-    questions: tuple[str, ...] | None = Field(None, description="question ids to keep (wvs-sample: immigration, poverty); null keeps all")
-    histogram_targets: bool = Field(True, description="merge equal questions of one profile into one example with answer counts")
+    questions: tuple[str, ...] | None = Field(
+        None, description="question ids to keep (wvs-sample: immigration, poverty); null keeps all"
+    )
+    histogram_targets: bool = Field(
+        True, description="merge equal questions of one profile into one example with answer counts"
+    )
     example_weight: Literal["uniform", "answers"] = Field(
-        "uniform", description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)"
+        "uniform",
+        description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)",
     )
     weights: bool = Field(
         False,
         description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
     )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
-    system_prompt: str | None = Field(None, description="system message of prompts that have none; null leaves it to the chat template")
+    system_prompt: str | None = Field(
+        None, description="system message of prompts that have none; null leaves it to the chat template"
+    )
     prompt_style: Literal["letters", "metadata"] = Field(
-        "letters", description="letters leaves out the number scale that WorldValuesBench puts before its questions; metadata keeps it"
+        "letters",
+        description="letters leaves out the number scale that WorldValuesBench puts before its questions; metadata keeps it",
     )
     option_order: Literal["fixed", "reversed", "average"] = Field(
-        "fixed", description="reversed shows options from the last one on; average (evaluation only) asks both ways and takes the mean"
+        "fixed",
+        description="reversed shows options from the last one on; average (evaluation only) asks both ways and takes the mean",
     )
-    max_length: int = Field(256, ge=8, description="tokens of a prompt with its answer; conversations lose early turns to fit")
+    max_length: int = Field(
+        256, ge=8, description="tokens of a prompt with its answer; conversations lose early turns to fit"
+    )
     on_long_prompt: Literal["refuse", "skip"] = Field(
-        "refuse", description="examples that do not fit max_length: stop before the first step and name them, or leave them out and count"
+        "refuse",
+        description="examples that do not fit max_length: stop before the first step and name them, or leave them out and count",
     )
-    packing: bool = Field(False, description="several examples per row of max_length tokens, none seeing another; less padding")
+    packing: bool = Field(
+        False, description="several examples per row of max_length tokens, none seeing another; less padding"
+    )
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
     heldout_fraction: float | None = Field(
         None, ge=0, lt=1,
         description="share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, community-alignment and prism",
     )  # fmt: skip
-    heldout_profile_fraction: float = Field(0.0, ge=0, lt=1, description="share of the other profiles held out entirely")
+    heldout_profile_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the other profiles held out entirely"
+    )
     split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
 
     @model_validator(mode="after")
@@ -117,9 +142,13 @@ class TrainingSection(_Section):
     objective: Literal["sft"] = Field("sft", description="sft: conditional supervised fine-tuning")
     steps: int = Field(100, ge=1, description="optimizer steps")
     global_batch_size: int = Field(12, ge=1, description="examples per optimizer step, over all ranks")
-    micro_batch_size: int = Field(6, ge=1, description="most examples per rank in one forward; accumulation follows from it")
+    micro_batch_size: int = Field(
+        6, ge=1, description="most examples per rank in one forward; accumulation follows from it"
+    )
     learning_rate: float = Field(1.0e-3, gt=0, description="peak learning rate of AdamW")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="learning-rate schedule after warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="learning-rate schedule after warm-up"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
@@ -129,7 +158,9 @@ class TrainingSection(_Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingSection:
         if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps} but steps is {self.steps}; warm-up must end before the run does")
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} but steps is {self.steps}; warm-up must end before the run does"
+            )
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas are {list(self.adam_betas)}; each must be in [0, 1)")
         return self
@@ -139,12 +170,18 @@ class ParallelSection(_Section):
     """Where parameters live and how tokens meet experts."""
 
     deepspeed_config: str = Field(
-        "zero2_sharded_backbone", description="a JSON file, or the name of one in ds_configs/ (see ds_configs/README.md)"
+        "zero2_sharded_backbone",
+        description="a JSON file, or the name of one in ds_configs/ (see ds_configs/README.md)",
     )
-    ep_size: int = Field(1, ge=1, description="ranks that share one set of experts; divides num_experts and the world size")
-    dispatch: Literal["auto", "all_to_all", "gather_experts"] = Field("auto", description="move tokens, move experts, or the cheaper")
+    ep_size: int = Field(
+        1, ge=1, description="ranks that share one set of experts; divides num_experts and the world size"
+    )
+    dispatch: Literal["auto", "all_to_all", "gather_experts"] = Field(
+        "auto", description="move tokens, move experts, or the cheaper"
+    )
     overlap_dispatch: bool = Field(
-        False, description="on GPUs, tokens and experts travel on a stream of their own beside the frozen product (not yet tried on a GPU)"
+        False,
+        description="on GPUs, tokens and experts travel on a stream of their own beside the frozen product (not yet tried on a GPU)",
     )
     timeout_seconds: int = Field(120, ge=10, description="seconds to wait for a silent peer before stopping")
 
@@ -176,8 +213,12 @@ class EvaluationSection(_Section):
             "the oracle is made of at least as many training answers"
         ),
     )
-    min_subgroup: int = Field(5, ge=2, description="people a group needs to count in macro accuracy and sigma-inequity, which name nobody")
-    bootstrap: int = Field(1000, ge=0, description="bootstrap samples of people behind the 95% intervals; 0 = no intervals")
+    min_subgroup: int = Field(
+        5, ge=2, description="people a group needs to count in macro accuracy and sigma-inequity, which name nobody"
+    )
+    bootstrap: int = Field(
+        1000, ge=0, description="bootstrap samples of people behind the 95% intervals; 0 = no intervals"
+    )
 
 
 # Keys that decide what is learned and that release 0.1.0 did not have, with the value that says what it did.
@@ -188,7 +229,10 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
     ("data", "prompt_style"): "metadata",
     ("data", "option_order"): "fixed",
     ("data", "weights"): False,
-    ("data", "on_long_prompt"): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
+    (
+        "data",
+        "on_long_prompt",
+    ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
 CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {("data", "heldout_fraction"): 0.15}
@@ -211,7 +255,9 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.adapters.uses_profiles and self.profiles.encoder is None:
-            raise ValueError("profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)")
+            raise ValueError(
+                "profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)"
+            )
         if self.data.packing and self.adapters.gradient_mask != "none" and not self.adapters.uses_profiles:
             raise ValueError(
                 f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences apart, and method "
@@ -257,7 +303,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         problem = getattr(error, "problem", None) or "cannot be parsed"
         raise ConfigError(f"{path}{line}: broken YAML: {problem}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: a recipe is a mapping of sections ({', '.join(RunConfig.model_fields)}), not {type(values).__name__}")
+        raise ConfigError(
+            f"{path}:1: a recipe is a mapping of sections ({', '.join(RunConfig.model_fields)}), not {type(values).__name__}"
+        )
 
     return make_config(values, overrides, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
 
@@ -297,7 +345,9 @@ def make_config(
     for override in overrides or []:
         _apply_override(values, override, places)
     # A section without keys is one with defaults.
-    values = {section: {} if keys is None and section in RunConfig.model_fields else keys for section, keys in values.items()}
+    values = {
+        section: {} if keys is None and section in RunConfig.model_fields else keys for section, keys in values.items()
+    }
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -311,7 +361,9 @@ class _TextLoader(yaml.SafeLoader):
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as in the base class
-        first: [(tag, pattern) for tag, pattern in resolvers if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
+        first: [
+            (tag, pattern) for tag, pattern in resolvers if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -65,13 +65,23 @@ def _kind(annotation: Any) -> str:
 
 
 def _bounds(field: FieldInfo) -> str:
-    words = [f"{word} {getattr(rule, name):g}" for rule in field.metadata for name, word in _BOUNDS.items() if hasattr(rule, name)]
+    words = [
+        f"{word} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for name, word in _BOUNDS.items()
+        if hasattr(rule, name)
+    ]
     words += [f"at least {rule.min_length}" for rule in field.metadata if hasattr(rule, "min_length")]
     return ", ".join(words)
 
 
 def _yaml(value: Any) -> str:
-    return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+    return (
+        yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=1000)
+        .strip()
+        .removesuffix("...")
+        .strip()
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,15 @@ _SAMPLED_BYTES = 64 * 2**20
 _TENSOR_BYTES = 64 * 2**10
 _BLOCK_BYTES = 4096
 # Keys of config.json and tokenizer_config.json that change without changing an answer, beside token ids and private keys.
-_NOT_IDENTITY = {"transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "name_or_path", "processor_class"}
+_NOT_IDENTITY = {
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "auto_map",
+    "name_or_path",
+    "processor_class",
+}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
@@ -68,7 +76,9 @@ def read_identity(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{file} is damaged: it has changed since it was written; restore it from a copy of the run folder")
+        raise CheckpointError(
+            f"{file} is damaged: it has changed since it was written; restore it from a copy of the run folder"
+        )
     return identity
 
 
@@ -160,16 +170,27 @@ def model_fingerprint(path: str | Path) -> dict[str, str]:
         ModelError: a weight file is missing or damaged, or a configuration is no JSON.
         OSError: there is no such model.
     """
-    digests = {"weights": _weights_sha256(weight_files(path)), "config": _settings_sha256(model_file(path, "config.json"))}
+    digests = {
+        "weights": _weights_sha256(weight_files(path)),
+        "config": _settings_sha256(model_file(path, "config.json")),
+    }
     parts = {name: _settings_sha256(file) for name in _TOKENIZER_FILES if (file := model_file(path, name)) is not None}
-    return {name: digest for name, digest in {**digests, "tokenizer": content_sha256(parts) if parts else ""}.items() if digest}
+    return {
+        name: digest
+        for name, digest in {**digests, "tokenizer": content_sha256(parts) if parts else ""}.items()
+        if digest
+    }
 
 
 def changed_part(path: str | Path, known: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """What of a model differs from a known fingerprint, in words; None where nothing known does."""
     words = {"weights": "weights", "config": "configuration (config.json)", "tokenizer": "tokenizer or chat template"}
     changed = [word for name, word in words.items() if name in known and known[name] != now.get(name)]
-    return f"{path} holds another {' and another '.join(changed)}".replace("another weights", "other weights") if changed else None
+    return (
+        f"{path} holds another {' and another '.join(changed)}".replace("another weights", "other weights")
+        if changed
+        else None
+    )
 
 
 def _weights_sha256(files: Sequence[Path]) -> str:
@@ -181,7 +202,10 @@ def _weights_sha256(files: Sequence[Path]) -> str:
         else:
             size = file.stat().st_size
             end = min(size, _TENSOR_BYTES)
-            pieces |= {file.name: StoredTensor({}, file, 0, size), f"{file.name} end": StoredTensor({}, file, size - end, end)}
+            pieces |= {
+                file.name: StoredTensor({}, file, 0, size),
+                f"{file.name} end": StoredTensor({}, file, size - end, end),
+            }
     digest = hashlib.sha256()
     with ExitStack() as stack:
         streams = {file: stack.enter_context(file.open("rb")) for file in files}

@@ -110,7 +110,9 @@ def read_profile(text: str) -> dict[str, Any] | str:
     except RepeatedKeyError as error:
         raise ConfigError(f"--profile: key {error.key!r} stands twice; keep one") from None
     except ValueError as error:
-        raise ConfigError(f'--profile is broken JSON ({error}); expected e.g. \'{{"country": "Norway", "age": 34}}\'') from None
+        raise ConfigError(
+            f'--profile is broken JSON ({error}); expected e.g. \'{{"country": "Norway", "age": 34}}\''
+        ) from None
     if not isinstance(fields, dict):
         raise ConfigError("--profile is a JSON list; expected an object of fields, or a sentence")
     check_text("--profile", json.dumps(fields, ensure_ascii=False))  # JSON can write half of a surrogate pair
@@ -140,9 +142,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run; default: the newest complete one")
     parser.add_argument("--export", metavar="FOLDER", help="folder made by launchers/export.py --format hf")
     parser.add_argument("--base", metavar="FOLDER", help="base model of an export, if it has moved")
-    parser.add_argument("--encoder", metavar="FOLDER", help="sentence encoder of an export, if it has moved or the export names none")
+    parser.add_argument(
+        "--encoder", metavar="FOLDER", help="sentence encoder of an export, if it has moved or the export names none"
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with the base model of an export")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="allow code that comes with the base model of an export"
+    )
 
 
 def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
@@ -179,6 +185,8 @@ def load_talker(arguments: argparse.Namespace, decoding: Decoding) -> Talker:
         place = model.export["base_model_name_or_path"]
     else:
         place = arguments.export
-        model = load_exported(place, base_model=arguments.base, encoder=arguments.encoder, trust_remote_code=arguments.trust_remote_code)
+        model = load_exported(
+            place, base_model=arguments.base, encoder=arguments.encoder, trust_remote_code=arguments.trust_remote_code
+        )
     tokenizer = load_tokenizer(ModelSection(path=place, trust_remote_code=arguments.trust_remote_code))
     return Talker(model.to(device), tokenizer, decoding)

@@ -14,9 +14,13 @@ example:
 
 def main() -> None:
     """Read the hostfile, ask every host."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hostfile", required=True, help="as for deepspeed; see launchers/hostfile.example")
-    parser.add_argument("--timeout", type=int, default=20, metavar="SECONDS", help="for each host to take the connection (default 20)")
+    parser.add_argument(
+        "--timeout", type=int, default=20, metavar="SECONDS", help="for each host to take the connection (default 20)"
+    )
     parser.add_argument("--ssh_port", type=int, help="as for deepspeed")
     arguments = parser.parse_args()
 

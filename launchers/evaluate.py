@@ -126,33 +126,66 @@ def _open(arguments: argparse.Namespace) -> Subject:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", metavar="FOLDER", help="run folder, output_dir/name of its recipe")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run; default: the newest complete one")
     parser.add_argument("--export", metavar="FOLDER", help="folder made by launchers/export.py --format hf")
     parser.add_argument("--adapter", metavar="FOLDER", help="adapter in the format of the peft library")
     parser.add_argument("--model", metavar="FOLDER", help="causal language model as it is, folder or hub id")
     parser.add_argument("--base", metavar="FOLDER", help="base model of an export or adapter, if it has moved")
-    parser.add_argument("--encoder", metavar="FOLDER", help="sentence encoder of an export, if it has moved or the export names none")
-    parser.add_argument("--data", metavar="PLACE", help="prepared folder, or file of rows; default for a run: its own data")
-    parser.add_argument("--out", metavar="FOLDER", help="where the report goes; default for a run: its folder evaluation")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe, e.g. of evaluation"
+        "--encoder", metavar="FOLDER", help="sentence encoder of an export, if it has moved or the export names none"
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="prompts per forward, same as --set evaluation.batch_size=N")
+    parser.add_argument(
+        "--data", metavar="PLACE", help="prepared folder, or file of rows; default for a run: its own data"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where the report goes; default for a run: its folder evaluation"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="section.key=value",
+        help="override keys of the recipe, e.g. of evaluation",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="prompts per forward, same as --set evaluation.batch_size=N"
+    )
     more = parser.add_argument_group("more, each taking its own time")
-    more.add_argument("--gradients", action="store_true", help="interference of groups' gradients, a dense LoRA against the experts")
-    more.add_argument("--generate", type=int, metavar="N", help="answer N held-out conversations: Distinct-1/2, and win rate with a judge")
+    more.add_argument(
+        "--gradients", action="store_true", help="interference of groups' gradients, a dense LoRA against the experts"
+    )
+    more.add_argument(
+        "--generate",
+        type=int,
+        metavar="N",
+        help="answer N held-out conversations: Distinct-1/2, and win rate with a judge",
+    )
     more.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
-    more.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
+    more.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token"
+    )
     more.add_argument("--judge-url", metavar="URL", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
     more.add_argument("--judge-model", metavar="NAME", help="the judge's name there")
     more.add_argument(
-        "--judge-key", default="OPENAI_API_KEY", metavar="VAR", help="environment variable with the key (default OPENAI_API_KEY)"
+        "--judge-key",
+        default="OPENAI_API_KEY",
+        metavar="VAR",
+        help="environment variable with the key (default OPENAI_API_KEY)",
     )
     more.add_argument("--judge-concurrency", type=int, default=8, metavar="N", help="most calls at a time (default 8)")
     more.add_argument("--judge-timeout", type=float, default=60.0, metavar="S", help="seconds of one call (default 60)")
-    more.add_argument("--judge-retries", type=int, default=5, metavar="N", help="of a call that failed, with growing waits (default 5)")
+    more.add_argument(
+        "--judge-retries",
+        type=int,
+        default=5,
+        metavar="N",
+        help="of a call that failed, with growing waits (default 5)",
+    )
     more.add_argument("--judge-max-tokens", type=int, default=256, metavar="N", help="longest verdict (default 256)")
     return parser
 

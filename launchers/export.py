@@ -65,21 +65,31 @@ def _divergence(row: dict[str, Any]) -> str:
         return "exact: the router does not look at the token"
     text = f"gate averaged over prompts: KL {row['kl_mean']:.4f} nats per token (at most {row['kl_max']:.4f})"
     if "emd_mean" in row:
-        text += f", {row['distance']} between the answer distributions {row['emd_mean']:.4f} (at most {row['emd_max']:.4f})"
+        text += (
+            f", {row['distance']} between the answer distributions {row['emd_mean']:.4f} (at most {row['emd_max']:.4f})"
+        )
     return text
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", metavar="FOLDER", help="run folder, output_dir/name of its recipe")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run; default: the newest complete one")
     parser.add_argument("--from-reference", metavar="FOLDER", help="a checkpoint of the authors' code instead of a run")
     parser.add_argument("--base", metavar="FOLDER", help="base model of --from-reference")
-    parser.add_argument("--encoder", metavar="FOLDER", help="sentence encoder of --from-reference; none: embeddings only")
+    parser.add_argument(
+        "--encoder", metavar="FOLDER", help="sentence encoder of --from-reference; none: embeddings only"
+    )
     parser.add_argument("--format", required=True, choices=("hf", "hf-merged-repo", "lora"), help="what to write")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
-    parser.add_argument("--profile", action="append", default=[], metavar="JSON", help="whom a LoRA is for: fields or text; repeatable")
-    parser.add_argument("--calibration", type=int, default=64, metavar="N", help="training prompts the router is averaged over (lora)")
+    parser.add_argument(
+        "--profile", action="append", default=[], metavar="JSON", help="whom a LoRA is for: fields or text; repeatable"
+    )
+    parser.add_argument(
+        "--calibration", type=int, default=64, metavar="N", help="training prompts the router is averaged over (lora)"
+    )
     return parser
 
 

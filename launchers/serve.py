@@ -33,7 +33,14 @@ def main() -> None:
     arguments = _parser().parse_args()
     warn_in_one_line()
     check_model_arguments("serve", arguments)
-    for name, least in (("max_batch", 1), ("max_queue", 1), ("max_tokens", 1), ("max_length", 2), ("max_body", 1024), ("port", 0)):
+    for name, least in (
+        ("max_batch", 1),
+        ("max_queue", 1),
+        ("max_tokens", 1),
+        ("max_length", 2),
+        ("max_body", 1024),
+        ("port", 0),
+    ):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; at least {least} is needed")
@@ -86,7 +93,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on --host {host} --port {port}: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            f"cannot listen on --host {host} --port {port}: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _lengths(arguments: argparse.Namespace, longest: int) -> tuple[int, int]:
@@ -96,22 +105,45 @@ def _lengths(arguments: argparse.Namespace, longest: int) -> tuple[int, int]:
         raise ConfigError(f"--max-length is {length}, but the model looks back {longest} tokens at most")
     answer = min(512, length // 2) if arguments.max_tokens is None else arguments.max_tokens
     if answer >= length:
-        raise ConfigError(f"--max-length {length} leaves no room for a prompt beside --max-tokens {answer}; lower the latter")
+        raise ConfigError(
+            f"--max-length {length} leaves no room for a prompt beside --max-tokens {answer}; lower the latter"
+        )
     return answer, length
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_arguments(parser)
     parser.add_argument("--name", metavar="NAME", help="what clients call the model; default: the folder's name")
-    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default %(default)s: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port (default %(default)s); 0 takes a free one")
-    parser.add_argument("--api-key-file", metavar="FILE", help="file with the key clients must send; or set CUMA_API_KEY; default: none")
-    parser.add_argument("--max-batch", type=int, default=32, metavar="N", help="answers written at a time (default %(default)s)")
-    parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="waiting requests; more get 429 (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: half of --max-length, at most 512)")
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the model's, at most 4096)")
-    parser.add_argument("--max-body", type=int, default=262144, metavar="BYTES", help="largest request (default %(default)s)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address to listen on (default %(default)s: this machine only)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port (default %(default)s); 0 takes a free one"
+    )
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help="file with the key clients must send; or set CUMA_API_KEY; default: none"
+    )
+    parser.add_argument(
+        "--max-batch", type=int, default=32, metavar="N", help="answers written at a time (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-queue", type=int, default=256, metavar="N", help="waiting requests; more get 429 (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest answer (default: half of --max-length, at most 512)"
+    )
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: the model's, at most 4096)"
+    )
+    parser.add_argument(
+        "--max-body", type=int, default=262144, metavar="BYTES", help="largest request (default %(default)s)"
+    )
     return parser
 
 

@@ -6,7 +6,10 @@ import argparse
 import os
 
 # One OpenMP thread per core and rank, unless the user knows better; must stand before torch is imported.
-if "OMP_NUM_THREADS" not in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))) > 1:
+if (
+    "OMP_NUM_THREADS" not in os.environ
+    and int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))) > 1
+):
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local_ranks))
 
@@ -38,7 +41,13 @@ def main() -> None:
         mistake = error
 
     from cuma_ds.parallel.agreement import agreement
-    from cuma_ds.parallel.topology import check_ep_size, leave_processes, peers_must_answer, start_processes, with_expert_groups
+    from cuma_ds.parallel.topology import (
+        check_ep_size,
+        leave_processes,
+        peers_must_answer,
+        start_processes,
+        with_expert_groups,
+    )
 
     topology = start_processes(config.parallel.timeout_seconds if config is not None else 120)
     with agreement(mistake):
@@ -53,9 +62,13 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML recipe; see launchers/recipes/")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe"
+    )
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 

@@ -33,7 +33,11 @@ import cuma_ds.training.loop  # noqa: F401
 def child(request: dict[str, Any]) -> int:
     """The command itself; its exit code."""
     os.chdir(request["cwd"])
-    for stream, name, mode in ((0, request["input"], os.O_RDONLY), (1, request["out"], os.O_WRONLY), (2, request["err"], os.O_WRONLY)):
+    for stream, name, mode in (
+        (0, request["input"], os.O_RDONLY),
+        (1, request["out"], os.O_WRONLY),
+        (2, request["err"], os.O_WRONLY),
+    ):
         os.dup2(os.open(name, mode | (os.O_CREAT if stream else 0)), stream)
     torch.set_num_threads(1)
     if request["parse_only"]:

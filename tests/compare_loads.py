@@ -41,7 +41,8 @@ for name, path, dtype in json.loads(sys.argv[1]):
         "same_logits": torch.equal(*logits),
         "same_buffers": buffers[0].keys() == buffers[1].keys()
         and all(torch.equal(b, buffers[1][k]) and b.dtype == buffers[1][k].dtype for k, b in buffers[0].items()),
-        "same_names": [(k, p.dtype) for k, p in parameters[0].items()] == [(k, p.dtype) for k, p in parameters[1].items()],
+        "same_names": [(k, p.dtype) for k, p in parameters[0].items()]
+        == [(k, p.dtype) for k, p in parameters[1].items()],
         "same_generation": sharded.generation_config.to_dict() == whole.generation_config.to_dict(),
         "share": resident_bytes(sharded) / resident_bytes(whole),
         "varied": float(logits[1].float().std()),
@@ -49,7 +50,9 @@ for name, path, dtype in json.loads(sys.argv[1]):
     if topology.is_main:
         print("seen " + json.dumps(seen))
 try:  # as on two machines whose copies differ
-    ShardedBackbone(ModelSection(path=json.loads(sys.argv[1])[topology.rank][1], dtype="float32"), FrozenBackbone(sharded=True))
+    ShardedBackbone(
+        ModelSection(path=json.loads(sys.argv[1])[topology.rank][1], dtype="float32"), FrozenBackbone(sharded=True)
+    )
 except ModelError as error:
     print("seen " + json.dumps({"name": "refused", "error": str(error)}))
 leave_processes()

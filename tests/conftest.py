@@ -36,7 +36,12 @@ def character_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="<|im_end|>", unk_token="<unk>", padding_side="right"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        padding_side="right",
     )
     tokenizer.chat_template = chat_template
     return tokenizer
@@ -63,7 +68,13 @@ def tiny_llama(tmp_path_factory) -> Path:
     return folder
 
 
-_WIDE = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_WIDE = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 _ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5}
 # Configuration class, its settings, and the linear to adapt: one model for each way of counting positions.
 POSITIONS = {

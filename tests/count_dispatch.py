@@ -19,7 +19,9 @@ dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 results = []
 for case in cases:
-    config = CumaConfig(num_experts=case["experts"], top_k=case["top_k"], lora_r=case["rank"], shared_a=case["shared_a"])
+    config = CumaConfig(
+        num_experts=case["experts"], top_k=case["top_k"], lora_r=case["rank"], shared_a=case["shared_a"]
+    )
     dtype = getattr(torch, case["dtype"])
     tokens, top_k = case["tokens"], case["top_k"]
     # Balanced routing: the pairs walk around the experts.
@@ -39,7 +41,12 @@ for case in cases:
         frozen_TO = x_TD.new_zeros(tokens, case["out_features"])
         experts(x_TD, gate, dispatcher, None, None, frozen_TO).float().square().sum().backward()
         counted[kind] = {name: count for name, count in sent.items() if count}
-        assert sum(dispatcher.bytes_sent.values()) == sum(counted[kind].values()), (case, kind, dispatcher.bytes_sent, counted[kind])
+        assert sum(dispatcher.bytes_sent.values()) == sum(counted[kind].values()), (
+            case,
+            kind,
+            dispatcher.bytes_sent,
+            counted[kind],
+        )
     results.append(counted)
 print(f"counted {rank} " + json.dumps(results), flush=True)
 dist.destroy_process_group()

@@ -27,7 +27,9 @@ def count(name: str, payload: Any) -> None:
     setattr(dist.ProcessGroup, name, counting)
 
 
-def exchanged(group: Any, out: torch.Tensor, rows: torch.Tensor, out_splits: list[int], in_splits: list[int], *_: Any) -> tuple[str, int]:
+def exchanged(
+    group: Any, out: torch.Tensor, rows: torch.Tensor, out_splits: list[int], in_splits: list[int], *_: Any
+) -> tuple[str, int]:
     ranks = group.size()
     lengths = in_splits or [rows.shape[0] // ranks] * ranks
     elsewhere = sum(lengths) - lengths[group.rank()]

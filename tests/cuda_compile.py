@@ -47,7 +47,9 @@ def main() -> int:
 
         def compile_one(pair: tuple[Path, str]) -> subprocess.CompletedProcess[str]:
             source, architecture = pair
-            command = build.nvcc_command(nvcc, source, Path(folder) / f"{source.stem}-{architecture}.o", [architecture], *strict)
+            command = build.nvcc_command(
+                nvcc, source, Path(folder) / f"{source.stem}-{architecture}.o", [architecture], *strict
+            )
             return subprocess.run(command, capture_output=True, text=True)
 
         with ThreadPoolExecutor(2) as pool:

@@ -26,14 +26,34 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobber
 
 def translate(source: str) -> str:
     """Launches and shared arrays, the two things g++ cannot read, as calls of the emulator; all else untouched."""
-    source = re.sub(r"(\w+(?:<[\w\s,.:]+>)?)<<<(.+?)>>>\((.+?)\);", r"emulator::launch(\2, [=] { \1(\3); });", source, flags=re.DOTALL)
-    return re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory.data());", source)
+    source = re.sub(
+        r"(\w+(?:<[\w\s,.:]+>)?)<<<(.+?)>>>\((.+?)\);",
+        r"emulator::launch(\2, [=] { \1(\3); });",
+        source,
+        flags=re.DOTALL,
+    )
+    return re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\];",
+        r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory.data());",
+        source,
+    )
 
 
 def build(folder: Path, flags: Sequence[str] = (), change: tuple[str, str, str] | None = None) -> Path:
     """The library in `folder`, from the objects that are there and new ones; `change` = (kernel file, its text, other text)."""
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = ["g++", "-std=c++17", "-O0", "-g", "-fPIC", "-D__CUDACC__", f"-I{HERE / 'emulator'}", f"-I{CSRC}", *WARNINGS, *flags]
+    compiler = [
+        "g++",
+        "-std=c++17",
+        "-O0",
+        "-g",
+        "-fPIC",
+        "-D__CUDACC__",
+        f"-I{HERE / 'emulator'}",
+        f"-I{CSRC}",
+        *WARNINGS,
+        *flags,
+    ]
     running = []
     for name in (*SOURCES, "driver"):
         if (folder / f"{name}.o").exists():
@@ -48,7 +68,9 @@ def build(folder: Path, flags: Sequence[str] = (), change: tuple[str, str, str] 
                 text = text.replace(*change[1:])
             place = folder / f"{name}.cpp"
             place.write_text(f'#line 1 "csrc/cuda/{name}.cu"\n' + translate(text))
-        running.append(subprocess.Popen([*compiler, f"-I{CSRC / 'cuda'}", "-c", str(place), "-o", str(folder / f"{name}.o")]))
+        running.append(
+            subprocess.Popen([*compiler, f"-I{CSRC / 'cuda'}", "-c", str(place), "-o", str(folder / f"{name}.o")])
+        )
     if any([process.wait() for process in running]):
         raise RuntimeError("the kernels do not compile on the emulator")
     library = folder / "emulated.so"
@@ -101,7 +123,9 @@ def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def close(name: str, one: Tensor, other: Tensor, dtype: torch.dtype = torch.float32) -> None:
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
-    torch.testing.assert_close(one.double() / scale, other.double() / scale, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        one.double() / scale, other.double() / scale, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
+    )
 
 
 def same(name: str, one: Tensor, other: Tensor) -> None:
@@ -113,7 +137,9 @@ GATES = [(1, 1, 1, 1), (7, 5, 3, 2), (130, 8, 2, 3), (9, 13, 4, 2), (9, 16, 5, 2
          (5, 60, 9, 2), (4, 100, 2, 1), (4, 100, 20, 1), (3, 130, 3, 2), (2, 257, 2, 2), (3, 512, 8, 3)]  # fmt: skip
 
 
-def compare_gate(emulator: Emulator, shape: tuple[int, int, int, int], norm: str, profiles: bool, dtype: torch.dtype) -> None:
+def compare_gate(
+    emulator: Emulator, shape: tuple[int, int, int, int], norm: str, profiles: bool, dtype: torch.dtype
+) -> None:
     """Forward and backward, with ties, padding, and where there are enough tokens one that is not finite and one index out of range."""
     tokens, experts, top_k, rows = shape
     top_k = experts if norm == "softmax" else top_k
@@ -152,11 +178,25 @@ def compare_gate(emulator: Emulator, shape: tuple[int, int, int, int], norm: str
 
         def backward(given: tuple[Tensor | None, Tensor | None] = given) -> list[Tensor]:
             d_hidden, d_profile = unwritten(tokens, experts, dtype=dtype), unwritten(rows, experts)
-            emulator("gate_backward", dtype, *places, *sizes, weight, expert, *given, d_hidden, d_profile if profiles else None)
+            emulator(
+                "gate_backward",
+                dtype,
+                *places,
+                *sizes,
+                weight,
+                expert,
+                *given,
+                d_hidden,
+                d_profile if profiles else None,
+            )
             return [d_hidden, d_profile]
 
         d_hidden, d_profile = emulator.in_both_orders(backward)
-        loss = sum((out * d).sum() for out, d in zip((expected.weight_TK, expected.weight_sum_E), given, strict=True) if d is not None)
+        loss = sum(
+            (out * d).sum()
+            for out, d in zip((expected.weight_TK, expected.weight_sum_E), given, strict=True)
+            if d is not None
+        )
         grads = torch.autograd.grad(loss, (h, p) if profiles else (h,), retain_graph=True)
         close("gradient of the hidden logits", d_hidden, grads[0], dtype)
         if profiles:
@@ -167,7 +207,9 @@ def compare_gate(emulator: Emulator, shape: tuple[int, int, int, int], norm: str
 SCALES = [(1, 1, 1, 1), (9, 8, 2, 8), (31, 5, 5, 3), (3, 70, 8, 4), (40, 8, 2, 64), (6, 4, 2, 0)]
 
 
-def compare_scale(emulator: Emulator, shape: tuple[int, int, int, int], shared: bool, aligned: bool, dtype: torch.dtype) -> None:
+def compare_scale(
+    emulator: Emulator, shape: tuple[int, int, int, int], shared: bool, aligned: bool, dtype: torch.dtype
+) -> None:
     """Forward and backward, with and without a mask; `aligned` or one element past where 16 bytes can be read at once."""
     tokens, experts, top_k, rank = shape
     generator = torch.Generator().manual_seed(tokens + experts)
@@ -198,7 +240,9 @@ def compare_scale(emulator: Emulator, shape: tuple[int, int, int, int], shared: 
             if masks[0] is not None:
                 outs += [unwritten(*z.shape, dtype=dtype), unwritten(tokens, experts, rank, dtype=dtype)]
             sizes = (tokens, 3, experts, top_k, rank, shared, 1.5)
-            emulator("gate_scale_backward", dtype, d_out, z, weight, expert, *masks, *sizes, *outs, *[None] * (4 - len(outs)))
+            emulator(
+                "gate_scale_backward", dtype, d_out, z, weight, expert, *masks, *sizes, *outs, *[None] * (4 - len(outs))
+            )
             return outs
 
         ours = emulator.in_both_orders(backward)
@@ -211,7 +255,9 @@ def compare_scale(emulator: Emulator, shape: tuple[int, int, int, int], shared: 
 PERMUTATIONS = [(1, 1, 1, 1), (5, 2, 3, 7), (33, 8, 512, 16), (1500, 2, 40, 8), (4, 1, 5, 600)]
 
 
-def compare_permutation(emulator: Emulator, shape: tuple[int, int, int, int], crowded: bool, dtype: torch.dtype) -> None:
+def compare_permutation(
+    emulator: Emulator, shape: tuple[int, int, int, int], crowded: bool, dtype: torch.dtype
+) -> None:
     """Sort, gather, scatter and products; `crowded`: one expert takes all, else padding and empty experts."""
     tokens, top_k, experts, width = shape
     rows = tokens * top_k
@@ -232,7 +278,9 @@ def compare_permutation(emulator: Emulator, shape: tuple[int, int, int, int], cr
         same(name, one, other)
 
     x = torch.randn(tokens, width, generator=generator).to(dtype)
-    y = torch.randn(rows + 1, width, generator=generator).to(dtype)[1:]  # not aligned to 16 bytes where the width is odd
+    y = torch.randn(rows + 1, width, generator=generator).to(dtype)[
+        1:
+    ]  # not aligned to 16 bytes where the width is odd
     weight = torch.rand(tokens, top_k, generator=generator)
     for w in (None, weight):
 
@@ -262,11 +310,17 @@ def comparisons(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Emulator], 
     for shape in GATES[shapes]:
         for norm in GATE_NORMS:
             for profiles in (True, False):
-                yield f"gate {shape} {norm} {profiles}", lambda e, s=shape, n=norm, p=profiles: compare_gate(e, s, n, p, dtype)
+                yield (
+                    f"gate {shape} {norm} {profiles}",
+                    lambda e, s=shape, n=norm, p=profiles: compare_gate(e, s, n, p, dtype),
+                )
     for shape in SCALES[shapes]:
         for shared in (False, True):
             for aligned in (True, False):
-                yield f"scale {shape} {shared} {aligned}", lambda e, s=shape, a=shared, b=aligned: compare_scale(e, s, a, b, dtype)
+                yield (
+                    f"scale {shape} {shared} {aligned}",
+                    lambda e, s=shape, a=shared, b=aligned: compare_scale(e, s, a, b, dtype),
+                )
     for shape in PERMUTATIONS[shapes]:
         for crowded in (False, True):
             yield f"permutation {shape} {crowded}", lambda e, s=shape, c=crowded: compare_permutation(e, s, c, dtype)

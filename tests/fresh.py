@@ -23,7 +23,9 @@ def link_packages(target: Path, roots: tuple[str, ...] = ("torch", "transformers
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue  # meant for another platform or Python
-        waiting += [re.split(r"[ ;<>=!~\[(]", line, maxsplit=1)[0] for line in package.requires or () if "extra ==" not in line]
+        waiting += [
+            re.split(r"[ ;<>=!~\[(]", line, maxsplit=1)[0] for line in package.requires or () if "extra ==" not in line
+        ]
         for top in {file.parts[0] for file in package.files or ()} - {"..", "__pycache__"}:
             place = Path(str(package.locate_file(top)))
             if place.exists() and not (target / top).exists():

@@ -24,11 +24,19 @@ def close(one: Tensor, other: Tensor, dtype: torch.dtype) -> None:
 
 
 def gate_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dtype]:
-    dtype, tokens, experts, profiles = r.choice(FLOATS), r.choice([0, 1, 7, 600]), r.choice([1, 5, 8, 64, 512]), r.randint(1, 9)
+    dtype, tokens, experts, profiles = (
+        r.choice(FLOATS),
+        r.choice([0, 1, 7, 600]),
+        r.choice([1, 5, 8, 64, 512]),
+        r.randint(1, 9),
+    )
     norm = r.randrange(4)
     top_k = experts if norm == 1 else r.randint(1, min(8, experts))
     index = torch.randint(-1, profiles, (tokens,))
-    hidden, profile = torch.randn(tokens, experts).to(dtype), torch.randn(profiles, experts) if r.random() < 0.7 else None
+    hidden, profile = (
+        torch.randn(tokens, experts).to(dtype),
+        torch.randn(profiles, experts) if r.random() < 0.7 else None,
+    )
     if r.random() < 0.3:
         hidden = hidden.repeat(1, 2)[:, ::2]  # not contiguous
 
@@ -39,14 +47,24 @@ def gate_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dt
 
 
 def scale_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dtype]:
-    dtype, tokens, experts, rank = r.choice(FLOATS), r.choice([0, 1, 9, 300]), r.choice([1, 4, 33]), r.choice([1, 3, 8, 16])
+    dtype, tokens, experts, rank = (
+        r.choice(FLOATS),
+        r.choice([0, 1, 9, 300]),
+        r.choice([1, 4, 33]),
+        r.choice([1, 3, 8, 16]),
+    )
     top_k = r.randint(1, min(8, experts))
     z = torch.randn(tokens, r.choice([1, experts]), rank).to(dtype)
     expert = torch.rand(tokens, experts).argsort(dim=1)[:, :top_k].int()
     expert[torch.rand(tokens) < 0.2] = -1
     weight = torch.rand(tokens, top_k)
     if r.random() < 0.5:
-        return ops.gate_scale, [z, weight, expert, experts, 1.5], lambda z, *rest: (reference.gate_scale(z.float(), *rest),), dtype
+        return (
+            ops.gate_scale,
+            [z, weight, expert, experts, 1.5],
+            lambda z, *rest: (reference.gate_scale(z.float(), *rest),),
+            dtype,
+        )
     d_out = torch.randn(tokens, experts, rank).to(dtype)
     mask, index = torch.rand(3, experts), torch.randint(-1, 3, (tokens,))
 
@@ -57,7 +75,12 @@ def scale_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.d
 
 
 def permute_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dtype]:
-    dtype, tokens, experts, width = r.choice(FLOATS), r.choice([0, 1, 9, 300]), r.choice([1, 4, 512]), r.choice([1, 7, 24, 513])
+    dtype, tokens, experts, width = (
+        r.choice(FLOATS),
+        r.choice([0, 1, 9, 300]),
+        r.choice([1, 4, 512]),
+        r.choice([1, 7, 24, 513]),
+    )
     top_k = r.randint(1, min(4, experts))
     expert = torch.randint(-1, experts, (tokens, top_k)).int()
     order, position, _ = reference.sort_by_expert(expert, experts)
@@ -66,12 +89,26 @@ def permute_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch
     if which == 0:
         return ops.sort_by_expert, [expert, experts], reference.sort_by_expert, dtype
     rows = tokens if which == 1 else tokens * top_k
-    op, plain = (ops.permute_gather, reference.permute_gather) if which == 1 else (ops.permute_scatter, reference.permute_scatter)
-    return op, [torch.randn(rows, width).to(dtype), order, position, weight], lambda x, *rest: (plain(x.float(), *rest),), dtype
+    op, plain = (
+        (ops.permute_gather, reference.permute_gather)
+        if which == 1
+        else (ops.permute_scatter, reference.permute_scatter)
+    )
+    return (
+        op,
+        [torch.randn(rows, width).to(dtype), order, position, weight],
+        lambda x, *rest: (plain(x.float(), *rest),),
+        dtype,
+    )
 
 
 def grouped_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch.dtype]:
-    tokens, experts, narrow, wide = r.choice([0, 1, 9, 300]), r.choice([1, 4, 512]), r.choice([1, 3, 8, 65]), r.choice([1, 7, 24, 600])
+    tokens, experts, narrow, wide = (
+        r.choice([0, 1, 9, 300]),
+        r.choice([1, 4, 512]),
+        r.choice([1, 3, 8, 65]),
+        r.choice([1, 7, 24, 600]),
+    )
     top_k = r.randint(1, min(4, experts))
     pairs = reference.sort_by_expert(torch.randint(-1, experts, (tokens, top_k)).int(), experts)
     x, weight, z = torch.randn(tokens, wide), torch.randn(experts, narrow, wide), torch.randn(tokens * top_k, narrow)
@@ -117,7 +154,9 @@ for seed in range(int(sys.argv[2])):
     torch.manual_seed(seed)
     op, arguments, expected, dtype = r.choice([gate_case, scale_case, permute_case, grouped_case])(r)
     results = op(*arguments)
-    for one, other in zip(results if isinstance(results, tuple | list) else (results,), expected(*arguments), strict=True):
+    for one, other in zip(
+        results if isinstance(results, tuple | list) else (results,), expected(*arguments), strict=True
+    ):
         if one.dim() == 0 or one.dtype == torch.int32:
             assert torch.allclose(one.double(), other.double(), rtol=1e-3), (seed, op)
         else:

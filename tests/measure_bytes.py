@@ -23,7 +23,9 @@ config = RunConfig.model_validate(
     }
 )
 settings = read_deepspeed_config(config, 1, 1, topology.world)
-engine = AdapterEngine(config, config.adapters.model_copy(update={"profile_dim": 8}), settings, topology, torch.optim.AdamW)
+engine = AdapterEngine(
+    config, config.adapters.model_copy(update={"profile_dim": 8}), settings, topology, torch.optim.AdamW
+)
 engine.model.set_profile_standardisation(torch.randn(9, 8), 3.0)
 base = engine.model.base_model
 seen = [0]

@@ -15,7 +15,15 @@ _USUAL = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5,
 }  # fmt: skip
-_OPENAI = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 5}
+_OPENAI = {
+    "vocab_size": 128,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 5,
+}
 _ALIBI = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 5}
 # What each family knows positions by, its sizes, and one of its linears.
 POSITIONS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -49,13 +49,18 @@ VARIANTS: list[dict[str, Any]] = [
 
 def same(name: str, on_device: Any, on_cpu: Any) -> None:
     """Equal numbers, to what sums in another order may differ by."""
-    torch.testing.assert_close(torch.as_tensor(on_device), torch.as_tensor(on_cpu), rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        torch.as_tensor(on_device), torch.as_tensor(on_cpu), rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}"
+    )
     print("same:", name)
 
 
 def gradients(base: ModelSection, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Of one batch with padding, for every adapter parameter; on the CPU."""
-    config = CumaConfig(**{"num_experts": 4, "top_k": 2, "lora_r": 4, "target_modules": ("q_proj", "v_proj"), "profile_dim": 16} | options)
+    config = CumaConfig(
+        **{"num_experts": 4, "top_k": 2, "lora_r": 4, "target_modules": ("q_proj", "v_proj"), "profile_dim": 16}
+        | options
+    )
     model: CumaModel = lively(inject_adapters(load_backbone(base, device).to(dtype), config)).train()
     generator = torch.Generator().manual_seed(1)
     table = ProfileTable(["a", "b", "c"], torch.randn(3, 16, generator=generator), "") if config.profile_dim else None
@@ -76,10 +81,16 @@ def gradients(base: ModelSection, options: dict[str, Any], dtype: torch.dtype, d
 def asked(run: Path) -> list[Any]:
     """Answers, choices and routing of three people, then the same people in the server's batch."""
     model = load_run(run)
-    talker = Talker(model, load_tokenizer(ModelSection(path=model.export["base_model_name_or_path"])), Decoding(max_new_tokens=6))
+    talker = Talker(
+        model, load_tokenizer(ModelSection(path=model.export["base_model_name_or_path"])), Decoding(max_new_tokens=6)
+    )
     people = [{"country": country} for country in ("Norway", "Ghana", "Japan")]
     messages = [{"role": "user", "content": "Can people be trusted?"}]
-    found: list[Any] = [talker.answers(messages, people), talker.choose("Which?", ["this", "that"], people), talker.gates(messages, people)]
+    found: list[Any] = [
+        talker.answers(messages, people),
+        talker.choose("Which?", ["this", "that"], people),
+        talker.gates(messages, people),
+    ]
     profiles = model.embed_profiles([f"A person from {country}." for country in ("Norway", "Ghana", "Japan")])
     batch = Batch(model, 0)
     samplers = [Sampler(), Sampler(temperature=0.7, seed=5), Sampler(temperature=1.1, top_p=0.9, seed=6)]
@@ -97,7 +108,10 @@ def judged(run: Path, out: Path) -> list[list[float]]:
     rows = [row for split in sorted(splits) for _, row in sorted(splits[split]["rows"].items())]
     numbers = [[value for _, value in sorted(row.items()) if isinstance(value, float)] for row in rows]
     lora = write_lora(run, [{"country": "Norway"}, {"country": "Ghana"}], out / "lora", prompts=8)
-    return [*numbers, *([value for _, value in sorted(row.items()) if isinstance(value, float)] for row in lora["profiles"])]
+    return [
+        *numbers,
+        *([value for _, value in sorted(row.items()) if isinstance(value, float)] for row in lora["profiles"]),
+    ]
 
 
 def main() -> None:
@@ -106,7 +120,9 @@ def main() -> None:
     config = json.loads((folder / "model.json").read_text())
     base = ModelSection(path=config["path"], dtype="float32")
     for options, dtype in itertools.product(VARIANTS, (torch.float32, torch.bfloat16)):
-        with mock.patch("torch.cpu._is_amx_tile_supported", return_value=True):  # or the CPU would multiply bfloat16 in float32
+        with mock.patch(
+            "torch.cpu._is_amx_tile_supported", return_value=True
+        ):  # or the CPU would multiply bfloat16 in float32
             pair = [gradients(base, options, dtype, device) for device in (DEVICE, CPU)]
         one, other = (torch.cat([gradient.flatten() for gradient in found]) for found in pair)
         tolerance = 1e-4 if dtype == torch.float32 else 0.1

@@ -35,7 +35,12 @@ class OnDevice(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> OnDevice:
-        about = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype, "device": DEVICE}
+        about = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+            "device": DEVICE,
+        }
         made = torch.Tensor._make_wrapper_subclass(cls, held.size(), **about)
         made.held = held
         return made

@@ -27,14 +27,18 @@ from units import force_units
 
 ROOT = Path(__file__).parents[1]
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["cuma_ds.training.loop", "cuma_ds.evaluation.run", "deepspeed.runtime.zero.muon.muon_optimizer"])
+_forks.set_forkserver_preload(
+    ["cuma_ds.training.loop", "cuma_ds.evaluation.run", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 def environment(world: int = 1, rank: int = 0, port: int | None = None) -> dict[str, str]:
     """The environment a launcher gives one rank."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-    base["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled, but DeepSpeed's Muon would import the compiler, 2 s a process
+    base["TORCHDYNAMO_DISABLE"] = (
+        "1"  # nothing is compiled, but DeepSpeed's Muon would import the compiler, 2 s a process
+    )
     if port is not None:
         base |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
@@ -60,7 +64,9 @@ class Fork:
         handle, name = tempfile.mkstemp(suffix=".output")
         os.close(handle)
         self.output = Path(name)
-        with mock.patch.dict(os.environ, environment()):  # where it starts, it imports, and libraries count their threads then
+        with mock.patch.dict(
+            os.environ, environment()
+        ):  # where it starts, it imports, and libraries count their threads then
             multiprocessing.forkserver.ensure_running()
         self.process = _forks.Process(target=_become, args=(arguments, variables, name), daemon=True)
         self.process.start()

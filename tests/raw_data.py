@@ -11,13 +11,25 @@ import numpy as np
 import pandas as pd
 
 NO_ANSWER = {"-1": "Don´t know", "-2": "No answer", "-4": "Not asked", "-5": "Missing; Not available"}
-COUNTRIES = {"8": "Albania", "422": "Lebanon", "20": "Andorra", "32": "Argentina", "51": "Armenia", "36": "Australia", "76": "Brazil"}
+COUNTRIES = {
+    "8": "Albania",
+    "422": "Lebanon",
+    "20": "Andorra",
+    "32": "Argentina",
+    "51": "Armenia",
+    "36": "Australia",
+    "76": "Brazil",
+}
 CHOICES: dict[str, dict[str, str]] = {
     "B_COUNTRY": COUNTRIES,
     "D_INTERVIEW": {},
     "X003R": {"1": "16-24 years", "2": "25-34 years", "3": "35 and over"},
     "Q260": {"1": "Male", "2": "Female"},
-    "Q275": {"0": "Early childhood education (ISCED 0) / no education", "1": "Primary education (ISCED 1)", "6": "Bachelor (ISCED 6)"},
+    "Q275": {
+        "0": "Early childhood education (ISCED 0) / no education",
+        "1": "Primary education (ISCED 1)",
+        "6": "Bachelor (ISCED 6)",
+    },
     "Q273": {"1": "Married", "6": "Single"},
     "Q289": {"0": "Do not belong to a denomination", "5": "Muslim", "7": "Buddhist"},
     "Q290": {"8001": "AL: First group", "32001": "AR: White", "32002": "AR: Light brown"},
@@ -113,7 +125,9 @@ def alignment_row(number: int, **changes: Any) -> dict[str, Any]:
     for turn, there in (("first", True), ("second", True), ("third", False), ("fourth", False)):
         row[f"{turn}_turn_prompt"] = f'{turn} question {number % 4},\nwith "quotes"' if there else None
         for letter in "abcd":
-            row[f"{turn}_turn_response_{letter}"] = f"{turn} answer {letter} to {number % 4}<|end_of_text|>" if there else None
+            row[f"{turn}_turn_response_{letter}"] = (
+                f"{turn} answer {letter} to {number % 4}<|end_of_text|>" if there else None
+            )
         row[f"{turn}_turn_preferred_response"] = f"response_{'abcd'[number % 3]}" if there else None
     return {**row, **changes}
 
@@ -141,7 +155,15 @@ def prism_conversation(number: int, user: int, **changes: Any) -> dict[str, Any]
     """A conversation of two turns: three models answer first, then one of them twice."""
     history = []
     for turn, answers in ((0, 3), (1, 2)):
-        history.append({"turn": turn, "role": "user", "content": f"Prompt {turn} of {number}", "model_name": None, "if_chosen": None})
+        history.append(
+            {
+                "turn": turn,
+                "role": "user",
+                "content": f"Prompt {turn} of {number}",
+                "model_name": None,
+                "if_chosen": None,
+            }
+        )
         for place in range(answers):
             history.append(
                 {
@@ -155,7 +177,9 @@ def prism_conversation(number: int, user: int, **changes: Any) -> dict[str, Any]
 def write_jsonl(file: Path, rows: list[Any]) -> Path:
     """One object per line; texts as they are."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return file
 
 

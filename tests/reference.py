@@ -64,7 +64,9 @@ def reference_mixture(h: Tensor, gate: list[Tensor], a: Tensor, b: Tensor, mask:
     return out
 
 
-def reference_balance(gates: list[tuple[list[Tensor], list[int], Tensor]], share_E: Tensor | None, full_softmax: bool) -> Tensor:
+def reference_balance(
+    gates: list[tuple[list[Tensor], list[int], Tensor]], share_E: Tensor | None, full_softmax: bool
+) -> Tensor:
     """E * sum_i f_i p_i over real tokens, each with its gate, its chosen experts and its logits; ``share_E`` None counts f_i."""
     experts = len(gates[0][0])
     assignments = sum(len(chosen) for _, chosen, _ in gates)
@@ -79,7 +81,9 @@ def reference_balance(gates: list[tuple[list[Tensor], list[int], Tensor]], share
     return experts * loss
 
 
-def reference_adamw(parameters: list[Tensor], grads: list[list[Tensor]], lr: float, betas: tuple[float, float], eps: float) -> None:
+def reference_adamw(
+    parameters: list[Tensor], grads: list[list[Tensor]], lr: float, betas: tuple[float, float], eps: float
+) -> None:
     """AdamW without weight decay, written out, in place."""
     m = [torch.zeros_like(p) for p in parameters]
     v = [torch.zeros_like(p) for p in parameters]

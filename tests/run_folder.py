@@ -29,7 +29,13 @@ def lively(model: CumaModel, seed: int = 3) -> CumaModel:
 
 
 def make_run(
-    folder: Path, backbone: Path, encoder: Path, adapters: dict, constant_routing: bool = False, source: Path = OPINIONS, **sections: dict
+    folder: Path,
+    backbone: Path,
+    encoder: Path,
+    adapters: dict,
+    constant_routing: bool = False,
+    source: Path = OPINIONS,
+    **sections: dict,
 ) -> tuple[Path, CumaModel, ProfileTable | None]:
     """Write a run of one checkpoint.
 
@@ -61,7 +67,9 @@ def make_run(
         table = ProfileTable.build(data.sentences, ProfileEncoder(str(encoder)), folder.parent / "cache")
         table.save(folder / "profiles.safetensors")
     width = table.embeddings.shape[1] if table is not None else 0
-    model = lively(inject_adapters(load_backbone(config.model), config.adapters.model_copy(update={"profile_dim": width})))
+    model = lively(
+        inject_adapters(load_backbone(config.model), config.adapters.model_copy(update={"profile_dim": width}))
+    )
     if table is not None:
         model.set_profile_standardisation(table.embeddings, 3.0)
     if constant_routing:
@@ -72,7 +80,10 @@ def make_run(
     checkpoint = folder / "checkpoints" / "step-7"
     record_identity(config, data, table)
     checkpoint.mkdir(parents=True)
-    save_file({f"param/{name}": tensor.clone() for name, tensor in model.adapter_state().items()}, checkpoint / "shared.safetensors")
+    save_file(
+        {f"param/{name}": tensor.clone() for name, tensor in model.adapter_state().items()},
+        checkpoint / "shared.safetensors",
+    )
     state = {"step": 7, "fingerprint": fingerprint(config), "identity": read_identity(folder)}
     write_state(checkpoint, state, {"shared.safetensors": file_sha256(checkpoint / "shared.safetensors")})
     (folder / "checkpoints" / "latest").write_text("step-7\n")

@@ -49,14 +49,21 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
     training = config.training
     parameters = [p for _, p in model.adapter_parameters()]
     optimizer = torch.optim.AdamW(
-        parameters, lr=1.0, betas=training.adam_betas, eps=training.adam_eps, weight_decay=training.weight_decay, foreach=False
+        parameters,
+        lr=1.0,
+        betas=training.adam_betas,
+        eps=training.adam_eps,
+        weight_decay=training.weight_decay,
+        foreach=False,
     )
     order = [np.random.default_rng([config.run.seed, epoch]).permutation(len(rows)) for epoch in range(200)]
     stream = [int(row) for permutation in order for row in permutation]
     losses, norms = [], []
     for step in range(training.steps):
         for group in optimizer.param_groups:
-            group["lr"] = reference_learning_rate(step, training.learning_rate, training.warmup_steps, training.steps, training.schedule)
+            group["lr"] = reference_learning_rate(
+                step, training.learning_rate, training.warmup_steps, training.steps, training.schedule
+            )
         wanted = stream[step * training.global_batch_size : (step + 1) * training.global_batch_size]
         examples = [encode_example(rows[row], renderer, data.sentences, config.data) for row in wanted]
         weight = sum(sum(example.target_weight) for example in examples)
@@ -73,12 +80,20 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
                 ((field, groups),) = adapters.gradient_groups.items()
                 who = [data.profiles[row]["fields"].get(field, "") for row in batch.profile_index.tolist()]
                 everyone = range(adapters.num_experts)
-                mask = torch.tensor([[float(e in groups.get(value, groups.get("*", everyone))) for e in everyone] for value in who])
+                mask = torch.tensor(
+                    [[float(e in groups.get(value, groups.get("*", everyone))) for e in everyone] for value in who]
+                )
             out = model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, profile_embeddings=profiles, gradient_mask=mask
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                profile_embeddings=profiles,
+                gradient_mask=mask,
             )
             log_p = out.logits[:, batch.keep].double().log_softmax(dim=-1)
-            nll = -(log_p[batch.target_row, batch.target_position, batch.target_token] * batch.target_weight).sum() / weight
+            nll = (
+                -(log_p[batch.target_row, batch.target_position, batch.target_token] * batch.target_weight).sum()
+                / weight
+            )
             loss = nll
             if config.adapters.balance_weight and adapters.has_router:
                 by_run = config.adapters.balance_scope == "run"

@@ -40,7 +40,15 @@ class TwoLinears(nn.Module):
 
 def build(dtype: torch.dtype = torch.float64, **options: object) -> CumaModel:
     torch.manual_seed(0)
-    values = {"num_experts": E, "top_k": 2, "lora_r": R, "lora_alpha": 6, "profile_dim": P, "router_hidden": 9, **options}
+    values = {
+        "num_experts": E,
+        "top_k": 2,
+        "lora_r": R,
+        "lora_alpha": 6,
+        "profile_dim": P,
+        "router_hidden": 9,
+        **options,
+    }
     model = inject_adapters(TwoLinears(), CumaConfig(**values)).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -61,7 +69,12 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
 
 
 def reference(
-    model: CumaModel, x: torch.Tensor, mask: torch.Tensor, e: torch.Tensor, gradient_mask: torch.Tensor | None, share_RE: torch.Tensor
+    model: CumaModel,
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    e: torch.Tensor,
+    gradient_mask: torch.Tensor | None,
+    share_RE: torch.Tensor,
 ):
     """Output [B, S, 2 O + D] and the summed balance loss, token by token."""
     config = model.config
@@ -75,7 +88,11 @@ def reference(
             linear = getattr(model.base_model, name).base
             owner = "q_proj" if config.share_router else name
             real = bool(mask[b, s])
-            router = {key.split(".router.")[1]: value for key, value in parameters.items() if key.startswith(f"{owner}.router.")}
+            router = {
+                key.split(".router.")[1]: value
+                for key, value in parameters.items()
+                if key.startswith(f"{owner}.router.")
+            }
             if router:
                 logits = reference_logits(x[b, s], e[b] if config.profile_dim else None, router, config.router)
                 gate, chosen = reference_gate(logits, config.top_k, config.gate_norm)
@@ -92,7 +109,9 @@ def reference(
         rows.append(torch.cat([*parts, model.base_model.out(parts[0] * parts[1])]))
     shares = share_RE if config.has_router and config.balance_scope == "run" else [None] * len(balance_gates)
     full = config.balance_probability == "softmax"
-    balance = sum(reference_balance(gates, share, full) for gates, share in zip(balance_gates.values(), shares, strict=True))
+    balance = sum(
+        reference_balance(gates, share, full) for gates, share in zip(balance_gates.values(), shares, strict=True)
+    )
     return torch.stack(rows).view(B, S, -1), balance
 
 
@@ -107,7 +126,9 @@ def gradients(loss: torch.Tensor, model: CumaModel, x: torch.Tensor) -> dict[str
     return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads, strict=True)}
 
 
-def assert_equal_to_reference(model: CumaModel, dtype: torch.dtype, tolerance: float, gradient_mask: torch.Tensor | None = None) -> None:
+def assert_equal_to_reference(
+    model: CumaModel, dtype: torch.dtype, tolerance: float, gradient_mask: torch.Tensor | None = None
+) -> None:
     x, mask, e = inputs(dtype)
     profiles = e.to(dtype) if model.config.profile_dim else None
     share_RE = model.expert_share = uneven_shares(model)
@@ -129,7 +150,9 @@ def assert_equal_to_reference(model: CumaModel, dtype: torch.dtype, tolerance: f
 @pytest.mark.parametrize("router", ["linear", "mlp"])
 @pytest.mark.parametrize("shared_a", [False, True])
 @pytest.mark.parametrize("share_router", [False, True])
-def test_mixture_equals_the_loop_reference_in_float64(norm: str, router: str, shared_a: bool, share_router: bool) -> None:
+def test_mixture_equals_the_loop_reference_in_float64(
+    norm: str, router: str, shared_a: bool, share_router: bool
+) -> None:
     model = build(gate_norm=norm, router=router, shared_a=shared_a, share_router=share_router)
     assert_equal_to_reference(model, torch.float64, 1e-10)
 
@@ -140,7 +163,9 @@ def test_mixture_equals_the_loop_reference_in_float32(norm: str, router: str) ->
     assert_equal_to_reference(build(torch.float32, gate_norm=norm, router=router), torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize("options", [{"method": "mixlora"}, {"method": "hydralora"}, {"router": "mlp", "method": "mixlora"}])
+@pytest.mark.parametrize(
+    "options", [{"method": "mixlora"}, {"method": "hydralora"}, {"router": "mlp", "method": "mixlora"}]
+)
 def test_semantic_only_mixtures_equal_the_reference(options: dict[str, object]) -> None:
     assert_equal_to_reference(build(profile_dim=0, **options), torch.float64, 1e-10)
 
@@ -227,7 +252,14 @@ def test_padding_never_influences_anything() -> None:
         statistics = model.routing_statistics()
         loss = out.hidden[real].square().sum() + out.balance_loss
         grads = gradients(loss, model, x)
-        return out.hidden[real], out.balance_loss, statistics.load_RE, statistics.entropy_R, statistics.tokens, *grads.values()
+        return (
+            out.hidden[real],
+            out.balance_loss,
+            statistics.load_RE,
+            statistics.entropy_R,
+            statistics.tokens,
+            *grads.values(),
+        )
 
     before = run(x)
     changed = x.detach().clone()
@@ -253,7 +285,9 @@ def test_profiles_by_index_equal_profiles_by_row() -> None:
     model = build()
     x, mask, e = inputs()
     by_row = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e[[2, 0, 2]]).hidden
-    by_index = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e, profile_index=torch.tensor([2, 0, 2])).hidden
+    by_index = model(
+        inputs_embeds=x, attention_mask=mask, profile_embeddings=e, profile_index=torch.tensor([2, 0, 2])
+    ).hidden
     torch.testing.assert_close(by_row, by_index)
     packed = torch.tensor([2, 0, 2])[:, None].expand(B, S)
     per_token = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e, profile_index=packed).hidden
@@ -357,7 +391,9 @@ def test_shares_follow_the_load_of_every_step() -> None:
     load_E = torch.arange(E, dtype=torch.float64)
     model.update_shares(load_E.expand(len(model.router_names), -1))
     first = 0.75 / E + 0.25 * load_E / load_E.sum()
-    torch.testing.assert_close(model.expert_share.double(), first.expand(len(model.router_names), -1), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        model.expert_share.double(), first.expand(len(model.router_names), -1), rtol=1e-6, atol=1e-7
+    )
     before = model.expert_share
     model.update_shares(torch.zeros(len(model.router_names), E))
     torch.testing.assert_close(model.expert_share, before)
@@ -385,7 +421,9 @@ def test_adapters_start_as_the_backbone_and_do_not_copy_it() -> None:
     model = inject_adapters(base, CumaConfig(num_experts=4, profile_dim=P))
     assert base.q_proj.base.weight is weight
     assert not weight.requires_grad
-    torch.testing.assert_close(model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e.float()).hidden, expected)
+    torch.testing.assert_close(
+        model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e.float()).hidden, expected
+    )
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"base_model.{name}" for name, _ in model.adapter_parameters()}
 
@@ -438,7 +476,10 @@ def test_initialisation_depends_on_seed_and_name_alone() -> None:
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [(["q_prj"], r"'q_prj' matches no linear layer.*did you mean 'q_proj'.*out, q_proj, v_proj"), (["q_proj", "nothing"], "'nothing'")],
+    [
+        (["q_prj"], r"'q_prj' matches no linear layer.*did you mean 'q_proj'.*out, q_proj, v_proj"),
+        (["q_proj", "nothing"], "'nothing'"),
+    ],
 )
 def test_targets_that_match_nothing_are_named(targets: list[str], message: str) -> None:
     with pytest.raises(ModelError, match=message):

@@ -28,7 +28,9 @@ SHARDED = {"deepspeed_config": "zero2_sharded_backbone"}
 def expected(tmp_path_factory, tiny_llama, tiny_encoder) -> SingleRun:
     """Twelve steps in one process without DeepSpeed, the whole batch in one forward."""
     folder = tmp_path_factory.mktemp("single")
-    return train_single(load_config(recipe(folder, tiny_llama, tiny_encoder, "single", training=STEPS, adapters=WEIGHT)))
+    return train_single(
+        load_config(recipe(folder, tiny_llama, tiny_encoder, "single", training=STEPS, adapters=WEIGHT))
+    )
 
 
 @pytest.mark.multirank
@@ -38,7 +40,17 @@ def test_any_micro_batch_on_any_ranks_learns_the_same(world, tmp_path, tiny_llam
     for micro in (1, 2, 6):
         parallel = {**SHARDED, "ep_size": min(world, 2)}
         training = {**STEPS, "micro_batch_size": micro}
-        paths.append(recipe(tmp_path, tiny_llama, tiny_encoder, f"micro-{micro}", training=training, adapters=WEIGHT, parallel=parallel))
+        paths.append(
+            recipe(
+                tmp_path,
+                tiny_llama,
+                tiny_encoder,
+                f"micro-{micro}",
+                training=training,
+                adapters=WEIGHT,
+                parallel=parallel,
+            )
+        )
     run_recipes(world, paths)
     balances = []
     for path in paths:
@@ -53,7 +65,14 @@ def test_the_released_balance_depends_on_the_micro_batch(tmp_path, tiny_llama, t
     """What the default mends: the same run with other micro batches is another run."""
     released = {"balance_weight": 0.5, "balance_probability": "gate", "balance_scope": "micro_batch"}
     paths = [
-        recipe(tmp_path, tiny_llama, tiny_encoder, f"released-{micro}", training={**STEPS, "micro_batch_size": micro}, adapters=released)
+        recipe(
+            tmp_path,
+            tiny_llama,
+            tiny_encoder,
+            f"released-{micro}",
+            training={**STEPS, "micro_batch_size": micro},
+            adapters=released,
+        )
         for micro in (1, 12)
     ]
     run_recipes(1, paths)
@@ -62,7 +81,9 @@ def test_the_released_balance_depends_on_the_micro_batch(tmp_path, tiny_llama, t
 
 
 @pytest.mark.multirank
-def test_a_run_stopped_in_the_middle_goes_on_with_its_shares_on_other_ranks(tmp_path, tiny_llama, tiny_encoder, expected) -> None:
+def test_a_run_stopped_in_the_middle_goes_on_with_its_shares_on_other_ranks(
+    tmp_path, tiny_llama, tiny_encoder, expected
+) -> None:
     first = recipe(
         tmp_path, tiny_llama, tiny_encoder, "moving", training={**STEPS, "micro_batch_size": 2}, adapters=WEIGHT,
         parallel={**SHARDED, "ep_size": 2}, checkpoint={"every": 5, "keep_last": 5},
@@ -76,7 +97,13 @@ def test_a_run_stopped_in_the_middle_goes_on_with_its_shares_on_other_ranks(tmp_
     for world in (1, 4):
         name = f"moved-{world}"
         path = recipe(
-            tmp_path, tiny_llama, tiny_encoder, name, training={**STEPS, "micro_batch_size": 6}, adapters=WEIGHT, parallel=SHARDED
+            tmp_path,
+            tiny_llama,
+            tiny_encoder,
+            name,
+            training={**STEPS, "micro_batch_size": 6},
+            adapters=WEIGHT,
+            parallel=SHARDED,
         )
         copy_until(run_dir, load_config(path).run_dir, step=5)
         run_recipes(world, [path])

@@ -60,7 +60,9 @@ def test_layer(dtype, table) -> None:
 @pytest.mark.sixteen_bit
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_step(dtype, tiny_llama, table) -> None:
-    printed = table("training_step", "--model", str(tiny_llama), "--batch", "2", "--length", "8", *QUICK, "--dtype", dtype)
+    printed = table(
+        "training_step", "--model", str(tiny_llama), "--batch", "2", "--length", "8", *QUICK, "--dtype", dtype
+    )
     assert "naive K x E loop" in printed
 
 

@@ -38,7 +38,9 @@ MEANT = {
 @pytest.mark.parametrize(("key", "text", "value"), MEANT.values(), ids=MEANT.keys())
 def test_a_value_is_read_as_a_careful_person_means_it(tmp_path, key, text, value):
     section, name = key.split(".")
-    written = load_config(recipe(tmp_path, f"{section}: {{{name}: {text}}}\n" if section != "model" else ""), [f"{key}={text}"])
+    written = load_config(
+        recipe(tmp_path, f"{section}: {{{name}: {text}}}\n" if section != "model" else ""), [f"{key}={text}"]
+    )
     assert getattr(getattr(written, section), name) == value
     if section != "model":
         assert load_config(recipe(tmp_path, f"{section}: {{{name}: {text}}}\n")) == written
@@ -85,7 +87,10 @@ def test_methods_compare_what_a_recipe_says_with_what_they_mean(tmp_path):
     ("text", "problem"),
     [
         ("run: {name: a}\nrun: {name: b}\n", "recipe.yaml:4: .*key 'run' stands twice, in lines 3 and 4; keep one"),
-        ("training:\n  steps: 3\n  warmup_steps: 1\n  steps: 4\n", "recipe.yaml:6: .*key 'training.steps' stands twice, in lines 4 and 6"),
+        (
+            "training:\n  steps: 3\n  warmup_steps: 1\n  steps: 4\n",
+            "recipe.yaml:6: .*key 'training.steps' stands twice, in lines 4 and 6",
+        ),
     ],
 )
 def test_a_key_that_stands_twice_in_a_recipe_is_refused_with_both_lines(tmp_path, text, problem):

@@ -18,7 +18,14 @@ WHO = ["A person living in Norway.", "A person living in Peru."]
 
 def choice_row(counts, profile=0, question="Tea?"):
     options = ["Yes", "No", "Maybe"][: len(counts)]
-    return {"profile": profile, "question_id": "q", "question": question, "options": options, "counts": counts, "group": ""}
+    return {
+        "profile": profile,
+        "question_id": "q",
+        "question": question,
+        "options": options,
+        "counts": counts,
+        "group": "",
+    }
 
 
 def example(index: int, length: int | None = None) -> EncodedExample:
@@ -37,7 +44,9 @@ def test_choice_targets_are_letters_weighted_by_answers(tokenizer, weight, expec
     """Counts may be sums of survey weights."""
     renderer = Renderer(tokenizer, 512)
     expected = expected if weight == "uniform" else [unit * count for count in expected]
-    encoded = encode_example(choice_row([2 * unit, 0, 6 * unit], profile=1), renderer, WHO, DataSection(example_weight=weight))
+    encoded = encode_example(
+        choice_row([2 * unit, 0, 6 * unit], profile=1), renderer, WHO, DataSection(example_weight=weight)
+    )
     assert encoded.target_weight == expected
     assert tokenizer.convert_ids_to_tokens(encoded.target_token) == ["A", "B", "C"]
     assert encoded.target_position == [len(encoded.input_ids) - 1] * 3
@@ -45,7 +54,11 @@ def test_choice_targets_are_letters_weighted_by_answers(tokenizer, weight, expec
 
 
 def test_chat_targets_are_the_following_tokens(tokenizer):
-    row = {"profile": 1, "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], "group": ""}
+    row = {
+        "profile": 1,
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}],
+        "group": "",
+    }
     encoded = encode_example(row, Renderer(tokenizer, 512), WHO, DataSection())
     assert tokenizer.decode(encoded.target_token) == "Yo<|im_end|>"
     assert encoded.target_token == [encoded.input_ids[position + 1] for position in encoded.target_position]
@@ -172,7 +185,8 @@ def test_a_rank_with_nothing_to_do_still_gets_valid_batches():
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "world", "accumulation", "rows"), [(12, 6, 2, 1, 6), (12, 5, 1, 3, 4), (12, 6, 5, 1, 3), (1, 8, 1, 1, 1)]
+    ("batch", "micro", "world", "accumulation", "rows"),
+    [(12, 6, 2, 1, 6), (12, 5, 1, 3, 4), (12, 6, 5, 1, 3), (1, 8, 1, 1, 1)],
 )
 def test_accumulation_spreads_rows_evenly(batch, micro, world, accumulation, rows):
     one = stream(50, batch, micro, 0, world)

@@ -27,7 +27,13 @@ CHATS = [
     for i in range(60)
 ]  # fmt: skip
 PREFERENCES = [
-    {"profile": {"country": f"C{i % 5}"}, "prompt": f"Tea {i}?", "chosen": "Yes", "rejected": "No", "person_id": f"p{i % 20}"}
+    {
+        "profile": {"country": f"C{i % 5}"},
+        "prompt": f"Tea {i}?",
+        "chosen": "Yes",
+        "rejected": "No",
+        "person_id": f"p{i % 20}",
+    }
     for i in range(60)
 ]
 
@@ -49,7 +55,11 @@ def prism(path, kind=None, **settings) -> PreparedData:
 
 
 def said(turns) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for prompt, answer in turns for role, text in (("user", prompt), ("assistant", answer))]
+    return [
+        {"role": role, "content": text}
+        for prompt, answer in turns
+        for role, text in (("user", prompt), ("assistant", answer))
+    ]
 
 
 @pytest.fixture
@@ -59,7 +69,10 @@ def dialogues(tmp_path):
 
 def alignment_turns(number: int):
     letter = "abcd"[number % 3]
-    return [(f'{turn} question {number % 4},\nwith "quotes"', f"{turn} answer {letter} to {number % 4}") for turn in ("first", "second")]
+    return [
+        (f'{turn} question {number % 4},\nwith "quotes"', f"{turn} answer {letter} to {number % 4}")
+        for turn in ("first", "second")
+    ]
 
 
 def test_alignment_conversations_follow_the_preferred_answers(dialogues):
@@ -80,7 +93,9 @@ def test_alignment_preferences_set_the_preferred_answer_against_each_other(dialo
             for letter in "abcd":
                 other = chosen.replace(f"answer {'abcd'[number % 3]}", f"answer {letter}")
                 if other != chosen:
-                    expected[json.dumps([[*said(turns[:place]), {"role": "user", "content": prompt}], chosen, other])] += 1
+                    expected[
+                        json.dumps([[*said(turns[:place]), {"role": "user", "content": prompt}], chosen, other])
+                    ] += 1
     assert Counter(json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in rows(data)) == expected
     assert sum(expected.values()) == 36 * 2 * 3
 
@@ -124,14 +139,18 @@ def test_annotators_and_held_out_countries_stay_on_one_side(dialogues, kind, see
 @pytest.mark.parametrize("seed", range(4))
 def test_all_kinds_of_a_source_test_the_same_people(tmp_path, seed):
     """One annotator has no four different answers, so that the choice questions lack them."""
-    dialogues = [alignment_row(number, annotator_id=f"a{number % 40}", annotator_age=f"{number % 40}") for number in range(80)]
+    dialogues = [
+        alignment_row(number, annotator_id=f"a{number % 40}", annotator_age=f"{number % 40}") for number in range(80)
+    ]
     for number in (5, 45):
         dialogues[number]["first_turn_response_b"] = dialogues[number]["first_turn_response_c"]
     file = write_alignment(tmp_path / "a.csv", dialogues)
 
     def split_of(kind):
         data = alignment(file, kind, split_seed=seed)
-        return {data.profiles[row["profile"]]["fields"]["age"]: name for name, split in data.splits.items() for row in split}
+        return {
+            data.profiles[row["profile"]]["fields"]["age"]: name for name, split in data.splits.items() for row in split
+        }
 
     chat, choice, preference = map(split_of, ("chat", "choice", "preference"))
     assert set(chat) - set(choice) == {"5"}
@@ -140,7 +159,9 @@ def test_all_kinds_of_a_source_test_the_same_people(tmp_path, seed):
 
 
 def test_alignment_leaves_out_what_cannot_be_used_and_counts_it(tmp_path):
-    nothing = dict.fromkeys([f"annotator_{field}" for field in ("age", "gender", "education_level", "political", "ethnicity", "country")])
+    nothing = dict.fromkeys(
+        [f"annotator_{field}" for field in ("age", "gender", "education_level", "political", "ethnicity", "country")]
+    )
     odd = [
         alignment_row(100, first_turn_preferred_response=None),
         alignment_row(101, **nothing),
@@ -179,15 +200,24 @@ def test_dialogues_saved_in_another_way_are_the_same(tmp_path, separator, encodi
 
 
 def test_one_first_turn_in_two_spellings_is_one_question(tmp_path):
-    first = {name: text for name, text in alignment_row(0).items() if name.startswith(("first_turn_prompt", "first_turn_response"))}
+    first = {
+        name: text
+        for name, text in alignment_row(0).items()
+        if name.startswith(("first_turn_prompt", "first_turn_response"))
+    }
     other = {name: f"{text}\u200b" for name, text in first.items()}
-    dialogues = [alignment_row(4 * number, conversation_id=f"c{number}", **(other if number % 2 else {})) for number in range(18)]
+    dialogues = [
+        alignment_row(4 * number, conversation_id=f"c{number}", **(other if number % 2 else {})) for number in range(18)
+    ]
     data = alignment(write_alignment(tmp_path / "a.csv", dialogues), "choice")
     assert {row["question_id"] for row in rows(data)} == {data.splits["train"][0]["question_id"]}
 
 
 BAD_ALIGNMENT = {
-    "answer": ({"second_turn_preferred_response": "response_e"}, r"a\.csv: row 2: second_turn_preferred_response is 'response_e'; allowed"),
+    "answer": (
+        {"second_turn_preferred_response": "response_e"},
+        r"a\.csv: row 2: second_turn_preferred_response is 'response_e'; allowed",
+    ),
     "nobody": ({"annotator_id": None}, r"a\.csv: row 2: annotator_id is empty"),
     "no person": ({"annotator_id": "unknown"}, r"a\.csv: row 2: annotator_id is unknown; each conversation names"),
     "twice": ({"conversation_id": "c0"}, r"a\.csv: row 2: the id 'c0' has come before"),
@@ -247,7 +277,9 @@ def test_prism_preferences_set_the_chosen_answer_against_each_other(talks):
                 if other != number % 2:
                     prompt = [*said(turns[:place]), {"role": "user", "content": turns[place][0]}]
                     expected[json.dumps([prompt, turns[place][1], f"Answer {other} in turn {place} of {number}"])] += 1
-    found = Counter(json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in rows(prism(talks, "preference")))
+    found = Counter(
+        json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in rows(prism(talks, "preference"))
+    )
     assert found == expected
 
 
@@ -256,7 +288,9 @@ def test_a_model_of_prism_that_said_nothing_gave_no_answer(tmp_path):
     silent["conversation_history"][5]["content"] = "EMPTY STRING"  # the chosen answer of the second turn
     beside = prism_conversation(1, 1, conversation_id=7)
     beside["conversation_history"][1]["content"] = "EMPTY STRING"  # an answer that was not chosen
-    folder = write_prism(tmp_path, [prism_user(0), prism_user(1), prism_user(2)], [silent, beside, prism_conversation(2, 2)])
+    folder = write_prism(
+        tmp_path, [prism_user(0), prism_user(1), prism_user(2)], [silent, beside, prism_conversation(2, 2)]
+    )
     said = [message["content"] for row in rows(prism(folder)) for message in row["messages"]]
     assert "EMPTY STRING" not in said
     assert sum("of 0" in text for text in said) == 2
@@ -265,7 +299,10 @@ def test_a_model_of_prism_that_said_nothing_gave_no_answer(tmp_path):
 
 def test_prism_people_stay_on_one_side(talks):
     data = prism(talks, heldout_fraction=0)
-    sides = {name: {int(row["messages"][0]["content"].split()[-1]) % 12 for row in split} for name, split in data.splits.items()}
+    sides = {
+        name: {int(row["messages"][0]["content"].split()[-1]) % 12 for row in split}
+        for name, split in data.splits.items()
+    }
     assert not sides["train"] & sides["test"]
     assert sides["test"] == {number for number in range(12) if draw(0, "person", f"user{number}") < 0.3} != set()
     people = {name: sizes["people"] for name, sizes in data.manifest["splits"].items()}
@@ -278,10 +315,26 @@ BAD_PRISM = {
     "same conversation": ([], [prism_conversation(0, 1)], r"conversations\.jsonl:2: the id 'k0' has come before"),
     "survey key": ([{"user_id": "x"}], [], r"survey\.jsonl:3: key 'location' is missing"),
     "broken line": ([], ['{"user_id": '], r"conversations\.jsonl:2: broken JSON"),
-    "history": ([], [prism_conversation(1, 0, conversation_history="x")], r"conversations\.jsonl:2: conversation_history is str"),
-    "role": ([], [prism_conversation(1, 0, conversation_history=[{"turn": 0, "role": "bot", "content": "x"}])], "entry 1 .* role 'bot'"),
-    "turn": ([], [prism_conversation(1, 0, conversation_history=[{"role": "user", "content": "x"}])], "entry 1 .* lacks a whole number"),
-    "location": ([prism_user(5, location="Chile")], [], r"survey\.jsonl:3: location is str; allowed: an object with reside_country"),
+    "history": (
+        [],
+        [prism_conversation(1, 0, conversation_history="x")],
+        r"conversations\.jsonl:2: conversation_history is str",
+    ),
+    "role": (
+        [],
+        [prism_conversation(1, 0, conversation_history=[{"turn": 0, "role": "bot", "content": "x"}])],
+        "entry 1 .* role 'bot'",
+    ),
+    "turn": (
+        [],
+        [prism_conversation(1, 0, conversation_history=[{"role": "user", "content": "x"}])],
+        "entry 1 .* lacks a whole number",
+    ),
+    "location": (
+        [prism_user(5, location="Chile")],
+        [],
+        r"survey\.jsonl:3: location is str; allowed: an object with reside_country",
+    ),
 }
 
 
@@ -297,7 +350,9 @@ def test_bad_prism_folders_are_told(tmp_path, talks):
     with pytest.raises(DataError, match="prism holds no choice questions"):
         prism(talks, "choice")
     (talks / "survey.jsonl").unlink()
-    with pytest.raises(DataError, match=r"survey\.jsonl is missing; source prism reads conversations\.jsonl and survey\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"survey\.jsonl is missing; source prism reads conversations\.jsonl and survey\.jsonl"
+    ):
         prism(talks)
 
 
@@ -356,7 +411,9 @@ def test_a_hub_id_is_asked_of_the_hub(tmp_path, monkeypatch):
         raise ConnectionError("no way\nout")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"someone/opinions is neither a file or folder here nor a data set the hub gives us: no way$"):
+    with pytest.raises(
+        DataError, match=r"someone/opinions is neither a file or folder here nor a data set the hub gives us: no way$"
+    ):
         load_data(DataSection(path="someone/opinions"))
 
 
@@ -371,7 +428,9 @@ def test_processes_and_chunks_change_nothing(tmp_path, monkeypatch, given, worke
     told = []
     spool = tmp_path / "spool"
     spool.mkdir()
-    data = prepare_records(chunks, as_is, DataSection(), "generic", spool, workers, lambda done, total: told.append((done, total)))
+    data = prepare_records(
+        chunks, as_is, DataSection(), "generic", spool, workers, lambda done, total: told.append((done, total))
+    )
     same(data, expected)
     assert told == sorted(told)
     assert told[-1] == (chunks.size, chunks.size)
@@ -392,14 +451,19 @@ def test_mistakes_in_later_chunks_keep_their_line(tmp_path, monkeypatch):
     ("change", "problem"),
     [
         ({"prompt": ""}, "message 1 has no text"),
-        ({"prompt": [{"role": "assistant", "content": "x"}]}, "a prompt starts with a user message .* ends with a user message"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}]},
+            "a prompt starts with a user message .* ends with a user message",
+        ),
         ({"chosen": " "}, "chosen is empty or not text"),
         ({"rejected": 3}, "rejected is empty or not text"),
     ],
 )
 def test_a_bad_preference_is_named(tmp_path, change, problem):
     with pytest.raises(DataError, match=f":2: {problem}"):
-        load_data(DataSection(path=str(write_jsonl(tmp_path / "a.jsonl", [PREFERENCES[0], {**PREFERENCES[1], **change}]))))
+        load_data(
+            DataSection(path=str(write_jsonl(tmp_path / "a.jsonl", [PREFERENCES[0], {**PREFERENCES[1], **change}])))
+        )
 
 
 @pytest.mark.parametrize("source", ["jsonl", "wvb", "community-alignment", "prism"])

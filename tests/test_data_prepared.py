@@ -49,7 +49,9 @@ def test_a_saved_folder_reads_back_as_it_was(tmp_path, file):
     assert rows(again) == rows(original)
     assert again.profiles == original.profiles
     assert again.manifest == saved.manifest
-    assert all(again.splits[name].rows.table.schema.equals(split.rows.table.schema) for name, split in original.splits.items())
+    assert all(
+        again.splits[name].rows.table.schema.equals(split.rows.table.schema) for name, split in original.splits.items()
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
 
@@ -89,9 +91,13 @@ def test_a_folder_of_something_else_is_never_touched(data, tmp_path):
 
 def test_a_folder_that_release_0_1_0_prepared_is_read_as_it_was():
     """tests/data/prepared-0.1.0 was made by that release from opinions.jsonl."""
-    with pytest.warns(UserWarning, match=r"prepared-0\.1\.0 was prepared by release 0\.1\.0, which split each kind .* in its own way"):
+    with pytest.warns(
+        UserWarning, match=r"prepared-0\.1\.0 was prepared by release 0\.1\.0, which split each kind .* in its own way"
+    ):
         data = load_data(DataSection(path=str(OPINIONS.with_name("prepared-0.1.0"))), "generic")
-    answers = Counter((row["question_id"], option) for split in data.splits.values() for row in split for option in _chosen(row))
+    answers = Counter(
+        (row["question_id"], option) for split in data.splits.values() for row in split for option in _chosen(row)
+    )
     raw = [json.loads(line) for line in OPINIONS.read_text(encoding="utf-8").splitlines()]
     places = [row["options"].index(row["answer"]) if isinstance(row["answer"], str) else row["answer"] for row in raw]
     expected = Counter(zip((row["question_id"] for row in raw), places, strict=True))
@@ -108,7 +114,9 @@ def test_benchmarks_keep_their_countries_and_folders_of_release_0_1_0_what_they_
     manifest = {**json.loads((folder / "manifest.json").read_text()), "source": "wvb"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert load_data(DataSection(source="wvb", path=str(folder))).manifest["heldout_fraction"] == 0.15
-    with pytest.raises(DataError, match=r"prepared with heldout_fraction 0\.15, but the recipe says data\.heldout_fraction: 0\.2"):
+    with pytest.raises(
+        DataError, match=r"prepared with heldout_fraction 0\.15, but the recipe says data\.heldout_fraction: 0\.2"
+    ):
         load_data(DataSection(source="wvb", path=str(folder), heldout_fraction=0.2))
 
 
@@ -133,15 +141,21 @@ def _chosen(row):
 def test_characters_are_those_of_all_texts_of_a_row(tmp_path):
     chats = load_data(DataSection(path=str(OPINIONS.with_name("chats.jsonl"))))
     row = {"profile": "Én.", "prompt": "Hvorfør?", "chosen": "Før", "rejected": "Nå 👍"}
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**row, "prompt": f"{row['prompt']}{'!' * i}"}) for i in range(9)))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({**row, "prompt": f"{row['prompt']}{'!' * i}"}) for i in range(9))
+    )
     preferences = load_data(DataSection(path=str(tmp_path / "a.jsonl"), heldout_fraction=0))
     for split in chats.splits.values():
-        assert split.characters().tolist() == [sum(len(message["content"]) for message in row["messages"]) for row in split]
+        assert split.characters().tolist() == [
+            sum(len(message["content"]) for message in row["messages"]) for row in split
+        ]
     lengths = [length for split in preferences.splits.values() for length in split.characters().tolist()]
     assert sorted(lengths) == [8 + 3 + 4 + i for i in range(9)]
 
 
-@pytest.mark.parametrize("file", ["train.arrow", "test.arrow", "heldout.arrow", "questions.arrow", "profiles.jsonl", "manifest.json"])
+@pytest.mark.parametrize(
+    "file", ["train.arrow", "test.arrow", "heldout.arrow", "questions.arrow", "profiles.jsonl", "manifest.json"]
+)
 def test_a_missing_or_changed_file_is_noticed(folder, file):
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[:-3])
@@ -160,7 +174,8 @@ def test_another_format_version_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("test_fraction", 0.5), ("heldout_fraction", 0.0), ("split_seed", 4), ("source", "wvs-sample")]
+    ("setting", "value"),
+    [("test_fraction", 0.5), ("heldout_fraction", 0.0), ("split_seed", 4), ("source", "wvs-sample")],
 )
 def test_a_recipe_that_disagrees_with_the_folder_is_told(folder, setting, value):
     with pytest.raises(DataError, match=f"was prepared with {setting} .* but the recipe says data.{setting}: {value}"):
@@ -248,8 +263,14 @@ def test_the_command_prepares_embeds_and_reports(tmp_path, tiny_encoder):
     ("arguments", "problem"),
     [
         (("jsonl", "--root", "absent.jsonl"), "there is no data at absent.jsonl"),
-        (("jsonl", "--root", str(OPINIONS), "--test-fraction", "1.5"), "--test-fraction 1.5: Input should be less than 1"),
-        (("jsonl", "--root", str(OPINIONS), "--encoder", "absent/encoder/folder"), "there is no sentence encoder at absent/encoder/folder"),
+        (
+            ("jsonl", "--root", str(OPINIONS), "--test-fraction", "1.5"),
+            "--test-fraction 1.5: Input should be less than 1",
+        ),
+        (
+            ("jsonl", "--root", str(OPINIONS), "--encoder", "absent/encoder/folder"),
+            "there is no sentence encoder at absent/encoder/folder",
+        ),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, arguments, problem):

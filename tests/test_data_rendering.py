@@ -30,7 +30,9 @@ THINKING_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-NO_SYSTEM_TEMPLATE = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+NO_SYSTEM_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+)
 
 
 def targets(renderer, messages, sentence=WHO):
@@ -46,7 +48,9 @@ def targets(renderer, messages, sentence=WHO):
 
 def test_choice_prompt_is_the_template_with_lettered_options(tokenizer):
     ids = Renderer(tokenizer, 512).encode_choice("Tea?", ["Yes", "No"], WHO)
-    expected = "<|im_start|>user\nTea?\nA. Yes\nB. No\nAnswer with one letter, A or B.<|im_end|>\n<|im_start|>assistant\n"
+    expected = (
+        "<|im_start|>user\nTea?\nA. Yes\nB. No\nAnswer with one letter, A or B.<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tokenizer.decode(ids) == expected
 
 
@@ -59,7 +63,9 @@ def test_profile_enters_the_prompt_only_when_asked(tokenizer):
 
 def test_profile_joins_an_existing_system_message(tokenizer):
     ids, _ = Renderer(tokenizer, 512, True).encode_chat([{"role": "system", "content": "Be brief."}, *CHAT], WHO)
-    assert tokenizer.decode(ids).startswith(f"<|im_start|>system\nYou are answering for this person: {WHO}\n\nBe brief.<|im_end|>")
+    assert tokenizer.decode(ids).startswith(
+        f"<|im_start|>system\nYou are answering for this person: {WHO}\n\nBe brief.<|im_end|>"
+    )
 
 
 def test_a_template_without_system_role_gets_it_in_the_first_message():
@@ -78,7 +84,10 @@ def test_a_choice_prompt_is_never_cut(tokenizer):
 
 def test_the_number_scale_of_worldvaluesbench_is_left_out_where_letters_are_asked_for(tokenizer):
     scale = "On a scale of 1 to 10, 1 meaning 'The economy, if need be,' and 10 meaning 'The people's air', "
-    for asked, question in ((f"{scale}how should we live?", "How should we live?"), ("On a scale, how tall?", "On a scale, how tall?")):
+    for asked, question in (
+        (f"{scale}how should we live?", "How should we live?"),
+        ("On a scale, how tall?", "On a scale, how tall?"),
+    ):
         expected = Renderer(tokenizer, 512).encode_choice(question, ["Yes", "No"], WHO)
         assert Renderer(tokenizer, 512, prompt_style="letters").encode_choice(asked, ["Yes", "No"], WHO) == expected
         assert asked in tokenizer.decode(Renderer(tokenizer, 512).encode_choice(asked, ["Yes", "No"], WHO))
@@ -134,12 +143,18 @@ def test_thoughts_of_the_template_are_no_targets():
     tokenizer = character_tokenizer(THINKING_TEMPLATE)
     renderer = Renderer(tokenizer, 512)
     assert targets(renderer, CHAT) == ["Hi there<|im_end|>", "Bye<|im_end|>"]
-    assert tokenizer.decode(renderer.encode_choice("Tea?", ["Yes", "No"], WHO)).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(renderer.encode_choice("Tea?", ["Yes", "No"], WHO)).endswith(
+        "assistant\n<think>\n\n</think>\n\n"
+    )
     assert tokenizer.convert_ids_to_tokens(renderer.letter_ids(2)) == ["A", "B"]
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GENERATION_TEMPLATE, THINKING_TEMPLATE], ids=["plain", "generation", "thinking"])
-@pytest.mark.parametrize("words", ["im", "end", "im_end", "<|im_end|>", ">", "|", "assistant", "user", "<", "think", "n", "\n<"])
+@pytest.mark.parametrize(
+    "template", [CHAT_TEMPLATE, GENERATION_TEMPLATE, THINKING_TEMPLATE], ids=["plain", "generation", "thinking"]
+)
+@pytest.mark.parametrize(
+    "words", ["im", "end", "im_end", "<|im_end|>", ">", "|", "assistant", "user", "<", "think", "n", "\n<"]
+)
 def test_an_answer_that_stands_in_the_markers_too_is_learned_with_its_end(template, words):
     tokenizer = character_tokenizer(template)
     talk = [{"role": "user", "content": words}, {"role": "assistant", "content": words}] * 2
@@ -152,7 +167,9 @@ def test_an_answer_that_stands_in_the_markers_too_is_learned_with_its_end(templa
 
 NO_THINKING = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 ASKED_OTHERWISE = {
-    "a thought in the prompt alone": CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}"),
+    "a thought in the prompt alone": CHAT_TEMPLATE.replace(
+        "assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}"
+    ),
     "a blank in the prompt alone": CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant: {% endif %}"),
     "a thought in the last answer alone": THINKING_TEMPLATE.replace(NO_THINKING, ""),
     "an open thought": THINKING_TEMPLATE.replace(NO_THINKING, "<think>\n"),
@@ -173,7 +190,11 @@ def test_an_answer_is_learned_behind_the_tokens_it_is_asked_with(name):
         assert len(prompt) - 1 in positions
         answer = tokenizer.decode(ids[len(prompt) :])
         assert answer.endswith(f"{talk[-1]['content']}<|im_end|>")
-        assert answer.removesuffix(f"{talk[-1]['content']}<|im_end|>").strip() in ("", "</think>", "<think>\n\n</think>")
+        assert answer.removesuffix(f"{talk[-1]['content']}<|im_end|>").strip() in (
+            "",
+            "</think>",
+            "<think>\n\n</think>",
+        )
     if name in ("a thought in the prompt alone", "a blank in the prompt alone", "a blank in both"):
         assert tokenizer.convert_ids_to_tokens(renderer.letter_ids(3)) == ["A", "B", "C"]
 
@@ -202,7 +223,9 @@ def test_a_prompt_to_be_continued_loses_early_turns_alone(tokenizer):
     whole, least = renderer.encode_prompt(talk, WHO), renderer.encode_prompt([talk[0], talk[3]], WHO)
     assert renderer.encode_prompt(talk, WHO, len(whole)) == whole
     assert renderer.encode_prompt(talk, WHO, len(whole) - 1) == renderer.encode_prompt(talk, WHO, len(least)) == least
-    with pytest.raises(PromptTooLong, match=f"the last question of a conversation has {len(least)} tokens, but only {len(least) - 1}"):
+    with pytest.raises(
+        PromptTooLong, match=f"the last question of a conversation has {len(least)} tokens, but only {len(least) - 1}"
+    ):
         renderer.encode_prompt(talk, WHO, len(least) - 1)
 
 
@@ -247,7 +270,9 @@ def test_long_conversations_lose_whole_early_turns_but_never_their_system_messag
         for length in range(len(least) - 3, len(whole) + 3):
             renderer = Renderer(tokenizer, length, profile)
             if length < len(least):
-                with pytest.raises(PromptTooLong, match=f"last question of a conversation with its answer has {len(least)} tokens"):
+                with pytest.raises(
+                    PromptTooLong, match=f"last question of a conversation with its answer has {len(least)} tokens"
+                ):
                     renderer.encode_chat(talk, WHO)
                 continue
             ids, positions = renderer.encode_chat(talk, WHO)

@@ -24,7 +24,9 @@ CHAT = {"profile": "A cook.", "messages": [{"role": "user", "content": "Hi"}, {"
 
 
 def jsonl(path: Path, rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -49,7 +51,8 @@ def opinions() -> pd.DataFrame:
     frame = pd.read_json(DATA / "opinions.jsonl", lines=True)
     frame["country"] = [profile["country"] for profile in frame["profile"]]
     frame["option"] = [
-        answer if isinstance(answer, str) else options[answer] for answer, options in zip(frame["answer"], frame["options"], strict=True)
+        answer if isinstance(answer, str) else options[answer]
+        for answer, options in zip(frame["answer"], frame["options"], strict=True)
     ]
     return frame
 
@@ -64,7 +67,12 @@ def test_every_answer_of_the_sample_is_counted_once(opinions):
 def test_histograms_equal_counting_row_by_row(tmp_path):
     rng = np.random.default_rng(0)
     rows = [
-        {**CHOICE, "profile": {"country": str(rng.choice(["Chad", "Mali", "Peru"]))}, "answer": int(rng.integers(2)), "person_id": f"p{i}"}
+        {
+            **CHOICE,
+            "profile": {"country": str(rng.choice(["Chad", "Mali", "Peru"]))},
+            "answer": int(rng.integers(2)),
+            "person_id": f"p{i}",
+        }
         for i in range(200)
     ]
     data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
@@ -82,7 +90,9 @@ def test_single_answers_are_the_histogram_row_by_row():
     assert all(sum(counts) == 1 for counts in single.splits["train"]["counts"])
     assert len(single.splits["train"]) == merged.manifest["splits"]["train"]["answers"]
     keys = ["split", "sentence", "question_id", "option"]
-    pd.testing.assert_series_equal(long_format(merged).groupby(keys)["count"].sum(), long_format(single).groupby(keys)["count"].sum())
+    pd.testing.assert_series_equal(
+        long_format(merged).groupby(keys)["count"].sum(), long_format(single).groupby(keys)["count"].sum()
+    )
 
 
 def answers_of_people(data) -> set[tuple[int, str, str]]:
@@ -107,7 +117,9 @@ def test_people_stand_beside_the_answers_they_gave(tmp_path, histogram_targets):
     ]  # fmt: skip
     data = load(jsonl(tmp_path / "a.jsonl", rows), histogram_targets=histogram_targets)
     number = {name: index for index, name in enumerate(sorted({row["person_id"] for row in rows}))}
-    assert answers_of_people(data) == {(number[row["person_id"]], row["question_id"], row["options"][row["answer"]]) for row in rows}
+    assert answers_of_people(data) == {
+        (number[row["person_id"]], row["question_id"], row["options"][row["answer"]]) for row in rows
+    }
     sides = {name: {person for people in split["people"] for person in people} for name, split in data.splits.items()}
     assert not sides["train"] & (sides["test"] | sides["heldout"])
 
@@ -117,7 +129,11 @@ def test_a_conversation_has_one_person(tmp_path):
     data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
     sides = {name: [person for (person,) in split["people"]] for name, split in data.splits.items()}
     testers = sum(draw(0, "person", f"p{i}") < 0.3 for i in range(20))
-    assert {name: len(set(side)) for name, side in sides.items()} == {"train": 20 - testers, "test": testers, "heldout": 0}
+    assert {name: len(set(side)) for name, side in sides.items()} == {
+        "train": 20 - testers,
+        "test": testers,
+        "heldout": 0,
+    }
     assert not set(sides["train"]) & set(sides["test"])
 
 
@@ -134,7 +150,9 @@ def test_people_and_countries_stay_on_one_side(tmp_path, seed):
     testers = {i for i in range(100) if draw(seed, "person", i) < 0.3}
     held_people = {i for i in range(100) if f"C{i % 10}" in heldout}
     expected = {"train": set(range(100)) - testers - held_people, "test": testers - held_people, "heldout": held_people}
-    found = {name: {data.profiles[row["profile"]]["fields"]["age"] for row in split} for name, split in data.splits.items()}
+    found = {
+        name: {data.profiles[row["profile"]]["fields"]["age"] for row in split} for name, split in data.splits.items()
+    }
     assert found == expected
     assert sum(map(len, data.splits.values())) == 200
     assert data.manifest["heldout_groups"] == sorted(heldout)
@@ -160,7 +178,9 @@ def test_people_of_one_source_are_split_alike_whatever_else_is_in_the_file(tmp_p
     def split_of(path):
         data = load(path, heldout_fraction=0.4, heldout_profile_fraction=0.1, split_seed=1)
         assert data.manifest["split"] == {"by": "hash", "people": "drawn"}
-        return {data.profiles[row["profile"]]["fields"]["age"]: name for name, split in data.splits.items() for row in split}
+        return {
+            data.profiles[row["profile"]]["fields"]["age"]: name for name, split in data.splits.items() for row in split
+        }
 
     asked, talked = split_of(choices), split_of(chats)
     assert set(asked.values()) == set(talked.values()) == {"train", "test", "heldout", "heldout_profiles"}
@@ -190,7 +210,9 @@ def test_tiny_data_keeps_somebody_on_each_side(tmp_path, seed):
 def test_it_is_said_where_no_country_is_held_out_though_some_should_be(tmp_path):
     rows = [{**CHOICE, "profile": {"country": f"C{i % 10}"}, "person_id": i} for i in range(40)]
     seed = next(seed for seed in range(100) if all(draw(seed, "unit", f"C{i}") >= 0.1 for i in range(10)))
-    with pytest.warns(UserWarning, match=f"none of the 10 countries is held out with heldout_fraction 0.1 and split_seed {seed};"):
+    with pytest.warns(
+        UserWarning, match=f"none of the 10 countries is held out with heldout_fraction 0.1 and split_seed {seed};"
+    ):
         load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0.1, split_seed=seed)
 
 
@@ -246,7 +268,9 @@ def test_words_that_mean_no_person_leave_each_row_its_own(tmp_path, nobody):
 
 def test_an_id_with_very_many_rows_is_said_and_shortened(tmp_path):
     rows = [{**CHOICE, "person_id": "somebody-else" if i < 60 else f"p{i}"} for i in range(200)]
-    with pytest.warns(UserWarning, match=r"one person, with the id 'some\.\.\.', has 60 of 200 rows; where that id stands for nobody"):
+    with pytest.warns(
+        UserWarning, match=r"one person, with the id 'some\.\.\.', has 60 of 200 rows; where that id stands for nobody"
+    ):
         load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -257,7 +281,11 @@ def test_two_spellings_are_one_country_one_person_and_one_option(tmp_path):
     one, other = "Côte d'Ivoire", "Co\u0302te d'Ivoire\u200b"
     row = {**CHOICE, "question_id": "é", "options": ["Oui, bientôt", "Non"], "answer": "Oui, biento\u0302t "}
     rows = [
-        {**row, "profile": {"country": (one, other)[i % 2]}, "person_id": (f"é{i // 4}", f"e\u0301{i // 4} ")[i // 2 % 2]}
+        {
+            **row,
+            "profile": {"country": (one, other)[i % 2]},
+            "person_id": (f"é{i // 4}", f"e\u0301{i // 4} ")[i // 2 % 2],
+        }
         for i in range(80)
     ]
     rows[1] = {**rows[1], "question_id": "e\u0301", "options": ["Oui, biento\u0302t", "\ufeffNon"]}
@@ -290,7 +318,10 @@ def message(role, content):
 
 BAD_ROWS = {
     "broken": ('{"profile": ', r":2: broken JSON: .* at column"),
-    "repeated key": (json.dumps(CHOICE)[:-1] + ', "answer": 1}', r":2: key 'answer' stands twice, with 0 and 1; keep one"),
+    "repeated key": (
+        json.dumps(CHOICE)[:-1] + ', "answer": 1}',
+        r":2: key 'answer' stands twice, with 0 and 1; keep one",
+    ),
     "repeated field": (
         json.dumps(CHOICE).replace('"Norway"', '"Norway", "country": "Peru"'),
         r":2: key 'country' stands twice, with \"Norway\" and \"Peru\"; keep one",
@@ -313,9 +344,18 @@ BAD_ROWS = {
     "empty question": ({**CHOICE, "question": " "}, r":2: question is empty"),
     "no fields": ({**CHOICE, "profile": {}}, r":2: a profile has no field with an answer"),
     "all missing": ({**CHOICE, "profile": {"age": None, "sex": "no answer"}}, r":2: .*fields given: age, sex"),
-    "nested field": ({**CHOICE, "profile": {"place": {"country": "Chad"}}}, r":2: profile field 'place' is dict; allowed"),
-    "broken profile": ({**CHOICE, "profile": "{'country': 'Chad'}"}, r":2: the profile is a text that starts as JSON but is broken"),
-    "true as an age": ({**CHOICE, "profile": {"age": True}}, r":2: profile field 'age' is true; allowed: text or a number"),
+    "nested field": (
+        {**CHOICE, "profile": {"place": {"country": "Chad"}}},
+        r":2: profile field 'place' is dict; allowed",
+    ),
+    "broken profile": (
+        {**CHOICE, "profile": "{'country': 'Chad'}"},
+        r":2: the profile is a text that starts as JSON but is broken",
+    ),
+    "true as an age": (
+        {**CHOICE, "profile": {"age": True}},
+        r":2: profile field 'age' is true; allowed: text or a number",
+    ),
     "number profile": ({**CHOICE, "profile": 3}, r":2: profile is int; allowed"),
     "scale": ({**CHOICE, "scale": "interval"}, r":2: scale is 'interval'; allowed: ordinal, nominal"),
     "bad person": ({**CHOICE, "person_id": [1]}, r":2: person_id is list; allowed"),
@@ -336,9 +376,15 @@ BAD_MESSAGES = {
     "extra key": ([{**message("user", "Hi"), "name": "x"}], "message 1 is not an object with exactly"),
     "role": ([message("human", "Hi")], "message 1 has role 'human'; allowed: system, user, assistant"),
     "no text": ([message("user", "Hi"), message("assistant", " ")], "message 2 has no text"),
-    "late system": ([message("user", "Hi"), message("system", "x"), message("assistant", "Yo")], "message 2 has role 'system'"),
+    "late system": (
+        [message("user", "Hi"), message("system", "x"), message("assistant", "Yo")],
+        "message 2 has role 'system'",
+    ),
     "no answer": ([message("user", "Hi")], "ends with an assistant message"),
-    "answer first": ([message("assistant", "Hi"), message("user", "Yo"), message("assistant", "Hi")], "starts with a user message"),
+    "answer first": (
+        [message("assistant", "Hi"), message("user", "Yo"), message("assistant", "Hi")],
+        "starts with a user message",
+    ),
 }
 
 
@@ -367,7 +413,11 @@ def test_a_question_says_whether_the_order_of_its_options_means_something(tmp_pa
     rows = [CHOICE, {**CHOICE, "question": "Which tea?", "options": ["Green", "Black"], "scale": "nominal"}] * 4
     data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0)
     expected = {"Tea?": "ordinal", "Which tea?": "nominal"}
-    for read in (data, data.save(tmp_path / "out"), load_data(DataSection(path=str(tmp_path / "out"), heldout_fraction=0))):
+    for read in (
+        data,
+        data.save(tmp_path / "out"),
+        load_data(DataSection(path=str(tmp_path / "out"), heldout_fraction=0)),
+    ):
         train = read.splits["train"]
         assert {row["question"]: row["scale"] for row in train} == expected
         assert train["scale"] == [expected[text] for text in train["question"]]
@@ -424,15 +474,26 @@ def test_the_survey_is_complete_and_in_its_own_proportions(wvs, surveys):
     ours = frame[frame["question_id"] == "immigration"]
     by_option = ours.groupby("option", sort=False)["count"].sum()
     first = next(row for row in wvs.splits["train"] if row["question_id"] == "immigration")
-    assert [by_option[option] for option in first["options"]] == [int((immigration["e143"] == code).sum()) for code in (1, 2, 3, 4)]
-    assert set(ours["group"]) - set(immigration["country"]) == {"Bosnia and Herzegovina", "Czech Republic", "North Macedonia"}
+    assert [by_option[option] for option in first["options"]] == [
+        int((immigration["e143"] == code).sum()) for code in (1, 2, 3, 4)
+    ]
+    assert set(ours["group"]) - set(immigration["country"]) == {
+        "Bosnia and Herzegovina",
+        "Czech Republic",
+        "North Macedonia",
+    }
     sweden = immigration[(immigration["country"] == "Sweden")]["e143"].value_counts().sort_index().tolist()
     assert ours[ours["group"] == "Sweden"].groupby("option", sort=False)["count"].sum().tolist() == sweden
     people = {name: sizes["people"] for name, sizes in wvs.manifest["splits"].items()}
     assert sum(people.values()) == len(immigration) + len(surveys[1])
     heldout = set(wvs.manifest["heldout_groups"])
     assert heldout == {country for country in frame["group"].unique() if draw(0, "unit", country) < 0.15}
-    names = {"Bosnia": "Bosnia and Herzegovina", "Czech Rep.": "Czech Republic", "Macedonia": "North Macedonia", "USA": "United States"}
+    names = {
+        "Bosnia": "Bosnia and Herzegovina",
+        "Czech Rep.": "Czech Republic",
+        "Macedonia": "North Macedonia",
+        "USA": "United States",
+    }
     asked = [("immigration", immigration), ("poverty", surveys[1].dropna(subset=["country", "poverty"]))]
     testers = [
         f"{survey} {row}"
@@ -465,7 +526,9 @@ def test_a_held_out_country_is_held_out_for_both_questions(seed):
     for name in ("train", "test"):
         assert not heldout & set(data.splits[name]["group"])
         assert not any(
-            country in sentence for country in heldout for sentence in map(data.sentences.__getitem__, data.splits[name]["profile"])
+            country in sentence
+            for country in heldout
+            for sentence in map(data.sentences.__getitem__, data.splits[name]["profile"])
         )
 
 

@@ -10,7 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from raw_data import ADJUSTMENT, CHOICES, PROFILE, SCALES, adjusted, draw, survey_people, write_benchmark, write_codebook, write_survey
+from raw_data import (
+    ADJUSTMENT,
+    CHOICES,
+    PROFILE,
+    SCALES,
+    adjusted,
+    draw,
+    survey_people,
+    write_benchmark,
+    write_codebook,
+    write_survey,
+)
 
 from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data
@@ -46,7 +57,9 @@ def counted(people: pd.DataFrame) -> dict[tuple[str, str, int], int]:
     long = people.assign(who=who).melt("who", list(SCALES), "question", "code")
     long["point"] = [adjusted(question, code) for question, code in zip(long["question"], long["code"], strict=True)]
     long = long.dropna(subset="point")
-    long["option"] = [int(point) - SCALES[question][0] for question, point in zip(long["question"], long["point"], strict=True)]
+    long["option"] = [
+        int(point) - SCALES[question][0] for question, point in zip(long["question"], long["point"], strict=True)
+    ]
     return long.groupby(["who", "question", "option"]).size().to_dict()
 
 
@@ -99,7 +112,9 @@ def test_whole_files_are_split_by_us(people, tmp_path):
     write_benchmark(tmp_path, people, {"full": list(range(PEOPLE))})
     data = load(tmp_path, heldout_fraction=0, test_fraction=0.25)
     assert set(data.splits) == {"train", "test", "heldout"}
-    assert data.manifest["splits"]["test"]["people"] == sum(draw(0, "person", number) < 0.25 for number in people["D_INTERVIEW"])
+    assert data.manifest["splits"]["test"]["people"] == sum(
+        draw(0, "person", number) < 0.25 for number in people["D_INTERVIEW"]
+    )
     assert prepared(data) == counted(people)
 
 
@@ -134,7 +149,9 @@ def test_held_out_countries_and_profiles_are_seen_nowhere_else(benchmark, seed):
         assert profiles[name], name
         assert not countries["heldout"] & countries[name]
     others = set().union(*profiles.values()) - profiles["heldout"]
-    assert profiles["heldout_profiles"] == {profile for profile in others if draw(seed, "profile", data.sentences[profile]) < 0.2}
+    assert profiles["heldout_profiles"] == {
+        profile for profile in others if draw(seed, "profile", data.sentences[profile]) < 0.2
+    }
     for name in ("train", "valid", "test", "heldout"):
         assert not profiles["heldout_profiles"] & profiles[name]
     assert sum(sizes["people"] for sizes in data.manifest["splits"].values()) == PEOPLE
@@ -188,7 +205,9 @@ def test_a_survey_saved_in_another_way_is_the_same(people, survey, separator, en
 def test_a_survey_in_utf_16_is_told_how_to_convert(survey):
     file = next(survey.glob("*.csv"))
     file.write_text(file.read_text(encoding="utf-8"), encoding="utf-16")
-    with pytest.raises(DataError, match=r"\.csv: not UTF-8 text; save it as UTF-8, e\.g\. with iconv -f UTF-16 -t UTF-8 FILE > NEW"):
+    with pytest.raises(
+        DataError, match=r"\.csv: not UTF-8 text; save it as UTF-8, e\.g\. with iconv -f UTF-16 -t UTF-8 FILE > NEW"
+    ):
         load(survey)
 
 
@@ -214,12 +233,24 @@ def set_cell(column, value):
 
 
 BAD_SURVEYS = {
-    "value column": (lambda frame: frame.drop(columns=["Q56", "Q1"]), r"\.csv: column Q1, Q56 is missing; the file has 13 columns"),
+    "value column": (
+        lambda frame: frame.drop(columns=["Q56", "Q1"]),
+        r"\.csv: column Q1, Q56 is missing; the file has 13 columns",
+    ),
     "profile column": (lambda frame: frame.drop(columns="Q289"), r"\.csv: column Q289 is missing"),
-    "value code": (set_cell("Q56", "7"), r"\.csv: row 6: Q56 is 7; codes the codebook knows: 1, 2, 3, and negative ones"),
+    "value code": (
+        set_cell("Q56", "7"),
+        r"\.csv: row 6: Q56 is 7; codes the codebook knows: 1, 2, 3, and negative ones",
+    ),
     "broken number": (set_cell("Q56", "1.5"), r"\.csv: row 6: Q56 is 1\.5"),
-    "label": (set_cell("Q56", "often"), r"\.csv: row 6: Q56 is 'often', which is no number; save the codes, not their labels"),
-    "decimal comma": (set_cell("Q56", "1,0"), r"\.csv: row 6: Q56 is '1,0', which is no number; save numbers with a decimal point"),
+    "label": (
+        set_cell("Q56", "often"),
+        r"\.csv: row 6: Q56 is 'often', which is no number; save the codes, not their labels",
+    ),
+    "decimal comma": (
+        set_cell("Q56", "1,0"),
+        r"\.csv: row 6: Q56 is '1,0', which is no number; save numbers with a decimal point",
+    ),
     "labels in the header": (
         lambda frame: frame.rename(columns={"Q56": "Standard of living"}),
         r"\.csv: column Q56 is missing; .*the names of the variables, not their labels",
@@ -261,13 +292,17 @@ def test_bad_benchmark_folders_are_told_in_one_line(people, tmp_path):
     with pytest.raises(DataError, match=r"B_COUNTRY is 'Atlantis', which codebook\.json does not know"):
         load(tmp_path)
     who.unlink()
-    with pytest.raises(DataError, match=r"test_demographic_qa\.tsv is missing; the benchmark's train, valid and test files belong"):
+    with pytest.raises(
+        DataError, match=r"test_demographic_qa\.tsv is missing; the benchmark's train, valid and test files belong"
+    ):
         load(tmp_path)
     (tmp_path / "dataset_construction" / "codebook.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"codebook\.json is not JSON"):
         load(tmp_path)
     (tmp_path / "dataset_construction" / "codebook.json").unlink()
-    with pytest.raises(DataError, match=r"codebook\.json is missing in .*dataset_construction/ of the benchmark's public repository"):
+    with pytest.raises(
+        DataError, match=r"codebook\.json is missing in .*dataset_construction/ of the benchmark's public repository"
+    ):
         load(tmp_path)
     with pytest.raises(DataError, match="there is no data at"):
         load(tmp_path / "absent")
@@ -277,7 +312,9 @@ def test_bad_benchmark_folders_are_told_in_one_line(people, tmp_path):
 
 
 def test_one_person_in_two_splits_is_refused(people, tmp_path):
-    write_benchmark(tmp_path, people, {"train": list(range(150)), "valid": list(range(149, 190)), "test": list(range(190, PEOPLE))})
+    write_benchmark(
+        tmp_path, people, {"train": list(range(150)), "valid": list(range(149, 190)), "test": list(range(190, PEOPLE))}
+    )
     with pytest.raises(DataError, match=f"D_INTERVIEW {people['D_INTERVIEW'][149]} comes more than once"):
         load(tmp_path)
 
@@ -296,7 +333,9 @@ def test_a_codebook_that_does_not_fit_its_scale_is_refused(people, tmp_path):
 def test_the_command_prepares_embeds_and_writes_the_line_for_the_recipe(benchmark, tmp_path, tiny_encoder, launch):
     out = tmp_path / "new" / "wvb"
     options = ("--heldout-fraction", "0.3", "--questions", "Q1", "Q56", "--cache-dir", str(tmp_path / "cache"))
-    done = launch("prepare_data", "wvb", "--root", str(benchmark), "--out", str(out), "--encoder", str(tiny_encoder), *options)
+    done = launch(
+        "prepare_data", "wvb", "--root", str(benchmark), "--out", str(out), "--encoder", str(tiny_encoder), *options
+    )
     assert done.code == 0, done.err
     line = f"in a recipe: data: {{source: wvb, path: {out}, questions: [Q1, Q56], heldout_fraction: 0.3}}"
     assert line in done.out.replace("\n", "")
@@ -309,7 +348,9 @@ def test_the_command_prepares_embeds_and_writes_the_line_for_the_recipe(benchmar
     assert len(set(table.sentences)) == len(table.embeddings)
 
 
-@pytest.mark.parametrize("moment", ["cuma_ds.data.sources.worldvaluesbench.question_file", "cuma_ds.data.prepared.sha256", "os.replace"])
+@pytest.mark.parametrize(
+    "moment", ["cuma_ds.data.sources.worldvaluesbench.question_file", "cuma_ds.data.prepared.sha256", "os.replace"]
+)
 def test_a_command_that_stops_midway_leaves_nothing(benchmark, tmp_path, launch, monkeypatch, moment):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -320,7 +361,9 @@ def test_a_command_that_stops_midway_leaves_nothing(benchmark, tmp_path, launch,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif("CUMA_WVB_CODEBOOK" not in os.environ, reason="CUMA_WVB_CODEBOOK names no folder with the benchmark's JSON files")
+@pytest.mark.skipif(
+    "CUMA_WVB_CODEBOOK" not in os.environ, reason="CUMA_WVB_CODEBOOK names no folder with the benchmark's JSON files"
+)
 def test_the_real_codebook_is_understood(tmp_path):
     """239 questions, and counts as pandas finds them in files made from the real codebook."""
     import sys

@@ -21,7 +21,14 @@ from cuma_ds.evaluation.talk import Decoding, Talker
 from cuma_ds.export.hf import load_run, read_run, write_hf
 from cuma_ds.parallel.backbone import load_backbone
 
-QUESTIONS = ["Can people be trusted?", "What is a good life?", "Hi", "Why?", "How important is religion in your life?", "And now?"]
+QUESTIONS = [
+    "Can people be trusted?",
+    "What is a good life?",
+    "Hi",
+    "Why?",
+    "How important is religion in your life?",
+    "And now?",
+]
 NORWAY = {"country": "Norway", "age": 38}
 ENDS = {2, 3, 4, 5}
 LONGEST = 40
@@ -56,13 +63,17 @@ def expected(run) -> dict[str, list[int]]:
             ids.append(int(logits.argmax()))
         found[question] = ids[start:]
     ends = [tokens[-1] for tokens in found.values() if len(tokens) < LONGEST]
-    assert set(ends) >= {3, 5}, "answers must end at the template's and at the tokenizer's token for this test to mean something"
+    assert set(ends) >= {3, 5}, (
+        "answers must end at the template's and at the tokenizer's token for this test to mean something"
+    )
     assert any(len(set(tokens)) < len(tokens) for tokens in found.values()), "a penalty on repetition must matter"
     return found
 
 
 def prompt(tokenizer, question: str) -> list[int]:
-    return tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True)["input_ids"]
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=True
+    )["input_ids"]
 
 
 def words(tokenizer, tokens: list[int]) -> str:
@@ -108,7 +119,9 @@ def test_an_exported_model_alone_and_in_a_padded_batch(exported, expected) -> No
         assert found == tokens
     rows = [prompt(tokenizer, question) for question in QUESTIONS]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-    found = model.generate(**batch, profiles=[NORWAY], max_new_tokens=LONGEST)[:, batch["input_ids"].shape[1] :].tolist()
+    found = model.generate(**batch, profiles=[NORWAY], max_new_tokens=LONGEST)[
+        :, batch["input_ids"].shape[1] :
+    ].tolist()
     for row, tokens in zip(found, expected.values(), strict=True):
         assert row[: len(tokens)] == tokens
         assert set(row[len(tokens) :]) <= {0}
@@ -124,7 +137,9 @@ def test_exports_without_generation_settings_still_load(exported, expected, tmp_
     tokenizer = AutoTokenizer.from_pretrained(old)
     with pytest.warns(UserWarning, match="repetition_penalty"):
         talker = Talker(model, tokenizer, Decoding(max_new_tokens=LONGEST))
-    assert talker.answers([{"role": "user", "content": QUESTIONS[0]}], [NORWAY]) == [words(tokenizer, expected[QUESTIONS[0]]).strip()]
+    assert talker.answers([{"role": "user", "content": QUESTIONS[0]}], [NORWAY]) == [
+        words(tokenizer, expected[QUESTIONS[0]]).strip()
+    ]
 
 
 def test_a_bare_model_and_one_in_peft_are_settled_too(run, tmp_path, expected) -> None:
@@ -136,11 +151,16 @@ def test_a_bare_model_and_one_in_peft_are_settled_too(run, tmp_path, expected) -
     bare = load_backbone(ModelSection(path=place, dtype="float32"))
     with torch.no_grad():
         first = int(bare(ids).logits[0, -1].argmax())
-    peft = get_peft_model(load_backbone(ModelSection(path=place, dtype="float32")), LoraConfig(target_modules=["q_proj"])).eval()
+    peft = get_peft_model(
+        load_backbone(ModelSection(path=place, dtype="float32")), LoraConfig(target_modules=["q_proj"])
+    ).eval()
     for model in (bare, peft):
         with pytest.warns(UserWarning, match="repetition_penalty"):
             assert set(settle_generation(model, renderer)) == ENDS
-        tokens = [model.generate(input_ids=ids, **Decoding(max_new_tokens=LONGEST).options())[0, ids.shape[1] :].tolist() for _ in range(2)]
+        tokens = [
+            model.generate(input_ids=ids, **Decoding(max_new_tokens=LONGEST).options())[0, ids.shape[1] :].tolist()
+            for _ in range(2)
+        ]
         assert tokens[0] == tokens[1]
         assert tokens[0][0] == first
     assert open_model(place, run / "data").model.generation_config.repetition_penalty == 1.5
@@ -154,6 +174,9 @@ def test_the_token_that_ends_a_turn_is_the_one_the_template_writes_behind_answer
     header = "{{ m['role'] }}: "
     written = turn % "{{ m['content'] }}" if turn else "{{ raise_exception('no') }}"
     prompt = "{% if add_generation_prompt %}assistant: {% endif %}"
-    tokenizer.eos_token, tokenizer.chat_template = None, f"{{% for m in messages %}}{header}{written}{{% endfor %}}{prompt}"
+    tokenizer.eos_token, tokenizer.chat_template = (
+        None,
+        f"{{% for m in messages %}}{header}{written}{{% endfor %}}{prompt}",
+    )
     settled = settled_generation(GenerationConfig(), None, Renderer(tokenizer, 100))
     assert settled.eos_token_id == (None if marker is None else [marker])

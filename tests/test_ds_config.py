@@ -42,7 +42,10 @@ def test_every_configuration_stands_in_the_readme_and_takes_its_sizes_from_the_r
         ({"gradient_clipping": 1.0}, "training.max_grad_norm"),
         ({"zero_optimization": {"stage": 0}}, "stage is 0; allowed: 1, 2, 3"),
         ({"frozen_backbone": {"offload": "nvme"}}, "frozen_backbone.offload: Input should be 'none' or 'cpu'"),
-        ({"zero_optimization": {"stage": 3}, "frozen_backbone": {"sharded": True}}, "stage 3 already shards everything"),
+        (
+            {"zero_optimization": {"stage": 3}, "frozen_backbone": {"sharded": True}},
+            "stage 3 already shards everything",
+        ),
     ],
 )
 def test_a_contradiction_is_one_line(changes, part, tmp_path) -> None:

@@ -32,7 +32,9 @@ def test_kernels_equal_plain_pytorch_in_bounds_and_whatever_the_order_of_lanes(b
     ],
     ids=["one step too far", "ties to the higher index", "a missing wait between lanes"],
 )  # fmt: skip
-def test_a_seeded_mistake_is_caught(built: Path, tmp_path: Path, start: str, file: str, right: str, wrong: str, message: str) -> None:
+def test_a_seeded_mistake_is_caught(
+    built: Path, tmp_path: Path, start: str, file: str, right: str, wrong: str, message: str
+) -> None:
     for name in {*emulation.SOURCES, "driver"} - {file}:
         shutil.copy(built.parent / f"{name}.o", tmp_path)
     changed = emulation.build(tmp_path, sanitized.FLAGS, (file, right, wrong))

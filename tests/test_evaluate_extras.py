@@ -67,16 +67,23 @@ def test_a_run_on_other_data(run, tmp_path) -> None:
     lines = [json.loads(line) for line in OPINIONS.read_text().splitlines()]
     (tmp_path / "half.jsonl").write_text("\n".join(json.dumps(line) for line in lines[::2]))
     report = evaluate(open_run(run, data=tmp_path / "half.jsonl"), tmp_path / "out")
-    assert 0 < report.summary["splits"]["test"]["answers"] < evaluate(open_run(run), tmp_path / "own").summary["splits"]["test"]["answers"]
+    assert (
+        0
+        < report.summary["splits"]["test"]["answers"]
+        < evaluate(open_run(run), tmp_path / "own").summary["splits"]["test"]["answers"]
+    )
 
 
 def test_a_peft_adapter_is_judged_before_and_after(run, tmp_path, tiny_llama) -> None:
     torch.manual_seed(0)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_llama), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(tiny_llama),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(str(tmp_path / "adapter"))
-    subject = open_peft(tmp_path / "adapter", run / "data", base=str(tiny_llama), overrides=[*FEW, "model.dtype=float32"])
+    subject = open_peft(
+        tmp_path / "adapter", run / "data", base=str(tiny_llama), overrides=[*FEW, "model.dtype=float32"]
+    )
     assert isinstance(subject.model, PeftModel)
     report = evaluate(subject, tmp_path / "out")
     bare = evaluate(open_model(str(tiny_llama), run / "data", [*FEW, "model.dtype=float32"]), tmp_path / "bare")
@@ -141,7 +148,10 @@ def test_answers_equal_single_unpadded_generations(chat_run) -> None:
     found = generate(subject, rows, [request.profile for request in requests], subject.embeddings_NP, decoding)
     for row, request, text in zip(rows, requests, found, strict=True):
         tokens = subject.model.generate(
-            input_ids=torch.tensor([row]), profile_embeddings=subject.embeddings_NP[[request.profile]], max_new_tokens=6, do_sample=False
+            input_ids=torch.tensor([row]),
+            profile_embeddings=subject.embeddings_NP[[request.profile]],
+            max_new_tokens=6,
+            do_sample=False,
         )
         assert text == subject.renderer.tokenizer.decode(tokens[0, len(row) :], skip_special_tokens=True).strip()
 
@@ -161,13 +171,17 @@ def test_requests_end_before_the_last_answer_and_know_who_asks(chat_run) -> None
 def test_a_report_with_answers_and_a_judge_over_http(chat_run, tmp_path, server, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     server.script = lambda *_: verdict("A")
-    report = evaluate(open_run(chat_run), tmp_path / "out", extras=[Generation(3, Decoding(8), JudgeSettings(server.url, "m"))])
+    report = evaluate(
+        open_run(chat_run), tmp_path / "out", extras=[Generation(3, Decoding(8), JudgeSettings(server.url, "m"))]
+    )
     section = report.summary["generation"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == section["requests"] == 3
     for row in ("before", "trained"):
         expected = distinct([line[row] for line in lines], 1)
-        assert section["rows"][row]["distinct_1"] == (pytest.approx(expected, abs=1e-6) if expected == expected else None)
+        assert section["rows"][row]["distinct_1"] == (
+            pytest.approx(expected, abs=1e-6) if expected == expected else None
+        )
     assert (section["judge"]["tie"], section["judge"]["disagreed"]) == (3, 3)
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Win rate of the trained model against its backbone, by m: **50.0%" in text
@@ -210,7 +224,9 @@ def test_gradients_equal_single_unpadded_backward_passes(model) -> None:
     for row, group in zip(found, groups, strict=True):
         loss = torch.zeros(())
         for example in group:
-            logits = model(input_ids=torch.tensor([example.input_ids]), profile_embeddings=embeddings[[example.profile]]).logits[0, -1]
+            logits = model(
+                input_ids=torch.tensor([example.input_ids]), profile_embeddings=embeddings[[example.profile]]
+            ).logits[0, -1]
             logp = logits.log_softmax(dim=-1)[example.target_token]
             loss = loss - (logp * torch.tensor(example.target_weight)).sum() / len(group)
         own = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, experts)])

@@ -35,7 +35,13 @@ from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.forward import forward_batches
 from cuma_ds.evaluation.pictures import _mean_answer, expert_picture
-from cuma_ds.evaluation.plots import discriminating_routers, group_tree, plot_distributions, plot_expert_use, plot_group_emd
+from cuma_ds.evaluation.plots import (
+    discriminating_routers,
+    group_tree,
+    plot_distributions,
+    plot_expert_use,
+    plot_group_emd,
+)
 from cuma_ds.evaluation.report import markdown
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.evaluation.subject import load_trained
@@ -74,10 +80,17 @@ def embeddings() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def examples(renderer: Renderer) -> list[EncodedExample]:
-    asked = [("Short?", ["yes", "no"]), ("A somewhat longer question, is it?", ["a", "b", "c", "d"]), ("Middle one?", ["x", "y", "z"])]
+    asked = [
+        ("Short?", ["yes", "no"]),
+        ("A somewhat longer question, is it?", ["a", "b", "c", "d"]),
+        ("Middle one?", ["x", "y", "z"]),
+    ]
     return [
         encode_example(
-            {"profile": profile, "question": question, "options": options, "counts": [1] * len(options)}, renderer, [""] * 6, DataSection()
+            {"profile": profile, "question": question, "options": options, "counts": [1] * len(options)},
+            renderer,
+            [""] * 6,
+            DataSection(),
         )
         for question, options in asked
         for profile in range(6)
@@ -88,13 +101,17 @@ def examples(renderer: Renderer) -> list[EncodedExample]:
 def one_by_one(model: CumaModel, example: EncodedExample, profile: torch.Tensor | None) -> np.ndarray:
     """The probabilities of an example without padding, batching or logits_to_keep."""
     extra = {} if profile is None else {"profile_embeddings": profile[None]}
-    logits = model(input_ids=torch.tensor([example.input_ids]), attention_mask=torch.ones(1, len(example.input_ids)), **extra).logits[0, -1]
+    logits = model(
+        input_ids=torch.tensor([example.input_ids]), attention_mask=torch.ones(1, len(example.input_ids)), **extra
+    ).logits[0, -1]
     weights = torch.exp(logits[example.target_token].double())
     return (weights / weights.sum()).numpy()
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
-def test_probabilities_equal_single_unpadded_forwards_at_any_batch_size(model, examples, embeddings, batch_size) -> None:
+def test_probabilities_equal_single_unpadded_forwards_at_any_batch_size(
+    model, examples, embeddings, batch_size
+) -> None:
     found = predict_choices(model, examples, embeddings, batch_size, pad_id=0)
     for example, probabilities in zip(examples, found.probabilities, strict=True):
         np.testing.assert_allclose(probabilities, one_by_one(model, example, embeddings[example.profile]), atol=1e-5)
@@ -136,7 +153,9 @@ def test_profiles_change_the_answers_and_swapping_moves_them_along(model, exampl
 def test_the_bare_backbone_is_asked_once_per_prompt_and_needs_no_profiles(model, examples, section) -> None:
     rows = []
     with model.adapters_disabled():
-        hook = model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+        hook = model.register_forward_pre_hook(
+            lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
         found = predict_choices(model, examples, None, 2, pad_id=0).probabilities
         hook.remove()
     assert sum(rows) == 3
@@ -169,7 +188,9 @@ def test_no_examples_give_no_predictions(model, embeddings) -> None:
 def test_batches_are_sorted_by_length_and_progress_ends_at_the_end(model, examples, embeddings) -> None:
     told: list[tuple[int, int]] = []
     seen, widths = [], []
-    for indices, batch, logits, gates in forward_batches(model, examples, embeddings, 4, 0, progress=lambda *at: told.append(at)):
+    for indices, batch, logits, gates in forward_batches(
+        model, examples, embeddings, 4, 0, progress=lambda *at: told.append(at)
+    ):
         seen += indices
         widths.append(batch.input_ids.shape[1])
         assert logits.shape[:2] == (len(indices), len({len(examples[index].input_ids) for index in indices}))
@@ -183,7 +204,10 @@ def test_batches_are_sorted_by_length_and_progress_ends_at_the_end(model, exampl
 def test_chat_loss_is_the_mean_over_assistant_tokens_of_single_forwards(model, renderer, embeddings) -> None:
     talks = [["Hi", "Hello!"], ["How are you today?", "Fine.", "Sure?", "Yes, quite sure."]]
     rows = [
-        {"profile": p, "messages": [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(talk)]}
+        {
+            "profile": p,
+            "messages": [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(talk)],
+        }
         for p, talk in enumerate(talks)
     ]
     encoded = [encode_example(row, renderer, [""] * 2, DataSection()) for row in rows]
@@ -191,8 +215,12 @@ def test_chat_loss_is_the_mean_over_assistant_tokens_of_single_forwards(model, r
     nll, tokens = 0.0, 0
     for index, example in enumerate(encoded):
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([example.input_ids]), profile_embeddings=embeddings[[index]]).logits[0]
-        own = sum(-torch.log_softmax(logits[p].double(), 0)[example.input_ids[p + 1]].item() for p in example.target_position)
+            logits = model(input_ids=torch.tensor([example.input_ids]), profile_embeddings=embeddings[[index]]).logits[
+                0
+            ]
+        own = sum(
+            -torch.log_softmax(logits[p].double(), 0)[example.input_ids[p + 1]].item() for p in example.target_position
+        )
         assert found.nll[index] == pytest.approx(own, rel=1e-4)
         nll, tokens = nll + own, tokens + len(example.target_position)
     assert found.loss == pytest.approx(nll / tokens, rel=1e-4)
@@ -243,7 +271,10 @@ def make_run(folder: Path, llama: Path, encoder: Path, raw: Path, steps: tuple[i
     table.save(folder / "profiles.safetensors")
     width = 16 if config.adapters.uses_profiles else 0
     for step in steps:
-        model = lively(inject_adapters(load_backbone(config.model), config.adapters.model_copy(update={"profile_dim": width})), seed=step)
+        model = lively(
+            inject_adapters(load_backbone(config.model), config.adapters.model_copy(update={"profile_dim": width})),
+            seed=step,
+        )
         if width:
             model.set_profile_standardisation(table.embeddings, 3.0)
         checkpoint = folder / "checkpoints" / f"step-{step}"
@@ -251,7 +282,9 @@ def make_run(folder: Path, llama: Path, encoder: Path, raw: Path, steps: tuple[i
         state = {f"param/{name}": tensor.clone().contiguous() for name, tensor in model.adapter_state().items()}
         save_file(state, checkpoint / "shared.safetensors")
         files = {"shared.safetensors": (checkpoint / "shared.safetensors").stat().st_size}
-        (checkpoint / "state.json").write_text(json.dumps({"format_version": 1, "step": step, "fingerprint": "x", "files": files}))
+        (checkpoint / "state.json").write_text(
+            json.dumps({"format_version": 1, "step": step, "fingerprint": "x", "files": files})
+        )
     return folder
 
 
@@ -295,7 +328,11 @@ def test_recovered_follows_from_the_emds_beside_it(report) -> None:
 def test_numbers_follow_from_the_cells_beside_them(report) -> None:
     for split in report.summary["splits"].values():
         weights = [cell["answers"] for cell in split["cells"]]
-        assert sum(weights) == split["compared"]["answers"] == sum(q["compared"]["answers"] for q in split["questions"].values())
+        assert (
+            sum(weights)
+            == split["compared"]["answers"]
+            == sum(q["compared"]["answers"] for q in split["questions"].values())
+        )
         assert split["answers"] == sum(weights) + split["left_out"]["answers"]
         for row, values in split["rows"].items():
             distances = []
@@ -329,7 +366,9 @@ def test_the_report_says_how_much_probability_the_option_letters_have(report, ru
     for row in data.splits["test"]:
         example = encode_example(row, renderer, data.sentences, config.data)
         with torch.no_grad():
-            logits = trained(input_ids=torch.tensor([example.input_ids]), profile_embeddings=table.embeddings[[row["profile"]]]).logits
+            logits = trained(
+                input_ids=torch.tensor([example.input_ids]), profile_embeddings=table.embeddings[[row["profile"]]]
+            ).logits
         masses.append(float(logits[0, -1].double().softmax(0)[example.target_token].sum()))
         answers.append(sum(row["counts"]))
         by_cell[row["question_id"], row["group"]] = masses[-1]
@@ -341,7 +380,9 @@ def test_the_report_says_how_much_probability_the_option_letters_have(report, ru
     assert (found["trained"]["lowest"]["question_id"], found["trained"]["lowest"]["group"]) == lowest
     assert found["trained"]["lowest"]["mean"] == pytest.approx(by_cell[lowest], abs=1e-5)
     text = markdown(report.summary, {})
-    assert f"trained {found['trained']['mean']:.3f} (lowest {found['trained']['lowest']['mean']:.3f}, {lowest[1]})" in text
+    assert (
+        f"trained {found['trained']['mean']:.3f} (lowest {found['trained']['lowest']['mean']:.3f}, {lowest[1]})" in text
+    )
     # A random model says anything.
     assert found["trained"]["mean"] < 0.5
     assert "**Warning: the option letters together have a probability of" in text
@@ -369,7 +410,11 @@ def test_questions_without_an_order_are_judged_by_total_variation(tmp_path, tiny
         report = evaluate_run(make_run(tmp_path / name / "run", tiny_llama, tiny_encoder, tmp_path / f"{name}.jsonl"))
         rows[name] = report.summary["splits"]["test"]["rows"]
     split = report.summary["splits"]["test"]
-    assert [split["distance"], *(part["distance"] for part in split["questions"].values())] == ["EMD and TV", "EMD", "TV"]
+    assert [split["distance"], *(part["distance"] for part in split["questions"].values())] == [
+        "EMD and TV",
+        "EMD",
+        "TV",
+    ]
     for row in ("collapse", "oracle"):
         for metric in METRICS - {"macro_f1"}:  # over the letters of all questions
             assert rows["one"][row][metric] == pytest.approx(rows["other"][row][metric], abs=1e-6), metric
@@ -432,7 +477,9 @@ def test_markdown_holds_the_numbers_of_the_summary_and_links_that_exist(run_dir)
     trained = report.summary["splits"]["test"]["rows"]["trained"]
     low, high = trained["interval"]["emd"]
     assert f"| **trained** | {trained['emd']:.4f} [{low:.4f}, {high:.4f}] | {trained['recovered']:.2f}" in text
-    spread = " | ".join(f"{trained[key]:.3f}" for key in ("macro_f1_questions", "group_accuracy", "inequity", "calibration_error"))
+    spread = " | ".join(
+        f"{trained[key]:.3f}" for key in ("macro_f1_questions", "group_accuracy", "inequity", "calibration_error")
+    )
     assert f"| {spread} |" in text
     assert "zero-shot" in text
     assert "Question 0?" in text
@@ -468,7 +515,9 @@ def test_progress_names_what_runs(run_dir) -> None:
     told: dict[str, tuple[int, int]] = {}
     evaluate_run(run_dir, progress=lambda what, done, total: told.update({what: (done, total)}))
     assert list(told) == [
-        f"{split}: {what}" for split in ("test", "heldout") for what in ("before training", "trained", "profiles swapped")
+        f"{split}: {what}"
+        for split in ("test", "heldout")
+        for what in ("before training", "trained", "profiles swapped")
     ]
     assert all(done == total for done, total in told.values())
 
@@ -488,7 +537,10 @@ def test_chat_runs_report_loss_and_perplexity(tmp_path, tiny_llama, tiny_encoder
         {
             "profile": {"country": COUNTRIES[number % 4]},
             "person_id": str(number),
-            "messages": [{"role": "user", "content": f"Say {number}"}, {"role": "assistant", "content": f"{number} it is."}],
+            "messages": [
+                {"role": "user", "content": f"Say {number}"},
+                {"role": "assistant", "content": f"{number} it is."},
+            ],
         }
         for number in range(320)
     ]
@@ -496,7 +548,10 @@ def test_chat_runs_report_loss_and_perplexity(tmp_path, tiny_llama, tiny_encoder
     report = evaluate_run(make_run(tmp_path / "runs" / "chat", tiny_llama, tiny_encoder, tmp_path / "chats.jsonl"))
     assert report.summary["kind"] == "chat"
     # The only country held out has nobody to swap profiles with.
-    assert [list(split["rows"]) for split in report.summary["splits"].values()] == [["before", "trained", "swapped"], ["before", "trained"]]
+    assert [list(split["rows"]) for split in report.summary["splits"].values()] == [
+        ["before", "trained", "swapped"],
+        ["before", "trained"],
+    ]
     for split in report.summary["splits"].values():
         for row in split["rows"].values():
             assert row["perplexity"] == pytest.approx(np.exp(row["loss"]), rel=1e-4)
@@ -545,11 +600,17 @@ def test_another_shape_of_adapters_than_the_checkpoint(run_dir) -> None:
 def launch(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[1]
     command = [sys.executable, str(root / "launchers" / "evaluate.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(root)})
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(root)}
+    )
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), [(["--run", "nowhere"], 2, "no run folder"), ([], 2, "--run")])
-def test_the_launcher_says_what_is_wrong_in_one_line(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), [(["--run", "nowhere"], 2, "no run folder"), ([], 2, "--run")]
+)
+def test_the_launcher_says_what_is_wrong_in_one_line(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
     done = launch(arguments, tmp_path)
     assert done.returncode == code
     assert message in done.stderr.splitlines()[-1]
@@ -590,9 +651,19 @@ def test_pictures_of_any_number_of_groups(tmp_path: Path, groups: int) -> None:
     rng = np.random.default_rng(0)
     names = [f"A rather long name of group number ${k}" for k in range(groups)]
     shares = rng.dirichlet(np.ones(5), size=groups)
-    plot_distributions(tmp_path / "d.png", "Is it $5 or \\alpha? " * 9, ["one $", *"bcde"], names[:8], shares[:8], shares[:8], shares[0])
+    plot_distributions(
+        tmp_path / "d.png",
+        "Is it $5 or \\alpha? " * 9,
+        ["one $", *"bcde"],
+        names[:8],
+        shares[:8],
+        shares[:8],
+        shares[0],
+    )
     plot_group_emd(tmp_path / "e.png", names, *rng.random((3, groups)))
-    plot_expert_use(tmp_path / "x.png", names, rng.dirichlet(np.ones(4), size=(groups, 2)), ["model.layers.0.q_proj", "odd"])
+    plot_expert_use(
+        tmp_path / "x.png", names, rng.dirichlet(np.ones(4), size=(groups, 2)), ["model.layers.0.q_proj", "odd"]
+    )
     for name in "dex":
         assert min(imread(tmp_path / f"{name}.png").shape[:2]) > 150
 
@@ -600,7 +671,8 @@ def test_pictures_of_any_number_of_groups(tmp_path: Path, groups: int) -> None:
 def test_experts_are_compared_on_questions_that_everybody_answered(tmp_path: Path, monkeypatch) -> None:
     drawn = SimpleNamespace()
     monkeypatch.setattr(
-        "cuma_ds.evaluation.pictures.plot_expert_use", lambda path, groups, gates, names: vars(drawn).update(groups=groups, gates=gates)
+        "cuma_ds.evaluation.pictures.plot_expert_use",
+        lambda path, groups, gates, names: vars(drawn).update(groups=groups, gates=gates),
     )
     gates = np.arange(10, dtype=np.float32).reshape(5, 1, 2)
     expert_picture(tmp_path, ["r"], ["q1", "q1", "q2", "q1", "q1"], ["a", "b", "a", "c", "c"], [1, 10, 9, 1, 3], gates)
@@ -610,7 +682,13 @@ def test_experts_are_compared_on_questions_that_everybody_answered(tmp_path: Pat
 
 def test_a_map_shows_the_mean_of_answers_that_have_an_order() -> None:
     names = ["q1", "q1", "q2", "q2"]
-    split = {"question_id": names, "question": names, "options": [["a", "b", "c"]] * 4, "group": ["x", "y"] * 2, "profile": [0, 1] * 2}
+    split = {
+        "question_id": names,
+        "question": names,
+        "options": [["a", "b", "c"]] * 4,
+        "group": ["x", "y"] * 2,
+        "profile": [0, 1] * 2,
+    }
     split["counts"] = [[9, 0, 0], [0, 9, 0], [2, 0, 2], [0, 0, 4]]
     title, values = _mean_answer(ChoiceExamples.of({**split, "scale": ["nominal"] * 2 + ["ordinal"] * 2}), {0: 0, 1: 1})
     assert title == "mean answer, from “a” to “c”"
@@ -623,10 +701,39 @@ def test_one_group_has_no_map() -> None:
 
 
 def test_markdown_of_an_unknown_value_is_a_dash() -> None:
-    rows = {"trained": {"emd": None, "recovered": None, "accuracy": 0.5, "entropy": 1.0, "interval": {"accuracy": [0.4, 0.61]}}}
-    size = {"people": None, "groups": 0, "answers": 7, "compared": {"cells": 0, "answers": 0}, "left_out": {"cells": 3, "answers": 7}}
-    about = {"run": "r", "checkpoint": "step-1", "kind": "choice", "main": "trained", "min_answers": 30, "min_subgroup": 5, "bootstrap": 10}
-    shown = [{"label": "old", "people": 40, "answers": 40, "rows": {"trained": {"emd": None, "accuracy": 0.5, "interval": {}}}}]
+    rows = {
+        "trained": {
+            "emd": None,
+            "recovered": None,
+            "accuracy": 0.5,
+            "entropy": 1.0,
+            "interval": {"accuracy": [0.4, 0.61]},
+        }
+    }
+    size = {
+        "people": None,
+        "groups": 0,
+        "answers": 7,
+        "compared": {"cells": 0, "answers": 0},
+        "left_out": {"cells": 3, "answers": 7},
+    }
+    about = {
+        "run": "r",
+        "checkpoint": "step-1",
+        "kind": "choice",
+        "main": "trained",
+        "min_answers": 30,
+        "min_subgroup": 5,
+        "bootstrap": 10,
+    }
+    shown = [
+        {
+            "label": "old",
+            "people": 40,
+            "answers": 40,
+            "rows": {"trained": {"emd": None, "accuracy": 0.5, "interval": {}}},
+        }
+    ]
     subgroups = {"age": {"shown": shown, "left_out": 2}}
     split = {**size, "distance": "TV", "rows": rows, "subgroups": subgroups}
     text = markdown({**about, "splits": {"test": split}}, {})

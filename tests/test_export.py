@@ -74,7 +74,10 @@ FAMILIES = [(kind, tied) for kind in ("llama", "qwen3", "mistral", "gemma2") for
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory) -> dict[tuple[str, bool], Path]:
     folder = tmp_path_factory.mktemp("backbones")
-    return {(kind, tied): save_tiny(folder / f"{kind}-{'tied' if tied else 'untied'}", kind, tied) for kind, tied in FAMILIES}
+    return {
+        (kind, tied): save_tiny(folder / f"{kind}-{'tied' if tied else 'untied'}", kind, tied)
+        for kind, tied in FAMILIES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,9 @@ def packages(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama, tiny_encoder):
-    return make_run(tmp_path_factory.mktemp("runs") / "opinions", tiny_llama, tiny_encoder, {"router": "mlp", "router_hidden": 8})
+    return make_run(
+        tmp_path_factory.mktemp("runs") / "opinions", tiny_llama, tiny_encoder, {"router": "mlp", "router_hidden": 8}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +131,31 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"cuma_ds", "deepspe
 
 
 @pytest.mark.sixteen_bit
-def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(tmp_path, backbones, packages, monkeypatch) -> None:
+def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(
+    tmp_path, backbones, packages, monkeypatch
+) -> None:
     """Logits to 1e-5 (float32) and 1e-2 (bfloat16), words equal, for four families with tied and untied embeddings."""
     embeddings = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     save_file({**BATCH, "embeddings": embeddings}, tmp_path / "inputs")
     expected = {}
     for index, (family, backbone) in enumerate(backbones.items()):
         config = CumaConfig(
-            num_experts=4, top_k=2, lora_r=2, profile_dim=16, target_modules=("q_proj", "v_proj", "up_proj"), shared_a=bool(index % 2)
+            num_experts=4,
+            top_k=2,
+            lora_r=2,
+            profile_dim=16,
+            target_modules=("q_proj", "v_proj", "up_proj"),
+            shared_a=bool(index % 2),
         )
         base = ModelSection(path=str(backbone), dtype="float32")
         model = lively(inject_adapters(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32), config))
         model.set_profile_standardisation(torch.randn(9, 16, generator=torch.Generator().manual_seed(2)), 3.0)
         out = tmp_path / f"out-{family[0]}-{family[1]}"
-        write_hf(Trained(config, dict(model.adapter_state()), base, {"encoder": None, "template": "generic"}), out, merged=index % 2 == 0)
+        write_hf(
+            Trained(config, dict(model.adapter_state()), base, {"encoder": None, "template": "generic"}),
+            out,
+            merged=index % 2 == 0,
+        )
         with torch.no_grad():
             expected[f"{out}/logits"] = model(**BATCH, profile_embeddings=embeddings).logits
             expected[f"{out}/words"] = model.generate(**BATCH, profile_embeddings=embeddings, **GREEDY)
@@ -151,7 +167,9 @@ def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(t
                 expected[f"{out}/bf16 {units}"] = brain.eval()(**BATCH, profile_embeddings=embeddings).logits.float()
     script = tmp_path / "script.py"
     script.write_text(FRESH)
-    done = run_fresh(packages, script, str(tmp_path / "inputs"), *sorted({key.rpartition("/")[0] for key in expected}), cwd=tmp_path)
+    done = run_fresh(
+        packages, script, str(tmp_path / "inputs"), *sorted({key.rpartition("/")[0] for key in expected}), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "[]", "the export must need neither this package nor what it brings"
     results = load_file(tmp_path / "inputs.out")
@@ -161,10 +179,14 @@ def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(t
         else:
             tolerance = 1e-5 if key.endswith("logits") else 1e-2
             real = MASK.bool()
-            torch.testing.assert_close(results[key][real], tensor[real], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                results[key][real], tensor[real], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
-def test_profiles_as_fields_and_text_equal_their_embeddings_in_forward_beams_and_samples(run, exported, tiny_encoder) -> None:
+def test_profiles_as_fields_and_text_equal_their_embeddings_in_forward_beams_and_samples(
+    run, exported, tiny_encoder
+) -> None:
     from cuma_ds.profiles import ProfileEncoder, linearize
 
     _, trained, _ = run
@@ -175,20 +197,27 @@ def test_profiles_as_fields_and_text_equal_their_embeddings_in_forward_beams_and
         torch.testing.assert_close(model(**BATCH, profiles=PROFILES).logits, expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(model(**BATCH, profile_embeddings=embeddings).logits, expected, rtol=1e-6, atol=1e-6)
         one = model(**BATCH, profiles=PROFILES[:1]).logits
-        torch.testing.assert_close(one, trained(**BATCH, profile_embeddings=embeddings[:1].expand(3, -1)).logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            one, trained(**BATCH, profile_embeddings=embeddings[:1].expand(3, -1)).logits, rtol=1e-6, atol=1e-6
+        )
     assert (one[1] - expected[1]).abs().max() > 1e-2, "profiles must matter for this comparison to mean something"
     for options in ({}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"use_cache": False}):
         torch.manual_seed(5)
         words = model.generate(**BATCH, profiles=PROFILES, **(GREEDY | options))
         torch.manual_seed(5)
-        assert torch.equal(words, trained.generate(**BATCH, profile_embeddings=embeddings, **(GREEDY | options))), options
+        assert torch.equal(words, trained.generate(**BATCH, profile_embeddings=embeddings, **(GREEDY | options))), (
+            options
+        )
     alone = model.generate(IDS[1:2], profiles=PROFILES[1:2], **GREEDY)
     assert torch.equal(model.generate(**BATCH, profiles=PROFILES, **GREEDY)[1:2], alone)
 
 
 def test_a_run_is_called_as_its_export_is(run, exported) -> None:
     with torch.no_grad():
-        assert torch.equal(load_run(run[0])(**BATCH, profiles=PROFILES).logits, load_exported(exported)(**BATCH, profiles=PROFILES).logits)
+        assert torch.equal(
+            load_run(run[0])(**BATCH, profiles=PROFILES).logits,
+            load_exported(exported)(**BATCH, profiles=PROFILES).logits,
+        )
 
 
 def test_merged_export_needs_no_base_folder(tmp_path, backbones, tiny_encoder, run) -> None:
@@ -249,8 +278,14 @@ def test_weights_are_copied_bit_by_bit_in_shards(shard_bytes, tmp_path, backbone
 
 
 def test_methods_without_profiles_are_exported_too(tmp_path, tiny_llama, tiny_encoder) -> None:
-    for method, adapters in {"lora": {"num_experts": 1, "top_k": 1, "balance_weight": 0.0}, "mixlora": {}, "hydralora": {}}.items():
-        folder, trained, _ = make_run(tmp_path / "runs" / method, tiny_llama, tiny_encoder, {"method": method, **adapters})
+    for method, adapters in {
+        "lora": {"num_experts": 1, "top_k": 1, "balance_weight": 0.0},
+        "mixlora": {},
+        "hydralora": {},
+    }.items():
+        folder, trained, _ = make_run(
+            tmp_path / "runs" / method, tiny_llama, tiny_encoder, {"method": method, **adapters}
+        )
         model = load_exported(write_hf(read_run(folder), tmp_path / method))
         with torch.no_grad():
             assert torch.equal(model(**BATCH).logits, trained(**BATCH).logits)
@@ -307,7 +342,12 @@ def test_the_numbers_of_a_model_card_are_those_of_the_runs_report(tmp_path, run)
     card = (write_hf(read_run(folder), tmp_path / "card") / "README.md").read_text()
     shown = numbers_in(card)
     assert list(shown) == [SPLITS[name] for name in report["splits"]]
-    columns = {"EMD": ("emd", 4), "recovered": ("recovered", 2), "accuracy": ("accuracy", 3), "ECE": ("calibration_error", 3)}
+    columns = {
+        "EMD": ("emd", 4),
+        "recovered": ("recovered", 2),
+        "accuracy": ("accuracy", 3),
+        "ECE": ("calibration_error", 3),
+    }
     for name, split in report["splits"].items():
         assert list(shown[SPLITS[name]]) == [ROWS[row] for row in split["rows"]]
         for row, values in split["rows"].items():
@@ -364,12 +404,20 @@ def test_bad_exports_are_named(tmp_path, exported, backbones, tiny_encoder) -> N
     with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is missing"):
         load_exported(tampered)
 
-    for section, key, wrong in (("adapters", "lora_alpha", 17.0), ("profiles", "template", "wvs"), ("prompt", "max_length", 77)):
-        edited = change(exported, tmp_path / f"edited-{section}", lambda about, s=section, k=key, w=wrong: about[s].update({k: w}))
+    for section, key, wrong in (
+        ("adapters", "lora_alpha", 17.0),
+        ("profiles", "template", "wvs"),
+        ("prompt", "max_length", 77),
+    ):
+        edited = change(
+            exported, tmp_path / f"edited-{section}", lambda about, s=section, k=key, w=wrong: about[s].update({k: w})
+        )
         with pytest.raises(CheckpointError, match=r"adapter_config.json no longer says how the adapters were trained"):
             load_exported(edited)
 
-    with pytest.raises(ModelError, match="wrong base model: its model_type is qwen3, the adapters were trained on one with llama"):
+    with pytest.raises(
+        ModelError, match="wrong base model: its model_type is qwen3, the adapters were trained on one with llama"
+    ):
         load_exported(exported, base_model=str(backbones["qwen3", False]))
     for key, wanted in {"vocab_size": 999, "hidden_size": 64}.items():
         other = change(exported, tmp_path / key, lambda about, k=key, w=wanted: about["base"].update({k: w}))
@@ -406,7 +454,11 @@ def test_bad_profiles_are_named_and_unknown_fields_warned(tmp_path, exported, ti
             (other / file.relative_to(tiny_encoder)).parent.mkdir(exist_ok=True)
             (other / file.relative_to(tiny_encoder)).write_bytes(file.read_bytes())
     weights = load_file(other / "model.safetensors")
-    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor + 1e-3 for name, tensor in weights.items()},
+        other / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(ModelError, match="not the one these adapters were trained with"):
         load_exported(exported, encoder=str(other))(**BATCH, profiles=PROFILES)
 
@@ -475,7 +527,9 @@ def test_without_permission_to_run_its_code_transformers_refuses(exported) -> No
 def peft_log_probabilities(backbone: Path, adapter: Path, examples) -> list[torch.Tensor]:
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32), adapter).eval()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32), adapter
+    ).eval()
     with torch.no_grad():
         return [model(input_ids=ids).logits[0].double().log_softmax(dim=-1) for ids in examples]
 
@@ -493,8 +547,14 @@ EXACT = {
 @pytest.mark.parametrize("variant", EXACT)
 def test_stock_peft_reads_an_exact_lora(variant, tmp_path, tiny_llama, tiny_encoder) -> None:
     """Where routing depends on the profile alone, the plain LoRA gives the mixture's logits to 1e-5."""
-    folder, trained, table = make_run(tmp_path / "runs" / variant, tiny_llama, tiny_encoder, EXACT[variant], constant_routing=True)
-    known = json.loads((folder / "data" / "profiles.jsonl").read_text().splitlines()[3])["fields"] if table is not None else None
+    folder, trained, table = make_run(
+        tmp_path / "runs" / variant, tiny_llama, tiny_encoder, EXACT[variant], constant_routing=True
+    )
+    known = (
+        json.loads((folder / "data" / "profiles.jsonl").read_text().splitlines()[3])["fields"]
+        if table is not None
+        else None
+    )
     report = write_lora(folder, [] if table is None else [known, "somebody new"], tmp_path / "lora")
     assert all(row["exact"] for row in report["profiles"])
     kept = {"linear": 4, "mlp": 4, "shared-a": 2, "soft": 8, "not-renormalised": 4, "lora": 2}
@@ -589,7 +649,13 @@ def write_authors_checkpoint(folder: Path, backbone: Path, hydra, layers, renorm
     for name in names:
         linear = model.get_submodule(name)
         parent, _, leaf = name.rpartition(".")
-        group = "qkv" if qkv and leaf in ("q_proj", "v_proj") else "w_i" if w_i and leaf in ("gate_proj", "up_proj") else leaf
+        group = (
+            "qkv"
+            if qkv and leaf in ("q_proj", "v_proj")
+            else "w_i"
+            if w_i and leaf in ("gate_proj", "up_proj")
+            else leaf
+        )
         if (parent, group) not in numbers:
             numbers[parent, group] = len(routers)
             sizes = [linear.in_features + width, *[hidden] * (layers - 1), experts]
@@ -657,11 +723,15 @@ def test_the_authors_checkpoints_give_the_same_logits(variant, tmp_path, backbon
             ours(**BATCH, profiles=PROFILES)
 
 
-def test_an_imported_checkpoint_with_an_encoder_embeds_profiles_as_the_authors_code_does(tmp_path, backbones, tiny_encoder) -> None:
+def test_an_imported_checkpoint_with_an_encoder_embeds_profiles_as_the_authors_code_does(
+    tmp_path, backbones, tiny_encoder
+) -> None:
     """Their sentence, at most 128 tokens, the mean of all, not normalised: the logits of their equations with their own vectors."""
     from transformers import AutoModel, AutoTokenizer
 
-    theirs = write_authors_checkpoint(tmp_path / "theirs", backbones["llama", False], **AUTHORS["shared-a-mlp"], profile_dim=16)
+    theirs = write_authors_checkpoint(
+        tmp_path / "theirs", backbones["llama", False], **AUTHORS["shared-a-mlp"], profile_dim=16
+    )
     trained = read_reference(tmp_path / "theirs", str(backbones["llama", False]), str(tiny_encoder))
     folder = write_hf(trained, tmp_path / "ours")
     about = json.loads((folder / "adapter_config.json").read_text())["profiles"]
@@ -685,11 +755,15 @@ def test_an_imported_checkpoint_with_an_encoder_embeds_profiles_as_the_authors_c
             tokens = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=128)
             vectors.append(encoder(**tokens).last_hidden_state.mean(dim=1)[0])
         model = load_exported(folder)
-        torch.testing.assert_close(model.embed_profiles(list(profiles.values())), torch.stack(vectors), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            model.embed_profiles(list(profiles.values())), torch.stack(vectors), rtol=1e-5, atol=1e-6
+        )
         found = model(**BATCH, profiles=list(profiles.values())).logits
     for row in range(3):
         real = MASK[row] == 1
-        torch.testing.assert_close(found[row][real], theirs(IDS[row : row + 1, real], vectors[row]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            found[row][real], theirs(IDS[row : row + 1, real], vectors[row]), rtol=1e-5, atol=1e-5
+        )
     config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
     (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(config | {"num_encoder_proj_mlp_layers": 2}))
     with pytest.raises(ModelError, match=r"projection after the encoder.*leave --encoder out"):
@@ -722,9 +796,17 @@ def test_bad_checkpoints_of_the_authors_are_named(tmp_path, backbones, tiny_llam
         (broken("top-k", lambda c: c.update(top_k=9)), CheckpointError, "top_k is 9"),
         (broken("no-expert", None, lambda t: t.pop(f"{first}.lora_b.2")), ModelError, f"lacks {first}.lora_b.2"),
         (broken("flags", lambda c: c.update(share_router_for_qkv=False)), ModelError, "holds 4 routers, but .* make 6"),
-        (broken("width", lambda c: c.update(demographic_embed_dim=9)), ModelError, "reads 38 features; .* it would be 41"),
+        (
+            broken("width", lambda c: c.update(demographic_embed_dim=9)),
+            ModelError,
+            "reads 38 features; .* it would be 41",
+        ),
         (broken("rank", lambda c: c.update(lora_r=2)), ModelError, "has shape"),
-        (broken("extra", None, lambda t: t.update({"model.layers.7.self_attn.q_proj.lora_a": torch.ones(1)})), ModelError, "layers.7"),
+        (
+            broken("extra", None, lambda t: t.update({"model.layers.7.self_attn.q_proj.lora_a": torch.ones(1)})),
+            ModelError,
+            "layers.7",
+        ),
     ]
     for folder, kind, message in cases:
         with pytest.raises(kind, match=message):
@@ -740,7 +822,17 @@ def test_the_command_writes_every_format(tmp_path, run, backbones, launch) -> No
     mine = str(run[0])
     assert launch("export", "--run", mine, "--format", "hf-merged-repo", "--out", str(tmp_path / "merged")).code == 0
     assert (tmp_path / "merged" / "base" / "model.safetensors").is_file()
-    done = launch("export", "--run", mine, "--format", "lora", "--profile", '{"country": "Norway"}', "--out", str(tmp_path / "lora"))
+    done = launch(
+        "export",
+        "--run",
+        mine,
+        "--format",
+        "lora",
+        "--profile",
+        '{"country": "Norway"}',
+        "--out",
+        str(tmp_path / "lora"),
+    )
     assert done.code == 0
     assert "profile-1: rank" in done.out
     assert "KL" in done.out
@@ -758,8 +850,14 @@ MISTAKES = {
     "no-step": (["--run", "{run}", "--step", "99", "--format", "hf"], "no checkpoint of step 99; it has 7"),
     "nothing": (["--format", "hf"], "one of --run"),
     "no-base": (["--from-reference", "{run}", "--format", "hf"], "--from-reference needs --base"),
-    "base-of-a-run": (["--run", "{run}", "--base", "{run}", "--format", "hf"], "--base and --encoder belong to --from-reference"),
-    "reference-lora": (["--from-reference", "{run}", "--base", "{run}", "--format", "lora"], "--format lora needs --run"),
+    "base-of-a-run": (
+        ["--run", "{run}", "--base", "{run}", "--format", "hf"],
+        "--base and --encoder belong to --from-reference",
+    ),
+    "reference-lora": (
+        ["--from-reference", "{run}", "--base", "{run}", "--format", "lora"],
+        "--format lora needs --run",
+    ),
     "hf-profile": (["--run", "{run}", "--format", "hf", "--profile", "A woman."], "--profile belongs to --format lora"),
 }
 
@@ -778,7 +876,9 @@ def test_mistakes_on_the_command_line_are_one_line_and_leave_nothing(mistake, tm
 
 @pytest.mark.multirank
 @pytest.mark.sixteen_bit
-def test_what_two_sharded_ranks_trained_answers_as_their_engine_did(tmp_path, tiny_llama, tiny_encoder, packages) -> None:
+def test_what_two_sharded_ranks_trained_answers_as_their_engine_did(
+    tmp_path, tiny_llama, tiny_encoder, packages
+) -> None:
     """2 ranks, sharded backbone, ep 2 -> hf -> a fresh environment: equal words and logits to 1e-5 in float32.
 
     In bfloat16 the engine adds what two ranks made in another order than one process. Two answers may be as far apart as the
@@ -791,11 +891,24 @@ def test_what_two_sharded_ranks_trained_answers_as_their_engine_did(tmp_path, ti
 
     parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
     recipes = {
-        dtype: recipe(tmp_path, tiny_llama, tiny_encoder, dtype, parallel=parallel, model={"path": str(tiny_llama), "dtype": dtype})
+        dtype: recipe(
+            tmp_path,
+            tiny_llama,
+            tiny_encoder,
+            dtype,
+            parallel=parallel,
+            model={"path": str(tiny_llama), "dtype": dtype},
+        )
         for dtype in ("float32", "bfloat16")
     }
-    save_file({**BATCH, "embeddings": torch.randn(3, 16, generator=torch.Generator().manual_seed(1)) / 4}, tmp_path / "inputs")
-    script = [str(ROOT / "tests" / "train_and_ask.py"), json.dumps([str(path) for path in recipes.values()]), str(tmp_path / "inputs")]
+    save_file(
+        {**BATCH, "embeddings": torch.randn(3, 16, generator=torch.Generator().manual_seed(1)) / 4}, tmp_path / "inputs"
+    )
+    script = [
+        str(ROOT / "tests" / "train_and_ask.py"),
+        json.dumps([str(path) for path in recipes.values()]),
+        str(tmp_path / "inputs"),
+    ]
     for code, output in run_ranks(2, script):
         assert code == 0, output[-3000:]
     run_dirs = {dtype: load_config(path).run_dir for dtype, path in recipes.items()}

@@ -29,12 +29,16 @@ def talker(run) -> Talker:
     from transformers import AutoTokenizer
 
     model = load_run(run[0])
-    return Talker(model, AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"]), Decoding(max_new_tokens=9))
+    return Talker(
+        model, AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"]), Decoding(max_new_tokens=9)
+    )
 
 
 def expected_answer(talker: Talker, text: str, profile, new_tokens: int = 9) -> str:
     """Greedy decoding written out: one whole forward per token, no cache, no batch."""
-    ids = talker.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True)["input_ids"]
+    ids = talker.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True
+    )["input_ids"]
     start = len(ids)
     for _ in range(new_tokens):
         with torch.no_grad():
@@ -45,7 +49,9 @@ def expected_answer(talker: Talker, text: str, profile, new_tokens: int = 9) -> 
     return talker.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
 
 
-def test_the_command_prints_the_answer_of_whoever_asks_from_a_run_and_from_its_export(tmp_path, run, talker, launch) -> None:
+def test_the_command_prints_the_answer_of_whoever_asks_from_a_run_and_from_its_export(
+    tmp_path, run, talker, launch
+) -> None:
     exported = write_hf(read_run(run[0]), tmp_path / "hf", merged=True)
     answers = {}
     for who, fields in ((NORWAY, {"country": "Norway", "age": 38}), (GHANA, {"country": "Ghana"})):
@@ -110,10 +116,25 @@ def test_compare_shows_answers_side_by_side_with_the_experts_used(run, talker, l
             assert word in done.out
     assert "profile 1" in done.out
     assert "profile 2" in done.out
-    gates = talker.gates([{"role": "user", "content": ASK[1]}], [{"country": "Norway", "age": 38}, {"country": "Ghana"}])
+    gates = talker.gates(
+        [{"role": "user", "content": ASK[1]}], [{"country": "Norway", "age": 38}, {"country": "Ghana"}]
+    )
     same = float(torch.minimum(gates[0], gates[1]).sum(-1).mean())
     assert re.search(rf"same routing as the first\s*│\s*100%\s*│\s*{same:.0%}", done.out)
-    done = launch("generate", "--run", str(run[0]), "--profile", NORWAY, "--profile", GHANA, "--compare", *ASK, "--options", "Yes", "No")
+    done = launch(
+        "generate",
+        "--run",
+        str(run[0]),
+        "--profile",
+        NORWAY,
+        "--profile",
+        GHANA,
+        "--compare",
+        *ASK,
+        "--options",
+        "Yes",
+        "No",
+    )
     (row,) = [line for line in done.out.splitlines() if line.startswith("│ Yes")]
     shares = [float(share) for share in re.findall(r"([\d.]+)%", row)]
     chosen = talker.choose(ASK[1], ["Yes", "No"], [{"country": "Norway", "age": 38}, {"country": "Ghana"}])
@@ -137,7 +158,9 @@ def test_a_chat_switches_people_keeps_the_conversation_and_survives_mistakes(run
     hi = {"role": "user", "content": "hi"}
     (first,) = talker.answers([hi], [norway])
     (second,) = talker.answers([hi], [ghana])
-    (third,) = talker.answers([hi, {"role": "assistant", "content": second}, {"role": "user", "content": "ho"}], [ghana])
+    (third,) = talker.answers(
+        [hi, {"role": "assistant", "content": second}, {"role": "user", "content": "ho"}], [ghana]
+    )
     said = [line.removeprefix("> ").strip() for line in done.out.splitlines()]
     places = [said.index(first), said.index(second), said.index(third)]
     assert places == sorted(places)
@@ -166,7 +189,10 @@ def test_unknown_fields_are_one_line_of_warning(run, launch) -> None:
 
 def test_models_without_profiles_answer_without_and_refuse_them(tmp_path, tiny_llama, tiny_encoder, launch) -> None:
     folder, _, _ = make_run(
-        tmp_path / "runs" / "lora", tiny_llama, tiny_encoder, {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0}
+        tmp_path / "runs" / "lora",
+        tiny_llama,
+        tiny_encoder,
+        {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0},
     )
     assert launch("generate", "--run", str(folder), *ASK, *SHORT).code == 0
     done = launch("generate", "--run", str(folder), "--profile", NORWAY, *ASK, *SHORT)
@@ -177,7 +203,8 @@ def test_models_without_profiles_answer_without_and_refuse_them(tmp_path, tiny_l
 def test_sampling_is_repeatable_by_its_seed(run, launch) -> None:
     sample = ["--temperature", "1.5", "--top-p", "0.95"]
     one, again, other = (
-        launch("generate", "--run", str(run[0]), "--profile", NORWAY, *ASK, *SHORT, *sample, "--seed", seed).out for seed in ("1", "1", "2")
+        launch("generate", "--run", str(run[0]), "--profile", NORWAY, *ASK, *SHORT, *sample, "--seed", seed).out
+        for seed in ("1", "1", "2")
     )
     assert one == again != other
 
@@ -189,7 +216,9 @@ def test_the_system_prompt_and_the_profile_in_it_are_those_of_training(tmp_path,
     folder, _, _ = make_run(tmp_path / "runs" / "told", tiny_llama, tiny_encoder, {}, data=written)
     model = load_exported(write_hf(read_run(folder), tmp_path / "hf"))
     talker = Talker(model, AutoTokenizer.from_pretrained(tiny_llama), Decoding())
-    text = talker.tokenizer.decode(talker.renderer.encode_prompt([{"role": "user", "content": "Hello"}], "Country: Ghana."))
+    text = talker.tokenizer.decode(
+        talker.renderer.encode_prompt([{"role": "user", "content": "Hello"}], "Country: Ghana.")
+    )
     assert text.index("Country: Ghana.") < text.index("Be kind.") < text.index("Hello")
 
 
@@ -209,11 +238,20 @@ MISTAKES = {
     "broken-profile": (["--run", "RUN", *ASK, "--profile", '{"country": Atlantis}'], "--profile is broken JSON"),
     "no-tokens": (["--run", "RUN", *ASK, "--profile", NORWAY, "--max-new-tokens", "0"], "--max-new-tokens is 0"),
     "too-many-tokens": (["--run", "RUN", *ASK, "--profile", NORWAY, "--max-new-tokens", "9999"], "leaves no room"),
-    "bytes": (["--run", "RUN", "--prompt", "a \udcff", "--profile", NORWAY], "--prompt holds characters that are no Unicode text"),
-    "bytes-in-options": (["--run", "RUN", *ASK, "--options", "Yes", "\udcff", "--profile", NORWAY], "--options holds characters"),
+    "bytes": (
+        ["--run", "RUN", "--prompt", "a \udcff", "--profile", NORWAY],
+        "--prompt holds characters that are no Unicode text",
+    ),
+    "bytes-in-options": (
+        ["--run", "RUN", *ASK, "--options", "Yes", "\udcff", "--profile", NORWAY],
+        "--options holds characters",
+    ),
     "bytes-in-profile": (["--run", "RUN", *ASK, "--profile", "a \udcff"], "--profile holds characters"),
     "half-a-pair": (["--run", "RUN", *ASK, "--profile", '{"country": "\\ud83d"}'], "--profile holds characters"),
-    "long-prompt": (["--run", "RUN", "--prompt", "x" * 600, "--profile", NORWAY], "tokens; with --max-new-tokens 128 this model reads 384"),
+    "long-prompt": (
+        ["--run", "RUN", "--prompt", "x" * 600, "--profile", NORWAY],
+        "tokens; with --max-new-tokens 128 this model reads 384",
+    ),
     "top-p": (["--run", "RUN", *ASK, "--profile", NORWAY, "--top-p", "0"], "top-p in (0, 1]"),
 }
 

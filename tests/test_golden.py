@@ -60,7 +60,9 @@ def test_a_run_of_0_1_0_is_evaluated_as_it_was(tmp_path, places) -> None:
     for split, section in before["splits"].items():
         for row in ("collapse", "before", "trained"):
             for number in ("emd", "accuracy", "entropy", "macro_f1"):
-                assert now["splits"][split]["rows"][row][number] == pytest.approx(section["rows"][row][number], abs=1e-5)
+                assert now["splits"][split]["rows"][row][number] == pytest.approx(
+                    section["rows"][row][number], abs=1e-5
+                )
 
 
 def test_an_export_of_0_1_0_answers_as_it_did(expected) -> None:

@@ -11,7 +11,10 @@ import torch
 
 HOSTFILES = {
     "zero-slots": ("node-1 slots=2\nnode-2 slots=0\n", ":2: host node-2 has slots=0"),
-    "twice": ("# two machines\nnode-1 slots=2\n\nnode-1 slots=4\n", ":4: host node-1 stands here a second time (first in line 2)"),
+    "twice": (
+        "# two machines\nnode-1 slots=2\n\nnode-1 slots=4\n",
+        ":4: host node-1 stands here a second time (first in line 2)",
+    ),
     "no-slots": ("node-1\n", ":1: 'node-1' is no host; expected NAME slots=N"),
     "words": ("node-1 slots=two\n", ":1: 'node-1 slots=two' is no host"),
     "mark": ("\ufeffnode-1 slots=2\n", ":1: the file begins with a byte order mark"),
@@ -40,7 +43,11 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path) -> None:
 
     text = "# two machines\r\nnode-1 slots=8 max_slots=8\r\n\r\n  10.0.0.2\tslots=4  max-slots=16 # smaller\r\n#node-3 slots=1\r\n"
     (tmp_path / "hosts").write_bytes(text.encode())
-    assert read_hostfile(tmp_path / "hosts") == dict(fetch_hostfile(str(tmp_path / "hosts"))) == {"node-1": 8, "10.0.0.2": 4}
+    assert (
+        read_hostfile(tmp_path / "hosts")
+        == dict(fetch_hostfile(str(tmp_path / "hosts")))
+        == {"node-1": 8, "10.0.0.2": 4}
+    )
 
 
 def test_a_missing_hostfile_is_a_mistake(tmp_path, launch) -> None:
@@ -74,15 +81,24 @@ def test_hosts_that_answer_with_the_same_versions_are_fine(fake_ssh, launch) -> 
     assert "2 hosts with 12 ranks in all: good-1, good-2" in done.out
     asked = sorted((fake_ssh / "asked").read_text().splitlines())
     assert len(asked) == 2
-    assert all("-p 2222" in line and "BatchMode=yes" in line and "ConnectTimeout=3" in line and str(Path.cwd()) in line for line in asked)
+    assert all(
+        "-p 2222" in line and "BatchMode=yes" in line and "ConnectTimeout=3" in line and str(Path.cwd()) in line
+        for line in asked
+    )
 
 
 @pytest.mark.parametrize(
     ("host", "part"),
     [
-        ("dead", "host dead cannot be reached by ssh without a password: ssh: connect to host dead port 22: No route to host"),
+        (
+            "dead",
+            "host dead cannot be reached by ssh without a password: ssh: connect to host dead port 22: No route to host",
+        ),
         ("bare", "host bare cannot start cuma-ds with"),
-        ("old", f"host old has Python 3.11.7, torch 2.1.0, deepspeed 0.19.8; this machine has Python {platform.python_version()}"),
+        (
+            "old",
+            f"host old has Python 3.11.7, torch 2.1.0, deepspeed 0.19.8; this machine has Python {platform.python_version()}",
+        ),
     ],
 )
 def test_a_host_that_cannot_take_part_is_named_with_the_reason(host, part, fake_ssh, launch) -> None:

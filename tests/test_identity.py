@@ -68,8 +68,14 @@ def edit(file: Path, **changes) -> None:
 
 CHANGES = {
     "weights": (other_weights, "other weights"),
-    "configuration": (lambda folder: edit(folder / "config.json", rms_norm_eps=0.1), r"another configuration \(config.json\)"),
-    "template": (lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"), "another tokenizer or chat template"),
+    "configuration": (
+        lambda folder: edit(folder / "config.json", rms_norm_eps=0.1),
+        r"another configuration \(config.json\)",
+    ),
+    "template": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        "another tokenizer or chat template",
+    ),
 }
 
 
@@ -80,37 +86,57 @@ def test_a_backbone_that_changed_in_its_place_is_refused_by_every_reader(what, s
     change, words = CHANGES[what]
     change(places["model"])
     for name, read in READERS.items():
-        with pytest.raises(CheckpointError, match=f"llama holds {words} than .*one was trained with; restore") as refused:
+        with pytest.raises(
+            CheckpointError, match=f"llama holds {words} than .*one was trained with; restore"
+        ) as refused:
             read(started)
         assert "\n" not in str(refused.value), name
 
 
 def test_keys_that_change_no_answer_and_places_and_names_do_not_matter(started, places, tmp_path) -> None:
-    edit(places["model"] / "config.json", transformers_version="9.9", use_cache=False, dtype="bfloat16", _name_or_path="x")
+    edit(
+        places["model"] / "config.json",
+        transformers_version="9.9",
+        use_cache=False,
+        dtype="bfloat16",
+        _name_or_path="x",
+    )
     moved = {name: place.rename(tmp_path / f"renamed-{place.name}") for name, place in places.items()}
     values = started.model_dump()
     values["model"]["path"], values["profiles"]["encoder"] = str(moved["model"]), str(moved["encoder"])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        renamed = RunConfig.model_validate(values | {"data": values["data"] | {"path": str(tmp_path / "opinions.jsonl")}})
+        renamed = RunConfig.model_validate(
+            values | {"data": values["data"] | {"path": str(tmp_path / "opinions.jsonl")}}
+        )
         shutil.copy(moved["data"], tmp_path / "opinions.jsonl")
         for read in READERS.values():
             prepare_run(renamed)
             read(renamed)
     (tmp_path / "opinions.jsonl").unlink()
-    with pytest.warns(UserWarning, match=r"data.path: there is nothing at .*opinions.jsonl any more; .* goes on with what it was"):
+    with pytest.warns(
+        UserWarning, match=r"data.path: there is nothing at .*opinions.jsonl any more; .* goes on with what it was"
+    ):
         prepare_run(renamed)
 
 
-def test_an_encoder_or_data_file_that_changed_between_two_starts_is_refused_and_restored_goes_on(started, places) -> None:
+def test_an_encoder_or_data_file_that_changed_between_two_starts_is_refused_and_restored_goes_on(
+    started, places
+) -> None:
     whole = places["data"].read_text()
     places["data"].write_text(whole.replace("Norway", "Sweden"))
-    with pytest.raises(CheckpointError, match=r"data.path: opinions.jsonl in .* has changed since .*; restore it to resume, or choose"):
+    with pytest.raises(
+        CheckpointError, match=r"data.path: opinions.jsonl in .* has changed since .*; restore it to resume, or choose"
+    ):
         prepare_run(started)
     places["data"].write_text(whole)
     prepare_run(started)
     tensors = load_file(places["encoder"] / "model.safetensors")
-    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, places["encoder"] / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor + 0.01 for name, tensor in tensors.items()},
+        places["encoder"] / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(CheckpointError, match=r"profiles.encoder: .* is another encoder than"):
         prepare_run(started)
     save_file(tensors, places["encoder"] / "model.safetensors", {"format": "pt"})
@@ -120,7 +146,16 @@ def test_an_encoder_or_data_file_that_changed_between_two_starts_is_refused_and_
 def test_a_prepared_folder_that_was_made_again_differently_is_refused(tmp_path, places, launch) -> None:
     def prepare_again(seed: int) -> None:
         shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
-        done = launch("prepare_data", "jsonl", "--root", str(places["data"]), "--out", str(tmp_path / "prepared"), "--seed", str(seed))
+        done = launch(
+            "prepare_data",
+            "jsonl",
+            "--root",
+            str(places["data"]),
+            "--out",
+            str(tmp_path / "prepared"),
+            "--seed",
+            str(seed),
+        )
         assert done.code == 0, done.err
 
     prepare_again(0)
@@ -138,12 +173,23 @@ def test_a_prepared_folder_that_was_made_again_differently_is_refused(tmp_path, 
         prepare_run(config)
 
 
-def test_embeddings_of_a_prepared_folder_are_used_by_training_where_its_encoder_made_them(tmp_path, places, launch, monkeypatch) -> None:
-    arguments = ["--root", str(places["data"]), "--out", str(tmp_path / "prepared"), "--encoder", str(places["encoder"])]
+def test_embeddings_of_a_prepared_folder_are_used_by_training_where_its_encoder_made_them(
+    tmp_path, places, launch, monkeypatch
+) -> None:
+    arguments = [
+        "--root",
+        str(places["data"]),
+        "--out",
+        str(tmp_path / "prepared"),
+        "--encoder",
+        str(places["encoder"]),
+    ]
     assert launch("prepare_data", "jsonl", *arguments, "--cache-dir", str(tmp_path / "cache")).code == 0
     asked = []
     embed = ProfileEncoder.__call__
-    monkeypatch.setattr(ProfileEncoder, "__call__", lambda self, sentences: asked.extend(sentences) or embed(self, sentences))
+    monkeypatch.setattr(
+        ProfileEncoder, "__call__", lambda self, sentences: asked.extend(sentences) or embed(self, sentences)
+    )
 
     def start(name: str) -> ProfileTable:
         values = {
@@ -176,7 +222,11 @@ def test_other_weights_are_one_line_on_two_ranks(tmp_path, tiny_llama, tiny_enco
     path = recipe(tmp_path, tmp_path / "llama", tiny_encoder, "two", training={"steps": 2, "warmup_steps": 0})
     assert [code for code, _ in run(2, [TRAIN, "--config", str(path)])] == [0, 0]
     other_weights(tmp_path / "llama")
-    one_line(run(2, [TRAIN, "--config", str(path), "--set", "training.steps=3"], timeout=120), "model.path", "holds other weights than")
+    one_line(
+        run(2, [TRAIN, "--config", str(path), "--set", "training.steps=3"], timeout=120),
+        "model.path",
+        "holds other weights than",
+    )
 
 
 def test_an_export_refuses_another_base_of_the_same_shape(started, places, tmp_path, launch) -> None:
@@ -186,7 +236,15 @@ def test_an_export_refuses_another_base_of_the_same_shape(started, places, tmp_p
     with pytest.raises(ModelError, match="holds other weights than the base model these adapters were trained on"):
         load_exported(folder, base_model=str(tmp_path / "other" / "llama"))
     asked = launch(
-        "generate", "--export", str(folder), "--base", str(tmp_path / "other" / "llama"), "--prompt", "x", "--profile", "A nurse."
+        "generate",
+        "--export",
+        str(folder),
+        "--base",
+        str(tmp_path / "other" / "llama"),
+        "--prompt",
+        "x",
+        "--profile",
+        "A nurse.",
     )
     assert (asked.code, asked.err.count("\n")) == (2, 1)
     shutil.copytree(places["model"], tmp_path / "moved")
@@ -210,7 +268,9 @@ def test_fingerprints_do_not_depend_on_how_weights_are_cut_into_files(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_every_change_of_all_of_one_tensor_and_of_first_and_last_numbers_is_seen_with_bounded_reads(name, tmp_path, monkeypatch) -> None:
+def test_every_change_of_all_of_one_tensor_and_of_first_and_last_numbers_is_seen_with_bounded_reads(
+    name, tmp_path, monkeypatch
+) -> None:
     tensors = {f"layer.{number}": torch.randn(300, 1000) for number in range(3)}
 
     def fingerprint() -> str:
@@ -224,7 +284,11 @@ def test_every_change_of_all_of_one_tensor_and_of_first_and_last_numbers_is_seen
     known = fingerprint()
     assert fingerprint() == known
     files = identity.weight_files(tmp_path)
-    sizes = [stored.size for stored in identity.stored_tensors(files[0]).values()] if name.endswith("safetensors") else [3_600_000]
+    sizes = (
+        [stored.size for stored in identity.stored_tensors(files[0]).values()]
+        if name.endswith("safetensors")
+        else [3_600_000]
+    )
     assert sum(length for size in sizes for _, length in identity._blocks(size, 300_000 // len(sizes))) <= 300_000
     for place in ((0, 0), (299, 999)):
         tensors["layer.1"][place] += 1

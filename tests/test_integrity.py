@@ -62,7 +62,9 @@ READERS: dict[str, Callable[[RunConfig], object]] = {
     "train": resume,
     "evaluate": lambda config: open_run(config.run_dir),
     "export": lambda config: read_run(config.run_dir),
-    "export as LoRA": lambda config: write_lora(config.run_dir, [{"country": "Norway"}], config.run_dir.parent / "lora"),
+    "export as LoRA": lambda config: write_lora(
+        config.run_dir, [{"country": "Norway"}], config.run_dir.parent / "lora"
+    ),
     "generate and serve": lambda config: load_run(config.run_dir),
 }
 
@@ -123,9 +125,22 @@ def test_every_key_of_the_state_is_protected(copied) -> None:
     """Edited by hand, also where the hash beside it is taken away."""
     file = find_checkpoint(copied.run_dir) / "state.json"
     state = json.loads(file.read_text())
-    assert {"step", "optimizer_steps", "fingerprint", "identity", "written_by", "num_experts", "files", "sha256", "sealed"} <= state.keys()
+    assert {
+        "step",
+        "optimizer_steps",
+        "fingerprint",
+        "identity",
+        "written_by",
+        "num_experts",
+        "files",
+        "sha256",
+        "sealed",
+    } <= state.keys()
     for key in state:
-        for changed in ({**state, key: 3 if state[key] != 3 else 5}, {name: value for name, value in state.items() if name != key}):
+        for changed in (
+            {**state, key: 3 if state[key] != 3 else 5},
+            {name: value for name, value in state.items() if name != key},
+        ):
             file.write_text(json.dumps(changed))
             with pytest.raises(CheckpointError, match=r"state\.json|step-4|format"):
                 read_state(file.parent)
@@ -145,7 +160,13 @@ def test_on_two_ranks_a_flipped_bit_stops_the_run_with_the_reason_on_every_rank(
 
 
 def test_profiles_and_prepared_data_are_checked_too(copied) -> None:
-    for name in ("profiles.safetensors", "data/manifest.json", "data/train.arrow", "data/profiles.jsonl", "identity.json"):
+    for name in (
+        "profiles.safetensors",
+        "data/manifest.json",
+        "data/train.arrow",
+        "data/profiles.jsonl",
+        "identity.json",
+    ):
         file = copied.run_dir / name
         whole = file.read_bytes()
         for place in (len(whole) // 3, len(whole) // 2, len(whole) - 20):
@@ -180,7 +201,9 @@ def as_released(config: RunConfig) -> None:
     table = load_file(config.run_dir / "profiles.safetensors")
     with safe_open(config.run_dir / "profiles.safetensors", framework="pt") as opened:
         fingerprint = opened.metadata()["fingerprint"]
-    save_file(table, config.run_dir / "profiles.safetensors", {"format": "cuma-profile-table-1", "fingerprint": fingerprint})
+    save_file(
+        table, config.run_dir / "profiles.safetensors", {"format": "cuma-profile-table-1", "fingerprint": fingerprint}
+    )
 
 
 def test_a_run_of_release_0_1_0_is_read_and_one_line_says_what_cannot_be_checked(copied, tmp_path) -> None:

@@ -33,7 +33,9 @@ def pairs(count: int, swap: Callable[[int], bool] = lambda _: False) -> list[Pai
     found = []
     for number in range(count):
         ours, base = (BAD, GOOD) if swap(number) else (GOOD, BAD)
-        found.append(Pair(f"Person {number}.", [{"role": "user", "content": f"Question {number}?"}], ours, base, number))
+        found.append(
+            Pair(f"Person {number}.", [{"role": "user", "content": f"Question {number}?"}], ours, base, number)
+        )
     return found
 
 
@@ -70,7 +72,9 @@ def test_ties_are_ties(server, tmp_path) -> None:
 
 
 def test_a_verdict_nobody_can_read_is_no_result_and_is_asked_again(server, tmp_path) -> None:
-    server.script = lambda prompt, _: verdict("I like both of them") if "Question 1?" in prompt else prefers_good(prompt, 0)
+    server.script = lambda prompt, _: (
+        verdict("I like both of them") if "Question 1?" in prompt else prefers_good(prompt, 0)
+    )
     found = compare(pairs(3), settings(server, tmp_path))
     assert found.results == ["win", "unreadable", "win"]
     assert found.win_rate == 1.0
@@ -148,7 +152,9 @@ def test_nonsense_is_a_failure(server, tmp_path, reply) -> None:
     assert sum(found.failures.values()) == 2
 
 
-@pytest.mark.parametrize(("status", "message"), [(401, "refuses the key"), (403, "refuses the key"), (404, "knows no model 'm'")])
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "refuses the key"), (403, "refuses the key"), (404, "knows no model 'm'")]
+)
 def test_a_wrong_key_or_model_stops_at_once(server, tmp_path, status, message) -> None:
     server.script = lambda *_: fault(status)
     with pytest.raises(ConfigError, match=message):
@@ -239,7 +245,9 @@ def test_a_judge_is_asked_again_without_what_it_refuses(server, tmp_path, names)
     server.script.server = server
     with pytest.warns(UserWarning, match="refuses") as told:
         found = compare(pairs(4), settings(server, tmp_path, concurrency=1))
-    assert [str(note.message).split(";")[0] for note in told] == [f"the judge m at {server.url} refuses {name}" for name in names]
+    assert [str(note.message).split(";")[0] for note in told] == [
+        f"the judge m at {server.url} refuses {name}" for name in names
+    ]
     assert (found.results, found.failures, found.refused) == (["win"] * 4, {}, names)
     assert found.summary(0)["refused"] == list(names)
     # Remembered: one refused call for each argument, and none afterwards.
@@ -295,10 +303,20 @@ def test_settings_that_cannot_work(changes) -> None:
 def transformers_serve(model: Path, log: Path) -> Iterator[str]:
     """``transformers serve`` with one model on a free port; its address."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        str(Path(sys.executable).with_name("transformers")),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
-        process = subprocess.Popen([*command, "--device", "cpu", "--dtype", "float32"], stdout=output, stderr=output, env=quiet)
+        process = subprocess.Popen(
+            [*command, "--device", "cpu", "--dtype", "float32"], stdout=output, stderr=output, env=quiet
+        )
     try:
         for _ in range(600):
             assert process.poll() is None, log.read_text()[-2000:]
@@ -333,8 +351,12 @@ def test_a_real_model_is_understood_as_it_speaks(embedded_models, tmp_path) -> N
                 judge_messages(pair, swapped), add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False)
-            verdicts.append(read_verdict(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)))
+            verdicts.append(
+                read_verdict(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+            )
     for result, spoken in zip(found.results, zip(verdicts[::2], verdicts[1::2], strict=True), strict=True):
-        expected = {("A", "B"): "win", ("B", "A"): "loss"}.get(spoken, "unreadable" if "unreadable" in spoken else "tie")
+        expected = {("A", "B"): "win", ("B", "A"): "loss"}.get(
+            spoken, "unreadable" if "unreadable" in spoken else "tie"
+        )
         assert result == expected
     assert (again.results, again.cached) == (found.results, sum(verdict != "unreadable" for verdict in verdicts))

@@ -38,7 +38,9 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def one_line(results: list[tuple[int, str]], *parts: str) -> None:
     """Every rank exits with 2, and the ranks together print one line of error with these parts in it."""
     assert [code for code, _ in results] == [2] * len(results), results
-    lines = [line for _, output in results for line in output.splitlines() if "error" in line.lower() or "Traceback" in line]
+    lines = [
+        line for _, output in results for line in output.splitlines() if "error" in line.lower() or "Traceback" in line
+    ]
     assert len(lines) == 1, lines
     for part in parts:
         assert part in lines[0], lines[0]
@@ -73,7 +75,8 @@ def test_killed_in_the_middle_the_same_command_resumes_bit_identically(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("sign", "message"), [(signal.SIGKILL, "another rank is gone"), (signal.SIGSTOP, "another rank did not answer within 10 s")]
+    ("sign", "message"),
+    [(signal.SIGKILL, "another rank is gone"), (signal.SIGSTOP, "another rank did not answer within 10 s")],
 )
 def test_a_dead_or_hung_peer_stops_the_others_with_a_reason(sign, message, tmp_path, tiny_llama, tiny_encoder) -> None:
     endless = {"steps": 100_000, "warmup_steps": 0}
@@ -97,13 +100,29 @@ def test_a_dead_or_hung_peer_stops_the_others_with_a_reason(sign, message, tmp_p
 
 def test_deepspeed_launcher_trains_and_evaluate_reports(tmp_path, tiny_llama, tiny_encoder) -> None:
     path = recipe(tmp_path, tiny_llama, tiny_encoder, "launched", parallel=SHARDED, telemetry={"tensorboard": True})
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port())]
+    deepspeed = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     hosts = ["--hostfile", str(tmp_path / "no-hostfile")]
-    subprocess.run([*deepspeed, *hosts, TRAIN, "--config", str(path)], cwd=ROOT, env=environment(), check=True, timeout=300)
+    subprocess.run(
+        [*deepspeed, *hosts, TRAIN, "--config", str(path)], cwd=ROOT, env=environment(), check=True, timeout=300
+    )
     run_dir = load_config(path).run_dir
-    assert {"config.yaml", "deepspeed.json", "checkpoints", "metrics.jsonl", "profiles.safetensors", "data", "tensorboard"} <= {
-        entry.name for entry in run_dir.iterdir()
-    }
+    assert {
+        "config.yaml",
+        "deepspeed.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "profiles.safetensors",
+        "data",
+        "tensorboard",
+    } <= {entry.name for entry in run_dir.iterdir()}
     arguments = [sys.executable, "launchers/evaluate.py", "--run", str(run_dir), "--set", "evaluation.min_answers=2"]
     done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -128,7 +147,15 @@ def living(processes: list[psutil.Process]) -> list[psutil.Process]:
 def test_stopping_the_launcher_by_its_pid_stops_every_rank(sign, tmp_path, tiny_llama, tiny_encoder) -> None:
     endless = {"steps": 100_000, "warmup_steps": 0}
     path = recipe(tmp_path, tiny_llama, tiny_encoder, "endless", training=endless, parallel=SHARDED)
-    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port())]
+    deepspeed = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command = [*deepspeed, "--hostfile", str(tmp_path / "no-hostfile"), TRAIN, "--config", str(path)]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
@@ -159,8 +186,18 @@ run_main(lambda: [Path(sys.argv[1]).write_text(str(step)) or time.sleep(0.1) for
 
 def test_torchrun_takes_its_ranks_along(tmp_path) -> None:
     (tmp_path / "lasting.py").write_text(LASTING)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(free_port()), str(tmp_path / "lasting.py")]
-    launcher = subprocess.Popen([sys.executable, *command, str(tmp_path / "said"), "100000"], cwd=ROOT, env=environment())
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "1",
+        "--master-port",
+        str(free_port()),
+        str(tmp_path / "lasting.py"),
+    ]
+    launcher = subprocess.Popen(
+        [sys.executable, *command, str(tmp_path / "said"), "100000"], cwd=ROOT, env=environment()
+    )
     started: list[psutil.Process] = []
     try:
         until((tmp_path / "said").exists, 200)
@@ -185,7 +222,9 @@ def test_what_was_started_by_hand_outlives_its_shell(variables, tmp_path) -> Non
 
 
 def test_finished_runs_say_so_and_more_steps_go_on(tmp_path, tiny_llama, tiny_encoder) -> None:
-    path = recipe(tmp_path, tiny_llama, tiny_encoder, "again", training={"steps": 2, "warmup_steps": 0, "schedule": "constant"})
+    path = recipe(
+        tmp_path, tiny_llama, tiny_encoder, "again", training={"steps": 2, "warmup_steps": 0, "schedule": "constant"}
+    )
     assert run(1, [TRAIN, "--config", str(path)])[0][0] == 0
     code, output = run(1, [TRAIN, "--config", str(path)])[0]
     assert code == 0
@@ -198,14 +237,18 @@ def test_finished_runs_say_so_and_more_steps_go_on(tmp_path, tiny_llama, tiny_en
 
 def test_plain_python_without_any_launcher_trains(tmp_path, tiny_llama, tiny_encoder) -> None:
     path = recipe(tmp_path, tiny_llama, tiny_encoder, "plain", training={"steps": 2, "warmup_steps": 0})
-    done = subprocess.run([sys.executable, TRAIN, "--config", str(path)], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, TRAIN, "--config", str(path)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "1 rank, ep_size 1" in done.stdout
 
 
 def test_lora_and_semantic_only_runs_train_and_evaluate_without_profiles(tmp_path, tiny_llama, tiny_encoder) -> None:
     lora = {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0}
-    path = recipe(tmp_path, tiny_llama, tiny_encoder, "lora", adapters=lora, data={"profile_in_prompt": True, "max_length": 300})
+    path = recipe(
+        tmp_path, tiny_llama, tiny_encoder, "lora", adapters=lora, data={"profile_in_prompt": True, "max_length": 300}
+    )
     assert run(2, [TRAIN, "--config", str(path)])[0][0] == 0
     arguments = ["launchers/evaluate.py", "--run", str(load_config(path).run_dir), "--set", "evaluation.min_answers=2"]
     code, output = run(1, arguments)[0]
@@ -228,12 +271,18 @@ MISTAKES = {
     "top-k": (["adapters.top_k=9"], ("top_k is 9", "num_experts is 4")),
     "ep-not-dividing-experts": (["parallel.ep_size=3"], ("ep_size is 3", "num_experts 4")),
     "ep-not-dividing-world": (["parallel.ep_size=4"], ("ep_size is 4", "world size 2")),
-    "no-such-targets": (["adapters.target_modules=[q_prj]"], ("'q_prj' matches no linear layer", "did you mean 'q_proj'")),
+    "no-such-targets": (
+        ["adapters.target_modules=[q_prj]"],
+        ("'q_prj' matches no linear layer", "did you mean 'q_proj'"),
+    ),
     "no-model": (["model.path=/no/such/folder"], ("model.path", "/no/such/folder")),
     "no-encoder": (["profiles.encoder=/no/such/encoder"], ("/no/such/encoder",)),
     "profile-width": (["adapters.profile_dim=7"], ("profile_dim is 7", "width 16")),
     "no-deepspeed-config": (["parallel.deepspeed_config=zero9"], ("zero9", "zero2_sharded_backbone")),
-    "stage-3-with-ep": (["parallel.deepspeed_config=zero3", "parallel.ep_size=2"], ("ZeRO stage 3", "zero2_sharded_backbone")),
+    "stage-3-with-ep": (
+        ["parallel.deepspeed_config=zero3", "parallel.ep_size=2"],
+        ("ZeRO stage 3", "zero2_sharded_backbone"),
+    ),
     "no-data": (["data.path=/no/such/file.jsonl"], ("/no/such/file.jsonl",)),
 }
 
@@ -261,8 +310,12 @@ def test_a_broken_jsonl_line_is_named_by_its_number(tmp_path, tiny_llama, tiny_e
     one_line(run(2, [TRAIN, "--config", str(path)], timeout=120), "broken.jsonl:7")
 
 
-def test_foreign_folders_and_incomplete_checkpoints_are_refused_and_left_alone(tmp_path, tiny_llama, tiny_encoder) -> None:
-    path = recipe(tmp_path, tiny_llama, tiny_encoder, "mine", training={"steps": 2, "warmup_steps": 0}, parallel=SHARDED)
+def test_foreign_folders_and_incomplete_checkpoints_are_refused_and_left_alone(
+    tmp_path, tiny_llama, tiny_encoder
+) -> None:
+    path = recipe(
+        tmp_path, tiny_llama, tiny_encoder, "mine", training={"steps": 2, "warmup_steps": 0}, parallel=SHARDED
+    )
     assert run(2, [TRAIN, "--config", str(path)])[0][0] == 0
     run_dir = load_config(path).run_dir
     before = sorted(str(entry) for entry in run_dir.rglob("*"))
@@ -321,9 +374,23 @@ def test_no_profile_text_in_logs_or_file_names(tmp_path, tiny_llama, tiny_encode
 
 
 def test_torchrun_starts_the_ranks_as_well(tmp_path, tiny_llama, tiny_encoder) -> None:
-    path = recipe(tmp_path, tiny_llama, tiny_encoder, "torchrun", parallel=SHARDED, training={"steps": 1, "warmup_steps": 0})
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), TRAIN, "--config", str(path)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    path = recipe(
+        tmp_path, tiny_llama, tiny_encoder, "torchrun", parallel=SHARDED, training={"steps": 1, "warmup_steps": 0}
+    )
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        TRAIN,
+        "--config",
+        str(path),
+    ]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_state(find_checkpoint(load_config(path).run_dir))["written_by"]["world"] == 2
 
@@ -333,5 +400,7 @@ def test_a_mistaken_override_of_the_quickstart_is_one_line() -> None:
     script = ["bash", "launchers/recipes/quickstart.sh", "training.steps=3", "training.warmup_steps=5"]
     done = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line] == done.stderr.splitlines()
+    assert [
+        line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line
+    ] == done.stderr.splitlines()
     assert "training: warmup_steps is 5 but steps is 3" in done.stderr

@@ -145,7 +145,9 @@ def test_a_run_with_long_prompts_is_refused_and_the_corrected_recipe_starts_unde
     kept = PreparedData.load(tmp_path / "runs" / "long" / "data")
     assert kept.manifest["skipped"]["examples longer than max_length"] > 0
     assert {row["question_id"] for name in ("train", "test") for row in kept.splits[name]} == {"q0", "q1"}
-    code, output = run(1, ["launchers/train.py", "--config", str(path), "--set", "data.on_long_prompt=skip", "training.steps=3"])[0]
+    code, output = run(
+        1, ["launchers/train.py", "--config", str(path), "--set", "data.on_long_prompt=skip", "training.steps=3"]
+    )[0]
     assert code == 0, output[-2000:]
     assert "resuming" in output
     config = load_config(path, ["run.name=longer", "data.max_length=1000"])
@@ -154,19 +156,29 @@ def test_a_run_with_long_prompts_is_refused_and_the_corrected_recipe_starts_unde
 
 
 def test_a_run_of_the_first_release_goes_on_only_if_it_cut_nothing(tmp_path, choices, tiny_llama, tiny_encoder) -> None:
-    config = load_config(recipe(tmp_path, tiny_llama, tiny_encoder, "old", data={"path": str(choices), "max_length": 140}))
+    config = load_config(
+        recipe(tmp_path, tiny_llama, tiny_encoder, "old", data={"path": str(choices), "max_length": 140})
+    )
     data = load_data(config.data)
-    with pytest.raises(DataError, match=r"release 0\.1\.0 cut them; start a new run \(run\.name\) with data\.max_length 155, or"):
+    with pytest.raises(
+        DataError, match=r"release 0\.1\.0 cut them; start a new run \(run\.name\) with data\.max_length 155, or"
+    ):
         check_prompts(data, config, started=True)
     enough = load_config(tmp_path / "old.yaml", ["data.max_length=400"])
     assert check_prompts(data, enough, started=True).splits is data.splits
 
 
 def test_evaluation_refuses_or_leaves_out_and_says_how(tmp_path, choices, tiny_llama, tiny_encoder) -> None:
-    folder, *_ = make_run(tmp_path / "runs" / "asked", tiny_llama, tiny_encoder, {}, source=choices, data={"heldout_fraction": 0.0})
-    with pytest.raises(DataError, match=r"rows of split test .*; evaluate with --set data\.max_length=155, or leave them out with"):
+    folder, *_ = make_run(
+        tmp_path / "runs" / "asked", tiny_llama, tiny_encoder, {}, source=choices, data={"heldout_fraction": 0.0}
+    )
+    with pytest.raises(
+        DataError, match=r"rows of split test .*; evaluate with --set data\.max_length=155, or leave them out with"
+    ):
         evaluate_run(folder, overrides=["data.max_length=140"])
-    report = evaluate_run(folder, overrides=["data.max_length=140", "data.on_long_prompt=skip", "evaluation.min_answers=1"])
+    report = evaluate_run(
+        folder, overrides=["data.max_length=140", "data.on_long_prompt=skip", "evaluation.min_answers=1"]
+    )
     assert set(json.loads((report.folder / "report.json").read_text())["splits"]) == {"test"}
 
 
@@ -179,17 +191,23 @@ def test_average_asks_in_both_orders_and_takes_the_mean(tmp_path, tiny_llama, ti
         found[order] = evaluator._passes(predict_choices, "test", names, names)["trained"]
     row = evaluator.subject.data.splits["test"][0]
     sentence = evaluator.subject.data.sentences[row["profile"]]
-    turned = Renderer(evaluator.subject.renderer.tokenizer, 500).encode_choice(row["question"], row["options"][::-1], sentence)
+    turned = Renderer(evaluator.subject.renderer.tokenizer, 500).encode_choice(
+        row["question"], row["options"][::-1], sentence
+    )
     with torch.no_grad():
         who = evaluator.subject.embeddings_NP[[row["profile"]]]
         logits = evaluator.subject.model(input_ids=torch.tensor([turned]), profile_embeddings=who).logits[0, -1]
     letters = Renderer(evaluator.subject.renderer.tokenizer, 500).letter_ids(len(row["options"]))
     expected = logits[letters].softmax(0).numpy()[::-1]
     np.testing.assert_allclose(found["reversed"].probabilities[0], expected, atol=1e-5)
-    for fixed, other, both in zip(*(found[order].probabilities for order in ("fixed", "reversed", "average")), strict=True):
+    for fixed, other, both in zip(
+        *(found[order].probabilities for order in ("fixed", "reversed", "average")), strict=True
+    ):
         np.testing.assert_allclose(both, (fixed + other) / 2, atol=1e-12)
         assert np.abs(fixed - other).max() > 1e-4
-    np.testing.assert_allclose(found["average"].letter_mass_M, (found["fixed"].letter_mass_M + found["reversed"].letter_mass_M) / 2)
+    np.testing.assert_allclose(
+        found["average"].letter_mass_M, (found["fixed"].letter_mass_M + found["reversed"].letter_mass_M) / 2
+    )
 
 
 def test_training_shows_one_order_only(tmp_path, tiny_llama, tiny_encoder) -> None:

@@ -71,7 +71,12 @@ def test_total_variation_is_the_most_that_any_set_of_options_differs_by(pair: tu
 def test_each_question_has_its_own_distance() -> None:
     p, q = [[1, 0, 0], [1, 0, 0]], [[0, 0.5, 0.5], [0, 0.5, 0.5]]
     np.testing.assert_allclose(distance(p, q, [False, True]), [0.75, 1.0])
-    assert [distance_name(some) for some in ([], [False], [True, True], [True, False])] == ["EMD", "EMD", "TV", "EMD and TV"]
+    assert [distance_name(some) for some in ([], [False], [True, True], [True, False])] == [
+        "EMD",
+        "EMD",
+        "TV",
+        "EMD and TV",
+    ]
     with pytest.raises(DataError, match="3 and 4 options"):
         total_variation([1, 0, 0], [1, 0, 0, 0])
 
@@ -86,7 +91,10 @@ def test_emd_of_opposite_ends_is_one_and_of_neighbours_one_step(options: int) ->
 def test_emd_broadcasts_over_leading_dimensions() -> None:
     rng = np.random.default_rng(0)
     p, q = rng.dirichlet(np.ones(5), size=(3, 4)), rng.dirichlet(np.ones(5), size=4)
-    expected = [[stats.wasserstein_distance(np.arange(5) / 4, np.arange(5) / 4, p[i, j], q[j]) for j in range(4)] for i in range(3)]
+    expected = [
+        [stats.wasserstein_distance(np.arange(5) / 4, np.arange(5) / 4, p[i, j], q[j]) for j in range(4)]
+        for i in range(3)
+    ]
     np.testing.assert_allclose(emd(p, q), expected, atol=1e-12)
 
 
@@ -132,7 +140,9 @@ def merged(people: pd.DataFrame) -> ChoiceExamples:
     split: dict[str, list] = {name: [] for name in ("question_id", "question", "options", "group", "profile", "counts")}
     for (question, options, group, profile), part in people.groupby(["question", "options", "group", "profile"]):
         counts = [int((part["answer"] == k).sum()) for k in range(options)]
-        for name, value in zip(split, (question, f"{question}?", list("abcd")[:options], group, profile, counts), strict=True):
+        for name, value in zip(
+            split, (question, f"{question}?", list("abcd")[:options], group, profile, counts), strict=True
+        ):
             split[name].append(value)
     return ChoiceExamples.of(split)
 
@@ -143,7 +153,13 @@ def guesses(examples: ChoiceExamples, seed: int = 5) -> list[np.ndarray]:
 
 
 def test_examples_name_a_profile_where_there_is_no_group() -> None:
-    split = {"question_id": ["q"] * 2, "question": ["?"] * 2, "options": [["a", "b"]] * 2, "group": ["", "Peru"], "profile": [7, 8]}
+    split = {
+        "question_id": ["q"] * 2,
+        "question": ["?"] * 2,
+        "options": [["a", "b"]] * 2,
+        "group": ["", "Peru"],
+        "profile": [7, 8],
+    }
     examples = ChoiceExamples.of({**split, "counts": [[1, 2], [3, 4]]})
     assert examples.groups == ["profile 7", "Peru"]
     assert len(examples) == 2
@@ -178,9 +194,13 @@ def test_a_cells_prediction_is_its_peoples_average() -> None:
     given = guesses(examples)
     by_key = {(q, p): given[i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
     cells = gather_cells(examples.questions, examples.groups, examples.counts, min_answers=1)
-    for (question, group), predicted in zip(cells.keys, predicted_distributions(cells, given, examples.counts), strict=True):
+    for (question, group), predicted in zip(
+        cells.keys, predicted_distributions(cells, given, examples.counts), strict=True
+    ):
         asked = people[(people["question"] == question) & (people["group"] == group)]
-        np.testing.assert_allclose(predicted, np.mean([by_key[question, profile] for profile in asked["profile"]], axis=0))
+        np.testing.assert_allclose(
+            predicted, np.mean([by_key[question, profile] for profile in asked["profile"]], axis=0)
+        )
 
 
 def test_collapse_is_the_share_of_all_training_answers() -> None:
@@ -188,7 +208,9 @@ def test_collapse_is_the_share_of_all_training_answers() -> None:
     train, test = merged(people), merged(survey(seed=8))
     for question, distribution in zip(test.questions, collapse_reference(train, test), strict=True):
         expected = (
-            people[people["question"] == question]["answer"].value_counts(normalize=True).reindex(range(len(distribution)), fill_value=0)
+            people[people["question"] == question]["answer"]
+            .value_counts(normalize=True)
+            .reindex(range(len(distribution)), fill_value=0)
         )
         np.testing.assert_allclose(distribution, expected)
 
@@ -226,13 +248,18 @@ def test_an_oracle_of_people_with_profiles_of_their_own_is_their_countrys() -> N
     half = rng.permutation(len(people)) < 4000
     train, test = merged(people[half]), merged(people[~half])
     emd_of = {}
-    for name, reference in (("collapse", collapse_reference(train, test)), ("oracle", oracle_reference(train, test, 30))):
+    for name, reference in (
+        ("collapse", collapse_reference(train, test)),
+        ("oracle", oracle_reference(train, test, 30)),
+    ):
         emd_of[name] = Scorer(test, {}, 30).scores({name: reference}).rows[name]["emd"].value
     by_country = []
     for country, part in people[~half].groupby("group"):
         own = people[half & (people["group"] == country)]["answer"]
         by_country.append((stats.wasserstein_distance(own / 4, part["answer"] / 4), len(part)))
-    assert emd_of["oracle"] == pytest.approx(np.average([d for d, _ in by_country], weights=[n for _, n in by_country]), abs=1e-12)
+    assert emd_of["oracle"] == pytest.approx(
+        np.average([d for d, _ in by_country], weights=[n for _, n in by_country]), abs=1e-12
+    )
     assert emd_of["oracle"] < 0.3 * emd_of["collapse"]
 
 
@@ -243,7 +270,9 @@ def test_the_nearest_profile_answers_by_the_same_rule() -> None:
     # Profile 12 + k stands beside profile k.
     embeddings = np.concatenate([np.eye(12), np.eye(12) + 0.1])
     found = nearest_reference(train, test, embeddings, 20)
-    alike = replace(test, profiles=[p - 12 for p in test.profiles], groups=[f"land {(p - 12) // 3}" for p in test.profiles])
+    alike = replace(
+        test, profiles=[p - 12 for p in test.profiles], groups=[f"land {(p - 12) // 3}" for p in test.profiles]
+    )
     for a, b in zip(found, oracle_reference(train, alike, 20), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -289,7 +318,9 @@ def test_mean_by_group_is_the_weighted_mean() -> None:
     means = mean_by_group(values, groups, weights)
     for name in "abc":
         rows = [i for i in range(6) if groups[i] == name]
-        np.testing.assert_allclose(means[name], sum(values[i] * weights[i] for i in rows) / sum(weights[i] for i in rows))
+        np.testing.assert_allclose(
+            means[name], sum(values[i] * weights[i] for i in rows) / sum(weights[i] for i in rows)
+        )
 
 
 def test_swapped_profiles_are_a_fixed_derangement_across_groups_within_each_question() -> None:

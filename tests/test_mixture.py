@@ -25,14 +25,18 @@ pytestmark = pytest.mark.sixteen_bit
 E, K, R, D, O = 6, 2, 4, 16, 12  # noqa: E741
 
 
-def case(tokens: int, shared_a: bool, kind: str = "mixed", rank: int = R, out: int = O) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def case(
+    tokens: int, shared_a: bool, kind: str = "mixed", rank: int = R, out: int = O
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Leaves of the mixture, and the experts of each token, some of it padding and some experts without any token."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).requires_grad_()
 
-    expert_TK = torch.rand(tokens, E - 1, generator=generator).argsort(dim=1)[:, :K].int()  # nobody asks the last expert
+    expert_TK = (
+        torch.rand(tokens, E - 1, generator=generator).argsort(dim=1)[:, :K].int()
+    )  # nobody asks the last expert
     if kind == "one takes all":
         expert_TK = torch.stack([torch.full((tokens,), 3), torch.full((tokens,), 1)], dim=1).int()
     expert_TK[::5] = -1
@@ -43,7 +47,9 @@ def case(tokens: int, shared_a: bool, kind: str = "mixed", rank: int = R, out: i
     return {"x": leaf(tokens, D), "weight": weight_TK, "a": a, "b": leaf(E, out, rank)}, expert_TK
 
 
-def naive(leaves: dict[str, torch.Tensor], expert_TK: torch.Tensor, scale: float, mask: GradientMask | None) -> torch.Tensor:
+def naive(
+    leaves: dict[str, torch.Tensor], expert_TK: torch.Tensor, scale: float, mask: GradientMask | None
+) -> torch.Tensor:
     rows = []
     for t, experts in enumerate(expert_TK.tolist()):
         gate = [leaves["weight"].new_zeros(())] * E
@@ -85,7 +91,10 @@ def gpu_products(monkeypatch):
 @pytest.mark.parametrize("tokens", [0, 1, 23])
 def test_grouped_products_use_nothing_that_a_gpu_leaves_unwritten(tokens, kind, shared_a, gpu_products) -> None:
     leaves, expert_TK = case(tokens, shared_a, kind)
-    outs = [mixture(leaves["x"], leaves["weight"], expert_TK, leaves["a"], leaves["b"], strategy=s) for s in ("grouped", "dense")]
+    outs = [
+        mixture(leaves["x"], leaves["weight"], expert_TK, leaves["a"], leaves["b"], strategy=s)
+        for s in ("grouped", "dense")
+    ]
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
     grads = [torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out)) for out in outs]
     for one, other in zip(*grads, strict=True):
@@ -97,14 +106,18 @@ def test_grouped_products_use_nothing_that_a_gpu_leaves_unwritten(tokens, kind, 
 @pytest.mark.parametrize("kind", ["mixed", "one takes all"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shared_a", [False, True])
-def test_both_strategies_equal_the_loop_forward_and_backward(shared_a, masked, kind, strategy, operators, at_once, monkeypatch) -> None:
+def test_both_strategies_equal_the_loop_forward_and_backward(
+    shared_a, masked, kind, strategy, operators, at_once, monkeypatch
+) -> None:
     if operators == "plain PyTorch":
         monkeypatch.setattr(library, "supports", lambda *_: False)
     leaves, expert_TK = case(23, shared_a, kind)
     mask = None
     if masked:
         profile_T = torch.arange(23) % 3
-        mask = GradientMask(torch.rand(3, E, generator=torch.Generator().manual_seed(1)), profile_T.masked_fill(expert_TK[:, 0] < 0, -1))
+        mask = GradientMask(
+            torch.rand(3, E, generator=torch.Generator().manual_seed(1)), profile_T.masked_fill(expert_TK[:, 0] < 0, -1)
+        )
     expected = naive(leaves, expert_TK, 1.5, mask)
     d_out = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     out = mixture(leaves["x"], leaves["weight"], expert_TK, leaves["a"], leaves["b"], 1.5, mask, strategy)
@@ -156,11 +169,15 @@ def test_the_frozen_part_is_added_and_learns_through(strategy, shared_a, dtype, 
 
 
 def test_cost_rule_takes_the_strategy_that_multiplies_less_and_what_grouped_products_can_take(monkeypatch) -> None:
-    def choose(experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32, width: int = 2048, device: str = "cpu") -> str:
+    def choose(
+        experts: int, top_k: int, rank: int, dtype: torch.dtype = torch.float32, width: int = 2048, device: str = "cpu"
+    ) -> str:
         return cheaper_strategy(experts, top_k, rank, width, width, dtype, device)
 
     def answers() -> list[str]:
-        for experts, top_k, width in itertools.product((8, 64), (1, 2), (2048, 2049)):  # growing ranks change the answer once at most
+        for experts, top_k, width in itertools.product(
+            (8, 64), (1, 2), (2048, 2049)
+        ):  # growing ranks change the answer once at most
             chosen = [choose(experts, top_k, rank, width=width) for rank in (1, 2, 4, 8, 16, 32, 64, 128)]
             assert chosen == sorted(chosen)
         assert choose(8, 8, 64) == "dense"  # everybody answers: sorting saves nothing
@@ -207,7 +224,9 @@ class Linear(nn.Module):
 def taught(mask_NE: torch.Tensor | None = None, **options: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[N, E] each, for three people: mean gate of an expert, and whether its A and its B got a gradient from that person."""
     torch.manual_seed(0)
-    model = inject_adapters(Linear(), CumaConfig(num_experts=E, top_k=3, lora_r=R, target_modules=("q_proj",), profile_dim=5, **options))
+    model = inject_adapters(
+        Linear(), CumaConfig(num_experts=E, top_k=3, lora_r=R, target_modules=("q_proj",), profile_dim=5, **options)
+    )
     ((_, layer),) = model.adapted_layers()
     nn.init.normal_(layer.experts.lora_b)
     x, e = torch.randn(3, 7, D), torch.randn(3, 5) * 3
@@ -216,7 +235,9 @@ def taught(mask_NE: torch.Tensor | None = None, **options: object) -> tuple[torc
         model.train().zero_grad()
         with model.recording_routing() as record:
             own = None if mask_NE is None else mask_NE[n : n + 1]
-            model(inputs_embeds=x[n : n + 1], profile_embeddings=e[n : n + 1], gradient_mask=own).square().sum().backward()
+            model(
+                inputs_embeds=x[n : n + 1], profile_embeddings=e[n : n + 1], gradient_mask=own
+            ).square().sum().backward()
         gates.append(record.gates[0][0, 0])
         a.append(layer.experts.lora_a.grad.flatten(1).any(dim=1))
         b.append(layer.experts.lora_b.grad.flatten(1).any(dim=1))
@@ -260,8 +281,14 @@ def test_people_outside_the_listed_groups_teach_all_experts_unless_told_otherwis
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"county": {"Germany": (0,)}}, r"no profile has the field 'county' \(did you mean 'country'\?\); they have country, age"),
-        ({"country": {"Germony": (0,)}}, r"gradient_groups.country: nobody's country is 'Germony' \(did you mean 'Germany'\?\)"),
+        (
+            {"county": {"Germany": (0,)}},
+            r"no profile has the field 'county' \(did you mean 'country'\?\); they have country, age",
+        ),
+        (
+            {"country": {"Germony": (0,)}},
+            r"gradient_groups.country: nobody's country is 'Germony' \(did you mean 'Germany'\?\)",
+        ),
     ],
 )
 def test_groups_that_nobody_is_in_are_refused(groups: dict, message: str) -> None:
@@ -274,8 +301,14 @@ def test_groups_that_nobody_is_in_are_refused(groups: dict, message: str) -> Non
     [
         ({"gradient_mask": "groups"}, "gradient_mask: groups and gradient_groups go together"),
         ({"gradient_groups": {"country": {"Germany": [0]}}}, "gradient_mask: groups and gradient_groups go together"),
-        ({"gradient_mask": "groups", "gradient_groups": {}}, "gradient_groups has 0 profile fields; exactly one is allowed"),
-        ({"gradient_mask": "groups", "gradient_groups": {"country": {"Germany": [8]}}}, r"experts \[8\]; expected one or more of 0 to 7"),
+        (
+            {"gradient_mask": "groups", "gradient_groups": {}},
+            "gradient_groups has 0 profile fields; exactly one is allowed",
+        ),
+        (
+            {"gradient_mask": "groups", "gradient_groups": {"country": {"Germany": [8]}}},
+            r"experts \[8\]; expected one or more of 0 to 7",
+        ),
         ({"gradient_mask": "groups", "gradient_groups": {"country": {"Germany": []}}}, r"lists the experts \[\]"),
     ],
 )
@@ -286,7 +319,9 @@ def test_mistaken_group_tables_are_refused(options: dict, message: str) -> None:
 
 def test_autocast_changes_the_frozen_part_alone() -> None:
     torch.manual_seed(0)
-    model = inject_adapters(Linear(), CumaConfig(num_experts=E, top_k=2, lora_r=R, target_modules=("q_proj",), profile_dim=5)).eval()
+    model = inject_adapters(
+        Linear(), CumaConfig(num_experts=E, top_k=2, lora_r=R, target_modules=("q_proj",), profile_dim=5)
+    ).eval()
     ((_, layer),) = model.adapted_layers()
     nn.init.normal_(layer.experts.lora_b)
     x, e = torch.randn(3, 7, D), torch.randn(3, 5)
@@ -348,15 +383,24 @@ class QueryAndValue(nn.Module):
     ],
     ids=str,
 )
-def test_the_router_and_all_a_are_one_product_where_they_may_be_and_nothing_else_changes(options, products, monkeypatch) -> None:
+def test_the_router_and_all_a_are_one_product_where_they_may_be_and_nothing_else_changes(
+    options, products, monkeypatch
+) -> None:
     seen = []
     monkeypatch.setattr(
-        "cuma_ds.adapters.router.project", lambda x, *weights: seen.append(tuple(map(len, weights))) or mixture_module.project(x, *weights)
+        "cuma_ds.adapters.router.project",
+        lambda x, *weights: seen.append(tuple(map(len, weights))) or mixture_module.project(x, *weights),
     )
     results = []
     for stacked in (True, False):
         torch.manual_seed(0)
-        config = {"num_experts": E, "top_k": 2, "lora_r": R, "target_modules": ("q_proj", "v_proj"), "profile_dim": 5} | options
+        config = {
+            "num_experts": E,
+            "top_k": 2,
+            "lora_r": R,
+            "target_modules": ("q_proj", "v_proj"),
+            "profile_dim": 5,
+        } | options
         model = inject_adapters(QueryAndValue(), CumaConfig(**config)).train()
         for _, layer in model.adapted_layers():
             nn.init.normal_(layer.experts.lora_b)

@@ -18,7 +18,9 @@ PROFILES = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 def adapted(folder: Path, **options: object) -> CumaModel:
     targets = ["q_proj", "k_proj", "v_proj"]
     values = {"num_experts": 4, "top_k": 2, "lora_r": 4, "lora_alpha": 32, "profile_dim": 16, "target_modules": targets}
-    model = inject_adapters(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), CumaConfig(**(values | options)))
+    model = inject_adapters(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), CumaConfig(**(values | options))
+    )
     with torch.no_grad():
         for name, parameter in model.adapter_parameters():
             if "lora_b" in name:
@@ -38,7 +40,9 @@ def test_padding_on_the_left_changes_no_answer(tiny_llama) -> None:
     model = adapted(tiny_llama)
     ids, mask = prompts()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    together = model(input_ids=ids, attention_mask=mask, position_ids=positions, profile_embeddings=PROFILES).logits[1, 4:]
+    together = model(input_ids=ids, attention_mask=mask, position_ids=positions, profile_embeddings=PROFILES).logits[
+        1, 4:
+    ]
     alone = model(input_ids=ids[1:2, 4:], profile_embeddings=PROFILES[1:2]).logits[0]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
@@ -47,7 +51,9 @@ def test_logits_to_keep_gives_the_last_logits(tiny_llama) -> None:
     model = adapted(tiny_llama)
     ids, _ = prompts()
     whole = model(input_ids=ids, profile_embeddings=PROFILES).logits
-    torch.testing.assert_close(model(input_ids=ids, profile_embeddings=PROFILES, logits_to_keep=2).logits, whole[:, -2:])
+    torch.testing.assert_close(
+        model(input_ids=ids, profile_embeddings=PROFILES, logits_to_keep=2).logits, whole[:, -2:]
+    )
 
 
 def test_generate_with_cache_equals_choosing_the_best_token_again_and_again(tiny_llama) -> None:
@@ -69,10 +75,14 @@ def test_profiles_change_what_is_generated_and_beams_keep_them(tiny_llama) -> No
     options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3, "eos_token_id": None}
     together = model.generate(input_ids=ids, attention_mask=mask, profile_embeddings=PROFILES, **options)
     for row in range(3):
-        alone = model.generate(input_ids=ids[row : row + 1, mask[row].bool()], profile_embeddings=PROFILES[row : row + 1], **options)
+        alone = model.generate(
+            input_ids=ids[row : row + 1, mask[row].bool()], profile_embeddings=PROFILES[row : row + 1], **options
+        )
         assert together[row, -6:].tolist() == alone[0, -6:].tolist(), row
     same = ids[:1].expand(3, -1)
-    answers = model.generate(input_ids=same, profile_embeddings=PROFILES, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    answers = model.generate(
+        input_ids=same, profile_embeddings=PROFILES, max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
     assert len({tuple(row) for row in answers.tolist()}) > 1
 
 
@@ -111,7 +121,9 @@ def test_gpt2_convolutions_are_adapted_too(tmp_path) -> None:
 
 def test_the_readme_example_runs(tiny_llama, tiny_encoder) -> None:
     source = (ROOT / "README.md").read_text().split("```python")[1].split("```")[0]
-    source = source.replace(".cache/models/SmolLM2-135M-Instruct", str(tiny_llama)).replace("profile_dim=384", "profile_dim=16")
+    source = source.replace(".cache/models/SmolLM2-135M-Instruct", str(tiny_llama)).replace(
+        "profile_dim=384", "profile_dim=16"
+    )
     source = source.replace(".cache/models/all-MiniLM-L6-v2", str(tiny_encoder))
     names: dict[str, object] = {}
     exec(source, names)

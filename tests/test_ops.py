@@ -28,7 +28,9 @@ GATE_SHAPES = [
 ]  # fmt: skip
 
 
-def gate_inputs(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def gate_inputs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits with ties (rounded to quarters), profiles, and an index with padding."""
     tokens, experts, _, profiles = shape
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +118,15 @@ def scale_inputs(
     return z, weight, expert.to(device)
 
 
-SCALE_SHAPES = [(0, 4, 2, 8), (1, 1, 1, 1), (9, 8, 2, 8), (31, 5, 5, 3), (40, 512, 8, 4), (600, 8, 2, 64), (10_000, 8, 2, 8)]
+SCALE_SHAPES = [
+    (0, 4, 2, 8),
+    (1, 1, 1, 1),
+    (9, 8, 2, 8),
+    (31, 5, 5, 3),
+    (40, 512, 8, 4),
+    (600, 8, 2, 64),
+    (10_000, 8, 2, 8),
+]
 
 
 @compiled
@@ -130,7 +140,9 @@ def test_gate_scale_equals_plain_pytorch_forward_and_backward(shape, shared: boo
         ours = ops.gate_scale(z, weight, expert, experts, 1.5)
         exact = [t.cpu().double() if t.is_floating_point() else t.cpu() for t in (z, weight, expert)]
         close(ours, reference.gate_scale(*exact, experts, 1.5), dtype)
-        assert torch.equal(ours, reference.gate_scale(z, weight, expert, experts, 1.5))  # rounded once, at the same place
+        assert torch.equal(
+            ours, reference.gate_scale(z, weight, expert, experts, 1.5)
+        )  # rounded once, at the same place
         generator = torch.Generator().manual_seed(4)
         d_out = torch.randn(tokens, experts, rank, generator=generator).to(device, dtype)
         mask = torch.rand(3, experts, generator=generator).to(device)
@@ -155,10 +167,14 @@ def test_plain_gate_scale_passes_gradcheck_and_its_backward_is_its_gradient(shar
     d_out = torch.randn_like(out)
     expected = torch.autograd.grad(out, (z, weight), d_out)
     mask, index = torch.rand(2, 4, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, -1, 0])
-    d_z, d_weight, masked_d_z, masked_out = reference.gate_scale_backward(d_out, z.detach(), weight.detach(), expert, 0.7, mask, index)
+    d_z, d_weight, masked_d_z, masked_out = reference.gate_scale_backward(
+        d_out, z.detach(), weight.detach(), expert, 0.7, mask, index
+    )
     torch.testing.assert_close(d_z, expected[0])
     torch.testing.assert_close(d_weight, expected[1])
-    share = torch.stack([mask[i] if i >= 0 else torch.zeros(4, dtype=torch.float64) for i in index.tolist()])[:, :, None]
+    share = torch.stack([mask[i] if i >= 0 else torch.zeros(4, dtype=torch.float64) for i in index.tolist()])[
+        :, :, None
+    ]
     torch.testing.assert_close(masked_out, out.detach() * share)
     through = torch.autograd.grad(reference.gate_scale(z, weight, expert, 4, 0.7), z, d_out * share)[0]
     torch.testing.assert_close(masked_d_z, through)
@@ -171,7 +187,9 @@ def permute_inputs(tokens: int, top_k: int, experts: int, kind: str, device: str
     generator = torch.Generator().manual_seed(5)
     if kind == "one takes all":
         return torch.zeros(tokens, top_k, dtype=torch.int32, device=device)
-    expert = torch.randint(0, max(1, experts // 2), (tokens, top_k), generator=generator, dtype=torch.int32)  # half of them stay empty
+    expert = torch.randint(
+        0, max(1, experts // 2), (tokens, top_k), generator=generator, dtype=torch.int32
+    )  # half of them stay empty
     expert[torch.rand(tokens, generator=generator) < 0.3] = -1
     return expert.to(device)
 
@@ -258,7 +276,11 @@ def test_grouped_products_equal_a_loop_over_pairs(shape, kind: str, operators: s
     kept = onto.clone()
     close(ops.grouped_expand(z, weight, pairs, onto) - onto, expanded)
     assert torch.equal(onto, kept)
-    results = [ops.grouped_shrink(x, weight, pairs)[:places], ops.grouped_expand(z, weight, pairs), ops.grouped_outer(z, x, pairs)]
+    results = [
+        ops.grouped_shrink(x, weight, pairs)[:places],
+        ops.grouped_expand(z, weight, pairs),
+        ops.grouped_outer(z, x, pairs),
+    ]
     for one, other in zip(results, (shrunk, expanded, outer), strict=True):
         scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
         close(one / scale, other / scale)
@@ -273,7 +295,10 @@ def test_plain_grouped_products_are_each_others_gradients() -> None:
         expert_P = torch.repeat_interleave(torch.arange(4), pairs.end_E.diff(prepend=pairs.end_E.new_zeros(1)))
         return torch.einsum("pi,pji->pj", x[pairs.order_M[:places].long() // 2], weight[expert_P])
 
-    x, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((6, 5), (4, 3, 5)))
+    x, weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((6, 5), (4, 3, 5))
+    )
     d = torch.randn(12, 3, generator=generator, dtype=torch.float64)
     z = shrink(x, weight)
     torch.testing.assert_close(reference.grouped_shrink(x.detach(), weight.detach(), pairs)[:places], z)
@@ -296,7 +321,19 @@ def test_operators_pass_opcheck() -> None:
     cases = [
         (names.gate, (hidden, profile, index, 2, 0)),
         (names.gate, (hidden, None, index, 6, 1)),
-        (names.gate_backward, (hidden.detach(), profile.detach(), index, out.weight_TK, out.expert_TK, torch.rand(9, 2), torch.rand(6), 2)),
+        (
+            names.gate_backward,
+            (
+                hidden.detach(),
+                profile.detach(),
+                index,
+                out.weight_TK,
+                out.expert_TK,
+                torch.rand(9, 2),
+                torch.rand(6),
+                2,
+            ),
+        ),
         (names.gate_scale, (*leaf, expert, 6, 2.0)),
         (names.gate_scale_backward, (d_out, z, weight, expert, 2.0, torch.rand(3, 6), index)),
         (names.gate_scale_backward, (d_out, z, weight, expert, 2.0, None, None)),
@@ -397,13 +434,28 @@ def test_mistaken_arguments_are_named_with_what_was_expected() -> None:
         (lambda: ops.permute_gather(hidden[:9], order, position), "x_TW has 9 rows; position_TK has 10"),
         (lambda: ops.permute_scatter(hidden, order, position), "y_MW has 10 rows; order_M has 20"),
         (lambda: ops.permute_gather(hidden, order[:3], position), r"order_M has shape \[3\]; expected \[20\]"),
-        (lambda: ops.grouped_shrink(hidden, z[:4, 0, :4], pairs), r"weight_EJI has shape \[4, 4\]; expected \[4, \*, 4\]"),
-        (lambda: ops.grouped_shrink(hidden[:9], z[:4, :, :4], pairs), r"position_TK has shape \[10, 2\]; expected \[9, \*\]"),
-        (lambda: ops.grouped_shrink(hidden.to("meta"), z[:4], pairs), "x_TI is on meta; grouped products are for the CPU"),
+        (
+            lambda: ops.grouped_shrink(hidden, z[:4, 0, :4], pairs),
+            r"weight_EJI has shape \[4, 4\]; expected \[4, \*, 4\]",
+        ),
+        (
+            lambda: ops.grouped_shrink(hidden[:9], z[:4, :, :4], pairs),
+            r"position_TK has shape \[10, 2\]; expected \[9, \*\]",
+        ),
+        (
+            lambda: ops.grouped_shrink(hidden.to("meta"), z[:4], pairs),
+            "x_TI is on meta; grouped products are for the CPU",
+        ),
         (lambda: ops.grouped_expand(hidden, z[:4], pairs), r"z_MJ has shape \[10, 4\]; expected \[20, \*\]"),
-        (lambda: ops.grouped_expand(y, z[:4, :3, :4], pairs, hidden[:9]), r"onto_TI has shape \[9, 4\]; expected \[10, 4\]"),
+        (
+            lambda: ops.grouped_expand(y, z[:4, :3, :4], pairs, hidden[:9]),
+            r"onto_TI has shape \[9, 4\]; expected \[10, 4\]",
+        ),
         (lambda: ops.grouped_outer(z[:, 0], hidden, pairs), r"z_MJ has shape \[10, 5\]; expected \[20, \*\]"),
-        (lambda: ops.grouped_outer(z[:, 0], hidden, ops.Pairs(order, position, end.long())), "end_E is int64; expected int32"),
+        (
+            lambda: ops.grouped_outer(z[:, 0], hidden, ops.Pairs(order, position, end.long())),
+            "end_E is int64; expected int32",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(ModelError, match=message):
@@ -417,10 +469,16 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
     hidden, profile, index = gate_inputs((10, 4, 2, 3), torch.float32, "cpu")
     z, weight, expert = scale_inputs(10, 4, 2, 5, False, torch.float32)
     order, position, end = ops.sort_by_expert(expert, 4)
-    matrix, unsorted = torch.randn(4, 3, 3), "order or end is out of range or not ascending; expected what sort_by_expert returns"
+    matrix, unsorted = (
+        torch.randn(4, 3, 3),
+        "order or end is out of range or not ascending; expected what sort_by_expert returns",
+    )
     x, y = torch.randn(10, 3), torch.randn(20, 3)
     cases = [
-        (lambda: names.gate(hidden, profile, index + 5, 2, 0), "profile_index is . at token .; expected -1 .padding. or below 3"),
+        (
+            lambda: names.gate(hidden, profile, index + 5, 2, 0),
+            "profile_index is . at token .; expected -1 .padding. or below 3",
+        ),
         (lambda: names.gate(hidden, profile, index[:5], 2, 0), r"profile_index has shape \[5\]; expected \[10\]"),
         (lambda: names.gate(hidden, profile.double(), index, 2, 0), "profile_logits is float64; expected float32"),
         (lambda: names.gate(hidden, profile, index, 5, 0), "top_k is 5; expected 1 to 4"),
@@ -436,7 +494,10 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
         (lambda: names.grouped_outer(y, x, order, position, end + 9), unsorted),
         (lambda: names.grouped_outer(y, x, order, position, end.flip(0)), unsorted),
         (lambda: names.grouped_outer(y.half(), x, order, position, end), "z is float16; expected float32"),
-        (lambda: names.grouped_shrink(x[:9], matrix, order, position, end), r"x has shape \[9, 3\]; expected \[10, 3\]"),
+        (
+            lambda: names.grouped_shrink(x[:9], matrix, order, position, end),
+            r"x has shape \[9, 3\]; expected \[10, 3\]",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
@@ -445,7 +506,9 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
 
 def test_the_module_tells_what_is_in_use_and_why_not(monkeypatch) -> None:
     environment = {**os.environ, "CUMA_DS_OPS": "reference", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "cuma_ds.ops"], capture_output=True, text=True, env=environment, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "cuma_ds.ops"], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
     assert done.stdout.startswith("operators: plain PyTorch (CUMA_DS_OPS=reference)\n"), done.stderr
     assert re.match(r"operators: (compiled for the CPU|plain PyTorch \()", ops.describe())
     monkeypatch.setenv("CUMA_DS_OPS", "fast")
@@ -459,4 +522,6 @@ def test_operators_of_another_version_are_not_used(monkeypatch) -> None:
         torch.library.register_fake("cuma_ds::yet_to_come", lambda x: x)
 
     monkeypatch.setattr(library, "_register", register)
-    assert library._load().startswith("they were built from another version of the source (operator cuma_ds::yet_to_come does not exist")
+    assert library._load().startswith(
+        "they were built from another version of the source (operator cuma_ds::yet_to_come does not exist"
+    )

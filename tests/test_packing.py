@@ -58,7 +58,9 @@ def test_the_stream_packs_what_it_would_show_unpacked(world, batch):
         return BatchStream(40, batch, 3, rank, world, 5, lambda row: example(row, 1 + row % 6), 0, **options)
 
     for rank in range(world):
-        for plain, packed in zip(stream(rank).micro_batches(3), stream(rank, pack_length=12).micro_batches(3), strict=True):
+        for plain, packed in zip(
+            stream(rank).micro_batches(3), stream(rank, pack_length=12).micro_batches(3), strict=True
+        ):
             real = plain.profile_index[plain.profile_index >= 0]
             assert packed.profile_index[packed.profile_index >= 0].unique().tolist() == sorted(real.tolist())
             assert packed.weight_sum == plain.weight_sum
@@ -71,8 +73,17 @@ def test_loss_balance_and_gradients_are_those_of_single_rows(tiny_llama, attenti
 
     generator = torch.Generator().manual_seed(4)
     width = 6 if method == "cuma" else 0
-    config = CumaConfig(method=method, num_experts=4, top_k=2, lora_r=4, profile_dim=width, target_modules=["q_proj", "v_proj", "up_proj"])
-    model = inject_adapters(AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation=attention), config)
+    config = CumaConfig(
+        method=method,
+        num_experts=4,
+        top_k=2,
+        lora_r=4,
+        profile_dim=width,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+    )
+    model = inject_adapters(
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation=attention), config
+    )
     model.shares_per_forward = False
     model.expert_share = torch.randn(model.expert_share.shape, generator=generator).softmax(dim=-1)
     for _, parameter in model.adapter_parameters():
@@ -105,7 +116,11 @@ def test_packed_runs_on_two_ranks_equal_one_process_without_packing(tmp_path, ti
     cases = {
         "choice": {"data": {"max_length": 300}},
         "chat": {"data": {**chats, "max_length": 220}, "model": {"attention": "eager"}},
-        "odd": {"data": {**chats, "max_length": 220}, "model": {"gradient_checkpointing": True}, "training": {"global_batch_size": 7}},
+        "odd": {
+            "data": {**chats, "max_length": 220},
+            "model": {"gradient_checkpointing": True},
+            "training": {"global_batch_size": 7},
+        },
     }
     plain, packed = {}, {}
     for name, changes in cases.items():
@@ -119,7 +134,12 @@ def test_packed_runs_on_two_ranks_equal_one_process_without_packing(tmp_path, ti
 
 def test_packing_needs_profiles_to_mask_gradients(tmp_path, tiny_llama, tiny_encoder):
     path = recipe(
-        tmp_path, tiny_llama, tiny_encoder, "no", data={"packing": True}, adapters={"method": "mixlora", "gradient_mask": "dominant"}
+        tmp_path,
+        tiny_llama,
+        tiny_encoder,
+        "no",
+        data={"packing": True},
+        adapters={"method": "mixlora", "gradient_mask": "dominant"},
     )
     with pytest.raises(ConfigError, match=r"data\.packing is true, but adapters\.gradient_mask dominant"):
         load_config(path)

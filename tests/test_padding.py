@@ -72,7 +72,9 @@ def test_choices_are_answered_as_alone(model, examples, table) -> None:
 
 @torch.no_grad()
 def test_conversations_surprise_as_alone(model, examples, table) -> None:
-    talks = [EncodedExample(e.input_ids, [2, 5, len(e.input_ids) - 2], [11, 12, 13], [1.0] * 3, e.profile) for e in examples]
+    talks = [
+        EncodedExample(e.input_ids, [2, 5, len(e.input_ids) - 2], [11, 12, 13], [1.0] * 3, e.profile) for e in examples
+    ]
     found = chat_losses(model, talks, table.embeddings, 3, pad_id=0)
     for talk, nll in zip(talks, found.nll, strict=True):
         logits = alone(model, talk, table)[talk.target_position].double().log_softmax(dim=-1)

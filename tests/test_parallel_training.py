@@ -56,7 +56,9 @@ def assert_same_training(path: Path, expected: SingleRun, tolerance: float = 1e-
         assert row["grad_norm"] == pytest.approx(norm, rel=tolerance, abs=tolerance), path.stem
     trained = read_adapters(find_checkpoint(config.run_dir))
     for name, tensor in expected.state.items():
-        torch.testing.assert_close(trained[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{path.stem} {n}: {m}")
+        torch.testing.assert_close(
+            trained[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{path.stem} {n}: {m}"
+        )
 
 
 def placements(world: int) -> dict[str, dict]:
@@ -65,11 +67,20 @@ def placements(world: int) -> dict[str, dict]:
     if world == 2:
         for special in ("zero2_sharded_offload_optimizer", "zero2_sharded_offload_backbone", "zero2_sharded_overlap"):
             cases[special] = {"deepspeed_config": special, "ep_size": 2}
-        cases["beside"] = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2, "dispatch": "all_to_all", "overlap_dispatch": True}
+        cases["beside"] = {
+            "deepspeed_config": "zero2_sharded_backbone",
+            "ep_size": 2,
+            "dispatch": "all_to_all",
+            "overlap_dispatch": True,
+        }
     for stage in ("zero2", "zero2_sharded_backbone", "zero1", "zero1_sharded_backbone")[: 3 if world == 4 else 4]:
         for ep_size in (size for size in (1, 2, 4) if world % size == 0):
             for dispatch in ("all_to_all", "gather_experts", "auto") if ep_size > 1 else ("auto",):
-                cases[f"{stage}-ep{ep_size}-{dispatch}"] = {"deepspeed_config": stage, "ep_size": ep_size, "dispatch": dispatch}
+                cases[f"{stage}-ep{ep_size}-{dispatch}"] = {
+                    "deepspeed_config": stage,
+                    "ep_size": ep_size,
+                    "dispatch": dispatch,
+                }
     return cases
 
 
@@ -83,8 +94,13 @@ def expected(tmp_path_factory, tiny_llama, tiny_encoder) -> SingleRun:
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_placement_equals_a_single_process_without_deepspeed(world, tmp_path, tiny_llama, tiny_encoder, expected) -> None:
-    recipes = [recipe(tmp_path, tiny_llama, tiny_encoder, f"w{world}-{name}", parallel=p) for name, p in placements(world).items()]
+def test_every_placement_equals_a_single_process_without_deepspeed(
+    world, tmp_path, tiny_llama, tiny_encoder, expected
+) -> None:
+    recipes = [
+        recipe(tmp_path, tiny_llama, tiny_encoder, f"w{world}-{name}", parallel=p)
+        for name, p in placements(world).items()
+    ]
     run_recipes(world, recipes, timeout=900, fresh=True)
     for path in recipes:
         assert_same_training(path, expected)
@@ -96,7 +112,9 @@ VARIANTS = {
     "semantic-only": {"adapters": {"method": "hydralora"}},
     "dominant": {"adapters": {"gradient_mask": "dominant"}},
     "dominant-shared-a": {"adapters": {"gradient_mask": "dominant", "shared_a": True}},
-    "groups": {"adapters": {"gradient_mask": "groups", "gradient_groups": {"country": {"Norway": [0], "Japan": [1, 2]}}}},
+    "groups": {
+        "adapters": {"gradient_mask": "groups", "gradient_groups": {"country": {"Norway": [0], "Japan": [1, 2]}}}
+    },
     "no-balance": {"adapters": {"balance_weight": 0.0}, "training": {"max_grad_norm": 0.0}},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
     "odd-batch": {"training": {"global_batch_size": 7}},
@@ -109,7 +127,9 @@ def test_variants_at_ep_2_equal_a_single_process(tmp_path, tiny_llama, tiny_enco
     for name, changes in VARIANTS.items():
         for dispatch in ("all_to_all", "gather_experts"):
             parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2, "dispatch": dispatch}
-            paths[name, dispatch] = recipe(tmp_path, tiny_llama, tiny_encoder, f"{name}-{dispatch}", parallel=parallel, **changes)
+            paths[name, dispatch] = recipe(
+                tmp_path, tiny_llama, tiny_encoder, f"{name}-{dispatch}", parallel=parallel, **changes
+            )
     run_recipes(2, list(paths.values()), timeout=900)
     for name in VARIANTS:
         single = train_single(load_config(paths[name, "all_to_all"]))
@@ -117,7 +137,9 @@ def test_variants_at_ep_2_equal_a_single_process(tmp_path, tiny_llama, tiny_enco
             assert_same_training(paths[name, dispatch], single)
 
 
-def test_gradient_accumulation_equals_a_single_process_with_the_same_micro_steps(tmp_path, tiny_llama, tiny_encoder) -> None:
+def test_gradient_accumulation_equals_a_single_process_with_the_same_micro_steps(
+    tmp_path, tiny_llama, tiny_encoder
+) -> None:
     parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
     path = recipe(tmp_path, tiny_llama, tiny_encoder, "accumulate", parallel=parallel, training={"micro_batch_size": 2})
     run_recipes(2, [path])
@@ -143,7 +165,10 @@ def test_half_precision_backbones_stay_near_their_single_process_run(tmp_path, t
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[name[:4]]
         paths[name] = recipe(tmp_path, tiny_llama, tiny_encoder, name, parallel=parallel, model={"dtype": dtype})
     run_recipes(2, list(paths.values()))
-    singles = {prefix: train_single(load_config(paths[f"{prefix}-sharded{more}"])) for prefix, more in (("bf16", "-tokens"), ("fp16", ""))}
+    singles = {
+        prefix: train_single(load_config(paths[f"{prefix}-sharded{more}"]))
+        for prefix, more in (("bf16", "-tokens"), ("fp16", ""))
+    }
     for name, path in paths.items():
         rows = metrics(load_config(path))
         single = singles[name[:4]]
@@ -160,11 +185,24 @@ def test_half_precision_backbones_stay_near_their_single_process_run(tmp_path, t
 def test_float16_steps_that_overflow_change_nothing(tmp_path, tiny_llama, tiny_encoder) -> None:
     """A loss scale that nothing survives; the run then goes on with a sensible one, as if those steps had not been."""
     settings = json.loads((DS_CONFIGS / "zero2_sharded_backbone.json").read_text())
-    (tmp_path / "hopeless.json").write_text(json.dumps(settings | {"fp16": {"initial_scale_power": 60, "hysteresis": 1}}))
+    (tmp_path / "hopeless.json").write_text(
+        json.dumps(settings | {"fp16": {"initial_scale_power": 60, "hysteresis": 1}})
+    )
     half = {"model": {"dtype": "float16"}, "training": {"schedule": "constant", "warmup_steps": 0, "steps": 2}}
-    first = recipe(tmp_path, tiny_llama, tiny_encoder, "overflow", parallel={"deepspeed_config": str(tmp_path / "hopeless.json")}, **half)
+    first = recipe(
+        tmp_path,
+        tiny_llama,
+        tiny_encoder,
+        "overflow",
+        parallel={"deepspeed_config": str(tmp_path / "hopeless.json")},
+        **half,
+    )
     then = tmp_path / "then.yaml"
-    then.write_text(first.read_text().replace(str(tmp_path / "hopeless.json"), "zero2_sharded_backbone").replace("steps: 2", "steps: 5"))
+    then.write_text(
+        first.read_text()
+        .replace(str(tmp_path / "hopeless.json"), "zero2_sharded_backbone")
+        .replace("steps: 2", "steps: 5")
+    )
     run_recipes(1, [first, then])
     config = load_config(then)
     rows = metrics(config)
@@ -187,7 +225,9 @@ def test_odd_world_sizes_train_with_fillers(odd_world, tmp_path, tiny_llama, tin
 def test_a_run_moves_between_topologies(tmp_path, tiny_llama, tiny_encoder, expected) -> None:
     """Stopped at step 3 on (4 ranks, ep 2, sharded), it goes on anywhere as if it had never stopped."""
     sharded = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
-    first = recipe(tmp_path, tiny_llama, tiny_encoder, "moving", parallel=sharded, checkpoint={"every": 3, "keep_last": 5})
+    first = recipe(
+        tmp_path, tiny_llama, tiny_encoder, "moving", parallel=sharded, checkpoint={"every": 3, "keep_last": 5}
+    )
     run_recipes(4, [first])
     assert_same_training(first, expected)
     source = load_config(first).run_dir
@@ -214,7 +254,13 @@ def test_a_run_moves_between_topologies(tmp_path, tiny_llama, tiny_encoder, expe
 
 
 def test_a_checkpoint_holds_only_what_trains(tmp_path, tiny_llama, tiny_encoder) -> None:
-    path = recipe(tmp_path, tiny_llama, tiny_encoder, "size", parallel={"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2})
+    path = recipe(
+        tmp_path,
+        tiny_llama,
+        tiny_encoder,
+        "size",
+        parallel={"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2},
+    )
     run_recipes(2, [path])
     folder = find_checkpoint(load_config(path).run_dir)
     state = read_state(folder)

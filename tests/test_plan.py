@@ -59,21 +59,33 @@ PLACEMENTS = {
 @pytest.mark.multirank
 @pytest.mark.parametrize("world", [2, 4])
 def test_predicted_bytes_are_those_counted_at_the_process_group(world, tmp_path, tiny_llama) -> None:
-    cases = {name: (parallel, model) for name, (ranks_of_case, parallel, model) in PLACEMENTS.items() if ranks_of_case == world}
-    paths = [recipe(tmp_path, tiny_llama, name, parallel=parallel, model=model) for name, (parallel, model) in cases.items()]
-    ranks_said = printed(ranks.run(world, [str(HERE / "count_bytes.py"), json.dumps([str(path) for path in paths]), json.dumps(WORK)]))
+    cases = {
+        name: (parallel, model)
+        for name, (ranks_of_case, parallel, model) in PLACEMENTS.items()
+        if ranks_of_case == world
+    }
+    paths = [
+        recipe(tmp_path, tiny_llama, name, parallel=parallel, model=model) for name, (parallel, model) in cases.items()
+    ]
+    ranks_said = printed(
+        ranks.run(world, [str(HERE / "count_bytes.py"), json.dumps([str(path) for path in paths]), json.dumps(WORK)])
+    )
     for case, path in enumerate(paths):
         for rank in range(world):
             said = ranks_said[rank][case]
             counted, predicted, dispatched = said["counted"], dict(said["predicted"]), said["dispatcher"]
             if "experts all_to_all" in predicted:
-                predicted["experts all_to_all"] = exchanged(rank, [said[case] for said in ranks_said], load_config(path))
+                predicted["experts all_to_all"] = exchanged(
+                    rank, [said[case] for said in ranks_said], load_config(path)
+                )
             by_collective: Counter[str] = Counter()
             for kind, moved in predicted.items():
                 by_collective[kind.split()[-1]] += moved
             counted.pop("control", None)
             assert counted == by_collective, path.stem
-            assert dispatched == {kind.removeprefix("experts "): moved for kind, moved in predicted.items() if kind.startswith("experts ")}
+            assert dispatched == {
+                kind.removeprefix("experts "): moved for kind, moved in predicted.items() if kind.startswith("experts ")
+            }
 
 
 def exchanged(rank: int, ranks_said: list[dict], config) -> int:
@@ -87,7 +99,9 @@ def exchanged(rank: int, ranks_said: list[dict], config) -> int:
         group = [said["chosen"][call] for said in ranks_said[rank // ep_size * ep_size :][:ep_size]]
         own = rank % ep_size
         sent = sum(count for expert, count in enumerate(group[own]) if expert // local != own)
-        received = sum(sum(counts[own * local : (own + 1) * local]) for source, counts in enumerate(group) if source != own)
+        received = sum(
+            sum(counts[own * local : (own + 1) * local]) for source, counts in enumerate(group) if source != own
+        )
         shape = ExpertShapes(experts, config.adapters.lora_r, in_features, out_features, config.adapters.shared_a)
         # The first layer's q and v read the frozen embeddings, which need no gradient.
         first = call % 6 < 2
@@ -117,7 +131,9 @@ def test_auto_sends_no_more_than_either_dispatch_and_both_are_predicted_exactly(
     chosen = set()
     for said in printed(ranks.run(world, [str(HERE / "count_dispatch.py"), json.dumps(cases)])):
         for case, counted in zip(cases, said, strict=True):
-            shape = ExpertShapes(case["experts"], case["rank"], case["in_features"], case["out_features"], case["shared_a"])
+            shape = ExpertShapes(
+                case["experts"], case["rank"], case["in_features"], case["out_features"], case["shared_a"]
+            )
             width = getattr(torch, case["dtype"]).itemsize
             pairs = balanced_pairs(case["tokens"], case["top_k"], world)
             assert counted["gather_experts"] == gather_experts_bytes(shape, world, width), case
@@ -142,7 +158,12 @@ def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, embed
 
 
 def test_a_planner_counts_parameters_as_the_model_has_them(tmp_path) -> None:
-    path = recipe(tmp_path, tmp_path, model={"dtype": "bfloat16"}, adapters={"num_experts": 8, "lora_r": 8, "target_modules": ["q_proj"]})
+    path = recipe(
+        tmp_path,
+        tmp_path,
+        model={"dtype": "bfloat16"},
+        adapters={"num_experts": 8, "lora_r": 8, "target_modules": ["q_proj"]},
+    )
     plan = Planner(load_config(path), read_model_config(LLAMA_8B), 384).plan(8, Work(1, 512, 1), Hardware())
     assert plan.backbone_parameters == 8_030_261_248  # Llama 3.1 8B
     assert plan.memory["backbone"] == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-6)
@@ -153,7 +174,9 @@ def test_a_planner_counts_parameters_as_the_model_has_them(tmp_path) -> None:
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path) -> None:
-    planner = Planner(load_config(recipe(tmp_path, tmp_path, model={"dtype": "bfloat16"})), read_model_config(LLAMA_8B), 384)
+    planner = Planner(
+        load_config(recipe(tmp_path, tmp_path, model={"dtype": "bfloat16"})), read_model_config(LLAMA_8B), 384
+    )
     hardware = Hardware(memory=24e9)
     most = planner.plan(8, Work(1, 1024, 1024), hardware).max_micro_batch
     assert most >= 1
@@ -189,7 +212,12 @@ def test_an_ep_size_that_does_not_divide_the_gpus_is_refused(tmp_path, tiny_llam
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "broken JSON"), ("[]", "model_type"), ('{"model_type": "no-such-kind"}', "no-such-kind"), (None, "cannot read")],
+    [
+        ("{", "broken JSON"),
+        ("[]", "model_type"),
+        ('{"model_type": "no-such-kind"}', "no-such-kind"),
+        (None, "cannot read"),
+    ],
 )
 def test_a_broken_model_configuration_is_one_line(text, message, tmp_path) -> None:
     path = tmp_path / "config.json"
@@ -201,7 +229,17 @@ def test_a_broken_model_configuration_is_one_line(text, message, tmp_path) -> No
 
 
 def test_the_launcher_prints_tables_json_and_a_picture(tmp_path, launch, tiny_llama) -> None:
-    arguments = ["--config", str(recipe(tmp_path, tiny_llama)), "--model-config", str(tiny_llama), "--gpus", "2", "4", "--kept-logits", "1"]
+    arguments = [
+        "--config",
+        str(recipe(tmp_path, tiny_llama)),
+        "--model-config",
+        str(tiny_llama),
+        "--gpus",
+        "2",
+        "4",
+        "--kept-logits",
+        "1",
+    ]
     tables = launch("plan", *arguments)
     assert tables.code == 0, tables.err
     assert "GB per GPU at the peak" in tables.out

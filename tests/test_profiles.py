@@ -19,7 +19,10 @@ from cuma_ds.profiles.groups import group_mask
 from cuma_ds.profiles.linearize import country_of, is_missing, one_spelling, plain_profile
 
 WVS = [
-    ({"country": "Thailand", "age": 55, "gender": "female", "religion": "Buddhist"}, "A 55-year-old Buddhist woman living in Thailand."),
+    (
+        {"country": "Thailand", "age": 55, "gender": "female", "religion": "Buddhist"},
+        "A 55-year-old Buddhist woman living in Thailand.",
+    ),
     ({"country": "Norway"}, "A person living in Norway."),
     ({"country": "Netherlands", "Sex": "Male"}, "A man living in the Netherlands."),
     ({"age": 80, "gender": "M"}, "An 80-year-old man."),
@@ -29,13 +32,22 @@ WVS = [
     ({"age_group": "65+", "country": "Japan"}, "A person aged 65 or over living in Japan."),
     ({"age": "60 or over"}, "A person aged 60 or over."),
     ({"religion": "Orthodox (Russian/Greek/etc.)"}, "An Orthodox person."),
-    ({"religion": "no", "degree": "yes", "country": "USA"}, "A non-religious person living in the USA with a university degree."),
+    (
+        {"religion": "no", "degree": "yes", "country": "USA"},
+        "A non-religious person living in the USA with a university degree.",
+    ),
     ({"religion": "yes", "education": "no university degree"}, "A religious person without a university degree."),
-    ({"religion": "Islam", "education_level": "Upper secondary"}, "A Muslim person whose highest education is upper secondary."),
+    (
+        {"religion": "Islam", "education_level": "Upper secondary"},
+        "A Muslim person whose highest education is upper secondary.",
+    ),
     ({"country": "Chile", "marital_status": "married"}, "A person living in Chile. Marital status: married."),
     ({"employment": "retired"}, "Employment: retired."),
     ({"religion": "Other", "gender": "female", "age": 34}, "A 34-year-old woman of another religion."),
-    ({"religion": "other religion", "age": "25-34", "country": "Peru"}, "A person of another religion aged 25 to 34 living in Peru."),
+    (
+        {"religion": "other religion", "age": "25-34", "country": "Peru"},
+        "A person of another religion aged 25 to 34 living in Peru.",
+    ),
     ({"religion": "Other Christian (Evangelical/Pentecostal)", "gender": "male"}, "A Christian man."),
     ({"gender": "Other", "country": "Peru"}, "A person of another gender living in Peru."),
 ]
@@ -106,7 +118,10 @@ def test_one_value_has_one_spelling(spelling):
     for template in ("wvs", "generic"):
         assert linearize({"\u200bcountry": spelling, "age": 3}, template) == linearize(expected, template)
     assert linearize(f"Somebody from {spelling} who cooks.") == "Somebody from Côte d'Ivoire who cooks."
-    assert plain_profile({"country": spelling, "age": 3, "tea": [spelling, None]}) == {**expected, "tea": ["Côte d'Ivoire"]}
+    assert plain_profile({"country": spelling, "age": 3, "tea": [spelling, None]}) == {
+        **expected,
+        "tea": ["Côte d'Ivoire"],
+    }
     mask_NE = group_mask([{"country": "Peru"}, {"country": "Côte d'Ivoire"}], {"country": {spelling: [0], "*": [1]}}, 2)
     assert mask_NE.tolist() == [[0, 1], [1, 0]]
 
@@ -118,7 +133,10 @@ def test_joiners_stay_where_a_script_writes_with_them():
 
 def test_a_profile_that_is_json_text_is_its_fields():
     assert linearize(' {"country": "Norway", "age": 34}', "wvs") == "A 34-year-old person living in Norway."
-    for text, problem in (("{'country': 'Norway'}", "starts as JSON but is broken"), ('{"age": 1, "age": 2}', "names 'age' twice")):
+    for text, problem in (
+        ("{'country': 'Norway'}", "starts as JSON but is broken"),
+        ('{"age": 1, "age": 2}', "names 'age' twice"),
+    ):
         with pytest.raises(DataError, match=problem) as caught:
             linearize(text)
         assert "Norway" not in str(caught.value)
@@ -191,10 +209,14 @@ def test_padding_never_influences_an_embedding(tiny_encoder, batch_size):
 )
 def test_pooling_is_what_the_folder_says(tiny_encoder, tmp_path, config, how):
     folder = _with_pooling(tiny_encoder, tmp_path / "encoder", config)
-    np.testing.assert_allclose(ProfileEncoder(folder, "cpu")(SENTENCES).numpy(), _manual_embeddings(folder, SENTENCES, how), atol=1e-6)
+    np.testing.assert_allclose(
+        ProfileEncoder(folder, "cpu")(SENTENCES).numpy(), _manual_embeddings(folder, SENTENCES, how), atol=1e-6
+    )
 
 
-@pytest.mark.parametrize(("pooling", "how"), [("mean", "mean"), ("mean-all", "mean"), ("cls", "cls"), ("last", "lasttoken")])
+@pytest.mark.parametrize(
+    ("pooling", "how"), [("mean", "mean"), ("mean-all", "mean"), ("cls", "cls"), ("last", "lasttoken")]
+)
 def test_pooling_scale_and_length_can_be_chosen(tiny_encoder, pooling, how):
     plain = ProfileEncoder(tiny_encoder, "cpu")
     chosen = ProfileEncoder(tiny_encoder, "cpu", pooling=pooling, normalise=False, max_tokens=12)
@@ -226,7 +248,9 @@ def test_sentences_that_differ_behind_what_is_read_are_never_one_person(tiny_enc
     data = [load_data(DataSection(path=str(rows(tmp_path, sentences)), heldout_fraction=0.0)) for sentences in kinds]
     if cached:
         ProfileTable.build(data[0].sentences, encoder, tmp_path / "cache")
-    expected = r"2 of 2 profile sentences have more than the 256 tokens that .* reads .*different people would get one vector"
+    expected = (
+        r"2 of 2 profile sentences have more than the 256 tokens that .* reads .*different people would get one vector"
+    )
     with pytest.raises(DataError, match=expected):
         data[0].profile_table(encoder, tmp_path / "cache")
     with pytest.warns(UserWarning, match=r"2 of 2 .* \(the longest has 435\); their ends are not read"):
@@ -241,7 +265,13 @@ def rows(folder, sentences):
     """Answers of three people for each profile sentence."""
     path = folder / f"{len(list(folder.iterdir()))}.jsonl"
     answers = [
-        {"profile": sentence, "question": "Tea?", "options": ["Yes", "No"], "answer": 0, "person_id": f"{number}-{person}"}
+        {
+            "profile": sentence,
+            "question": "Tea?",
+            "options": ["Yes", "No"],
+            "answer": 0,
+            "person_id": f"{number}-{person}",
+        }
         for number, sentence in enumerate(sentences)
         for person in range(3)
     ]

@@ -11,7 +11,13 @@ from scipy.spatial.distance import pdist
 from sklearn.metrics import mutual_info_score
 
 from cuma_ds.evaluation.forward import RoutingTally
-from cuma_ds.evaluation.routing import comparable_means, cultural_map, expert_load, field_information, mutual_information
+from cuma_ds.evaluation.routing import (
+    comparable_means,
+    cultural_map,
+    expert_load,
+    field_information,
+    mutual_information,
+)
 from cuma_ds.evaluation.routing_plots import plot_information, plot_interference, plot_load, plot_map
 
 
@@ -20,7 +26,9 @@ def test_mutual_information_is_scikit_learns() -> None:
     for _ in range(5):
         joint = rng.integers(0, 6, size=(4, 7))
         pairs = [(x, y) for x in range(4) for y in range(7) for _ in range(joint[x, y])]
-        assert float(mutual_information(joint)) == pytest.approx(mutual_info_score(*zip(*pairs, strict=True)), abs=1e-12)
+        assert float(mutual_information(joint)) == pytest.approx(
+            mutual_info_score(*zip(*pairs, strict=True)), abs=1e-12
+        )
 
 
 def test_a_field_that_decides_the_expert_is_worth_its_entropy() -> None:
@@ -51,7 +59,9 @@ def test_profiles_without_a_label_are_left_out_and_unique_labels_have_no_null() 
 
 
 def test_load_and_entropy_by_hand() -> None:
-    tally = RoutingTally(("r0", "r1"), {}, np.array([[10.0, 10, 10, 10], [40, 0, 0, 0]]), np.array([20 * np.log(2), 0]), 20)
+    tally = RoutingTally(
+        ("r0", "r1"), {}, np.array([[10.0, 10, 10, 10], [40, 0, 0, 0]]), np.array([20 * np.log(2), 0]), 20
+    )
     even, one = expert_load(tally)
     assert (even["router"], even["load"], even["load_entropy"], even["unused"]) == ("r0", [0.25] * 4, 1.0, 0)
     assert even["gate_entropy"] == pytest.approx(np.log(2), abs=1e-6)
@@ -97,7 +107,9 @@ def test_pictures_of_any_size(tmp_path: Path, profiles: int, routers: int, exper
     plot_information(tmp_path / "information.png", names, whole, {"a_field": field_information(gates, labels, 5)})
     xy = cultural_map(gates).xy_N2
     people = [f"Place $ number {k}" for k in range(profiles)]
-    plot_map(tmp_path / "map.png", xy, np.ones(profiles), people, ("mean answer", rng.random(profiles)), {"a field": labels})
+    plot_map(
+        tmp_path / "map.png", xy, np.ones(profiles), people, ("mean answer", rng.random(profiles)), {"a field": labels}
+    )
     plot_map(tmp_path / "plain.png", xy, np.ones(profiles), [""] * profiles, None, {})
     cosines = np.corrcoef(rng.normal(size=(profiles, 9)))
     plot_interference(tmp_path / "interference.png", people, {"dense": cosines, "CuMA": cosines})

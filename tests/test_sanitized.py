@@ -28,8 +28,20 @@ def extension(tmp_path_factory) -> Path:
     flags = [flag for flag in build.cpu_flags() if flag != "-O3"]
     includes = [f"-I{place}" for place in (torch_folder / "include", sysconfig.get_paths()["include"])]
     links = [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-ltorch_cpu"]
-    command = ["g++", "-shared", "-fPIC", "-O1", "-g1", *flags, *sanitized.FLAGS, *(f"-D{macro}" for macro in macros), *includes]
-    done = subprocess.run([*command, str(ROOT / "csrc" / "ops.cpp"), "-o", str(out), *links], capture_output=True, text=True)
+    command = [
+        "g++",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-g1",
+        *flags,
+        *sanitized.FLAGS,
+        *(f"-D{macro}" for macro in macros),
+        *includes,
+    ]
+    done = subprocess.run(
+        [*command, str(ROOT / "csrc" / "ops.cpp"), "-o", str(out), *links], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

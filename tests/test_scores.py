@@ -34,17 +34,29 @@ def people() -> pd.DataFrame:
         profile = int(rng.integers(24))
         for question in rng.choice(list(OPTIONS), size=int(rng.integers(1, 4)), replace=False):
             taste = np.random.default_rng([profile % 5, ord(question[1])]).dirichlet(np.ones(OPTIONS[question]))
-            rows.append((person, str(question), f"land {profile % 5}", profile, int(rng.choice(OPTIONS[question], p=taste))))
+            rows.append(
+                (person, str(question), f"land {profile % 5}", profile, int(rng.choice(OPTIONS[question], p=taste)))
+            )
     return pd.DataFrame(rows, columns=["person", "question", "group", "profile", "answer"])
 
 
 @pytest.fixture(scope="module")
 def examples(people) -> ChoiceExamples:
-    split: dict[str, list] = {name: [] for name in ("question_id", "question", "options", "group", "profile", "counts", "people")}
+    split: dict[str, list] = {
+        name: [] for name in ("question_id", "question", "options", "group", "profile", "counts", "people")
+    }
     for (question, group, profile), part in people.groupby(["question", "group", "profile"]):
         part = part.sort_values("answer")
         counts = [int((part["answer"] == k).sum()) for k in range(OPTIONS[question])]
-        row = (question, f"{question}?", list("abcd")[: OPTIONS[question]], group, profile, counts, list(part["person"]))
+        row = (
+            question,
+            f"{question}?",
+            list("abcd")[: OPTIONS[question]],
+            group,
+            profile,
+            counts,
+            list(part["person"]),
+        )
         for name, value in zip(split, row, strict=True):
             split[name].append(value)
     return ChoiceExamples.of(split)
@@ -61,7 +73,9 @@ def rows(examples) -> dict[str, list[np.ndarray]]:
     return found
 
 
-def walk(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarray], kept: set, large: dict) -> dict[str, float]:
+def walk(
+    people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarray], kept: set, large: dict
+) -> dict[str, float]:
     """Every metric from single answers.
 
     kept: (question, group) cells that are compared.  large: column -> labels with enough people.
@@ -104,7 +118,9 @@ def walk(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarray]
         "group_accuracy": table[table["group"].isin(large["group"])].groupby("group")["right"].mean().mean(),
         "inequity": np.mean(spreads),
         "entropy": np.mean([stats.entropy(p) for p in shares]),
-        "calibration_error": sum(len(b) / len(table) * abs(b["right"].mean() - b["sure"].mean()) for _, b in table.groupby(bins)),
+        "calibration_error": sum(
+            len(b) / len(table) * abs(b["right"].mean() - b["sure"].mean()) for _, b in table.groupby(bins)
+        ),
     }
 
 
@@ -128,12 +144,16 @@ def test_scores_equal_a_walk_over_single_answers(people, examples, rows, limit, 
         for metric, value in walk(people, examples, given, kept, large).items():
             assert found[name][metric].value == pytest.approx(value, abs=1e-12), (name, metric)
     span = found["collapse"]["emd"].value - found["oracle"]["emd"].value
-    assert found["trained"]["recovered"].value == pytest.approx((found["collapse"]["emd"].value - found["trained"]["emd"].value) / span)
+    assert found["trained"]["recovered"].value == pytest.approx(
+        (found["collapse"]["emd"].value - found["trained"]["emd"].value) / span
+    )
 
 
 def test_people_with_the_same_answers_are_one_kind(people, examples) -> None:
     answers = Answers.of(examples)
-    sets = people.groupby("person")[["question", "profile", "answer"]].apply(lambda part: frozenset(map(tuple, part.to_numpy().tolist())))
+    sets = people.groupby("person")[["question", "profile", "answer"]].apply(
+        lambda part: frozenset(map(tuple, part.to_numpy().tolist()))
+    )
     kind_U, people_Y = answers.kinds()
     assert answers.people == people["person"].nunique()
     assert sorted(people_Y) == sorted(Counter(sets).values())
@@ -153,7 +173,11 @@ def test_intervals_equal_a_loop_over_drawn_people(people, examples, rows, chunk,
     first = [int(np.flatnonzero(kind_U == kind)[0]) for kind in range(len(people_Y))]
     looped: dict[str, dict[str, list[float]]] = {name: {} for name in rows}
     for (weights,) in resample(people_Y, replicates, 3, 1):
-        drawn = [part for kind, times in zip(first, weights, strict=True) for part in [people[people["person"] == kind]] * int(times)]
+        drawn = [
+            part
+            for kind, times in zip(first, weights, strict=True)
+            for part in [people[people["person"] == kind]] * int(times)
+        ]
         assert len(drawn) == 150
         for name, given in rows.items():
             for metric, value in walk(pd.concat(drawn), examples, given, kept, large).items():
@@ -170,7 +194,14 @@ def test_intervals_equal_a_loop_over_drawn_people(people, examples, rows, chunk,
 
 def test_an_interval_covers_what_drawing_new_people_gives() -> None:
     """Accuracy of one question with independent people: the interval has the width of the binomial one."""
-    split = {"question_id": ["q"], "question": ["?"], "options": [["a", "b"]], "group": ["x"], "profile": [0], "counts": [[300, 100]]}
+    split = {
+        "question_id": ["q"],
+        "question": ["?"],
+        "options": [["a", "b"]],
+        "group": ["x"],
+        "profile": [0],
+        "counts": [[300, 100]],
+    }
     scorer = Scorer(ChoiceExamples.of(split | {"people": [list(range(400))]}), {})
     low, high = scorer.scores({"trained": [[0.9, 0.1]]}, replicates=4000).rows["trained"]["accuracy"].interval
     assert (low, high) == pytest.approx(stats.norm.interval(0.95, 0.75, np.sqrt(0.75 * 0.25 / 400)), abs=0.004)
@@ -179,12 +210,25 @@ def test_an_interval_covers_what_drawing_new_people_gives() -> None:
 def test_answers_of_one_person_are_drawn_together() -> None:
     """Ten people who each answer twenty questions alike are ten draws, not two hundred."""
     names = [f"q{k}" for k in range(20)]
-    split = {"question_id": names, "question": names, "options": [["a", "b"]] * 20, "group": ["x"] * 20, "profile": [0] * 20}
+    split = {
+        "question_id": names,
+        "question": names,
+        "options": [["a", "b"]] * 20,
+        "group": ["x"] * 20,
+        "profile": [0] * 20,
+    }
     counts, right = {"counts": [[5, 5]] * 20}, [[0.9, 0.1]] * 20
     together = Scorer(ChoiceExamples.of({**split, **counts, "people": [list(range(10))] * 20}), {})
     apart = Scorer(ChoiceExamples.of({**split, **counts}), {})
-    assert (together.answers.people, together.answers.known, apart.answers.people, apart.answers.known) == (10, True, 200, False)
-    wide, narrow = (s.scores({"trained": right}, replicates=2000).rows["trained"]["accuracy"].interval for s in (together, apart))
+    assert (together.answers.people, together.answers.known, apart.answers.people, apart.answers.known) == (
+        10,
+        True,
+        200,
+        False,
+    )
+    wide, narrow = (
+        s.scores({"trained": right}, replicates=2000).rows["trained"]["accuracy"].interval for s in (together, apart)
+    )
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(np.sqrt(20), rel=0.1)
 
 
@@ -204,7 +248,11 @@ def rights(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarra
 
 def test_equal_survey_weights_change_nothing(examples, rows) -> None:
     plain, alike = (choice_split(some, rows, FIELDS, SETTINGS) for some in (examples, weighted(examples, np.ones(150))))
-    assert (plain.pop("weighted"), alike.pop("weighted"), alike.pop("effective_answers")) == (False, True, plain["answers"])
+    assert (plain.pop("weighted"), alike.pop("weighted"), alike.pop("effective_answers")) == (
+        False,
+        True,
+        plain["answers"],
+    )
     for question in alike["questions"].values():
         del question["effective_answers"]
     assert alike == plain
@@ -223,9 +271,14 @@ def test_intervals_with_survey_weights_draw_people_with_their_weights(people, ex
     assert len(set(kinds.values())) == len(kinds) == len(people_Y)
     of_kind = table.assign(kind=kind_U[table["person"]], right=table["right"] * table["weight"])
     sums = of_kind.groupby("kind")[["right", "weight"]].sum().div(people_Y, axis=0)
-    values = [(drawn @ sums["right"]) / (drawn @ sums["weight"]) for drawn in np.concatenate(list(resample(people_Y, 40, 3, 40)))]
+    values = [
+        (drawn @ sums["right"]) / (drawn @ sums["weight"])
+        for drawn in np.concatenate(list(resample(people_Y, 40, 3, 40)))
+    ]
     found = Scorer(some, FIELDS, 20).scores(rows, 40, seed=3).rows["trained"]["accuracy"]
-    assert found.interval == pytest.approx(tuple(np.percentile(values, [2.5, 97.5]) - np.mean(values) + found.value), abs=1e-12)
+    assert found.interval == pytest.approx(
+        tuple(np.percentile(values, [2.5, 97.5]) - np.mean(values) + found.value), abs=1e-12
+    )
 
 
 def test_survey_weights_count_as_a_walk_over_weighted_answers(people, examples, rows) -> None:
@@ -234,7 +287,9 @@ def test_survey_weights_count_as_a_walk_over_weighted_answers(people, examples, 
     section = choice_split(weighted(examples, weight_P), rows, FIELDS, SETTINGS)
     assert section["people"] == 150
     assert section["answers"] == pytest.approx(table["weight"].sum(), abs=0.01)
-    assert section["effective_answers"] == pytest.approx(table["weight"].sum() ** 2 / (table["weight"] ** 2).sum(), abs=0.01)
+    assert section["effective_answers"] == pytest.approx(
+        table["weight"].sum() ** 2 / (table["weight"] ** 2).sum(), abs=0.01
+    )
     found = Scorer(weighted(examples, weight_P), FIELDS, 20).scores(rows, 10).rows["trained"]
     by_key = dict(zip(zip(examples.questions, examples.profiles, strict=True), rows["trained"], strict=True))
     table["right"] = rights(people, examples, rows["trained"])
@@ -272,16 +327,27 @@ def test_the_order_of_unordered_options_changes_no_number(people, examples, rows
     """A nominal question is judged by total variation; an ordinal one whose options are shuffled is another question."""
     order = {"q1": [2, 0, 3, 1], "q2": [1, 2, 0], "q3": [0, 1]}
     marked = replace(examples, nominal=frozenset(OPTIONS) if nominal else frozenset())
-    shuffled = replace(marked, counts=[counts[order[q]] for q, counts in zip(examples.questions, examples.counts, strict=True)])
-    there = {name: [shares[order[q]] for q, shares in zip(examples.questions, row, strict=True)] for name, row in rows.items()}
+    shuffled = replace(
+        marked, counts=[counts[order[q]] for q, counts in zip(examples.questions, examples.counts, strict=True)]
+    )
+    there = {
+        name: [shares[order[q]] for q, shares in zip(examples.questions, row, strict=True)]
+        for name, row in rows.items()
+    }
     # Who gave which answer moves along with the options; without people every answer is somebody of its own.
-    before, after = (Scorer(replace(some, people=None), FIELDS, 20).scores(given) for some, given in ((marked, rows), (shuffled, there)))
+    before, after = (
+        Scorer(replace(some, people=None), FIELDS, 20).scores(given)
+        for some, given in ((marked, rows), (shuffled, there))
+    )
     for name in rows:
         if not nominal:
             assert after.rows[name]["emd"].value != pytest.approx(before.rows[name]["emd"].value, abs=1e-3)
             continue
         for metric in set(before.rows[name]) - {"macro_f1"}:  # over letters, as its name in the report says
-            assert after.rows[name][metric].value == pytest.approx(before.rows[name][metric].value, abs=1e-12), (name, metric)
+            assert after.rows[name][metric].value == pytest.approx(before.rows[name][metric].value, abs=1e-12), (
+                name,
+                metric,
+            )
 
 
 def test_a_split_of_both_scales_judges_each_question_by_its_own_distance(people, examples, rows) -> None:
@@ -290,9 +356,15 @@ def test_a_split_of_both_scales_judges_each_question_by_its_own_distance(people,
     found = scorer.scores(rows).rows["trained"]
     cells = scorer.cells
     distances = []
-    for (question, _), p, q in zip(cells.keys, predicted_distributions(cells, rows["trained"], mixed.counts), cells.observed, strict=True):
+    for (question, _), p, q in zip(
+        cells.keys, predicted_distributions(cells, rows["trained"], mixed.counts), cells.observed, strict=True
+    ):
         places = np.linspace(0, 1, len(p))
-        tv = max(abs(sum(p[k] - q[k] for k in some)) for size in range(len(p)) for some in itertools.combinations(range(len(p)), size))
+        tv = max(
+            abs(sum(p[k] - q[k] for k in some))
+            for size in range(len(p))
+            for some in itertools.combinations(range(len(p)), size)
+        )
         distances.append(tv if question == "q1" else stats.wasserstein_distance(places, places, p, q))
     assert {key[0] for key in cells.keys} == set(OPTIONS)
     assert found["emd"].value == pytest.approx(np.average(distances, weights=cells.answers), abs=1e-12)
@@ -302,7 +374,11 @@ def test_options_that_tie_share_the_mode() -> None:
     """Which of two equally probable options stands first decides nothing."""
     split = {"question_id": ["q"], "question": ["?"], "options": [["a", "b", "c"]], "group": ["x"], "profile": [0]}
     for counts in ([6, 2, 0], [2, 6, 0]):
-        found = Scorer(ChoiceExamples.of({**split, "counts": [counts]}), {}).scores({"trained": [[0.4, 0.4, 0.2]]}).rows["trained"]
+        found = (
+            Scorer(ChoiceExamples.of({**split, "counts": [counts]}), {})
+            .scores({"trained": [[0.4, 0.4, 0.2]]})
+            .rows["trained"]
+        )
         assert found["accuracy"].value == 0.5
         # Half of the answers are predicted as a, half as b: EMD between (0.75, 0.25) and (0.5, 0.5) with n = 3.
         assert found["emd_argmax"].value == pytest.approx(0.125)
@@ -325,10 +401,14 @@ def test_subgroups_are_named_from_the_size_on_and_carry_intervals(people, exampl
     assert scorer.sizes["age"] == sizes.to_dict()
     assert set(found["age"]) == set(sizes[sizes >= limit].index)
     label = next(iter(found["age"]))
-    by_key = {(q, p): rows["trained"][i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
+    by_key = {
+        (q, p): rows["trained"][i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))
+    }
     part = kept[kept["age"] == label]
     score = found["age"][label]["trained"]
-    assert score.value == pytest.approx(np.mean([row.answer == np.argmax(by_key[row.question, row.profile]) for row in part.itertuples()]))
+    assert score.value == pytest.approx(
+        np.mean([row.answer == np.argmax(by_key[row.question, row.profile]) for row in part.itertuples()])
+    )
     assert score.interval[0] <= score.value <= score.interval[1]
 
 
@@ -337,7 +417,9 @@ def test_the_distance_of_a_subgroup_is_over_the_questions_it_answered_often_enou
     least = 25
     split = choice_split(examples, rows, FIELDS, EvaluationSection(min_answers=least, bootstrap=0))
     kept = people.assign(age=[FIELDS["age"][p] for p in people["profile"]])
-    by_key = {(q, p): rows["trained"][i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))}
+    by_key = {
+        (q, p): rows["trained"][i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))
+    }
     small = 0
     for shown in split["subgroups"]["age"]["shown"]:
         part = kept[kept["age"] == shown["label"]]
@@ -347,7 +429,10 @@ def test_the_distance_of_a_subgroup_is_over_the_questions_it_answered_often_enou
                 small += 1
                 continue
             options = OPTIONS[question]
-            places, shares = np.linspace(0, 1, options), np.mean([by_key[question, p] for p in asked["profile"]], axis=0)
+            places, shares = (
+                np.linspace(0, 1, options),
+                np.mean([by_key[question, p] for p in asked["profile"]], axis=0),
+            )
             observed = asked["answer"] / (options - 1)
             distances.append(stats.wasserstein_distance(places, observed, shares))
             sizes.append(len(asked))
@@ -408,7 +493,10 @@ def test_distinct_of_too_short_texts_is_not_a_number() -> None:
 
 def test_subgroups_of_profiles() -> None:
     ages = list(range(20, 60, 2))
-    profiles = [{"fields": {"age": age, "sex": "f" if age < 40 else "Prefer not to say", "one": 1, "kids": age % 3}} for age in ages]
+    profiles = [
+        {"fields": {"age": age, "sex": "f" if age < 40 else "Prefer not to say", "one": 1, "kids": age % 3}}
+        for age in ages
+    ]
     found = subgroups([*profiles, {"fields": {}}])
     assert set(found) == {"age", "kids"}
     assert Counter(found["age"]) == {"20 to 28": 5, "30 to 38": 5, "40 to 48": 5, "50 to 58": 5, None: 1}

@@ -40,7 +40,12 @@ from cuma_ds.serving.patience import Patience
 from cuma_ds.serving.sampling import Sampler, next_tokens
 from cuma_ds.serving.text import TextStream
 
-QUESTIONS = ["Can people be trusted?", "What is a good life?", "Hi", "How important is religion in your life, all in all?"]
+QUESTIONS = [
+    "Can people be trusted?",
+    "What is a good life?",
+    "Hi",
+    "How important is religion in your life, all in all?",
+]
 COUNTRIES = ["Norway", "Ghana", "Japan", "Peru", "Jordan", "Chile", "Kenya", "Nepal"]
 PEOPLE: list[Any] = [{"country": country, "age": 20 + 5 * index} for index, country in enumerate(COUNTRIES)]
 PEOPLE += [f"Somebody who grew up in {country} and likes the sea." for country in COUNTRIES]
@@ -93,7 +98,9 @@ def served(
     sizes = {"max_tokens": 100, "max_length": 200, "max_body": 20_000}
     app = make_app(talker, engine, "opinions", **{**sizes, **options})
     with socket.create_server(("127.0.0.1", free_port())) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -141,9 +148,24 @@ def test_64_concurrent_requests_of_16_people_get_the_answers_they_get_alone(run,
     """The launcher in its own process, half of the requests streamed, with a key; its logs know no profile and no message."""
     key = tmp_path / "key"
     key.write_text("open-sesame\n")
-    expected = {(q, p): words(talker, alone(talker, text, who)) for q, text in enumerate(QUESTIONS) for p, who in enumerate(PEOPLE)}
+    expected = {
+        (q, p): words(talker, alone(talker, text, who))
+        for q, text in enumerate(QUESTIONS)
+        for p, who in enumerate(PEOPLE)
+    }
     assert len({expected[1, p] for p in range(16)}) >= 12, "profiles must matter for this test to mean something"
-    command = [sys.executable, "launchers/serve.py", "--run", str(run), "--port", "0", "--max-batch", "24", "--api-key-file", str(key)]
+    command = [
+        sys.executable,
+        "launchers/serve.py",
+        "--run",
+        str(run),
+        "--port",
+        "0",
+        "--max-batch",
+        "24",
+        "--api-key-file",
+        str(key),
+    ]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=log, text=True)
     try:
@@ -168,7 +190,10 @@ def test_64_concurrent_requests_of_16_people_get_the_answers_they_get_alone(run,
         order = random.Random(0).sample(sorted(expected), 64)
         answers = asyncio.run(everybody())
         assert dict(zip(order, answers, strict=True)) == expected
-        with openai.OpenAI(base_url=address[2], api_key="wrong", max_retries=0) as client, pytest.raises(openai.AuthenticationError):
+        with (
+            openai.OpenAI(base_url=address[2], api_key="wrong", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError),
+        ):
             client.models.list()
     finally:
         process.terminate()
@@ -178,7 +203,10 @@ def test_64_concurrent_requests_of_16_people_get_the_answers_they_get_alone(run,
     rows = [json.loads(line) for line in text.splitlines()]
     finished = [row for row in rows if row.get("status") == 200]
     assert len(finished) == 64
-    assert all(row["completion_tokens"] <= 12 and row["prompt_tokens"] > 5 and row["finish"] in ("stop", "length") for row in finished)
+    assert all(
+        row["completion_tokens"] <= 12 and row["prompt_tokens"] > 5 and row["finish"] in ("stop", "length")
+        for row in finished
+    )
     for secret in (*COUNTRIES, *QUESTIONS[:2], "sea", "sesame", *filter(None, expected.values())):
         assert secret not in text or len(secret) < 4, secret
 
@@ -211,7 +239,10 @@ def test_conversations_with_system_prompts_and_parts_are_those_of_the_chat_templ
     with torch.no_grad():
         first = int(talker.model(torch.tensor([ids]), profiles=[PEOPLE[1]]).logits[0, -1].argmax())
     parts = [{"type": "text", "text": "What"}, {"type": "text", "text": " now?"}]
-    for variant in (messages, [{"role": "developer", "content": "Be kind."}, *messages[1:3], {"role": "user", "content": parts}]):
+    for variant in (
+        messages,
+        [{"role": "developer", "content": "Be kind."}, *messages[1:3], {"role": "user", "content": parts}],
+    ):
         found = ask(client, profile=PEOPLE[1], messages=variant, max_tokens=1)
         assert found.usage.prompt_tokens == len(ids)
         assert found.choices[0].message.content == words(talker, [first])
@@ -243,7 +274,9 @@ def test_sampling_is_repeatable_by_its_seed_whoever_else_is_in_the_batch(server)
         other.close()
     assert one == again
     assert len({ask(client, seed=seed, **sampled).choices[0].message.content for seed in range(6)}) > 3
-    assert len({ask(client, temperature=1.3).choices[0].message.content for _ in range(6)}) > 3, "without a seed, answers differ"
+    assert len({ask(client, temperature=1.3).choices[0].message.content for _ in range(6)}) > 3, (
+        "without a seed, answers differ"
+    )
 
 
 def test_samples_are_drawn_as_a_plain_loop_draws_them() -> None:
@@ -305,7 +338,9 @@ def test_sequences_join_and_leave_between_any_two_steps(family) -> None:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **FAMILIES[family]))
     targets = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
-    model = lively(inject_adapters(base, CumaConfig(num_experts=4, top_k=2, lora_r=2, profile_dim=6, target_modules=targets)))
+    model = lively(
+        inject_adapters(base, CumaConfig(num_experts=4, top_k=2, lora_r=2, profile_dim=6, target_modules=targets))
+    )
     chance = random.Random(1)
     profiles = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
     batch, running, started = Batch(model, 0), [], 0
@@ -313,12 +348,16 @@ def test_sequences_join_and_leave_between_any_two_steps(family) -> None:
     def check(numbers: list[int], ids: list[list[int]], logits_BV: torch.Tensor) -> None:
         for number, sequence, found_V in zip(numbers, ids, logits_BV, strict=True):
             with torch.no_grad():
-                expected = model(torch.tensor([sequence]), profile_embeddings=profiles[number : number + 1]).logits[0, -1]
+                expected = model(torch.tensor([sequence]), profile_embeddings=profiles[number : number + 1]).logits[
+                    0, -1
+                ]
             torch.testing.assert_close(found_V, expected, rtol=1e-4, atol=1e-4)
 
     for _ in range(25):
         if started < 30 and chance.random() < 0.5:
-            new = [[chance.randrange(1, 64) for _ in range(chance.randrange(1, 20))] for _ in range(chance.randrange(1, 4))]
+            new = [
+                [chance.randrange(1, 64) for _ in range(chance.randrange(1, 20))] for _ in range(chance.randrange(1, 4))
+            ]
             numbers = list(range(started, started + len(new)))
             check(numbers, new, batch.join(new, profiles[numbers]))
             running += list(zip(numbers, new, strict=True))
@@ -339,7 +378,9 @@ def test_sequences_join_and_leave_between_any_two_steps(family) -> None:
 def test_models_without_a_key_value_cache_are_refused_before_anybody_asks(talker) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    base = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0))
+    base = MambaForCausalLM(
+        MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0)
+    )
     model = inject_adapters(base, CumaConfig(num_experts=2, top_k=1, target_modules=("in_proj",), method="mixlora"))
     with pytest.raises(ModelError, match="cannot be served in batches"):
         Engine(model.eval(), [1], 0, Limits()).check()
@@ -356,7 +397,9 @@ def test_a_stream_holds_back_stop_strings_and_nothing_else(text, stops) -> None:
         if stream.stopped:
             break
         held = text[len("".join(pieces)) : position]
-        assert not held or any(stop != held and stop.startswith(held) for stop in stops), "only the beginning of a stop string waits"
+        assert not held or any(stop != held and stop.startswith(held) for stop in stops), (
+            "only the beginning of a stop string waits"
+        )
     pieces.append(stream.finish())
     whole = "".join(pieces)
     ends = [text.find(stop) for stop in stops if stop in text]
@@ -365,7 +408,10 @@ def test_a_stream_holds_back_stop_strings_and_nothing_else(text, stops) -> None:
         assert whole == text
     else:  # the stop string whose last character came first
         end = min(text.find(stop) + len(stop) for stop in stops if stop in text)
-        assert whole == text[: min(text.find(stop) for stop in stops if stop in text and text.find(stop) + len(stop) == end)]
+        assert (
+            whole
+            == text[: min(text.find(stop) for stop in stops if stop in text and text.find(stop) + len(stop) == end)]
+        )
 
 
 def test_characters_of_several_tokens_come_whole() -> None:
@@ -428,11 +474,26 @@ REFUSED = {
     "empty-profile": ({"profile": {"country": ""}}, openai.BadRequestError, "profile", "no field with an answer"),
     "list-profile": ({"profile": [1]}, openai.BadRequestError, "profile", "expected a sentence"),
     "no-messages": ({"messages": []}, openai.BadRequestError, "messages", "at least 1 item"),
-    "role": ({"messages": [{"role": "tool", "content": "x"}]}, openai.BadRequestError, "messages.0.role", "'system', 'developer'"),
-    "part": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, openai.BadRequestError, "messages.0.content.0.type", "text"),
+    "role": (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        openai.BadRequestError,
+        "messages.0.role",
+        "'system', 'developer'",
+    ),
+    "part": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        openai.BadRequestError,
+        "messages.0.content.0.type",
+        "text",
+    ),
     "long-prompt": ({"text": "x" * 300}, openai.BadRequestError, "messages", "this server takes 200 with the answer"),
     "long-answer": ({"max_tokens": 101}, openai.BadRequestError, "max_tokens", "allows up to 100"),
-    "no-room": ({"text": "x" * 100, "max_tokens": 100}, openai.BadRequestError, "max_tokens", "this server takes 200 together"),
+    "no-room": (
+        {"text": "x" * 100, "max_tokens": 100},
+        openai.BadRequestError,
+        "max_tokens",
+        "this server takes 200 together",
+    ),
     "no-tokens": ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "greater than or equal to 1"),
     "temperature": ({"temperature": 3}, openai.BadRequestError, "temperature", "less than or equal to 2"),
     "top-p": ({"top_p": 0}, openai.BadRequestError, "top_p", "greater than 0"),
@@ -448,7 +509,12 @@ REFUSED = {
         "allowed: [], or leave it out",
     ),
     "tool-choice": ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice", 'allowed: "none" or "auto"'),
-    "json": ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format", 'allowed: {"type": "text"}'),
+    "json": (
+        {"response_format": {"type": "json_object"}},
+        openai.BadRequestError,
+        "response_format",
+        'allowed: {"type": "text"}',
+    ),
     "bias": ({"logit_bias": {"5": 10}}, openai.BadRequestError, "logit_bias", "allowed: {}"),
     "store": ({"store": True}, openai.BadRequestError, "store", "allowed: false"),
     "null-messages": ({"messages": None}, openai.BadRequestError, "messages", "Field required"),
@@ -493,7 +559,11 @@ def test_what_clients_write_out_without_meaning_anything_changes_nothing(server)
     dumped = plain.choices[0].message.model_dump()
     assert None in dumped.values()
     assert "refusal" in dumped
-    said = [*turns, {"role": "assistant", "content": plain.choices[0].message.content}, {"role": "user", "content": "And now?"}]
+    said = [
+        *turns,
+        {"role": "assistant", "content": plain.choices[0].message.content},
+        {"role": "user", "content": "And now?"},
+    ]
     expected = ask(client, messages=said).choices[0].message.content
     told = {"audio": None, "annotations": [], "tool_calls": [], "function_call": None, "refusal": None, "name": "ann"}
     user = {
@@ -509,16 +579,29 @@ def test_what_clients_write_out_without_meaning_anything_changes_nothing(server)
         "metadata": {"a": "b"}, "modalities": ["text"], "stream_options": {"include_usage": False, "include_obfuscation": False},
         "top_logprobs": 0, "functions": [], "function_call": "auto", "safety_identifier": "x", "prompt_cache_key": "y",
     }  # fmt: skip
-    nulls = dict.fromkeys([*empty, "stop", "seed", "max_completion_tokens", "top_p", "stream", "reasoning_effort", "web_search_options"])
+    nulls = dict.fromkeys(
+        [*empty, "stop", "seed", "max_completion_tokens", "top_p", "stream", "reasoning_effort", "web_search_options"]
+    )
     for written in (empty, nulls):
         assert ask(client, messages=said, extra_body=written).choices[0].message.content == expected
-        body = {"model": "opinions", "messages": said, "profile": PEOPLE[0], "max_tokens": 12, "temperature": 0, **written}
-        status, found = raw(client, "POST", "/v1/chat/completions", json.dumps(body).encode(), **{"Content-Type": "application/json"})
+        body = {
+            "model": "opinions",
+            "messages": said,
+            "profile": PEOPLE[0],
+            "max_tokens": 12,
+            "temperature": 0,
+            **written,
+        }
+        status, found = raw(
+            client, "POST", "/v1/chat/completions", json.dumps(body).encode(), **{"Content-Type": "application/json"}
+        )
         assert (status, found["choices"][0]["message"]["content"]) == (200, expected)
     assert ask(client, messages=said, temperature=None, extra_body={"temperature": None}).choices[0].finish_reason
 
 
-def raw(client: openai.OpenAI, method: str, path: str, content: bytes = b"", **headers: str) -> tuple[int, dict[str, Any]]:
+def raw(
+    client: openai.OpenAI, method: str, path: str, content: bytes = b"", **headers: str
+) -> tuple[int, dict[str, Any]]:
     import http.client
 
     assert client.base_url.port is not None
@@ -531,7 +614,9 @@ def raw(client: openai.OpenAI, method: str, path: str, content: bytes = b"", **h
 HALF = b'{"model": "opinions", "%s": "a \\ud83d", "messages": [{"role": "user", "content": "a \\ud83d"}]}'
 
 
-@pytest.mark.parametrize("content", [b"{", b"[" * 15_000, b"[]", b"\xff", b'{"model": NaN}', HALF % b"profile", HALF % b"x"])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[" * 15_000, b"[]", b"\xff", b'{"model": NaN}', HALF % b"profile", HALF % b"x"]
+)
 def test_broken_json_and_broken_text_are_refused(server, content) -> None:
     status, body = raw(server[0], "POST", "/v1/chat/completions", content, **{"Content-Type": "application/json"})
     assert status == 400
@@ -593,8 +678,19 @@ def test_keys_open_everything_and_health_needs_none(talker) -> None:
         assert raw(client, "GET", "/health")[0] == 200
         for right in ("Bearer söme key", "bearer söme key", "BEARER   söme key  "):
             assert raw(client, "GET", "/v1/models", Authorization=right.encode().decode("latin-1"))[0] == 200
-        for wrong in ("", "Bearer", "Bearer other", "söme key", "Basic söme key", "Bearer söme", "Bearer söme key x", "Bearersöme key"):
-            status, body = raw(client, "GET", "/v1/models", **({"Authorization": wrong.encode().decode("latin-1")} if wrong else {}))
+        for wrong in (
+            "",
+            "Bearer",
+            "Bearer other",
+            "söme key",
+            "Basic söme key",
+            "Bearer söme",
+            "Bearer söme key x",
+            "Bearersöme key",
+        ):
+            status, body = raw(
+                client, "GET", "/v1/models", **({"Authorization": wrong.encode().decode("latin-1")} if wrong else {})
+            )
             assert (status, body["error"]["code"]) == (401, "invalid_api_key")
 
 
@@ -642,13 +738,16 @@ def test_a_prompt_that_cannot_be_read_fails_alone(talker, monkeypatch) -> None:
 
         def go(who: Any, text: str) -> None:
             try:
-                results[who] = ask(client, text, PEOPLE[who] if isinstance(who, int) else PEOPLE[0]).choices[0].message.content
+                results[who] = (
+                    ask(client, text, PEOPLE[who] if isinstance(who, int) else PEOPLE[0]).choices[0].message.content
+                )
             except openai.InternalServerError as error:
                 results[who] = error
 
         threads = [threading.Thread(target=go, args=(who, "Hi")) for who in range(4)]
         threads += [
-            threading.Thread(target=go, args=(f"bad {number}", f"{number} {talker.tokenizer.decode([101])}")) for number in range(2)
+            threading.Thread(target=go, args=(f"bad {number}", f"{number} {talker.tokenizer.decode([101])}"))
+            for number in range(2)
         ]
         with engine._changed:  # so that they join together
             for thread in threads:
@@ -695,7 +794,9 @@ def log() -> Iterator[list[str]]:
 def test_a_failing_forward_fails_its_requests_alone_and_says_nothing_about_them(talker, monkeypatch, log) -> None:
     with served(talker) as (client, engine):
         with monkeypatch.context() as patch:
-            patch.setattr(talker.model, "forward", lambda **_: (_ for _ in ()).throw(RuntimeError(f"no memory for {SECRET}")))
+            patch.setattr(
+                talker.model, "forward", lambda **_: (_ for _ in ()).throw(RuntimeError(f"no memory for {SECRET}"))
+            )
             with pytest.raises(openai.InternalServerError) as failed:
                 ask(client, f"I am {SECRET}", {"country": SECRET})
             assert failed.value.body["code"] == "internal_error"

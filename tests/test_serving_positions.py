@@ -29,7 +29,10 @@ PROFILES = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
 def adapted(base: Any, target: str, profile_dim: int = 6) -> CumaModel:
     method = {} if profile_dim else {"method": "mixlora"}
     return lively(
-        inject_adapters(base, CumaConfig(num_experts=4, top_k=2, lora_r=2, profile_dim=profile_dim, target_modules=(target,), **method))
+        inject_adapters(
+            base,
+            CumaConfig(num_experts=4, top_k=2, lora_r=2, profile_dim=profile_dim, target_modules=(target,), **method),
+        )
     )
 
 
@@ -45,7 +48,10 @@ def model(family) -> CumaModel:
 
 def padded(side: str = "left") -> dict[str, Tensor]:
     longest = max(map(len, PROMPTS))
-    ids, mask = torch.zeros(len(PROMPTS), longest, dtype=torch.long), torch.zeros(len(PROMPTS), longest, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(PROMPTS), longest, dtype=torch.long),
+        torch.zeros(len(PROMPTS), longest, dtype=torch.long),
+    )
     for row, prompt in enumerate(PROMPTS):
         place = slice(longest - len(prompt), None) if side == "left" else slice(len(prompt))
         ids[row, place], mask[row, place] = torch.tensor(prompt), 1
@@ -72,14 +78,18 @@ def test_a_padded_batch_goes_on_from_its_cache(model) -> None:
     with torch.no_grad():
         cache = model(**batch, profile_embeddings=PROFILES, use_cache=True).past_key_values
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
-        found = model(torch.full((4, 1), 77), attention_mask=mask, past_key_values=cache, profile_embeddings=PROFILES).logits[:, -1]
+        found = model(
+            torch.full((4, 1), 77), attention_mask=mask, past_key_values=cache, profile_embeddings=PROFILES
+        ).logits[:, -1]
     for row, prompt in enumerate(PROMPTS):
         torch.testing.assert_close(found[row], alone(model, row, [*prompt, 77]), rtol=1e-4, atol=1e-4)
 
 
 def test_generating_from_a_padded_batch(model) -> None:
     batch = padded()
-    found = model.generate(**batch, profile_embeddings=PROFILES, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    found = model.generate(
+        **batch, profile_embeddings=PROFILES, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     for row, prompt in enumerate(PROMPTS):
         ids = list(prompt)
         for _ in range(6):
@@ -117,15 +127,23 @@ def run(request, tmp_path_factory, tiny_encoder) -> Path:
     folder, family = tmp_path_factory.mktemp(request.param), request.param
     adapters = {"target_modules": [POSITIONS[family][2]]}
     eager = {"attention": "eager"}  # BLOOM has no other
-    return make_run(folder / "runs" / "opinions", save_family(folder / "model", family), tiny_encoder, adapters, model=eager)[0]
+    return make_run(
+        folder / "runs" / "opinions", save_family(folder / "model", family), tiny_encoder, adapters, model=eager
+    )[0]
 
 
 def test_people_side_by_side_answer_and_choose_as_alone(run) -> None:
     model = load_run(run)
-    talker = Talker(model, AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"]), Decoding(max_new_tokens=6))
+    talker = Talker(
+        model, AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"]), Decoding(max_new_tokens=6)
+    )
     # Prompts of a person's own length, in the 128 positions of these models.
-    talker.renderer.encode_prompt = lambda messages, sentence: talker.tokenizer(f"{sentence[:30]} {messages[0]['content']}")["input_ids"]
-    talker.renderer.encode_choice = lambda question, options, sentence: talker.tokenizer(f"{sentence[:30]} {question}")["input_ids"]
+    talker.renderer.encode_prompt = lambda messages, sentence: talker.tokenizer(
+        f"{sentence[:30]} {messages[0]['content']}"
+    )["input_ids"]
+    talker.renderer.encode_choice = lambda question, options, sentence: talker.tokenizer(f"{sentence[:30]} {question}")[
+        "input_ids"
+    ]
     messages = [{"role": "user", "content": "Hi"}]
     together = talker.choose("Hi", ["Yes", "No"], PEOPLE)
     assert together != [together[0]] * 3
@@ -142,7 +160,9 @@ def test_evaluation_generates_in_batches_as_alone(run) -> None:
     rows = [subject.renderer.tokenizer(question)["input_ids"] for question in QUESTIONS]
     embeddings = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     together = generate(subject, rows, [0, 1, 2], embeddings, Decoding(max_new_tokens=6))
-    assert together == [generate(subject, [row], [index], embeddings, Decoding(max_new_tokens=6))[0] for index, row in enumerate(rows)]
+    assert together == [
+        generate(subject, [row], [index], embeddings, Decoding(max_new_tokens=6))[0] for index, row in enumerate(rows)
+    ]
 
 
 def test_an_exported_model_called_with_a_padded_batch_and_its_mask(run, tmp_path) -> None:
@@ -166,7 +186,11 @@ class Forgetful(WithoutPositions):
     """Looks at the last token alone once it has a cache."""
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **known):
-        shown = attention_mask if past_key_values is None or past_key_values.get_seq_length() == 0 else torch.zeros_like(attention_mask)
+        shown = (
+            attention_mask
+            if past_key_values is None or past_key_values.get_seq_length() == 0
+            else torch.zeros_like(attention_mask)
+        )
         return super().forward(input_ids, shown, past_key_values, **known)
 
 

@@ -54,7 +54,9 @@ def save(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.floa
 
 def rewrite(folder: Path, change) -> Path:
     tensors = change(load_file(folder / "model.safetensors"))
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     return folder
 
 
@@ -79,13 +81,22 @@ def seen(tmp_path_factory) -> dict[str, dict]:
         "llama-both-tied-keys": (rewrite(save(root / "both", tied), both_keys(1.0)), "float32"),
         "llama-tied-keys-that-differ": (rewrite(save(root / "differ", tied), both_keys(2.0)), "float32"),
         "qwen2": (save(root / "qwen2", Qwen2Config(**SIZES, tie_word_embeddings=True)), "bfloat16"),
-        "qwen3-in-2-files": (save(root / "qwen3", Qwen3Config(**SIZES, head_dim=8), torch.bfloat16, files=2), "bfloat16"),
-        "mistral-from-float16": (save(root / "mistral", MistralConfig(**SIZES, sliding_window=4), torch.float16), "float32"),
+        "qwen3-in-2-files": (
+            save(root / "qwen3", Qwen3Config(**SIZES, head_dim=8), torch.bfloat16, files=2),
+            "bfloat16",
+        ),
+        "mistral-from-float16": (
+            save(root / "mistral", MistralConfig(**SIZES, sliding_window=4), torch.float16),
+            "float32",
+        ),
         "gemma": (save(root / "gemma", GemmaConfig(**gemma)), "bfloat16"),
         "gemma2": (save(root / "gemma2", Gemma2Config(**gemma, sliding_window=4)), "float32"),
         "gemma3": (save(root / "gemma3", Gemma3TextConfig(**gemma, sliding_window=4)), "bfloat16"),
         "gpt2-without-prefix": (
-            rewrite(save(root / "gpt2", GPT2Config(vocab_size=99, n_embd=24, n_layer=2, n_head=4, n_positions=64)), without_prefix),
+            rewrite(
+                save(root / "gpt2", GPT2Config(vocab_size=99, n_embd=24, n_layer=2, n_head=4, n_positions=64)),
+                without_prefix,
+            ),
             "float32",
         ),
         "mixtral": (save(root / "mixtral", MixtralConfig(**SIZES, num_local_experts=4)), "float32"),
@@ -145,7 +156,9 @@ def test_missing_weights_are_an_error_and_never_random(tmp_path) -> None:
     folder = save(tmp_path / "torn", LlamaConfig(**SIZES))
     rewrite(folder, lambda tensors: {key: tensor for key, tensor in tensors.items() if "layers.1.mlp" not in key})
     section = ModelSection(path=str(folder), dtype="float32")
-    with pytest.raises(ModelError, match=r"holds no weights for model\.layers\.1\.mlp\.down_proj\.weight \(3 missing\)"):
+    with pytest.raises(
+        ModelError, match=r"holds no weights for model\.layers\.1\.mlp\.down_proj\.weight \(3 missing\)"
+    ):
         load_backbone(section)
     with pytest.raises(NotStreamable, match=r"no weights for model\.layers\.1\.mlp"):
         plan_streaming(section)

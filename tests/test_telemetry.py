@@ -24,7 +24,9 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def write_steps(folder: Path, steps: range, total: int, start: int = 0, config: TelemetrySection = QUIET, loss: float = 1.0) -> None:
+def write_steps(
+    folder: Path, steps: range, total: int, start: int = 0, config: TelemetrySection = QUIET, loss: float = 1.0
+) -> None:
     with MetricsWriter(folder, config, is_main=True, total_steps=total, start_step=start) as writer:
         for step in steps:
             writer.log(step, {"loss": loss / step, "lr": 0.1})
@@ -159,7 +161,12 @@ def test_off_a_terminal_ten_plain_lines_with_the_numbers(tmp_path: Path) -> None
 
 def test_short_runs_get_a_line_a_step_and_resumed_runs_only_what_is_left(tmp_path: Path) -> None:
     assert [line.split()[1] for line in plain_lines(tmp_path, range(1, 4), total=3)] == ["1/3", "2/3", "3/3"]
-    assert [line.split()[1] for line in plain_lines(tmp_path, range(61, 101), 100, start=60)] == ["70/100", "80/100", "90/100", "100/100"]
+    assert [line.split()[1] for line in plain_lines(tmp_path, range(61, 101), 100, start=60)] == [
+        "70/100",
+        "80/100",
+        "90/100",
+        "100/100",
+    ]
 
 
 def test_progress_off_prints_nothing(tmp_path: Path) -> None:

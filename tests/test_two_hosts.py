@@ -46,7 +46,9 @@ def test_two_hosts_train_as_one(cluster, tmp_path, tiny_llama, tiny_encoder) -> 
 
 
 def test_when_one_host_dies_the_other_stops_with_a_reason(cluster, tmp_path, tiny_llama, tiny_encoder) -> None:
-    path = recipe(tmp_path, tiny_llama, tiny_encoder, "lost", parallel=PARALLEL, training={"steps": 100_000, "warmup_steps": 0})
+    path = recipe(
+        tmp_path, tiny_llama, tiny_encoder, "lost", parallel=PARALLEL, training={"steps": 100_000, "warmup_steps": 0}
+    )
     launched = cluster.deepspeed("--master_port", str(free_port()), TRAIN, "--config", str(path))
     rows = load_config(path).run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -63,14 +65,18 @@ def test_when_one_host_dies_the_other_stops_with_a_reason(cluster, tmp_path, tin
     assert not cluster.hosts[0].processes(f"-u {TRAIN}")
 
 
-def test_a_host_that_is_down_is_named_before_the_run_and_stops_it_at_the_start(cluster, tmp_path, tiny_llama, tiny_encoder) -> None:
+def test_a_host_that_is_down_is_named_before_the_run_and_stops_it_at_the_start(
+    cluster, tmp_path, tiny_llama, tiny_encoder
+) -> None:
     alive, dead = cluster.hosts[0].address, "10.77.0.9"
     hostfile = tmp_path / "hosts"
     hostfile.write_text(f"{alive} slots=1\n{dead} slots=1\n")
     check = [sys.executable, "launchers/check_hosts.py", "--timeout", "5", "--hostfile"]
     asked = [cluster.hosts[0].run([*check, str(file)], env=cluster.env) for file in (hostfile, cluster.hostfile)]
     path = recipe(tmp_path, tiny_llama, tiny_encoder, "early", parallel=PARALLEL | {"timeout_seconds": 10})
-    launched = cluster.deepspeed("--hostfile", str(hostfile), "--master_port", str(free_port()), TRAIN, "--config", str(path))
+    launched = cluster.deepspeed(
+        "--hostfile", str(hostfile), "--master_port", str(free_port()), TRAIN, "--config", str(path)
+    )
     output, _ = launched.communicate(timeout=120)
     assert launched.returncode != 0
     assert "rank 0 of 2 could not meet its peers" in output, output[-4000:]

@@ -113,7 +113,9 @@ def test_equal_weights_are_no_weights(tmp_path, tokenizer, weight) -> None:
 
     def batch(data: PreparedData) -> Batch:
         renderer = Renderer(tokenizer, 512)
-        return collate([encode_example(row, renderer, data.sentences, DataSection()) for row in data.splits["train"]], 0)
+        return collate(
+            [encode_example(row, renderer, data.sentences, DataSection()) for row in data.splits["train"]], 0
+        )
 
     batches = [batch(data) for data in (alike, plain)]
     assert batches[0].target_weight.tolist() == batches[1].target_weight.tolist()
@@ -163,7 +165,9 @@ def test_weights_where_there_are_none_are_refused_in_one_line(tmp_path) -> None:
     with pytest.raises(DataError, match=r"data\.weights is true, but no row of a\.jsonl has a weight"):
         load(write_jsonl(tmp_path / "a.jsonl", bare), weights=True)
     chat = {"profile": "x", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    with pytest.raises(DataError, match=r"data\.weights is true, but only choice questions have weights, not kind chat"):
+    with pytest.raises(
+        DataError, match=r"data\.weights is true, but only choice questions have weights, not kind chat"
+    ):
         load(write_jsonl(tmp_path / "b.jsonl", [chat, chat]), weights=True)
     far = [{**row, "weight": (1e-200, 1e200)[number % 2]} for number, row in enumerate(bare)]
     with pytest.raises(DataError, match="too far to be added up"):

@@ -30,7 +30,9 @@ def missing() -> str | None:
     lacking = {package for program, package in PROGRAMS.items() if not _which(program)}
     if lacking:
         return f"needs the packages {', '.join(sorted(lacking))}"
-    probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True)
+    probe = subprocess.run(
+        ["unshare", "--net", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True
+    )
     return f"may not make namespaces: {probe.stderr.strip()}" if probe.returncode else None
 
 
@@ -45,7 +47,9 @@ class Host:
     def run(self, command: list[str], **options) -> subprocess.Popen[str]:
         """Start a command on this host."""
         enter = ["nsenter", "--target", str(self.first), "--net", "--pid", "--mount", "--uts", f"--wd={ROOT}"]
-        return subprocess.Popen([*enter, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        return subprocess.Popen(
+            [*enter, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        )
 
     def processes(self, part: str) -> list[int]:
         """Ids of this host's processes whose command line contains ``part``."""
@@ -53,7 +57,9 @@ class Host:
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(entry / "ns" / "pid") == here and part in (entry / "cmdline").read_text().replace("\0", " "):
+                if os.readlink(entry / "ns" / "pid") == here and part in (entry / "cmdline").read_text().replace(
+                    "\0", " "
+                ):
                     found.append(int(entry.name))
         return found
 
@@ -77,8 +83,14 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
-        return environment() | {"PATH": path, "DS_ENV_FILE": str(self.folder / "deepspeed_env"), "DS_ACCELERATOR": "cpu"}
+        path = os.pathsep.join(
+            [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"]
+        )
+        return environment() | {
+            "PATH": path,
+            "DS_ENV_FILE": str(self.folder / "deepspeed_env"),
+            "DS_ACCELERATOR": "cpu",
+        }
 
     def deepspeed(self, *arguments: str) -> subprocess.Popen[str]:
         """Start ``deepspeed --hostfile ...`` on the first host."""
@@ -142,8 +154,21 @@ def _write_files(folder: Path) -> None:
 def _start(folder: Path, address: str) -> Host:
     script = f"mount -t tmpfs tmpfs /run && mkdir /run/sshd && exec {_which('sshd')} -D -f {folder}/sshd_config"
     # Dies with the tests' process, and the host's first process dies with it.
-    guard = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    keeper = subprocess.Popen([*guard, "sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    guard = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "unshare",
+        "--net",
+        "--uts",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "--kill-child",
+    ]
+    keeper = subprocess.Popen(
+        [*guard, "sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+    )
     children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children")
     deadline = time.monotonic() + 30
     while not (first := children.read_text().split()):
@@ -155,7 +180,9 @@ def _start(folder: Path, address: str) -> Host:
 def _wait_for_sshd(cluster: Cluster, host: Host) -> None:
     deadline = time.monotonic() + 60
     while True:
-        probe = cluster.hosts[0].run(["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host.address, "true"], env=cluster.env)
+        probe = cluster.hosts[0].run(
+            ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host.address, "true"], env=cluster.env
+        )
         output, _ = probe.communicate()
         if probe.returncode == 0:
             return

@@ -30,7 +30,9 @@ class CumaConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Method = Field("cuma", description="preset: cuma | mixlora (semantic only, own A) | hydralora (semantic only, shared A) | lora")
+    method: Method = Field(
+        "cuma", description="preset: cuma | mixlora (semantic only, own A) | hydralora (semantic only, shared A) | lora"
+    )
     num_experts: int = Field(8, ge=1, le=512, description="E, experts per adapted linear")
     top_k: int = Field(2, ge=1, le=512, description="K, experts that answer for one token")
     lora_r: int = Field(8, ge=1, description="r, rank of one expert")
@@ -59,7 +61,9 @@ class CumaConfig(BaseModel):
         description="f_i of the load-balance loss: run, a running share over whole optimizer steps, the same for any "
         "micro_batch_size and number of ranks | micro_batch, the shares of each forward (the authors' code and release 0.1.0)",
     )
-    balance_decay: float = Field(0.5, ge=0, lt=1, description="with balance_scope: run, weight of the shares before this step")
+    balance_decay: float = Field(
+        0.5, ge=0, lt=1, description="with balance_scope: run, weight of the shares before this step"
+    )
     gradient_mask: Literal["none", "dominant", "groups"] = Field(
         "none",
         description="which experts learn from whom: none, all that answer (paper) | dominant, only a profile's main expert | "
@@ -71,7 +75,9 @@ class CumaConfig(BaseModel):
         "{country: {Germany: [0, 1], Thailand: [2], '*': [3]}}; * is everybody else (all experts if left out)",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the experts' input and between router layers")
-    profile_dim: int = Field(0, ge=0, description="P, width of the profile embedding; 0 = no demographics; set from the encoder in a run")
+    profile_dim: int = Field(
+        0, ge=0, description="P, width of the profile embedding; 0 = no demographics; set from the encoder in a run"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -88,19 +94,25 @@ class CumaConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> CumaConfig:
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k is {self.top_k} but num_experts is {self.num_experts}; top_k must not exceed num_experts")
+            raise ValueError(
+                f"top_k is {self.top_k} but num_experts is {self.num_experts}; top_k must not exceed num_experts"
+            )
         if (self.gradient_mask == "groups") != (self.gradient_groups is not None):
             raise ValueError("gradient_mask: groups and gradient_groups go together; one of them is missing")
         if self.gradient_groups is not None:
             if len(self.gradient_groups) != 1:
-                raise ValueError(f"gradient_groups has {len(self.gradient_groups)} profile fields; exactly one is allowed")
+                raise ValueError(
+                    f"gradient_groups has {len(self.gradient_groups)} profile fields; exactly one is allowed"
+                )
             for field, groups in self.gradient_groups.items():
                 for value, experts in groups.items():
                     if not experts or any(not 0 <= expert < self.num_experts for expert in experts):
                         wanted = f"expected one or more of 0 to {self.num_experts - 1}"
                         raise ValueError(f"gradient_groups.{field}.{value} lists the experts {list(experts)}; {wanted}")
         if self.profile_dim and self.method != "cuma":
-            raise ValueError(f"method {self.method!r} takes no profiles, but profile_dim is {self.profile_dim}; use method 'cuma'")
+            raise ValueError(
+                f"method {self.method!r} takes no profiles, but profile_dim is {self.profile_dim}; use method 'cuma'"
+            )
         return self
 
     @property

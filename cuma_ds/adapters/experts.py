@@ -24,7 +24,9 @@ class Experts(nn.Module):
     lora_a: [E_local, r, D], or [r, D] when shared.  lora_b: [E_local, O, r].  Both float32 unless an engine casts them.
     """
 
-    def __init__(self, config: CumaConfig, in_features: int, out_features: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self, config: CumaConfig, in_features: int, out_features: int, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.num_experts = config.num_experts
         self.first = 0
@@ -32,7 +34,9 @@ class Experts(nn.Module):
         self.scaling = config.scaling
         a_shape = (config.lora_r, in_features) if config.shared_a else (config.num_experts, config.lora_r, in_features)
         self.lora_a = nn.Parameter(torch.empty(a_shape, dtype=torch.float32, device=device))
-        self.lora_b = nn.Parameter(torch.empty(config.num_experts, out_features, config.lora_r, dtype=torch.float32, device=device))
+        self.lora_b = nn.Parameter(
+            torch.empty(config.num_experts, out_features, config.lora_r, dtype=torch.float32, device=device)
+        )
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -46,7 +50,13 @@ class Experts(nn.Module):
         return {"lora_b": self.lora_b} if self.shared_a else {"lora_a": self.lora_a, "lora_b": self.lora_b}
 
     def forward(
-        self, x_TD: Tensor, gate: GateOutput, dispatcher: Dispatcher, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+        self,
+        x_TD: Tensor,
+        gate: GateOutput,
+        dispatcher: Dispatcher,
+        mask: GradientMask | None,
+        z_TC: Tensor | None,
+        frozen_TO: Tensor,
     ) -> Tensor:
         """W0 x + (alpha / r) * sum_i g_i B_i A_i x, [T, O]; run as a module so that parameter-sharding hooks see it."""
         return dispatcher.mix(x_TD, gate, self, mask, z_TC, frozen_TO)
@@ -70,7 +80,13 @@ class Dispatcher(Protocol):
         ...
 
     def mix(
-        self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+        self,
+        x_TD: Tensor,
+        gate: GateOutput,
+        experts: Experts,
+        mask: GradientMask | None,
+        z_TC: Tensor | None,
+        frozen_TO: Tensor,
     ) -> Tensor:
         """The frozen part [T, O] + (alpha / r) * sum_i g_i B_i A_i x for every token; z [T, C] is x times :meth:`first_rows`, if made."""
         ...
@@ -94,7 +110,13 @@ class LocalDispatcher:
         """See :class:`Dispatcher`."""
 
     def mix(
-        self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+        self,
+        x_TD: Tensor,
+        gate: GateOutput,
+        experts: Experts,
+        mask: GradientMask | None,
+        z_TC: Tensor | None,
+        frozen_TO: Tensor,
     ) -> Tensor:
         """See :class:`Dispatcher`."""
         a, b, scale = experts.lora_a, experts.lora_b, experts.scaling

@@ -74,7 +74,9 @@ class AdaptedLinear(nn.Module):
         mask_NE = state.gradient_mask_NE
         if mask_NE is None and self.config.gradient_mask == "dominant" and self.training:
             gate_TE = dense_gate(gate.weight_TK.detach(), gate.expert_TK, self.config.num_experts)
-            mass_NE = gate_TE.new_zeros(state.num_profiles, self.config.num_experts).index_add_(0, tokens.row_T, gate_TE)
+            mass_NE = gate_TE.new_zeros(state.num_profiles, self.config.num_experts).index_add_(
+                0, tokens.row_T, gate_TE
+            )
             mask_NE = F.one_hot(mass_NE.argmax(dim=1), self.config.num_experts).to(mass_NE.dtype)
         return None if mask_NE is None else GradientMask(mask_NE, tokens.profile_T)
 

@@ -202,7 +202,9 @@ class _Dense(torch.autograd.Function):
         (dy_TO,) = grads
         z_TER, weight_TK, lora_b, expert_TK, mask_NE, profile_T, x_TD, h_TER = ctx.saved_tensors
         dh_TER = (dy_TO @ _joined(lora_b).T).view_as(h_TER)
-        dz, dweight_TK, learning_dz, learning_h = gate_scale_backward(dh_TER, z_TER, weight_TK, expert_TK, ctx.scale, mask_NE, profile_T)
+        dz, dweight_TK, learning_dz, learning_h = gate_scale_backward(
+            dh_TER, z_TER, weight_TK, expert_TK, ctx.scale, mask_NE, profile_T
+        )
         if mask_NE is None:
             learning_dz, learning_h = dz, h_TER
         da = db = None
@@ -210,7 +212,18 @@ class _Dense(torch.autograd.Function):
             da = (learning_dz.flatten(1).T @ x_TD).view(ctx.shape_of_a)
         if ctx.needs_input_grad[2]:
             db = (learning_h.flatten(1).T @ dy_TO).view(lora_b.shape[0], lora_b.shape[2], -1).transpose(1, 2)
-        return dz.flatten(1), dweight_TK, db, None, None, None, None, None, da, dy_TO if ctx.needs_input_grad[9] else None
+        return (
+            dz.flatten(1),
+            dweight_TK,
+            db,
+            None,
+            None,
+            None,
+            None,
+            None,
+            da,
+            dy_TO if ctx.needs_input_grad[9] else None,
+        )
 
 
 def _joined(lora_b: Tensor) -> Tensor:
@@ -280,7 +293,11 @@ class _Grouped(torch.autograd.Function):
         begin_TO: Tensor | None,
     ) -> Tensor:
         pairs = sort_by_expert(expert_TK, lora_b.shape[0])
-        z_MR = permute_gather(rows_TC, pairs.order_M, pairs.position_TK) if own_a is None else _Rows(rows_TC, pairs).shrink(own_a)
+        z_MR = (
+            permute_gather(rows_TC, pairs.order_M, pairs.position_TK)
+            if own_a is None
+            else _Rows(rows_TC, pairs).shrink(own_a)
+        )
         weight_M = scale * weight_TK.flatten()[pairs.order_M.clamp(min=0)]
         h_MR = (z_MR * weight_M[:, None]).to(z_MR.dtype)
         ctx.scale = scale

@@ -46,7 +46,9 @@ class CumaModel(nn.Module):
     profile_scale: Tensor
     expert_share: Tensor
 
-    def __init__(self, base_model: nn.Module, config: CumaConfig, context: RoutingContext, router_names: list[str]) -> None:
+    def __init__(
+        self, base_model: nn.Module, config: CumaConfig, context: RoutingContext, router_names: list[str]
+    ) -> None:
         super().__init__()
         self.base_model = base_model
         self.config = config
@@ -156,9 +158,13 @@ class CumaModel(nn.Module):
             raise ModelError("profile_embeddings were given, but these adapters take none (profile_dim is 0)")
         if width and self.context.enabled:
             if profile_embeddings is None:
-                raise ModelError(f"profile_embeddings are missing; these adapters need one row of width {width} per sequence")
+                raise ModelError(
+                    f"profile_embeddings are missing; these adapters need one row of width {width} per sequence"
+                )
             if profile_embeddings.dim() != 2 or profile_embeddings.shape[1] != width:
-                raise ModelError(f"profile_embeddings have shape {tuple(profile_embeddings.shape)}; expected [sequences, {width}]")
+                raise ModelError(
+                    f"profile_embeddings have shape {tuple(profile_embeddings.shape)}; expected [sequences, {width}]"
+                )
         device = self.profile_scale.device
         if profile_index is None:
             profile_index = torch.arange(rows, device=device)
@@ -166,7 +172,9 @@ class CumaModel(nn.Module):
             raise ModelError(f"profile_index has {profile_index.shape[0]} rows for {rows} sequences")
         num_profiles = rows if profile_embeddings is None else profile_embeddings.shape[0]
         if profile_index.device.type == "cpu" and profile_index.numel() and int(profile_index.max()) >= num_profiles:
-            raise ModelError(f"profile_index reaches {int(profile_index.max())}, but only {num_profiles} profile embeddings were given")
+            raise ModelError(
+                f"profile_index reaches {int(profile_index.max())}, but only {num_profiles} profile embeddings were given"
+            )
         profiles_NP = None
         if width and profile_embeddings is not None:
             mean = self.profile_mean
@@ -179,7 +187,9 @@ class CumaModel(nn.Module):
             rows=rows,
             num_profiles=num_profiles,
             collect=collect,
-            full_softmax=self.training and self.config.balance_weight > 0 and self.config.balance_probability == "softmax",
+            full_softmax=self.training
+            and self.config.balance_weight > 0
+            and self.config.balance_probability == "softmax",
             record_sequences=self._recording is not None,
         )
 
@@ -195,7 +205,9 @@ class CumaModel(nn.Module):
         """
         if embeddings_NP.dim() != 2 or embeddings_NP.shape[1] != self.config.profile_dim:
             shape = tuple(embeddings_NP.shape)
-            raise ModelError(f"profile embeddings have shape {shape}; the adapters take width {self.config.profile_dim}")
+            raise ModelError(
+                f"profile embeddings have shape {shape}; the adapters take width {self.config.profile_dim}"
+            )
         if rms is None:
             return
         embeddings = embeddings_NP.to(self.profile_mean.device, torch.float64)
@@ -254,7 +266,9 @@ class CumaModel(nn.Module):
 
     def standardisation(self) -> dict[str, Tensor]:
         """The buffers that centre and scale profile embeddings; none when routing knows no profiles."""
-        return {"profile_mean": self.profile_mean, "profile_scale": self.profile_scale} if self.config.profile_dim else {}
+        return (
+            {"profile_mean": self.profile_mean, "profile_scale": self.profile_scale} if self.config.profile_dim else {}
+        )
 
     def balance_state(self) -> dict[str, Tensor]:
         """What the balance loss remembers between optimizer steps; nothing where it remembers nothing."""
@@ -276,7 +290,9 @@ class CumaModel(nn.Module):
             raise ModelError(f"the adapter state holds {unknown[0]} ({len(unknown)} unexpected); {foreign}")
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
-                raise ModelError(f"adapter tensor {name} has shape {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}")
+                raise ModelError(
+                    f"adapter tensor {name} has shape {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}"
+                )
             tensor.copy_(state[name])
 
 

@@ -90,7 +90,9 @@ class Router(nn.Module):
             s_TW = s_TW + bias_W
         for layer in layers:
             s_TW = F.dropout(F.relu(s_TW), self.config.dropout, self.training)
-            s_TW = F.linear(s_TW, layer.weight.to(s_TW.dtype), None if layer.bias is None else layer.bias.to(s_TW.dtype))
+            s_TW = F.linear(
+                s_TW, layer.weight.to(s_TW.dtype), None if layer.bias is None else layer.bias.to(s_TW.dtype)
+            )
         return s_TW, None, z_TC
 
     def forward(
@@ -105,7 +107,12 @@ class Router(nn.Module):
             beside_CD: as in :meth:`logits`.
         """
         cached = self._cached
-        if cached is not None and cached.x() is x and cached.state is context.state and cached.grad == torch.is_grad_enabled():
+        if (
+            cached is not None
+            and cached.x() is x
+            and cached.state is context.state
+            and cached.grad == torch.is_grad_enabled()
+        ):
             cached.readers -= 1
             if not cached.readers:
                 self._cached = None

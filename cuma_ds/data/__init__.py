@@ -17,7 +17,15 @@ from cuma_ds.data.sources.worldvaluesbench import prepare_worldvaluesbench
 from cuma_ds.data.sources.wvs_sample import prepare_wvs_sample
 from cuma_ds.errors import ConfigError, DataError
 
-_DECIDED_WHEN_PREPARED = ("source", "questions", "weights", "test_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
+_DECIDED_WHEN_PREPARED = (
+    "source",
+    "questions",
+    "weights",
+    "test_fraction",
+    "heldout_fraction",
+    "heldout_profile_fraction",
+    "split_seed",
+)
 _SOURCES = {
     "jsonl": prepare_jsonl,
     "wvb": prepare_worldvaluesbench,
@@ -49,7 +57,9 @@ def load_data(config: DataSection, template: str = "generic") -> PreparedData:
         data = PreparedData.load(config.path).with_template(template)
         _check_recipe(data.manifest, config)
         if config.kind not in (None, data.kind):
-            raise DataError(f"{config.path} was prepared as kind {data.kind}, but the recipe says data.kind: {config.kind}")
+            raise DataError(
+                f"{config.path} was prepared as kind {data.kind}, but the recipe says data.kind: {config.kind}"
+            )
     else:
         data = prepare(config, template)
     return data if config.histogram_targets else data.with_single_answers()
@@ -57,7 +67,10 @@ def load_data(config: DataSection, template: str = "generic") -> PreparedData:
 
 def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
     """Refuse a prepared folder that was made with other settings than the recipe's."""
-    asked = {**json.loads(config.model_dump_json(include=set(_DECIDED_WHEN_PREPARED))), "heldout_fraction": config.heldout}
+    asked = {
+        **json.loads(config.model_dump_json(include=set(_DECIDED_WHEN_PREPARED))),
+        "heldout_fraction": config.heldout,
+    }
     if "split" not in manifest:
         warnings.warn(
             f"{config.path} was prepared by release 0.1.0, which split each kind of a source in its own way; it is used as it is, "
@@ -103,5 +116,7 @@ def prepare(
             )
         return prepare_wvs_sample(config, template)
     if config.path is None:
-        raise ConfigError(f"data.path is missing; source {config.source} needs {_NEEDS[config.source]}, or a prepared folder")
+        raise ConfigError(
+            f"data.path is missing; source {config.source} needs {_NEEDS[config.source]}, or a prepared folder"
+        )
     return _SOURCES[config.source](config.path, config, template, spool, workers, progress)

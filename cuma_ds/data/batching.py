@@ -34,7 +34,9 @@ class EncodedExample:
     profile: int
 
 
-def encode_example(row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str], config: DataSection) -> EncodedExample:
+def encode_example(
+    row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str], config: DataSection
+) -> EncodedExample:
     """Render one row of a prepared split.
 
     A choice row has one target per option, all at the prompt's last token, with the shares of its answers as weights
@@ -49,7 +51,9 @@ def encode_example(row: Mapping[str, Any], renderer: Renderer, sentences: Sequen
     profile = int(row["profile"])
     if "messages" in row:
         ids, positions = renderer.encode_chat(row["messages"], sentences[profile])
-        return EncodedExample(ids, positions, [ids[position + 1] for position in positions], [1.0] * len(positions), profile)
+        return EncodedExample(
+            ids, positions, [ids[position + 1] for position in positions], [1.0] * len(positions), profile
+        )
     options, counts = row["options"], row["counts"]
     ids = renderer.encode_choice(row["question"], options, sentences[profile])
     total = sum(counts)
@@ -108,11 +112,17 @@ class Batch:
         """Keyword arguments of a causal language model; its logits are [B, K, V]."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "logits_to_keep": self.keep, "use_cache": False}
         # Without a mask and a cache, transformers finds the examples of a row by their positions.
-        return inputs | ({"attention_mask": self.attention_mask} if self.position_ids is None else {"position_ids": self.position_ids})
+        return inputs | (
+            {"attention_mask": self.attention_mask}
+            if self.position_ids is None
+            else {"position_ids": self.position_ids}
+        )
 
     def to(self, device: str | torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
-        tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return dataclasses.replace(self, **tensors)
 
 
@@ -130,7 +140,9 @@ def collate(examples: Sequence[EncodedExample | None], pad_id: int, profile_fill
     real = next((example for example in examples if example is not None), None)
     if real is None:
         raise ValueError("a batch needs at least one real example to shape its fillers")
-    batch = _in_rows([[example if example is not None else as_filler(real, profile_fill)] for example in examples], pad_id)
+    batch = _in_rows(
+        [[example if example is not None else as_filler(real, profile_fill)] for example in examples], pad_id
+    )
     return dataclasses.replace(batch, position_ids=None, profile_index=batch.profile_index[:, 0])
 
 
@@ -249,7 +261,10 @@ class BatchStream:
     def indices(self, step: int) -> list[list[int | None]]:
         """Row numbers of this rank's micro-batches in ``step``; None where a filler stands."""
         return [
-            [self._row(step, (micro_step * self.world_size + self.rank) * self.micro + slot) for slot in range(self.micro)]
+            [
+                self._row(step, (micro_step * self.world_size + self.rank) * self.micro + slot)
+                for slot in range(self.micro)
+            ]
             for micro_step in range(self.accumulation)
         ]
 
@@ -265,7 +280,9 @@ class BatchStream:
             if self.pack_length is None:
                 batches.append(collate(examples, self.pad_id))
             else:
-                batches.append(pack([example for example in examples if example is not None], self.pad_id, self.pack_length))
+                batches.append(
+                    pack([example for example in examples if example is not None], self.pad_id, self.pack_length)
+                )
         return batches
 
     def _row(self, step: int, offset: int) -> int | None:

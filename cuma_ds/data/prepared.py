@@ -116,18 +116,24 @@ class PreparedData:
                 file.writelines(json.dumps(profile, ensure_ascii=False) + "\n" for profile in self.profiles)
             hashes = {file.name: sha256(file) for file in sorted(beside.iterdir())}
             manifest = sealed({**self.manifest, "hashes": hashes})
-            (beside / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (beside / "manifest.json").write_text(
+                json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             if (target / "manifest.json").is_file():
                 here = {"versions": None, SEAL: None}
                 if {**read_manifest(target), **here} != {**manifest, **here}:
-                    raise DataError(f"{target} already holds other prepared data; choose another folder or remove it first")
+                    raise DataError(
+                        f"{target} already holds other prepared data; choose another folder or remove it first"
+                    )
             elif target.exists() and (not target.is_dir() or any(target.iterdir())):
                 raise DataError(f"{target} exists and is no prepared folder; choose another folder")
             else:
                 os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        splits = {name: split.at(target / f"{name}.arrow", target / "questions.arrow") for name, split in self.splits.items()}
+        splits = {
+            name: split.at(target / f"{name}.arrow", target / "questions.arrow") for name, split in self.splits.items()
+        }
         return dataclasses.replace(self, manifest=manifest, splits=splits, root=target)
 
     @classmethod
@@ -143,18 +149,29 @@ class PreparedData:
             if not (root / name).is_file():
                 raise DataError(f"the prepared folder {root} is incomplete: {name} is missing; prepare it again")
             if sha256(root / name) != manifest["hashes"].get(name):
-                raise DataError(f"the prepared folder {root} is damaged: {name} has changed since it was written; prepare it again")
+                raise DataError(
+                    f"the prepared folder {root} is damaged: {name} has changed since it was written; prepare it again"
+                )
         with (root / "profiles.jsonl").open(encoding="utf-8") as lines:
             profiles = [json.loads(line) for line in lines]
-        questions, groups = ArrowFile.open_questions(root / "questions.arrow"), [country_of(profile["fields"]) for profile in profiles]
-        splits = {name: Split(manifest["kind"], ArrowFile.open(root / f"{name}.arrow"), questions, groups) for name in manifest["splits"]}
+        questions, groups = (
+            ArrowFile.open_questions(root / "questions.arrow"),
+            [country_of(profile["fields"]) for profile in profiles],
+        )
+        splits = {
+            name: Split(manifest["kind"], ArrowFile.open(root / f"{name}.arrow"), questions, groups)
+            for name in manifest["splits"]
+        }
         return cls(manifest, splits, profiles, root)
 
     def with_template(self, template: str) -> PreparedData:
         """The same data with sentences written by another template; profiles given as text stay as they are."""
         if self.manifest["template"] == template:
             return self
-        profiles = [{**profile, "sentence": linearize(profile["fields"] or profile["sentence"], template)} for profile in self.profiles]
+        profiles = [
+            {**profile, "sentence": linearize(profile["fields"] or profile["sentence"], template)}
+            for profile in self.profiles
+        ]
         return dataclasses.replace(self, manifest={**self.manifest, "template": template}, profiles=profiles)
 
     def with_single_answers(self) -> PreparedData:
@@ -181,7 +198,10 @@ class ProfileList:
             DataError: nothing in the profile is usable.
         """
         given = {} if isinstance(profile, str) else profile
-        key = (profile if isinstance(profile, str) else "", *((name, type(value), value) for name, value in given.items()))
+        key = (
+            profile if isinstance(profile, str) else "",
+            *((name, type(value), value) for name, value in given.items()),
+        )
         if key not in self._seen:
             plain = plain_profile(profile)
             self._seen[key] = self._add(linearize(plain, self.template), {} if isinstance(plain, str) else plain)
@@ -244,7 +264,9 @@ def prepare_rows(rows: Rows, config: DataSection, spool: Path | None = None) -> 
         DataError: no rows, or none left for training; weights for something else than choice questions.
     """
     if config.weights and rows.kind != "choice":
-        raise DataError(f"data.weights is true, but only choice questions have weights, not kind {rows.kind}; leave it out")
+        raise DataError(
+            f"data.weights is true, but only choice questions have weights, not kind {rows.kind}; leave it out"
+        )
     split_N = split_rows(rows, config)
     weight_N = None if rows.weight_N is None else with_mean_one(rows.weight_N)
     schema = choice_schema(weight_N is not None) if rows.kind == "choice" else SCHEMAS[rows.kind]
@@ -344,7 +366,9 @@ def check_questions(config: DataSection, known: Collection[str]) -> list[str]:
     """
     for question in config.questions or ():
         if question not in known:
-            raise DataError(f"data.questions: there is no question {question!r}{nearest(question, known)}; the data has {', '.join(known)}")
+            raise DataError(
+                f"data.questions: there is no question {question!r}{nearest(question, known)}; the data has {', '.join(known)}"
+            )
     return [question for question in known if config.questions is None or question in config.questions]
 
 
@@ -357,11 +381,21 @@ def split_rows(rows: Rows, config: DataSection) -> np.ndarray:
     seed, sentences = config.split_seed, [profile["sentence"] for profile in rows.profiles.profiles]
     countries = sorted(set(rows.profiles.groups) - {""})
     code = {country: index for index, country in enumerate(countries)}
-    unit_G = np.array([code.get(group, -1) for group in rows.profiles.groups], np.int32) if countries else np.arange(len(sentences))
+    unit_G = (
+        np.array([code.get(group, -1) for group in rows.profiles.groups], np.int32)
+        if countries
+        else np.arange(len(sentences))
+    )
     units = Share(draws(seed, "unit", countries or sentences), config.heldout)
-    profiles = Share(draws(seed, "profile", sentences), config.heldout_profile_fraction) if config.heldout_profile_fraction else None
+    profiles = (
+        Share(draws(seed, "profile", sentences), config.heldout_profile_fraction)
+        if config.heldout_profile_fraction
+        else None
+    )
     people = Share(rows.draw_P, config.test_fraction)
-    split_N = assign_splits(rows.person_N, people, unit_G[rows.profile_N], units, rows.profile_N, profiles, rows.given_N)
+    split_N = assign_splits(
+        rows.person_N, people, unit_G[rows.profile_N], units, rows.profile_N, profiles, rows.given_N
+    )
     expected = round(config.heldout * len(units.draw))
     if expected and not (split_N == HELDOUT).any():
         what = "countries" if countries else "profiles"
@@ -383,7 +417,9 @@ def count_sizes(person_N: np.ndarray, profile_N: np.ndarray) -> dict[str, int]:
     return {"answers": len(person_N), "people": len(np.unique(person_N)), "profiles": len(np.unique(profile_N))}
 
 
-def finish(rows: Rows, files: dict[str, ArrowFile], sizes: dict[str, dict[str, int]], config: DataSection) -> PreparedData:
+def finish(
+    rows: Rows, files: dict[str, ArrowFile], sizes: dict[str, dict[str, int]], config: DataSection
+) -> PreparedData:
     """Splits with their manifest.
 
     Args:
@@ -426,7 +462,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     file = root / "manifest.json"
     if not file.is_file():
-        raise DataError(f"{root} is no prepared folder: there is no manifest.json; make one with launchers/prepare_data.py")
+        raise DataError(
+            f"{root} is no prepared folder: there is no manifest.json; make one with launchers/prepare_data.py"
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -434,7 +472,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise DataError(f"{file} is not the manifest of a prepared folder; prepare it again")
     if manifest["format_version"] != FORMAT_VERSION:
-        raise DataError(f"{file} has format_version {manifest['format_version']}; this version reads {FORMAT_VERSION}; prepare it again")
+        raise DataError(
+            f"{file} has format_version {manifest['format_version']}; this version reads {FORMAT_VERSION}; prepare it again"
+        )
     if SEAL in manifest and not seal_holds(manifest):
-        raise DataError(f"the prepared folder {root} is damaged: manifest.json has changed since it was written; prepare it again")
+        raise DataError(
+            f"the prepared folder {root} is damaged: manifest.json has changed since it was written; prepare it again"
+        )
     return manifest

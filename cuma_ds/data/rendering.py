@@ -23,7 +23,9 @@ PromptStyle = Literal["letters", "metadata"]
 OptionOrder = Literal["fixed", "reversed", "average"]
 
 # What WorldValuesBench puts before all its questions: it asks for a number, where the options have letters.
-_NUMBER_SCALE = re.compile(r"^On a scale of (-?\d+) to (-?\d+), \1 meaning '.+?' and \2 meaning '.+?', (?=\S)", re.DOTALL)
+_NUMBER_SCALE = re.compile(
+    r"^On a scale of (-?\d+) to (-?\d+), \1 meaning '.+?' and \2 meaning '.+?', (?=\S)", re.DOTALL
+)
 # Put before every template: those that print today's date would train on other tokens each day.
 _NO_CLOCK = "{% macro strftime_now(format) %}2024-07-26{% endmacro %}"
 # Stands in for an answer, to find where a template puts it.
@@ -44,7 +46,9 @@ class PromptTooLong(DataError):
     """
 
     def __init__(self, tokens: int, limit: int, what: str) -> None:
-        super().__init__(f"{what} has {tokens} tokens, but only {limit} can be read, and nothing is cut; shorten it, or allow more tokens")
+        super().__init__(
+            f"{what} has {tokens} tokens, but only {limit} can be read, and nothing is cut; shorten it, or allow more tokens"
+        )
         self.tokens = tokens
 
 
@@ -74,16 +78,22 @@ class Renderer:
         option_order: OptionOrder = "fixed",
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ModelError(f"the tokenizer {tokenizer.name_or_path!r} is a slow one; a folder with tokenizer.json is needed")
+            raise ModelError(
+                f"the tokenizer {tokenizer.name_or_path!r} is a slow one; a folder with tokenizer.json is needed"
+            )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.profile_in_prompt = profile_in_prompt
         self.system_prompt = system_prompt
         self.prompt_style = prompt_style
         self.option_order = option_order
-        self._template = _NO_CLOCK + (_PLAIN_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template())
+        self._template = _NO_CLOCK + (
+            _PLAIN_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
+        )
         if tokenizer.chat_template is None:
-            logger.warning("the tokenizer has no chat template; conversations are written as plain 'User: ... Assistant: ...' text")
+            logger.warning(
+                "the tokenizer has no chat template; conversations are written as plain 'User: ... Assistant: ...' text"
+            )
         probe = [{"role": "system", "content": "Qx7"}, {"role": "user", "content": "Hi"}]
         try:
             self._takes_system = "Qx7" in self._apply(probe)
@@ -154,10 +164,14 @@ class Renderer:
         if count not in self._letters:
             ids = []
             for letter in LETTERS[:count]:
-                prompt, answer, _ = self._asked([{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}])
+                prompt, answer, _ = self._asked(
+                    [{"role": "user", "content": "?"}, {"role": "assistant", "content": letter}]
+                )
                 tokens = self._continuation(prompt, answer)
                 if len(tokens) != 1 or tokens[0] in ids:
-                    raise DataError(f"the letter {letter!r} is not a token of its own after the prompt of {self.tokenizer.name_or_path!r}")
+                    raise DataError(
+                        f"the letter {letter!r} is not a token of its own after the prompt of {self.tokenizer.name_or_path!r}"
+                    )
                 ids += tokens
             self._letters[count] = ids
         ids = self._letters[count]
@@ -211,7 +225,9 @@ class Renderer:
 
     def _earlier(self, before: Sequence[Message], turn: int, prompt: str, marker: str) -> tuple[int, int]:
         """Where an earlier answer stands in the prompt, its end-of-turn marker included."""
-        header, suffix = self._around([*before[:turn], {**before[turn], "content": _MARK}, *before[turn + 1 :]], answer_next=True)
+        header, suffix = self._around(
+            [*before[:turn], {**before[turn], "content": _MARK}, *before[turn + 1 :]], answer_next=True
+        )
         asked = self._apply(before[:turn], answer_next=True)
         start, end = len(asked) if header.startswith(asked) else len(header), len(prompt) - len(suffix)
         return start, end + _common(marker, prompt[end:])
@@ -220,7 +236,9 @@ class Renderer:
         """What the template writes before and after the one message that is ``_MARK``."""
         before, mark, after = self._apply(conversation, answer_next).rpartition(_MARK)
         if not mark:
-            raise DataError(f"the chat template of {self.tokenizer.name_or_path!r} does not show each answer of a conversation as it is")
+            raise DataError(
+                f"the chat template of {self.tokenizer.name_or_path!r} does not show each answer of a conversation as it is"
+            )
         return before, after
 
     def _continuation(self, prompt: str, text: str) -> list[int]:
@@ -260,7 +278,9 @@ class Renderer:
             )
         except TemplateError as error:
             reason = (str(error).splitlines() or ["unknown reason"])[0]
-            raise ModelError(f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation: {reason}") from None
+            raise ModelError(
+                f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation: {reason}"
+            ) from None
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -276,11 +296,14 @@ def _without_first_turn(messages: Sequence[Message]) -> Sequence[Message] | None
 def _common(first: str, second: str) -> int:
     """Length of the longest common beginning."""
     return next(
-        (index for index, (left, right) in enumerate(zip(first, second, strict=False)) if left != right), min(len(first), len(second))
+        (index for index, (left, right) in enumerate(zip(first, second, strict=False)) if left != right),
+        min(len(first), len(second)),
     )
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
     """The half-open range of tokens that touch the characters [start, end)."""
-    touching = [index for index, (left, right) in enumerate(offsets) if left < end and (right > start or left == right >= start)]
+    touching = [
+        index for index, (left, right) in enumerate(offsets) if left < end and (right > start or left == right >= start)
+    ]
     return touching[0], touching[-1] + 1

@@ -20,7 +20,9 @@ import pyarrow.compute as pc
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _PEOPLE = pa.list_(pa.int32())
 SCHEMAS = {
-    "choice": pa.schema({"profile": pa.int32(), "people": _PEOPLE, "question": pa.int32(), "counts": pa.list_(pa.int32())}),
+    "choice": pa.schema(
+        {"profile": pa.int32(), "people": _PEOPLE, "question": pa.int32(), "counts": pa.list_(pa.int32())}
+    ),
     "chat": pa.schema({"profile": pa.int32(), "people": _PEOPLE, "messages": _MESSAGES}),
     "preference": pa.schema(
         {"profile": pa.int32(), "people": _PEOPLE, "prompt": _MESSAGES, "chosen": pa.string(), "rejected": pa.string()}
@@ -186,7 +188,9 @@ class Split:
 
     def at(self, rows: Path, questions: Path) -> Split:
         """The same rows, known to stand in these files now."""
-        return Split(self.kind, ArrowFile(self.rows.table, rows), ArrowFile(self.questions.table, questions), self.groups)
+        return Split(
+            self.kind, ArrowFile(self.rows.table, rows), ArrowFile(self.questions.table, questions), self.groups
+        )
 
     def numbers(self, name: str) -> np.ndarray:
         """[M] int32: the stored column ``profile``, or ``question`` (the question's row)."""
@@ -214,7 +218,9 @@ class Split:
 
     def question(self, number: int) -> Question:
         """A question by its row."""
-        question_id, text, options, scale = (self.questions.table[name][number].as_py() for name in QUESTION_SCHEMA.names)
+        question_id, text, options, scale = (
+            self.questions.table[name][number].as_py() for name in QUESTION_SCHEMA.names
+        )
         return Question(question_id, text, tuple(options), scale)
 
     def _column(self, name: str) -> list[Any]:

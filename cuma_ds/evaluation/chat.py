@@ -51,9 +51,13 @@ def chat_losses(
     """Loss of each conversation's target tokens (arguments as in :func:`cuma_ds.evaluation.forward.forward_batches`)."""
     nll, tokens = np.zeros(len(examples)), np.zeros(len(examples))
     routing = RoutingTally()
-    for indices, batch, logits, gates_BRE in forward_batches(model, examples, embeddings_NP, batch_size, pad_id, **options):
+    for indices, batch, logits, gates_BRE in forward_batches(
+        model, examples, embeddings_NP, batch_size, pad_id, **options
+    ):
         predicted = logits[batch.target_row, batch.target_position]
-        losses = torch.nn.functional.cross_entropy(predicted, batch.target_token, reduction="none").double().cpu().numpy()
+        losses = (
+            torch.nn.functional.cross_entropy(predicted, batch.target_token, reduction="none").double().cpu().numpy()
+        )
         rows = batch.target_row.cpu().numpy()
         weights = batch.target_weight.double().cpu().numpy()
         chosen = np.array(indices)[rows]

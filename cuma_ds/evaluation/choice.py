@@ -60,7 +60,11 @@ def predict_choices(
     distinct: list[EncodedExample] = []
     place = []
     for example in asked_as(examples, options.pop("profiles", None)):
-        key = (tuple(example.input_ids), tuple(example.target_token), None if embeddings_NP is None else example.profile)
+        key = (
+            tuple(example.input_ids),
+            tuple(example.target_token),
+            None if embeddings_NP is None else example.profile,
+        )
         if key not in first:
             first[key] = len(distinct)
             distinct.append(example)
@@ -69,7 +73,9 @@ def predict_choices(
     answers: list[NDArray[np.float64]] = [np.empty(0)] * len(distinct)
     mass = np.zeros(len(distinct))
     routing = RoutingTally()
-    for indices, batch, logits, gates_BRE in forward_batches(model, distinct, embeddings_NP, batch_size, pad_id, **options):
+    for indices, batch, logits, gates_BRE in forward_batches(
+        model, distinct, embeddings_NP, batch_size, pad_id, **options
+    ):
         letters = logits[batch.target_row, batch.target_position, batch.target_token].cpu()
         whole = logits.logsumexp(dim=-1)[batch.target_row, batch.target_position].cpu()
         rows = batch.target_row.cpu()

@@ -55,7 +55,9 @@ class ChoiceExamples:
             counts=[np.asarray(counts, dtype=np.float64) for counts in split["counts"]],
             texts=texts,
             people=[np.asarray(people, dtype=np.int64) for people in split["people"]] if "people" in names else None,
-            nominal=frozenset(question for question, scale in zip(questions, scales, strict=True) if scale == "nominal"),
+            nominal=frozenset(
+                question for question, scale in zip(questions, scales, strict=True) if scale == "nominal"
+            ),
             answers=[np.asarray(answers, dtype=np.int64) for answers in split["answers"]] if weighted else None,
             weights=[np.asarray(weights, dtype=np.float64) for weights in split["weights"]] if weighted else None,
         )
@@ -95,7 +97,10 @@ def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequenc
         everybody.setdefault(profile, group)
         members.setdefault(unit, {}).setdefault(profile, group)
     overall = _derangement(everybody, seed)
-    partner = {unit: _derangement(group_of, seed) if len(set(group_of.values())) > 1 else overall for unit, group_of in members.items()}
+    partner = {
+        unit: _derangement(group_of, seed) if len(set(group_of.values())) > 1 else overall
+        for unit, group_of in members.items()
+    }
     return [partner[unit][profile] for unit, profile in zip(units, profiles, strict=True)]
 
 

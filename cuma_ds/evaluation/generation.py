@@ -61,13 +61,17 @@ class Generation:
         subject = evaluator.subject
         check_kind(subject, "chat", "--generate")
         if self.judge is not None and subject.untrained is None:
-            raise ConfigError("--judge-url compares a trained model with its backbone; a model as it is has nothing to be compared with")
+            raise ConfigError(
+                "--judge-url compares a trained model with its backbone; a model as it is has nothing to be compared with"
+            )
         split = evaluator.splits[0]
         requests = sample_requests(subject.data.splits[split], self.count, self.seed)
         rows: dict[str, list[str]] = {}
         if subject.untrained is not None:
             with subject.untrained():
-                rows["before"] = self._answers(subject, requests, None, evaluator.tell(f"{split}: answers before training"))
+                rows["before"] = self._answers(
+                    subject, requests, None, evaluator.tell(f"{split}: answers before training")
+                )
         embeddings_NP = subject.embeddings_NP
         label = "answers" if subject.untrained is None else "answers, trained"
         rows[evaluator.main] = self._answers(subject, requests, embeddings_NP, evaluator.tell(f"{split}: {label}"))
@@ -90,10 +94,17 @@ class Generation:
         return {"generation": section}, {}
 
     def _answers(
-        self, subject: Subject, requests: Sequence[Request], embeddings_NP: Tensor | None, progress: Callable[[int, int], None] | None
+        self,
+        subject: Subject,
+        requests: Sequence[Request],
+        embeddings_NP: Tensor | None,
+        progress: Callable[[int, int], None] | None,
     ) -> list[str]:
         longest, sentences = longest_prompt(subject, self.decoding), subject.data.sentences
-        rows = [subject.renderer.encode_prompt(request.messages, sentences[request.profile], longest) for request in requests]
+        rows = [
+            subject.renderer.encode_prompt(request.messages, sentences[request.profile], longest)
+            for request in requests
+        ]
         profiles = [request.profile for request in requests]
         return generate(subject, rows, profiles, embeddings_NP, self.decoding, progress)
 
@@ -153,7 +164,9 @@ def generate(
         width = max(map(len, asked))
         inputs = {
             "input_ids": torch.tensor([[pad_id] * (width - len(row)) + row for row in asked], device=subject.device),
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked], device=subject.device),
+            "attention_mask": torch.tensor(
+                [[0] * (width - len(row)) + [1] * len(row) for row in asked], device=subject.device
+            ),
         }
         if embeddings_NP is not None:
             inputs["profile_embeddings"] = embeddings_NP[[profiles[index] for index in indices]].to(subject.device)

@@ -50,12 +50,16 @@ class Interference:
         check_kind(subject, "choice", "--gradients")
         model = subject.model
         if not isinstance(model, CumaModel) or not model.router_names:
-            raise ConfigError("--gradients compares experts with a dense LoRA; it needs a model with routers (a run or an export)")
+            raise ConfigError(
+                "--gradients compares experts with a dense LoRA; it needs a model with routers (a run or an export)"
+            )
         split = evaluator.splits[0]
         encoded, table = evaluator.encode(split), ChoiceExamples.of(subject.data.splits[split])
         chosen = self._choose(table, subject.config.evaluation.min_answers)
         if len(chosen) < 2:
-            raise ConfigError(f"--gradients needs two groups with at least {subject.config.evaluation.min_answers} answers in {split}")
+            raise ConfigError(
+                f"--gradients needs two groups with at least {subject.config.evaluation.min_answers} answers in {split}"
+            )
         examples = [[encoded[index] for index in indices] for indices in chosen.values()]
         size, pad_id = subject.config.evaluation.batch_size, pad_id_of(subject.renderer.tokenizer)
 
@@ -65,7 +69,9 @@ class Interference:
             return cosines(group_gradients(model, examples, embeddings_NP, size, pad_id, tell))
 
         rank = model.config.top_k * model.config.lora_r
-        with averaged(model, [example for group in examples for example in group], subject.embeddings_NP, size, pad_id, rank) as dense:
+        with averaged(
+            model, [example for group in examples for example in group], subject.embeddings_NP, size, pad_id, rank
+        ) as dense:
             by_kind = {f"dense LoRA, rank {rank}": measure(dense, "a dense LoRA")}
         by_kind[f"CuMA, top {model.config.top_k} of {model.config.num_experts}"] = measure(model, "the experts")
         plot_interference(evaluator.folder / "gradients.png", list(chosen), by_kind)
@@ -85,7 +91,10 @@ class Interference:
             answers[group] = answers.get(group, 0.0) + float(count)
             members.setdefault(group, []).extend(rows)
         largest = sorted(answers, key=lambda group: -answers[group])[: self.groups]
-        return {group: sorted(members[group], key=lambda index: -table.counts[index].sum())[: self.examples] for group in sorted(largest)}
+        return {
+            group: sorted(members[group], key=lambda index: -table.counts[index].sum())[: self.examples]
+            for group in sorted(largest)
+        }
 
 
 def group_gradients(
@@ -117,7 +126,12 @@ def group_gradients(
                 if embeddings_NP is not None:
                     inputs["profile_embeddings"] = embeddings_NP[[example.profile for example in part]].to(device)
                 out = model(**batch.inputs, **inputs)
-                loss = sft_loss(out.logits, batch.target_row, batch.target_position, batch.target_token, batch.target_weight) / total
+                loss = (
+                    sft_loss(
+                        out.logits, batch.target_row, batch.target_position, batch.target_token, batch.target_weight
+                    )
+                    / total
+                )
                 found = torch.autograd.grad(loss, experts, allow_unused=True)
                 for gradient, more in zip(gradients, found, strict=True):
                     if more is not None:
@@ -136,7 +150,12 @@ def cosines(gradients_GW: Tensor) -> Array:
 
 @contextmanager
 def averaged(
-    model: CumaModel, examples: Sequence[EncodedExample], embeddings_NP: Tensor | None, batch_size: int, pad_id: int, rank: int
+    model: CumaModel,
+    examples: Sequence[EncodedExample],
+    embeddings_NP: Tensor | None,
+    batch_size: int,
+    pad_id: int,
+    rank: int,
 ) -> Iterator[CumaModel]:
     """The same backbone with one dense LoRA: the mixture with every gate at its mean over the examples' tokens, best rank-``rank`` part.
 
@@ -144,7 +163,9 @@ def averaged(
     """
     total, tokens = torch.zeros(()), 0
     device = next(model.parameters()).device
-    for indices, _, _, gates_BRE in forward_batches(model, examples, embeddings_NP, batch_size, pad_id, device=device, record=True):
+    for indices, _, _, gates_BRE in forward_batches(
+        model, examples, embeddings_NP, batch_size, pad_id, device=device, record=True
+    ):
         for row, index in enumerate(indices):
             assert gates_BRE is not None
             total = total + gates_BRE[row].double() * len(examples[index].input_ids)

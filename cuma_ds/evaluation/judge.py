@@ -59,7 +59,9 @@ class JudgeSettings:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"--judge-url {self.url!r} is no address; expected e.g. http://localhost:8000/v1")
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0 or self.max_tokens < 1:
-            raise ConfigError("a judge needs a concurrency and max tokens of at least 1, a positive timeout and no negative retries")
+            raise ConfigError(
+                "a judge needs a concurrency and max tokens of at least 1, a positive timeout and no negative retries"
+            )
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ class Comparison:
             scores = np.array([_SCORE[self.results[index]] for index in decided])
             person = np.unique([self.people[index] for index in decided], return_inverse=True)[1]
             total_U, pairs_U = np.bincount(person, scores), np.bincount(person).astype(np.float64)
-            weights = np.concatenate(list(resample(np.ones(len(pairs_U), dtype=np.int64), replicates, seed, replicates)))
+            weights = np.concatenate(
+                list(resample(np.ones(len(pairs_U), dtype=np.int64), replicates, seed, replicates))
+            )
             spread = interval((weights @ total_U) / (weights @ pairs_U), float(scores.mean()))
         return {
             "pairs": len(self.results),
@@ -135,7 +139,9 @@ class Comparison:
 _SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 
-def compare(pairs: Sequence[Pair], settings: JudgeSettings, progress: Callable[[int, int], None] | None = None) -> Comparison:
+def compare(
+    pairs: Sequence[Pair], settings: JudgeSettings, progress: Callable[[int, int], None] | None = None
+) -> Comparison:
     """Ask the judge about every pair in both orders.
 
     Raises:
@@ -197,12 +203,17 @@ def judge_messages(pair: Pair, swapped: bool) -> list[dict[str, str]]:
 
 
 async def _ask_all(
-    requests: Sequence[list[dict[str, str]]], settings: JudgeSettings, cache: _Cache, progress: Callable[[int, int], None] | None
+    requests: Sequence[list[dict[str, str]]],
+    settings: JudgeSettings,
+    cache: _Cache,
+    progress: Callable[[int, int], None] | None,
 ) -> _Asked:
     try:
         import openai
     except ImportError:
-        raise ConfigError("a judge is asked through the package openai, which is not installed; pip install 'cuma-ds[judge]'") from None
+        raise ConfigError(
+            "a judge is asked through the package openai, which is not installed; pip install 'cuma-ds[judge]'"
+        ) from None
 
     asked = _Asked([""] * len(requests))
     limit = asyncio.Semaphore(settings.concurrency)
@@ -227,7 +238,9 @@ async def _ask_all(
             progress(done, len(requests))
 
     key = os.environ.get(settings.key_variable) or "none"
-    async with openai.AsyncOpenAI(base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.retries) as client:
+    async with openai.AsyncOpenAI(
+        base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.retries
+    ) as client:
         try:
             async with asyncio.TaskGroup() as group:
                 for index in range(len(requests)):
@@ -237,7 +250,9 @@ async def _ask_all(
     return asked
 
 
-async def _call(client: Any, settings: JudgeSettings, messages: list[dict[str, str]], refused: set[str]) -> tuple[str, str]:
+async def _call(
+    client: Any, settings: JudgeSettings, messages: list[dict[str, str]], refused: set[str]
+) -> tuple[str, str]:
     """A verdict, and the kind of failure ("" for none).
 
     Args:
@@ -250,15 +265,23 @@ async def _call(client: Any, settings: JudgeSettings, messages: list[dict[str, s
         answer = await client.chat.completions.create(messages=messages, **_arguments(settings, known))
         text = answer.choices[0].message.content
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise ConfigError(f"the judge at {settings.url} refuses the key in {settings.key_variable} (status {error.status_code})") from None
+        raise ConfigError(
+            f"the judge at {settings.url} refuses the key in {settings.key_variable} (status {error.status_code})"
+        ) from None
     except openai.NotFoundError:
-        raise ConfigError(f"the judge at {settings.url} knows no model {settings.model!r}, or the address is wrong (status 404)") from None
+        raise ConfigError(
+            f"the judge at {settings.url} knows no model {settings.model!r}, or the address is wrong (status 404)"
+        ) from None
     except openai.APIStatusError as error:
         more = _named_in(error) - known
         if not more:
             return "failed", f"status {error.status_code}"
         for name in sorted(more - refused):
-            warnings.warn(f"the judge {settings.model} at {settings.url} refuses {name}; {_WITHOUT[name]}", UserWarning, stacklevel=2)
+            warnings.warn(
+                f"the judge {settings.model} at {settings.url} refuses {name}; {_WITHOUT[name]}",
+                UserWarning,
+                stacklevel=2,
+            )
         refused |= more
         return await _call(client, settings, messages, refused)
     except openai.OpenAIError as error:

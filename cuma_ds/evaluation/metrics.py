@@ -32,7 +32,9 @@ def emd(p: ArrayLike, q: ArrayLike, steps: ArrayLike | None = None) -> Array:
     p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
     if p.shape[-1] != q.shape[-1]:
         raise DataError(f"distributions over {p.shape[-1]} and {q.shape[-1]} options cannot be compared")
-    return np.abs(np.cumsum(p - q, axis=-1)).sum(axis=-1) / (max(p.shape[-1] - 1, 1) if steps is None else np.asarray(steps))
+    return np.abs(np.cumsum(p - q, axis=-1)).sum(axis=-1) / (
+        max(p.shape[-1] - 1, 1) if steps is None else np.asarray(steps)
+    )
 
 
 def total_variation(p: ArrayLike, q: ArrayLike) -> Array:
@@ -110,12 +112,18 @@ def inequity(accuracies: Sequence[ArrayLike], size: int = 1) -> Array:
         return np.full(size, np.nan)
     stacked = np.stack(spreads)
     known = np.isfinite(stacked)
-    return np.divide(np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0), out=np.full(size, np.nan), where=known.any(axis=0))
+    return np.divide(
+        np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0), out=np.full(size, np.nan), where=known.any(axis=0)
+    )
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
     """Distinct-n: different n-grams over all n-grams of the texts' words (lower case, split at white space); nan without any."""
-    grams = [tuple(words[start : start + n]) for words in (text.lower().split() for text in texts) for start in range(len(words) - n + 1)]
+    grams = [
+        tuple(words[start : start + n])
+        for words in (text.lower().split() for text in texts)
+        for start in range(len(words) - n + 1)
+    ]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
@@ -161,7 +169,9 @@ class Cells:
         return [example for members in self.members for example in members]
 
 
-def gather_cells(questions: Sequence[str], groups: Sequence[str], counts: Sequence[ArrayLike], min_answers: int) -> Cells:
+def gather_cells(
+    questions: Sequence[str], groups: Sequence[str], counts: Sequence[ArrayLike], min_answers: int
+) -> Cells:
     """Gather M examples into (question, group) cells, in order of first appearance, without the small ones.
 
     Args:
@@ -181,7 +191,9 @@ def gather_cells(questions: Sequence[str], groups: Sequence[str], counts: Sequen
     for key, examples in members.items():
         lengths = {len(np.asarray(counts[example])) for example in examples}
         if len(lengths) > 1:
-            raise DataError(f"question {key[0]!r} has examples with {sorted(lengths)} options; one question has one list of options")
+            raise DataError(
+                f"question {key[0]!r} has examples with {sorted(lengths)} options; one question has one list of options"
+            )
         total = np.sum([np.asarray(counts[example], dtype=np.float64) for example in examples], axis=0)
         if total.sum() < min_answers:
             left_out += 1
@@ -193,7 +205,9 @@ def gather_cells(questions: Sequence[str], groups: Sequence[str], counts: Sequen
     return Cells(kept, [members[key] for key in kept], observed, np.array(answers), left_out, left_out_answers)
 
 
-def predicted_distributions(cells: Cells, probabilities: Sequence[ArrayLike], counts: Sequence[ArrayLike]) -> list[Array]:
+def predicted_distributions(
+    cells: Cells, probabilities: Sequence[ArrayLike], counts: Sequence[ArrayLike]
+) -> list[Array]:
     """The distribution predicted for each cell: its examples' probabilities, weighted by their answers.
 
     Args:
@@ -207,7 +221,9 @@ def predicted_distributions(cells: Cells, probabilities: Sequence[ArrayLike], co
     return result
 
 
-def mean_by_group(values: NDArray[np.floating], groups: Sequence[Hashable], weights: ArrayLike) -> dict[Hashable, Array]:
+def mean_by_group(
+    values: NDArray[np.floating], groups: Sequence[Hashable], weights: ArrayLike
+) -> dict[Hashable, Array]:
     """Weighted mean over the examples of each group.
 
     Args:
@@ -219,4 +235,7 @@ def mean_by_group(values: NDArray[np.floating], groups: Sequence[Hashable], weig
     index: dict[Hashable, list[int]] = {}
     for example, group in enumerate(groups):
         index.setdefault(group, []).append(example)
-    return {group: np.average(values[rows].astype(np.float64), axis=0, weights=weights[rows]) for group, rows in index.items()}
+    return {
+        group: np.average(values[rows].astype(np.float64), axis=0, weights=weights[rows])
+        for group, rows in index.items()
+    }

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import mean_by_group
-from cuma_ds.evaluation.plots import plot_distributions, plot_expert_use, plot_group_emd, plot_reliability, plot_subgroups, short
+from cuma_ds.evaluation.plots import (
+    plot_distributions,
+    plot_expert_use,
+    plot_group_emd,
+    plot_reliability,
+    plot_subgroups,
+    short,
+)
 from cuma_ds.evaluation.routing import comparable_means, cultural_map, field_information
 from cuma_ds.evaluation.routing_plots import PALETTE, plot_information, plot_load, plot_map
 from cuma_ds.evaluation.sections import number
@@ -34,7 +41,11 @@ def choice_pictures(folder: Path, split: Mapping[str, Any], main: str = "trained
         File name -> caption.
     """
     pictures = {}
-    compared = {question: part["compared"]["answers"] for question, part in split["questions"].items() if part["compared"]["answers"]}
+    compared = {
+        question: part["compared"]["answers"]
+        for question, part in split["questions"].items()
+        if part["compared"]["answers"]
+    }
     largest = sorted(compared, key=lambda question: -compared[question])[:_MOST_QUESTIONS]
     for place, question in enumerate(largest, start=1):
         cells = [cell for cell in split["cells"] if cell["question_id"] == question]
@@ -51,22 +62,33 @@ def choice_pictures(folder: Path, split: Mapping[str, Any], main: str = "trained
             np.array(cells[0]["predicted"]["collapse"]),
             "trained model" if main == "trained" else "model as it is",
         )
-        pictures[name] = f"Predicted and observed answers of the {len(cells)} groups that differ most from the global distribution."
+        pictures[name] = (
+            f"Predicted and observed answers of the {len(cells)} groups that differ most from the global distribution."
+        )
     if split["cells"]:
         groups, answers = _largest_groups(split["cells"])
         rows = {row: _distance_by_group(split["cells"], row) for row in ("before", main, "collapse")}
         drawn = {row: np.array([values[group] for group in groups]) for row, values in rows.items()}
-        plot_group_emd(folder / "emd-by-group.png", groups, drawn["before"], drawn[main], drawn["collapse"], split["distance"])
+        plot_group_emd(
+            folder / "emd-by-group.png", groups, drawn["before"], drawn[main], drawn["collapse"], split["distance"]
+        )
         when = "before and after training, " if main == "trained" else ""
-        pictures["emd-by-group.png"] = f"{split['distance']} of each group, {when}worst first." + _shown(groups, answers)
+        pictures["emd-by-group.png"] = f"{split['distance']} of each group, {when}worst first." + _shown(
+            groups, answers
+        )
     shown = {
-        name: title for name, title in (("before", "backbone before training"), ("trained", "trained")) if name in split["reliability"]
+        name: title
+        for name, title in (("before", "backbone before training"), ("trained", "trained"))
+        if name in split["reliability"]
     }
     reliability = {
-        title: {**split["reliability"][name], "error": split["rows"][name]["calibration_error"]} for name, title in shown.items()
+        title: {**split["reliability"][name], "error": split["rows"][name]["calibration_error"]}
+        for name, title in shown.items()
     }
     plot_reliability(folder / "reliability.png", reliability)
-    pictures["reliability.png"] = "Calibration: how often the predicted option is the person's answer, by the probability it was given."
+    pictures["reliability.png"] = (
+        "Calibration: how often the predicted option is the person's answer, by the probability it was given."
+    )
     return pictures
 
 
@@ -92,7 +114,12 @@ def expert_picture(
         return {}
     means = comparable_means(questions, groups, weights, gates_MRE)
     chosen = sorted(means, key=lambda group: -size[str(group)])[:_MOST_GROUPS]
-    plot_expert_use(folder / "experts-by-group.png", [str(group) for group in chosen], np.stack([means[group] for group in chosen]), names)
+    plot_expert_use(
+        folder / "experts-by-group.png",
+        [str(group) for group in chosen],
+        np.stack([means[group] for group in chosen]),
+        names,
+    )
     caption = "Experts used by each group in the routers that tell groups apart best; groups with similar routing stand together."
     return {"experts-by-group.png": caption + _shown(chosen, means)}
 
@@ -171,13 +198,20 @@ def _map_picture(
             group_N[place[profile]] = group
     alone = len(set(group_N)) == len(group_N)
     # Where a group has several profiles, its name stands at the one with most answers.
-    largest = {group: max((k for k, g in enumerate(group_N) if g == group), key=lambda k: answers_N[k]) for group in set(group_N)}
-    names = [group if largest[group] == index and not group.startswith("profile ") else "" for index, group in enumerate(group_N)]
+    largest = {
+        group: max((k for k, g in enumerate(group_N) if g == group), key=lambda k: answers_N[k])
+        for group in set(group_N)
+    }
+    names = [
+        group if largest[group] == index and not group.startswith("profile ") else ""
+        for index, group in enumerate(group_N)
+    ]
     few = {field: values for field, values in labels.items() if len(set(values) - {None}) <= len(PALETTE)}
     values = _mean_answer(examples, place) if alone else None
     plot_map(folder / "cultural-map.png", drawn.xy_N2, answers_N, names, values, dict(list(few.items())[:_MOST_PANELS]))
     points = [
-        {"group": group, "x": round(float(x), 6), "y": round(float(y), 6)} for group, (x, y) in zip(group_N, drawn.xy_N2, strict=True)
+        {"group": group, "x": round(float(x), 6), "y": round(float(y), 6)}
+        for group, (x, y) in zip(group_N, drawn.xy_N2, strict=True)
     ]
     caption = (
         f"The latent cultural topology: {len(profiles):,} profiles placed by their routing ({drawn.method}; rank correlation of distances "
@@ -215,7 +249,11 @@ def subgroup_picture(folder: Path, split: Mapping[str, Any], main: str) -> dict[
     fields = {}
     for field, part in split["subgroups"].items():
         rows = [
-            {**row, "accuracy": row["rows"][main]["accuracy"], "interval": row["rows"][main]["interval"].get("accuracy")}
+            {
+                **row,
+                "accuracy": row["rows"][main]["accuracy"],
+                "interval": row["rows"][main]["interval"].get("accuracy"),
+            }
             for row in part["shown"]
         ]
         if 2 <= len(rows) <= _MOST_SUBGROUPS:

@@ -69,7 +69,9 @@ def plot_distributions(
     save(figure, path)
 
 
-def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Array, collapse: Array, distance: str = "EMD") -> None:
+def plot_group_emd(
+    path: Path, groups: Sequence[str], before: Array, after: Array, collapse: Array, distance: str = "EMD"
+) -> None:
     """A dumbbell per group from the bare backbone's distance to the trained model's, sorted, in two columns where there are many groups.
 
     Args:
@@ -87,7 +89,12 @@ def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Arra
     for panel, part in zip(panels, np.array_split(order[::-1], columns), strict=True):
         height = np.arange(len(part))
         panel.hlines(
-            height, np.minimum(before[part], after[part]), np.maximum(before[part], after[part]), color=LIGHT, linewidth=2.2, zorder=1
+            height,
+            np.minimum(before[part], after[part]),
+            np.maximum(before[part], after[part]),
+            color=LIGHT,
+            linewidth=2.2,
+            zorder=1,
         )
         panel.scatter(collapse[part], height, marker="|", s=52, color=VERMILLION, linewidth=1.8, zorder=2)
         if trained:
@@ -113,15 +120,42 @@ def plot_group_emd(path: Path, groups: Sequence[str], before: Array, after: Arra
             markersize=5.5,
             label="backbone before training",
         ),
-        Line2D([], [], marker="o", linestyle="", color=BLUE, markersize=5.5, label="trained" if trained else "model as it is"),
-        Line2D([], [], marker="|", linestyle="", color=VERMILLION, markersize=9, markeredgewidth=1.8, label="one global distribution"),
+        Line2D(
+            [],
+            [],
+            marker="o",
+            linestyle="",
+            color=BLUE,
+            markersize=5.5,
+            label="trained" if trained else "model as it is",
+        ),
+        Line2D(
+            [],
+            [],
+            marker="|",
+            linestyle="",
+            color=VERMILLION,
+            markersize=9,
+            markeredgewidth=1.8,
+            label="one global distribution",
+        ),
     ]
     handles = handles if trained else handles[1:]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9.5, columnspacing=1.2, handletextpad=0.3)
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        fontsize=9.5,
+        columnspacing=1.2,
+        handletextpad=0.3,
+    )
     save(figure, path)
 
 
-def plot_expert_use(path: Path, groups: Sequence[str], gates_GRE: Array, router_names: Sequence[str], shown: int = 3) -> None:
+def plot_expert_use(
+    path: Path, groups: Sequence[str], gates_GRE: Array, router_names: Sequence[str], shown: int = 3
+) -> None:
     """Heat-maps groups x experts of the routers that tell groups apart best; groups with similar routing stand together.
 
     Groups are ordered by hierarchical clustering of their whole routing (all routers), drawn as a tree beside the maps.
@@ -142,17 +176,27 @@ def plot_expert_use(path: Path, groups: Sequence[str], gates_GRE: Array, router_
     image: Any = None
     for column, router in enumerate(chosen):
         panel: Any = panels[column]
-        image = panel.imshow(gates_GRE[order, router], aspect="auto", cmap="Blues", vmin=0.0, vmax=top, interpolation="nearest")
+        image = panel.imshow(
+            gates_GRE[order, router], aspect="auto", cmap="Blues", vmin=0.0, vmax=top, interpolation="nearest"
+        )
         panel.set_title(router_label(router_names[router]), fontsize=9)
         step = 1 if experts <= 16 else -(-experts // 8)
         panel.set_xticks(range(0, experts, step), [str(expert + 1) for expert in range(0, experts, step)], fontsize=8)
-        panel.set_yticks(range(count), [short(groups[int(group)], 26) for group in order] if column == 0 else [], fontsize=8.5)
+        panel.set_yticks(
+            range(count), [short(groups[int(group)], 26) for group in order] if column == 0 else [], fontsize=8.5
+        )
         panel.tick_params(length=0)
         panel.spines[:].set_visible(False)
     _draw_tree(panels[-1], tree, count)
     figure.supxlabel("expert", fontsize=10)
     figure.colorbar(
-        image, ax=list(panels[:-1]), location="top", label="mean gate weight", shrink=0.6 if len(chosen) > 1 else 1.0, aspect=30, pad=0.01
+        image,
+        ax=list(panels[:-1]),
+        location="top",
+        label="mean gate weight",
+        shrink=0.6 if len(chosen) > 1 else 1.0,
+        aspect=30,
+        pad=0.01,
     )
     save(figure, path)
 
@@ -195,7 +239,9 @@ def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Mapping[str, Any]]]
     """
     count = sum(len(rows) + 1.2 for rows in fields.values())
     figure = new_figure(6.4, 0.24 * count + 0.9)
-    panels = np.atleast_1d(figure.subplots(len(fields), 1, sharex=True, height_ratios=[len(rows) + 0.4 for rows in fields.values()]))
+    panels = np.atleast_1d(
+        figure.subplots(len(fields), 1, sharex=True, height_ratios=[len(rows) + 0.4 for rows in fields.values()])
+    )
     for panel, (field, rows) in zip(panels, fields.items(), strict=True):
         height = np.arange(len(rows))
         together = np.average([row["accuracy"] for row in rows], weights=[row["answers"] for row in rows])

@@ -25,7 +25,8 @@ def collapse_reference(train: ChoiceExamples, test: ChoiceExamples) -> list[Arra
     """
     totals = _histograms(train.questions, train)
     return [
-        normalise(_fitting(totals.get(question), counts, question)) for question, counts in zip(test.questions, test.counts, strict=True)
+        normalise(_fitting(totals.get(question), counts, question))
+        for question, counts in zip(test.questions, test.counts, strict=True)
     ]
 
 
@@ -44,7 +45,9 @@ def oracle_reference(train: ChoiceExamples, test: ChoiceExamples, min_answers: i
     return _own_answers(train, test, test.profiles, test.groups, min_answers)
 
 
-def nearest_reference(train: ChoiceExamples, test: ChoiceExamples, embeddings_NP: NDArray[np.floating], min_answers: int) -> list[Array]:
+def nearest_reference(
+    train: ChoiceExamples, test: ChoiceExamples, embeddings_NP: NDArray[np.floating], min_answers: int
+) -> list[Array]:
     """Each example gets what :func:`oracle_reference` gives to the training profile whose sentence embedding is nearest (cosine).
 
     What a look-up by similarity achieves for profiles that were never trained on.
@@ -73,7 +76,9 @@ def _own_answers(
     of_profile = _histograms(zip(train.questions, train.profiles, strict=True), train)
     of_group = _histograms(zip(train.questions, train.groups, strict=True), train)
     result = []
-    for question, profile, group, everybody in zip(test.questions, profiles, groups, collapse_reference(train, test), strict=True):
+    for question, profile, group, everybody in zip(
+        test.questions, profiles, groups, collapse_reference(train, test), strict=True
+    ):
         own = (of_profile.get((question, profile)), of_group.get((question, group)))
         enough = (normalise(counts) for counts in own if counts is not None and counts.sum() >= min_answers)
         result.append(next(enough, everybody))

@@ -131,7 +131,9 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         raise DataError(f"{file.name} cannot be read ({reason}); evaluate again with launchers/evaluate.py") from None
     version = summary.get("format_version") if isinstance(summary, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(f"{file.name} has report format {version}, not {FORMAT_VERSION}; evaluate again with launchers/evaluate.py")
+        raise DataError(
+            f"{file.name} has report format {version}, not {FORMAT_VERSION}; evaluate again with launchers/evaluate.py"
+        )
     missing = [key for key in _KEYS if key not in summary]
     if missing:
         raise DataError(f"{file.name} lacks {', '.join(missing)}; evaluate again with launchers/evaluate.py")
@@ -204,9 +206,16 @@ def _subgroups(summary: Mapping[str, Any], split: Mapping[str, Any]) -> list[str
         names = [name for name in ("collapse", "before", summary["main"]) if name in shown[0]["rows"]]
         rows = {name: _title(summary, name) for name in names}
         counted = "people" if split["people"] is not None else "answers"
-        accuracies, distances = ([f"{what}, {title}" for title in rows.values()] for what in ("accuracy", split["distance"]))
+        accuracies, distances = (
+            [f"{what}, {title}" for title in rows.values()] for what in ("accuracy", split["distance"])
+        )
         head = [counted, *accuracies, *distances]
-        lines += [f"### Subgroups by {field.replace('_', ' ')}", "", f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+        lines += [
+            f"### Subgroups by {field.replace('_', ' ')}",
+            "",
+            f"| | {' | '.join(head)} |",
+            "|---|" + "---:|" * len(head),
+        ]
         for row in part["shown"]:
             if row not in shown:
                 continue
@@ -222,7 +231,9 @@ def _subgroups(summary: Mapping[str, Any], split: Mapping[str, Any]) -> list[str
 
 def _routing(section: Mapping[str, Any]) -> list[str]:
     routers = section["routers"]
-    mean = {key: sum(router[key] for router in routers) / len(routers) for key in ("load_entropy", "gate_entropy", "unused")}
+    mean = {
+        key: sum(router[key] for router in routers) / len(routers) for key in ("load_entropy", "gate_entropy", "unused")
+    }
     lines = [
         "## Routing",
         "",
@@ -233,13 +244,19 @@ def _routing(section: Mapping[str, Any]) -> list[str]:
     ]
     information = section.get("information")
     if information:
-        lines += ["| mutual information with the chosen expert (nats, mean over routers) | measured | shuffled labels | above shuffled |"]
+        lines += [
+            "| mutual information with the chosen expert (nats, mean over routers) | measured | shuffled labels | above shuffled |"
+        ]
         lines += ["|---|---:|---:|---:|", f"| whole profile | {_mean(information['profile']):.4f} | – | – |"]
         for field, found in information["fields"].items():
             shuffled = "–" if found["shuffled"] is None else f"{_mean(found['shuffled']):.4f}"
             above = "–" if found["shuffled"] is None else f"{_mean(found['corrected']):.4f}"
             lines.append(f"| {field.replace('_', ' ')} | {_mean(found['value']):.4f} | {shuffled} | {above} |")
-        lines += ["", "A field that tells every profile apart is as informative as the whole profile and has no shuffled labels.", ""]
+        lines += [
+            "",
+            "A field that tells every profile apart is as informative as the whole profile and has no shuffled labels.",
+            "",
+        ]
     return lines
 
 
@@ -247,7 +264,10 @@ def _generation(section: Mapping[str, Any]) -> list[str]:
     lines = ["## Generated answers", "", f"To {section['requests']:,} held-out conversations.", ""]
     lines += ["| | Distinct-1 | Distinct-2 | words |", "|---|---:|---:|---:|"]
     for name, row in section["rows"].items():
-        cells = (_plain(row[key], form) for key, form in (("distinct_1", "{:.4f}"), ("distinct_2", "{:.4f}"), ("words", "{:.1f}")))
+        cells = (
+            _plain(row[key], form)
+            for key, form in (("distinct_1", "{:.4f}"), ("distinct_2", "{:.4f}"), ("words", "{:.1f}"))
+        )
         lines.append(f"| {ROWS[name]} | {' | '.join(cells)} |")
     lines += ["", "Distinct-n: different n-grams of words over all n-grams. The answers are in answers.jsonl.", ""]
     judge = section.get("judge")
@@ -260,21 +280,33 @@ def _generation(section: Mapping[str, Any]) -> list[str]:
             "",
             "| pairs | wins | losses | ties | failed | unreadable |",
             "|---:|---:|---:|---:|---:|---:|",
-            "| " + " | ".join(f"{judge[key]:,}" for key in ("pairs", "win", "loss", "tie", "failed", "unreadable")) + " |",
+            "| "
+            + " | ".join(f"{judge[key]:,}" for key in ("pairs", "win", "loss", "tie", "failed", "unreadable"))
+            + " |",
             "",
             f"Every pair was asked in both orders; {judge['disagreed']:,} of the ties are pairs whose two verdicts disagree. Failed "
-            "calls and verdicts that could not be read are no results." + _order(judge["first_preferred"]) + _temperature(judge),
+            "calls and verdicts that could not be read are no results."
+            + _order(judge["first_preferred"])
+            + _temperature(judge),
             "",
         ]
     return lines
 
 
 def _order(first: float | None) -> str:
-    return "" if first is None else f" Of the verdicts that preferred an answer, {first:.0%} preferred the one shown first."
+    return (
+        ""
+        if first is None
+        else f" Of the verdicts that preferred an answer, {first:.0%} preferred the one shown first."
+    )
 
 
 def _temperature(judge: Mapping[str, Any]) -> str:
-    return " The judge refuses temperature 0; its verdicts may differ from run to run." if "temperature" in judge["refused"] else ""
+    return (
+        " The judge refuses temperature 0; its verdicts may differ from run to run."
+        if "temperature" in judge["refused"]
+        else ""
+    )
 
 
 def _gradients(section: Mapping[str, Any]) -> list[str]:
@@ -387,7 +419,11 @@ def _cell(values: Mapping[str, Any], key: str, form: str) -> str:
     text = _plain(values.get(key), form)
     spread: Sequence[float] | None = values.get("interval", {}).get(key) if key in _WITH_INTERVAL else None
     # What does not depend on who was drawn needs no interval.
-    return text if spread is None or spread[0] == spread[1] else f"{text} [{form.format(spread[0])}, {form.format(spread[1])}]"
+    return (
+        text
+        if spread is None or spread[0] == spread[1]
+        else f"{text} [{form.format(spread[0])}, {form.format(spread[1])}]"
+    )
 
 
 def _plain(value: float | None, form: str) -> str:

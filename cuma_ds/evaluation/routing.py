@@ -65,9 +65,13 @@ def comparable_means(
     for question, name in zip(questions, names, strict=True):
         asked.setdefault(question, set()).add(name)
     everybody = set(names)
-    common = {question for question, who in asked.items() if who == everybody} or {max(asked, key=lambda question: len(asked[question]))}
+    common = {question for question, who in asked.items() if who == everybody} or {
+        max(asked, key=lambda question: len(asked[question]))
+    }
     rows = [index for index, question in enumerate(questions) if question in common]
-    return mean_by_group(gates_MRE[rows], [names[index] for index in rows], np.array([weights[index] for index in rows]))
+    return mean_by_group(
+        gates_MRE[rows], [names[index] for index in rows], np.array([weights[index] for index in rows])
+    )
 
 
 def mutual_information(joint: ArrayLike) -> Array:
@@ -99,7 +103,9 @@ class Information:
         return self.value_R if self.null_R is None else np.maximum(self.value_R - self.null_R, 0.0)
 
 
-def field_information(gates_NRE: NDArray[np.floating], labels: Sequence[str | None], permutations: int = 200, seed: int = 0) -> Information:
+def field_information(
+    gates_NRE: NDArray[np.floating], labels: Sequence[str | None], permutations: int = 200, seed: int = 0
+) -> Information:
     """I(field; expert) where a profile is drawn at random and its expert with the probability of its gate.
 
     Args:

@@ -32,9 +32,18 @@ def plot_load(path: Path, routers: Sequence[Mapping[str, Any]]) -> None:
     figure = new_figure(2.2 + 0.34 * max(experts, 8) + 2.6, max(2.6, 0.12 * count + 1.6))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[0.34 * max(experts, 8), 2.4])
     image = left.imshow(
-        load_RE, aspect="auto", cmap="Blues", vmin=0.0, vmax=max(2 / experts, float(load_RE.max())), interpolation="nearest"
+        load_RE,
+        aspect="auto",
+        cmap="Blues",
+        vmin=0.0,
+        vmax=max(2 / experts, float(load_RE.max())),
+        interpolation="nearest",
     )
-    left.set_xticks(range(0, experts, max(1, experts // 8)), [str(e + 1) for e in range(0, experts, max(1, experts // 8))], fontsize=8.5)
+    left.set_xticks(
+        range(0, experts, max(1, experts // 8)),
+        [str(e + 1) for e in range(0, experts, max(1, experts // 8))],
+        fontsize=8.5,
+    )
     left.set_yticks(places, labels, fontsize=8.5)
     left.set_xlabel("expert", fontsize=10)
     left.set_ylabel("layer" if labels and labels[0].isdigit() else "router", fontsize=10)
@@ -44,7 +53,9 @@ def plot_load(path: Path, routers: Sequence[Mapping[str, Any]]) -> None:
     bar.set_label(f"share of assignments (even: {1 / experts:.1%})", fontsize=9.5)
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     height = np.arange(count)
-    right.plot([router["load_entropy"] for router in routers], height, color=BLUE, linewidth=1.6, label="load, over experts")
+    right.plot(
+        [router["load_entropy"] for router in routers], height, color=BLUE, linewidth=1.6, label="load, over experts"
+    )
     gate = np.array([router["gate_entropy"] for router in routers]) / np.log(max(experts, 2))
     right.plot(gate, height, color=VERMILLION, linewidth=1.6, label="gate, per token")
     right.set_xlim(0, 1.03)
@@ -56,7 +67,9 @@ def plot_load(path: Path, routers: Sequence[Mapping[str, Any]]) -> None:
     save(figure, path)
 
 
-def plot_information(path: Path, router_names: Sequence[str], profile: Information, fields: Mapping[str, Information]) -> None:
+def plot_information(
+    path: Path, router_names: Sequence[str], profile: Information, fields: Mapping[str, Information]
+) -> None:
     """Information between expert and profile field along the routers, above what shuffled labels give."""
     figure = new_figure(7.0, 3.6)
     axes: Any = figure.subplots()
@@ -120,7 +133,13 @@ def plot_map(
             for color, label in zip(PALETTE, sorted(labels), strict=False):
                 inside = np.array([other == label for other in coloured])
                 panel.scatter(
-                    *xy_N2[inside].T, s=area[inside], color=color, edgecolor="white", linewidth=0.6, zorder=3, label=short(label, 26)
+                    *xy_N2[inside].T,
+                    s=area[inside],
+                    color=color,
+                    edgecolor="white",
+                    linewidth=0.6,
+                    zorder=3,
+                    label=short(label, 26),
                 )
             panel.set_title(field.replace("_", " "), fontsize=10.5, loc="left")
             panel.legend(frameon=False, fontsize=8, markerscale=0.9, handletextpad=0.2, loc="best")
@@ -151,9 +170,13 @@ def plot_interference(path: Path, groups: Sequence[str], cosines: Mapping[str, A
     panels = np.atleast_1d(figure.subplots(1, len(cosines), sharey=True))
     image: Any = None
     for column, (panel, (title, cosine_GG)) in enumerate(zip(panels, cosines.items(), strict=True)):
-        image = panel.imshow(np.asarray(cosine_GG)[np.ix_(order, order)], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        image = panel.imshow(
+            np.asarray(cosine_GG)[np.ix_(order, order)], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
+        )
         off = np.asarray(cosine_GG)[~np.eye(len(groups), dtype=bool)]
-        panel.set_title(f"{title}\nconflicting pairs {np.mean(off < 0):.0%}, mean |cos| {np.abs(off).mean():.2f}", fontsize=9.5)
+        panel.set_title(
+            f"{title}\nconflicting pairs {np.mean(off < 0):.0%}, mean |cos| {np.abs(off).mean():.2f}", fontsize=9.5
+        )
         panel.set_xticks(range(len(groups)), [short(groups[int(g)], 16) for g in order], rotation=90, fontsize=8.5)
         if column == 0:
             panel.set_yticks(range(len(groups)), [short(groups[int(g)], 20) for g in order], fontsize=8.5)

@@ -34,12 +34,16 @@ Progress = Callable[[str, int, int], None]
 Extra = Callable[["Evaluator"], tuple[dict[str, Any], dict[str, str]]]
 
 
-def evaluate_run(run_dir: str | Path, step: int | None = None, overrides: Sequence[str] = (), progress: Progress | None = None) -> Report:
+def evaluate_run(
+    run_dir: str | Path, step: int | None = None, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> Report:
     """Evaluate one checkpoint of a run and write ``run_dir/evaluation/`` (arguments as in :func:`cuma_ds.evaluation.subject.open_run`)."""
     return evaluate(open_run(run_dir, step, overrides=overrides), Path(run_dir) / "evaluation", progress)
 
 
-def evaluate(subject: Subject, folder: str | Path, progress: Progress | None = None, extras: Sequence[Extra] = ()) -> Report:
+def evaluate(
+    subject: Subject, folder: str | Path, progress: Progress | None = None, extras: Sequence[Extra] = ()
+) -> Report:
     """Evaluate a model on its data and write a report.
 
     Args:
@@ -89,9 +93,13 @@ class Evaluator:
         self.main = "before" if subject.untrained is None else "trained"
         self.splits = subject.data.evaluation_splits
         if subject.data.kind not in ("choice", "chat"):
-            raise DataError(f"data of kind {subject.data.kind!r} cannot be evaluated; allowed: choice questions and conversations")
+            raise DataError(
+                f"data of kind {subject.data.kind!r} cannot be evaluated; allowed: choice questions and conversations"
+            )
         if not self.splits:
-            raise DataError("there is nothing to evaluate on: the splits test and heldout are empty; hold out more people")
+            raise DataError(
+                "there is nothing to evaluate on: the splits test and heldout are empty; hold out more people"
+            )
         data = fitting(
             subject.data, subject.renderer, subject.config.data, self.splits,
             lambda needed: f"evaluate with --set data.max_length={needed}, or leave them out with --set data.on_long_prompt=skip",
@@ -117,7 +125,9 @@ class Evaluator:
             unseen = _unseen(train, examples) if name == "test" else []
             if sum(examples.counts[index].sum() for index in unseen) >= settings.min_answers:
                 part = examples.only(unseen)
-                own = self._references(train, part) | {row: [r.probabilities[i] for i in unseen] for row, r in results.items()}
+                own = self._references(train, part) | {
+                    row: [r.probabilities[i] for i in unseen] for row, r in results.items()
+                }
                 mass = {row: mass_M[unseen] for row, mass_M in mass.items()}
                 sections["unseen"] = choice_split(part, own, fields, settings, self.main, mass)
             if not pictures and sections[name]["cells"]:
@@ -126,7 +136,9 @@ class Evaluator:
                 )
                 found = results[self.main]
                 if found.gates_MRE is not None:
-                    seen = gather_cells(examples.questions, examples.groups, examples.counts, settings.min_answers).examples
+                    seen = gather_cells(
+                        examples.questions, examples.groups, examples.counts, settings.min_answers
+                    ).examples
                     summary["routing"], more = self._routing(examples.only(seen), found, seen, fields)
                     pictures |= more
         return summary, pictures
@@ -155,7 +167,10 @@ class Evaluator:
         """All rows of a split as token ids, options in the recipe's order or the other way round."""
         subject = self.subject
         renderer = subject.renderer.with_options_reversed() if options_reversed else subject.renderer
-        return [encode_example(row, renderer, subject.data.sentences, subject.config.data) for row in subject.data.splits[split]]
+        return [
+            encode_example(row, renderer, subject.data.sentences, subject.config.data)
+            for row in subject.data.splits[split]
+        ]
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
         """A progress function of (done, in all) for one piece of work."""
@@ -171,7 +186,9 @@ class Evaluator:
             rows["nearest"] = nearest_reference(train, examples, embeddings_NP.numpy(), least)
         return rows
 
-    def _passes(self, run: Callable[..., Any], split: str, units: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
+    def _passes(
+        self, run: Callable[..., Any], split: str, units: Sequence[str], groups: Sequence[str]
+    ) -> dict[str, Any]:
         """``run`` (predict_choices or chat_losses) on a split, by row name: before, trained, and swapped where there are profiles."""
         subject, examples = self.subject, self.encode(split)
         twice = subject.data.kind == "choice" and subject.config.data.option_order == "average"
@@ -191,7 +208,11 @@ class Evaluator:
 
         def go(label: str, embeddings_NP: Any, **options: Any) -> Any:
             found = once(label, examples, embeddings_NP, **options)
-            return found if turned is None else found.averaged_with(once(f"{label}, reversed", turned, embeddings_NP, **options))
+            return (
+                found
+                if turned is None
+                else found.averaged_with(once(f"{label}, reversed", turned, embeddings_NP, **options))
+            )
 
         if subject.untrained is None:
             return {"before": go("as it is", None)}
@@ -240,5 +261,11 @@ def _as_examples(split: Any) -> ChoiceExamples:
         columns["people"] = split["people"]
     count = len(columns["profile"])
     return ChoiceExamples.of(
-        {**columns, "question_id": [""] * count, "question": [""] * count, "options": [[""]] * count, "counts": [[1]] * count}
+        {
+            **columns,
+            "question_id": [""] * count,
+            "question": [""] * count,
+            "options": [[""]] * count,
+            "counts": [[1]] * count,
+        }
     )

@@ -77,7 +77,11 @@ class Scorer:
     """
 
     def __init__(
-        self, examples: ChoiceExamples, fields: Mapping[str, Sequence[str | None]], min_answers: int = 30, min_subgroup: int = 5
+        self,
+        examples: ChoiceExamples,
+        fields: Mapping[str, Sequence[str | None]],
+        min_answers: int = 30,
+        min_subgroup: int = 5,
     ) -> None:
         self.examples = examples
         self.cells = gather_cells(examples.questions, examples.groups, examples.counts, min_answers)
@@ -100,7 +104,9 @@ class Scorer:
         self._steps_Q = np.ones(int(self._question_M.max(initial=-1)) + 1)
         self._steps_Q[self._question_M] = np.maximum(self._options_M - 1, 1)
         self._nominal_C = np.array([question in examples.nominal for question, _ in self.cells.keys], dtype=bool)
-        self._nominal_Q = np.array([question in examples.nominal for question in dict.fromkeys(examples.questions)], dtype=bool)
+        self._nominal_Q = np.array(
+            [question in examples.nominal for question in dict.fromkeys(examples.questions)], dtype=bool
+        )
 
         group_M = _codes(examples.groups)
         self._group_M = np.where(self._people_of(group_M)[group_M] >= min_subgroup, group_M, -1)
@@ -117,7 +123,9 @@ class Scorer:
             self._subgroup_M.append(np.where(code_M >= 0, code_M + len(self._labels), -1))
             self._labels += [(field, name, self.sizes[field][name] >= min_subgroup) for name in names]
 
-    def scores(self, rows: Mapping[str, Sequence[ArrayLike]], replicates: int = 0, seed: int = 0, against: str = "trained") -> SplitScores:
+    def scores(
+        self, rows: Mapping[str, Sequence[ArrayLike]], replicates: int = 0, seed: int = 0, against: str = "trained"
+    ) -> SplitScores:
         """Score option probabilities of every example, by row name.
 
         Args:
@@ -162,7 +170,9 @@ class Scorer:
         one_A = np.ones(len(example_A))
         return {
             "cell": _Block(len(self._steps_C) * width, [(_join(self._cell_M[example_A], option_A, width), one_A)]),
-            "question": _Block(len(self._steps_Q) * width, [(_join(self._question_M[example_A], option_A, width), one_A)]),
+            "question": _Block(
+                len(self._steps_Q) * width, [(_join(self._question_M[example_A], option_A, width), one_A)]
+            ),
             "group": _Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], one_A)]),
             "subgroup": _Block(len(self._labels), [(codes[example_A], one_A) for codes in self._subgroup_M]),
         }
@@ -181,7 +191,10 @@ class Scorer:
         cell_A, question_A = self._cell_M[example_A], self._question_M[example_A]
 
         def spread(code_A: Indices, values_MN: Array) -> list[tuple[Indices, Array]]:
-            return [(_join(code_A, np.full_like(code_A, option), width), values_MN[example_A, option]) for option in range(width)]
+            return [
+                (_join(code_A, np.full_like(code_A, option), width), values_MN[example_A, option])
+                for option in range(width)
+            ]
 
         return {
             "cell_predicted": _Block(len(self._steps_C) * width, spread(cell_A, shares_MN)),
@@ -202,27 +215,37 @@ class Scorer:
         if {"collapse", "oracle"} <= by_row.keys():
             ends = by_row["collapse"]["emd"], by_row["oracle"]["emd"]
             for row in by_row.values():
-                row["recovered"] = np.array([_or_nan(mean_collapse_recovered(c, o, v)) for c, o, v in zip(*ends, row["emd"], strict=True)])
+                row["recovered"] = np.array(
+                    [_or_nan(mean_collapse_recovered(c, o, v)) for c, o, v in zip(*ends, row["emd"], strict=True)]
+                )
         found: dict[tuple[str, ...], Array] = {
             ("row", name, metric): value for name, row in by_row.items() for metric, value in row.items()
         }
         for name, row in by_row.items():
             if against in by_row and name != against:
-                found |= {("difference", name, metric): by_row[against][metric] - value for metric, value in row.items()}
+                found |= {
+                    ("difference", name, metric): by_row[against][metric] - value for metric, value in row.items()
+                }
         for name, own in zip(names, rest, strict=True):
             accuracy_BS = _ratio(own["subgroup_right"], shared["subgroup"])
-            found |= {("subgroup", name, field, label): accuracy_BS[:, s] for s, (field, label, _) in enumerate(self._labels)}
+            found |= {
+                ("subgroup", name, field, label): accuracy_BS[:, s] for s, (field, label, _) in enumerate(self._labels)
+            }
         return found
 
     def _row(self, shared: dict[str, Array], own: dict[str, Array]) -> dict[str, Array]:
         total_B = shared["question"].sum(axis=1)
-        by_question = [self._by_question(sums) for sums in (shared["question"], own["question_mode"], own["question_both"])]
+        by_question = [
+            self._by_question(sums) for sums in (shared["question"], own["question_mode"], own["question_both"])
+        ]
 
         def questions(predicted: Array) -> Array:
             return self._distance(shared["question"], predicted, self._steps_Q, self._nominal_Q, by_answers=False)
 
         return {
-            "emd": self._distance(shared["cell"], own["cell_predicted"], self._steps_C, self._nominal_C, by_answers=True),
+            "emd": self._distance(
+                shared["cell"], own["cell_predicted"], self._steps_C, self._nominal_C, by_answers=True
+            ),
             "emd_questions": questions(own["question_predicted"]),
             "emd_argmax": questions(own["question_mode"]),
             "accuracy": _ratio(own["question_both"].sum(axis=1), total_B),
@@ -234,12 +257,16 @@ class Scorer:
             "calibration_error": calibration_error(own["bin_right"], own["bin_confidence"], total_B),
         }
 
-    def _distance(self, observed: Array, predicted: Array, steps: Array, nominal: NDArray[np.bool_], by_answers: bool) -> Array:
+    def _distance(
+        self, observed: Array, predicted: Array, steps: Array, nominal: NDArray[np.bool_], by_answers: bool
+    ) -> Array:
         """Mean distance [B] of distributions that stand side by side, ``width`` options each."""
         shape = (len(observed), len(steps), self._width)
         observed, predicted = observed.reshape(shape), predicted.reshape(shape)
         answers = observed.sum(axis=-1)
-        distances = distance(_ratio(predicted, answers[..., None]), _ratio(observed, answers[..., None]), nominal, steps)
+        distances = distance(
+            _ratio(predicted, answers[..., None]), _ratio(observed, answers[..., None]), nominal, steps
+        )
         weights = answers if by_answers else (answers > 0).astype(np.float64)
         return _ratio(np.where(answers > 0, distances * weights, 0.0).sum(axis=1), weights.sum(axis=1))
 
@@ -248,7 +275,9 @@ class Scorer:
 
     def _inequity(self, accuracy_BS: Array) -> Array:
         fields = dict.fromkeys(field for field, _, _ in self._labels)
-        columns = [[s for s, (name, _, counts) in enumerate(self._labels) if name == field and counts] for field in fields]
+        columns = [
+            [s for s, (name, _, counts) in enumerate(self._labels) if name == field and counts] for field in fields
+        ]
         return inequity([accuracy_BS[:, chosen] for chosen in columns if len(chosen) > 1], len(accuracy_BS))
 
     def _reliability(self, probabilities: Sequence[ArrayLike]) -> tuple[Array, Array, Array]:
@@ -256,7 +285,9 @@ class Scorer:
         parts = {name: row[name] for name in ("bin_right", "bin_confidence")}
         bin_A, _ = parts["bin_right"].parts[0]
         parts["total"] = _Block(BINS, [(bin_A, np.ones(len(bin_A)))])
-        (sums,) = _Layout([parts], self._kind_A, self._weight_A, len(self._people_Y)).sums(self._people_Y[None].astype(np.float64))
+        (sums,) = _Layout([parts], self._kind_A, self._weight_A, len(self._people_Y)).sums(
+            self._people_Y[None].astype(np.float64)
+        )
         total = sums["total"][0]
         return _ratio(sums["bin_right"][0], total), _ratio(sums["bin_confidence"][0], total), total
 
@@ -314,7 +345,9 @@ def _join(code_A: Indices, option_A: Indices, width: int) -> Indices:
 
 def _ratio(numerator: Array, denominator: Array) -> Array:
     """Quotient; nan where the denominator is zero."""
-    return np.divide(numerator, denominator, out=np.full(np.broadcast(numerator, denominator).shape, np.nan), where=denominator > 0)
+    return np.divide(
+        numerator, denominator, out=np.full(np.broadcast(numerator, denominator).shape, np.nan), where=denominator > 0
+    )
 
 
 def _mean(values_BG: Array) -> Array:

@@ -55,10 +55,16 @@ def choice_split(
         "differences": {name: _row(row) for name, row in scores.differences.items()},
         "left_out": {"cells": cells.left_out, "answers": _count(cells.left_out_answers)},
         "reliability": {
-            name: {"accuracy": _listed(right), "confidence": _listed(sure), "answers": [_count(count) for count in answers]}
+            name: {
+                "accuracy": _listed(right),
+                "confidence": _listed(sure),
+                "answers": [_count(count) for count in answers],
+            }
             for name, (right, sure, answers) in scores.reliability.items()
         },
-        "subgroups": {field: _subgroups(field, labels, scorer, scores.subgroups, rows) for field, labels in fields.items()},
+        "subgroups": {
+            field: _subgroups(field, labels, scorer, scores.subgroups, rows) for field, labels in fields.items()
+        },
         "questions": {
             question: _question(question, chosen, examples, rows, settings, main)
             for question, chosen in _places(examples.questions).items()
@@ -80,7 +86,9 @@ def choice_split(
     }
 
 
-def chat_split(rows: Mapping[str, ChatLosses], people: Sequence[int] | None = None, replicates: int = 0) -> dict[str, Any]:
+def chat_split(
+    rows: Mapping[str, ChatLosses], people: Sequence[int] | None = None, replicates: int = 0
+) -> dict[str, Any]:
     """Numbers of one split of conversations: loss and perplexity by row name.
 
     Args:
@@ -91,7 +99,11 @@ def chat_split(rows: Mapping[str, ChatLosses], people: Sequence[int] | None = No
     some = next(iter(rows.values()))
     person_M = np.arange(len(some.tokens)) if people is None else np.unique(people, return_inverse=True)[1]
     size = int(person_M.max()) + 1 if len(person_M) else 0
-    weights_BU = np.concatenate(list(resample(np.ones(size, dtype=np.int64), replicates, 0, replicates))) if replicates and size else None
+    weights_BU = (
+        np.concatenate(list(resample(np.ones(size, dtype=np.int64), replicates, 0, replicates)))
+        if replicates and size
+        else None
+    )
     table: dict[str, dict[str, Any]] = {}
     for name, row in rows.items():
         table[name] = {"loss": number(row.loss), "perplexity": number(_exp(row.loss)), "interval": {}}
@@ -99,7 +111,10 @@ def chat_split(rows: Mapping[str, ChatLosses], people: Sequence[int] | None = No
             nll_U, tokens_U = np.bincount(person_M, row.nll, size), np.bincount(person_M, row.tokens, size)
             spread = interval((weights_BU @ nll_U) / np.maximum(weights_BU @ tokens_U, 1), row.loss)
             if spread is not None:
-                table[name]["interval"] = {"loss": [number(end) for end in spread], "perplexity": [number(_exp(end)) for end in spread]}
+                table[name]["interval"] = {
+                    "loss": [number(end) for end in spread],
+                    "perplexity": [number(_exp(end)) for end in spread],
+                }
     return {
         "conversations": len(some.tokens),
         "people": None if people is None else size,
@@ -129,7 +144,12 @@ def _question(
     scorer = Scorer(examples.only(chosen), {}, settings.min_answers, settings.min_subgroup)
     scores = scorer.scores({name: [row[index] for index in chosen] for name, row in rows.items()}, against=main)
     text, options = examples.texts[question]
-    return {"question": text, "options": options, **_size(scorer), "rows": {name: _row(row) for name, row in scores.rows.items()}}
+    return {
+        "question": text,
+        "options": options,
+        **_size(scorer),
+        "rows": {name: _row(row) for name, row in scores.rows.items()},
+    }
 
 
 def _subgroups(
@@ -197,7 +217,11 @@ def _row(scores: Mapping[str, Score]) -> dict[str, Any]:
     values: dict[str, Any] = {metric: number(score.value) for metric, score in scores.items()}
     if "emd" in values:
         values.setdefault("recovered", None)
-    spreads = {metric: [number(end) for end in score.interval] for metric, score in scores.items() if score.interval is not None}
+    spreads = {
+        metric: [number(end) for end in score.interval]
+        for metric, score in scores.items()
+        if score.interval is not None
+    }
     return {**values, "interval": spreads}
 
 

@@ -53,7 +53,9 @@ class Subject:
         return next(self.model.parameters()).device
 
 
-def open_run(run_dir: str | Path, step: int | None = None, data: str | Path | None = None, overrides: Sequence[str] = ()) -> Subject:
+def open_run(
+    run_dir: str | Path, step: int | None = None, data: str | Path | None = None, overrides: Sequence[str] = ()
+) -> Subject:
     """One checkpoint of a run.
 
     Args:
@@ -67,7 +69,9 @@ def open_run(run_dir: str | Path, step: int | None = None, data: str | Path | No
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves")
+        raise CheckpointError(
+            f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves"
+        )
     config = load_started(run_dir / "config.yaml", list(overrides))
     trained = open_trained(run_dir, config, step)
     prepared, table = trained.data, trained.table
@@ -78,14 +82,20 @@ def open_run(run_dir: str | Path, step: int | None = None, data: str | Path | No
         if table is not None:
             encoder = ProfileEncoder(str(config.profiles.encoder), batch_size=config.profiles.batch_size)
             if encoder.fingerprint != table.fingerprint:
-                raise DataError(f"the sentence encoder {config.profiles.encoder} is not the one this run was trained with; restore it")
+                raise DataError(
+                    f"the sentence encoder {config.profiles.encoder} is not the one this run was trained with; restore it"
+                )
             embeddings_NP = prepared.profile_table(encoder, config.profiles.cache_dir).embeddings
     name, checkpoint = config.run.name, trained.checkpoint.name
     return Subject(name, checkpoint, model, _renderer(config), config, prepared, embeddings_NP, model.adapters_disabled)
 
 
 def open_export(
-    folder: str | Path, data: str | Path, base: str | None = None, encoder: str | None = None, overrides: Sequence[str] = ()
+    folder: str | Path,
+    data: str | Path,
+    base: str | None = None,
+    encoder: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Subject:
     """A folder made by ``launchers/export.py --format hf``.
 
@@ -98,7 +108,9 @@ def open_export(
     from cuma_ds.export.modeling import load_exported
 
     model = load_exported(folder, base_model=base, encoder=encoder)
-    prompt = {"prompt_style": "metadata"} | {key: value for key, value in model.export["prompt"].items() if value is not None}
+    prompt = {"prompt_style": "metadata"} | {
+        key: value for key, value in model.export["prompt"].items() if value is not None
+    }
     adapters = {key: value for key, value in model.export["adapters"].items() if key != "profile_dim"}
     profiles = {"encoder": model.encoder_path or "", "template": model.export["profiles"]["template"]}
     place = str(base or model.export["base_model_name_or_path"])
@@ -107,7 +119,9 @@ def open_export(
     prepared = read_data(data, config)
     embeddings_NP = model.embed_profiles(prepared.sentences) if model.config.profile_dim else None
     renderer = _renderer(config, str(folder))
-    return Subject(Path(folder).name, "export", model, renderer, config, prepared, embeddings_NP, model.adapters_disabled)
+    return Subject(
+        Path(folder).name, "export", model, renderer, config, prepared, embeddings_NP, model.adapters_disabled
+    )
 
 
 def open_peft(folder: str | Path, data: str | Path, base: str | None = None, overrides: Sequence[str] = ()) -> Subject:
@@ -122,7 +136,9 @@ def open_peft(folder: str | Path, data: str | Path, base: str | None = None, ove
         about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         place = base or about["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder} is no PEFT adapter: adapter_config.json is missing or names no base model") from None
+        raise CheckpointError(
+            f"{folder} is no PEFT adapter: adapter_config.json is missing or names no base model"
+        ) from None
     if str(about.get("peft_type")).upper() == "CUMA":
         raise CheckpointError(f"{folder} is an export of cuma-ds, not a PEFT adapter; evaluate it with --export")
     config = _bare_config(place, overrides)

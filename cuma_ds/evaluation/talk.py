@@ -37,12 +37,20 @@ class Decoding:
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens is {self.max_new_tokens}; at least 1 is needed")
         if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1:
-            raise ConfigError(f"--temperature {self.temperature} --top-p {self.top_p}: allowed are temperatures from 0 and top-p in (0, 1]")
+            raise ConfigError(
+                f"--temperature {self.temperature} --top-p {self.top_p}: allowed are temperatures from 0 and top-p in (0, 1]"
+            )
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of ``generate``; what greedy decoding does not read is switched off."""
         if self.temperature < COLDEST:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            return {
+                "max_new_tokens": self.max_new_tokens,
+                "do_sample": False,
+                "temperature": None,
+                "top_p": None,
+                "top_k": None,
+            }
         sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {"max_new_tokens": self.max_new_tokens, **sampling}
 
@@ -74,7 +82,9 @@ class Talker:
         """Whether answers depend on who is asking."""
         return bool(self.model.config.profile_dim) or self.renderer.profile_in_prompt
 
-    def answers(self, messages: Sequence[Message], profiles: Sequence[Profile], write: Callable[[str], None] | None = None) -> list[str]:
+    def answers(
+        self, messages: Sequence[Message], profiles: Sequence[Profile], write: Callable[[str], None] | None = None
+    ) -> list[str]:
         """What the model says next to each of the profiles (all in one batch).
 
         Args:
@@ -102,7 +112,9 @@ class Talker:
     def choose(self, question: str, options: Sequence[str], profiles: Sequence[Profile]) -> list[list[float]]:
         """The probability of each option, [B][n]; the prompt is that of training and evaluation."""
         letters = self.renderer.letter_ids(len(options))
-        inputs = self._batch([self.renderer.encode_choice(question, options, sentence) for sentence in self._sentences(profiles)])
+        inputs = self._batch(
+            [self.renderer.encode_choice(question, options, sentence) for sentence in self._sentences(profiles)]
+        )
         logits = self.model(**inputs, **self._who(profiles), logits_to_keep=1, use_cache=False).logits[:, -1, letters]
         return logits.float().softmax(dim=-1).tolist()
 
@@ -156,13 +168,17 @@ def experts_of(gates_BRE: Tensor, names: Sequence[str], rows: int = 3) -> list[t
 
     The last row, "same routing as the first", is the mean over all routers of sum_i min(g_i, g_i of the first profile).
     """
-    spread_R = gates_BRE.var(dim=0, unbiased=False).sum(dim=-1) if len(gates_BRE) > 1 else gates_BRE[0].max(dim=-1).values
+    spread_R = (
+        gates_BRE.var(dim=0, unbiased=False).sum(dim=-1) if len(gates_BRE) > 1 else gates_BRE[0].max(dim=-1).values
+    )
     found = []
     for router in spread_R.argsort(descending=True)[:rows].tolist():
         shares = []
         for gate_E in gates_BRE[:, router]:
             top = gate_E.argsort(descending=True)[:2].tolist()
-            shares.append(", ".join(f"{expert} ({float(gate_E[expert]):.0%})" for expert in top if gate_E[expert] >= 0.005))
+            shares.append(
+                ", ".join(f"{expert} ({float(gate_E[expert]):.0%})" for expert in top if gate_E[expert] >= 0.005)
+            )
         found.append((names[router], shares))
     if len(gates_BRE) > 1:
         same_B = torch.minimum(gates_BRE, gates_BRE[:1]).sum(dim=-1).mean(dim=1)

@@ -52,8 +52,20 @@ def model_card(export: Mapping[str, Any], story: str, base: Path, merged: bool) 
     licence = base_licence(base)
     name = str(export["base_model_name_or_path"])
     name = Path(name).name if Path(name).is_dir() else name
-    head = ["---", f"license: {licence or 'other'}", "library_name: transformers", "pipeline_tag: text-generation", f"base_model: {name}"]
-    head += ["tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]", "---", "", f"# CuMA adapters for {name}", ""]
+    head = [
+        "---",
+        f"license: {licence or 'other'}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"base_model: {name}",
+    ]
+    head += [
+        "tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]",
+        "---",
+        "",
+        f"# CuMA adapters for {name}",
+        "",
+    ]
     adapters = export["adapters"]
     routed = "the token and the profile" if adapters["profile_dim"] else "the token"
     if adapters["method"] == "lora":
@@ -97,7 +109,11 @@ def run_section(run_dir: Path, config: RunConfig, data: PreparedData, checkpoint
         f"Data: {data.manifest['source']} ({kind}), split by person; profiles in {len(data.profiles):,} variants.",
         "", "| split | people | answers | profiles |", "|---|---:|---:|---:|",
     ]  # fmt: skip
-    names = {"train": "training", "test": "test (other people, same countries)", "heldout": "held out (never trained on)"}
+    names = {
+        "train": "training",
+        "test": "test (other people, same countries)",
+        "heldout": "held out (never trained on)",
+    }
     for split, size in data.manifest["splits"].items():
         lines.append(f"| {names.get(split, split)} | {size['people']:,} | {size['answers']:,} | {size['profiles']:,} |")
     return "\n".join([*lines, "", "## Evaluation", "", *_metrics(run_dir / "evaluation", checkpoint)])

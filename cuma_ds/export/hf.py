@@ -78,7 +78,9 @@ def open_run(run_dir: str | Path) -> tuple[Path, RunConfig]:
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves")
+        raise CheckpointError(
+            f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves"
+        )
     return run_dir, load_started(run_dir / "config.yaml")
 
 
@@ -127,14 +129,23 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
     """
     with output_folder(out) as folder:
         bare = skeleton(trained.base)
-        inject_adapters(bare, trained.adapters).load_adapter_state(trained.state)  # on no memory; checks every name and shape
-        save_tensors(folder / ADAPTER_WEIGHTS, trained.state, {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"})
+        inject_adapters(bare, trained.adapters).load_adapter_state(
+            trained.state
+        )  # on no memory; checks every name and shape
+        save_tensors(
+            folder / ADAPTER_WEIGHTS, trained.state, {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"}
+        )
         place = Path(trained.base.path).expanduser()
         export = describe(trained, bare.config)
         export |= {"sha256": file_sha256(folder / ADAPTER_WEIGHTS), "settings_sha256": settings_sha256(export)}
         _dump(folder / ADAPTER_CONFIG, export)
-        auto_map = {"AutoConfig": "modeling_cuma.CumaExportConfig", "AutoModelForCausalLM": "modeling_cuma.CumaForCausalLM"}
-        _dump(folder / "config.json", {"model_type": "cuma", "architectures": ["CumaForCausalLM"], "auto_map": auto_map})
+        auto_map = {
+            "AutoConfig": "modeling_cuma.CumaExportConfig",
+            "AutoModelForCausalLM": "modeling_cuma.CumaForCausalLM",
+        }
+        _dump(
+            folder / "config.json", {"model_type": "cuma", "architectures": ["CumaForCausalLM"], "auto_map": auto_map}
+        )
         (folder / "modeling_cuma.py").write_text(modeling_source(), encoding="utf-8")
         renderer = None
         with contextlib.suppress(ModelError):  # without one, the export takes token ids only

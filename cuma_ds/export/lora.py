@@ -91,7 +91,11 @@ def write_lora(
         found = []
         for sentence, embedding in zip(sentences or [""], embeddings, strict=True):
             exact = all(fixed_gate(router) for router in _routers(model))
-            gate_RE = constant_gates(model, embedding) if exact else measure.mean_gates(model, examples("train", sentence), embedding)
+            gate_RE = (
+                constant_gates(model, embedding)
+                if exact
+                else measure.mean_gates(model, examples("train", sentence), embedding)
+            )
             held_out = [] if exact else examples(split, sentence)
             found.append((exact, gate_RE, held_out, [] if exact else measure.distributions(model, held_out, embedding)))
         states = [fold(model, gate_RE) for _, gate_RE, _, _ in found]
@@ -103,7 +107,11 @@ def write_lora(
             if not exact:
                 set_lora(plain, state)
                 row |= divergence(before, measure.distributions(plain, held_out, None), held_out, nominal)
-                row["prompts"] = {"averaged over": min(prompts, len(data.splits["train"])), "measured on": len(held_out), "split": split}
+                row["prompts"] = {
+                    "averaged over": min(prompts, len(data.splits["train"])),
+                    "measured on": len(held_out),
+                    "split": split,
+                }
             rows.append(row)
             write_peft(folder / f"profile-{number}", state, model, portable(config.model.path))
         report = {"run": config.run.name, "checkpoint": trained.checkpoint.name, "profiles": rows}
@@ -120,7 +128,11 @@ def fixed_gate(router: Router) -> bool:
 @torch.no_grad()
 def constant_gates(model: CumaModel, embedding_P: Tensor | None) -> Tensor:
     """The gates [R, E] of one profile where no router looks at the token; [0, 1] without routers."""
-    profiles_NP = None if embedding_P is None else ((embedding_P.to(model.profile_mean) - model.profile_mean) * model.profile_scale)[None]
+    profiles_NP = (
+        None
+        if embedding_P is None
+        else ((embedding_P.to(model.profile_mean) - model.profile_mean) * model.profile_scale)[None]
+    )
     gates = []
     for router in _routers(model):
         nothing_TD = torch.zeros_like(router.weight_h[:1])
@@ -160,7 +172,12 @@ def plain_lora(model: CumaModel, states: Sequence[Mapping[str, tuple[Tensor, Ten
         setattr(model.base_model.get_submodule(parent), leaf, layer.base)
     rank = max(a.shape[0] for state in states for a, _ in state.values())
     config = CumaConfig(
-        method="lora", lora_r=rank, lora_alpha=model.config.scaling * rank, target_modules=tuple(states[0]), num_experts=1, top_k=1
+        method="lora",
+        lora_r=rank,
+        lora_alpha=model.config.scaling * rank,
+        target_modules=tuple(states[0]),
+        num_experts=1,
+        top_k=1,
     )
     return inject_adapters(model.base_model, config).eval()
 
@@ -205,7 +222,10 @@ def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: 
 
 
 def divergence(
-    before: Sequence[Tensor], after: Sequence[Tensor], examples: Sequence[EncodedExample], nominal: Sequence[bool] | None
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    examples: Sequence[EncodedExample],
+    nominal: Sequence[bool] | None,
 ) -> dict[str, Any]:
     """How far the plain LoRA's predictions are from the mixture's.
 
@@ -242,7 +262,9 @@ class _Measure:
                 tokens += len(examples[index].input_ids)
         return total_RE / tokens
 
-    def distributions(self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None) -> list[Tensor]:
+    def distributions(
+        self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None
+    ) -> list[Tensor]:
         """Next-token log-probabilities [positions, V] of each example, at the positions that predict a target."""
         found: list[Tensor] = [torch.empty(0)] * len(examples)
         for indices, batch, logits, _ in self._run(model, examples, embedding_P):
@@ -251,14 +273,20 @@ class _Measure:
                 found[index] = logits[row, positions].cpu().double().log_softmax(dim=-1)
         return found
 
-    def _run(self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None, record: bool = False) -> Any:
+    def _run(
+        self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None, record: bool = False
+    ) -> Any:
         embeddings = None if embedding_P is None else embedding_P[None]
         device = next(model.parameters()).device
         return forward_batches(model, examples, embeddings, self.batch_size, self.pad_id, device=device, record=record)
 
 
 def _routers(model: CumaModel) -> list[Router]:
-    return [layer.router for _, layer in model.adapted_layers() if layer.owns_router and isinstance(layer, AdaptedLinear) and layer.router]
+    return [
+        layer.router
+        for _, layer in model.adapted_layers()
+        if layer.owns_router and isinstance(layer, AdaptedLinear) and layer.router
+    ]
 
 
 def _embed(sentences: Sequence[str], table: ProfileTable, encoder: str) -> Tensor:

@@ -85,8 +85,18 @@ class CumaForCausalLM(CumaModel):
             CheckpointError: the folder is no export, or its weights were changed.
             ModelError: the backbone is missing or another one.
         """
-        hub: dict[str, Any] = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-        for key in ("config", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash", "force_download", "subfolder"):
+        hub: dict[str, Any] = {
+            key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
+        }
+        for key in (
+            "config",
+            "adapter_kwargs",
+            "code_revision",
+            "_from_auto",
+            "_commit_hash",
+            "force_download",
+            "subfolder",
+        ):
             kwargs.pop(key, None)
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         place = _export_folder(str(folder), hub)
@@ -104,7 +114,9 @@ class CumaForCausalLM(CumaModel):
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise ModelError(f"the base model {path} cannot be loaded: {reason} (base_model= names another place)") from None
+            raise ModelError(
+                f"the base model {path} cannot be loaded: {reason} (base_model= names another place)"
+            ) from None
         _check_base(str(path), base.config, facts)
         # Earlier exports have no such file.
         if "generation_config" not in kwargs and (place / "generation_config.json").is_file():
@@ -113,11 +125,16 @@ class CumaForCausalLM(CumaModel):
         model = cls.of(base, export, state, encoder or (named and _moved(named, place)))
         model.folder = place
         if not inside:
-            model.export = {**export, "base_model_name_or_path": str(Path(path).resolve()) if Path(path).is_dir() else str(path)}
+            model.export = {
+                **export,
+                "base_model_name_or_path": str(Path(path).resolve()) if Path(path).is_dir() else str(path),
+            }
         return model
 
     @classmethod
-    def of(cls, base: nn.Module, export: dict[str, Any], state: dict[str, Tensor], encoder: str | None = None) -> CumaForCausalLM:
+    def of(
+        cls, base: nn.Module, export: dict[str, Any], state: dict[str, Tensor], encoder: str | None = None
+    ) -> CumaForCausalLM:
         """Put the adapters that ``export`` describes into a loaded backbone, in eval mode and frozen."""
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
         model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
@@ -128,7 +145,11 @@ class CumaForCausalLM(CumaModel):
         return model.eval().requires_grad_(False)
 
     def forward(
-        self, *args: Any, profiles: Sequence[Profile] | None = None, profile_embeddings: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        profiles: Sequence[Profile] | None = None,
+        profile_embeddings: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The backbone's forward, see :meth:`CumaModel.forward`.
 
@@ -141,7 +162,11 @@ class CumaForCausalLM(CumaModel):
         return super().forward(*args, profile_embeddings=profile_embeddings, **kwargs)
 
     def generate(
-        self, *args: Any, profiles: Sequence[Profile] | None = None, profile_embeddings: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        profiles: Sequence[Profile] | None = None,
+        profile_embeddings: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The backbone's ``generate``, every prompt with its own profile (arguments as in :meth:`forward`)."""
         profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
@@ -160,7 +185,9 @@ class CumaForCausalLM(CumaModel):
         if not self.config.profile_dim:
             raise ModelError("profiles were given, but these adapters take none (profile_dim is 0)")
         if isinstance(profiles, str | Mapping):
-            raise ModelError("profiles is a list with one profile per sequence, not a single profile; write profiles=[...]")
+            raise ModelError(
+                "profiles is a list with one profile per sequence, not a single profile; write profiles=[...]"
+            )
         for profile in profiles:
             for message in unknown_fields(profile, about.get("fields") or ()):
                 warnings.warn(message, UserWarning, stacklevel=2)
@@ -168,7 +195,9 @@ class CumaForCausalLM(CumaModel):
         missing = sorted(set(sentences) - self._embedded.keys())
         if missing:
             encoder = self._load_encoder()
-            encoder.check_lengths(missing, apart=False)  # who is asked as together here need not have to do with one another
+            encoder.check_lengths(
+                missing, apart=False
+            )  # who is asked as together here need not have to do with one another
             self._embedded.update(zip(missing, encoder(missing), strict=True))
         rows_NP = torch.stack([self._embedded[sentence] for sentence in sentences])
         for oldest in list(self._embedded)[: max(0, len(self._embedded) - _REMEMBERED)]:
@@ -178,7 +207,9 @@ class CumaForCausalLM(CumaModel):
     def _load_encoder(self) -> ProfileEncoder:
         if self._encoder is None:
             if self.encoder_path is None:
-                raise ModelError("this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER")
+                raise ModelError(
+                    "this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER"
+                )
             about = self.export["profiles"]
             settings = {key: about[key] for key in ("pooling", "normalise", "max_tokens") if key in about}
             encoder, known = ProfileEncoder(self.encoder_path, **settings), about.get("fingerprint")
@@ -198,7 +229,9 @@ class CumaForCausalLM(CumaModel):
         if embeddings is None or embeddings.dim() != 2:
             return embeddings  # refused further down, where the needed shape is known
         if embeddings.shape[0] not in (1, rows):
-            raise ModelError(f"{embeddings.shape[0]} profiles were given for {rows} sequences; give one for each, or a single one for all")
+            raise ModelError(
+                f"{embeddings.shape[0]} profiles were given for {rows} sequences; give one for each, or a single one for all"
+            )
         return embeddings.expand(rows, -1)
 
     def __getattr__(self, name: str) -> Any:
@@ -220,13 +253,19 @@ class CumaForCausalLM(CumaModel):
             ModelError: the model was loaded from a run, or something is asked for that is not done here.
         """
         if refused := [name for name in ("push_to_hub", "state_dict") if kwargs.get(name)]:
-            raise ModelError(f"save_pretrained takes no {refused[0]} here: it writes an exported folder, which can be uploaded as it is")
+            raise ModelError(
+                f"save_pretrained takes no {refused[0]} here: it writes an exported folder, which can be uploaded as it is"
+            )
         if self.folder is None:
-            raise ModelError("this model was loaded from a run, not from an exported folder; write it with launchers/export.py --format hf")
+            raise ModelError(
+                "this model was loaded from a run, not from an exported folder; write it with launchers/export.py --format hf"
+            )
         target = Path(save_directory).expanduser()
         if not target.exists() or not target.samefile(self.folder):
             shutil.copytree(self.folder, target, dirs_exist_ok=True)
-        state = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in self.adapter_state().items()}
+        state = {
+            name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in self.adapter_state().items()
+        }
         save_file(state, target / ADAPTER_WEIGHTS, {"format": "pt"})
         profiles = {**self.export["profiles"], "encoder": self.encoder_path}
         export = {**self.export, "profiles": profiles, "sha256": file_sha256(target / ADAPTER_WEIGHTS)}
@@ -234,7 +273,9 @@ class CumaForCausalLM(CumaModel):
 
     def push_to_hub(self, *_: Any, **__: Any) -> None:
         """Refused: the backbone's own would upload names that nobody can load."""
-        raise ModelError("an exported folder is uploaded as it is (hf upload NAME FOLDER); after save_pretrained, where it was changed")
+        raise ModelError(
+            "an exported folder is uploaded as it is (hf upload NAME FOLDER); after save_pretrained, where it was changed"
+        )
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
@@ -258,7 +299,9 @@ def unknown_fields(profile: Profile, known: Sequence[str]) -> list[str]:
     for name in profile:
         if str(name).replace("_", " ").lower() not in plain:
             guess = nearest(str(name), known)
-            messages.append(f"the profile field {str(name)!r} is unknown to this model{guess}; it was trained with {', '.join(known)}")
+            messages.append(
+                f"the profile field {str(name)!r} is unknown to this model{guess}; it was trained with {', '.join(known)}"
+            )
     return messages
 
 
@@ -277,9 +320,13 @@ def read_export(folder: Path) -> dict[str, Any]:
         hint = "; import it first (--from-reference)" if kind == "CuMA" else ""
         raise CheckpointError(f"{folder} holds adapters of type {kind}, not an export of cuma-ds{hint}")
     if export.get("format_version") != EXPORT_FORMAT:
-        raise CheckpointError(f"{folder} has export format {export.get('format_version')}; this version reads {EXPORT_FORMAT}")
+        raise CheckpointError(
+            f"{folder} has export format {export.get('format_version')}; this version reads {EXPORT_FORMAT}"
+        )
     if export.get("settings_sha256") not in (None, settings_sha256(export)):  # exports of release 0.1.0 have none
-        raise CheckpointError(f"{folder} is damaged: {ADAPTER_CONFIG} no longer says how the adapters were trained; export again")
+        raise CheckpointError(
+            f"{folder} is damaged: {ADAPTER_CONFIG} no longer says how the adapters were trained; export again"
+        )
     return export
 
 
@@ -294,7 +341,9 @@ def _export_folder(path: str, hub: dict[str, Any]) -> Path:
     if folder.is_dir():
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no exported model at {path}; expected a folder made by launchers/export.py, or a hub id of one")
+        raise CheckpointError(
+            f"there is no exported model at {path}; expected a folder made by launchers/export.py, or a hub id of one"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -315,7 +364,9 @@ def _read_weights(folder: Path, export: Mapping[str, Any]) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{folder} is incomplete: {ADAPTER_WEIGHTS} is missing")
     if file_sha256(file) != export["sha256"]:
-        raise CheckpointError(f"{file} was changed after the export: its sha256 is not the one in {ADAPTER_CONFIG}; export again")
+        raise CheckpointError(
+            f"{file} was changed after the export: its sha256 is not the one in {ADAPTER_CONFIG}; export again"
+        )
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -326,12 +377,18 @@ def _check_base(path: str, config: Any, facts: Mapping[str, Any]) -> None:
     for name in BASE_FACTS:
         wanted, there = facts.get(name), base_fact(config, name)
         if wanted is not None and there != wanted:
-            raise ModelError(f"{path} is the wrong base model: its {name} is {there}, the adapters were trained on one with {wanted}")
+            raise ModelError(
+                f"{path} is the wrong base model: its {name} is {there}, the adapters were trained on one with {wanted}"
+            )
     known = facts.get("fingerprint")
     if known is None:
-        warnings.warn(f"this export names no fingerprint of its base model, so that {path} is it cannot be checked", stacklevel=3)
+        warnings.warn(
+            f"this export names no fingerprint of its base model, so that {path} is it cannot be checked", stacklevel=3
+        )
     elif change := changed_part(path, known, model_fingerprint(path)):
-        raise ModelError(f"{change} than the base model these adapters were trained on; name the right one (base_model=, --base)")
+        raise ModelError(
+            f"{change} than the base model these adapters were trained on; name the right one (base_model=, --base)"
+        )
 
 
 def base_fact(config: Any, name: str) -> Any:

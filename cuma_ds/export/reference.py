@@ -56,7 +56,9 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: adapter_model.safetensors is missing or damaged: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{folder}: adapter_model.safetensors is missing or damaged: {str(error).splitlines()[0]}"
+        ) from None
     section = ModelSection(path=base, dtype=_dtype(folder, theirs))
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     routers = _read_routers(folder, tensors)
@@ -68,12 +70,21 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
     state |= _experts(folder, model, tensors) | _routers(folder, model, routers, theirs)
     adapted = {name for name, _ in model.adapted_layers()}
     unused = sorted(
-        name for name in tensors if "._router_manager." not in name and re.sub(r"\.lora_[ab](\.\d+)?$", "", name) not in adapted
+        name
+        for name in tensors
+        if "._router_manager." not in name and re.sub(r"\.lora_[ab](\.\d+)?$", "", name) not in adapted
     )
     if unused:
-        raise ModelError(f"{folder}: {unused[0]} belongs to no adapted linear of {base}; the two do not belong together")
+        raise ModelError(
+            f"{folder}: {unused[0]} belongs to no adapted linear of {base}; the two do not belong together"
+        )
     model.load_adapter_state(state)  # on no memory; checks every name and shape
-    profiles: dict[str, Any] = {"encoder": None, "template": "authors", "fields": [*AUTHORS_FIELDS, "age"], **_ENCODER_SETTINGS}
+    profiles: dict[str, Any] = {
+        "encoder": None,
+        "template": "authors",
+        "fields": [*AUTHORS_FIELDS, "age"],
+        **_ENCODER_SETTINGS,
+    }
     if encoder is not None:
         if theirs.get("num_encoder_proj_mlp_layers"):
             raise ModelError(
@@ -82,10 +93,14 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
             )
         made_by = ProfileEncoder(encoder, **_ENCODER_SETTINGS)
         if made_by.dim != config.profile_dim:
-            raise ModelError(f"--encoder {encoder} has width {made_by.dim}; the checkpoint's adapters take {config.profile_dim}")
+            raise ModelError(
+                f"--encoder {encoder} has width {made_by.dim}; the checkpoint's adapters take {config.profile_dim}"
+            )
         profiles |= {"encoder": portable(encoder), "fingerprint": made_by.fingerprint}
     name = str(theirs.get("base_model") or "not named")
-    return Trained(config, state, section, profiles, story=_STORY.format(base=Path(name).name if name.startswith("/") else name))
+    return Trained(
+        config, state, section, profiles, story=_STORY.format(base=Path(name).name if name.startswith("/") else name)
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -93,7 +108,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = theirs["peft_type"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder} is no checkpoint of the authors' code: adapter_config.json is missing or damaged") from None
+        raise CheckpointError(
+            f"{folder} is no checkpoint of the authors' code: adapter_config.json is missing or damaged"
+        ) from None
     if kind != "CuMA":
         raise CheckpointError(f"{folder} holds adapters of type {kind!r}; the authors' checkpoints have type 'CuMA'")
     for key in _NEEDED:
@@ -116,7 +133,9 @@ def _read_routers(folder: Path, tensors: dict[str, Tensor]) -> list[list[dict[st
         if match := re.search(r"\._router_manager\.routers\.(\d+)\.mlp\.(\d+)\.(weight|bias)$", name):
             found.setdefault(int(match[1]), {}).setdefault(int(match[2]), {})[match[3]] = tensor.float()
     if not found or sorted(found) != list(range(len(found))):
-        raise CheckpointError(f"{folder}: adapter_model.safetensors holds no complete set of routers (found: {sorted(found) or 'none'})")
+        raise CheckpointError(
+            f"{folder}: adapter_model.safetensors holds no complete set of routers (found: {sorted(found) or 'none'})"
+        )
     return [[found[router][place] for place in sorted(found[router])] for router in sorted(found)]
 
 
@@ -145,7 +164,9 @@ def _config(folder: Path, theirs: dict[str, Any], routers: list[list[dict[str, T
         )
     except ValidationError as error:
         problem = error.errors()[0]
-        raise CheckpointError(f"{folder}: adapter_config.json: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        raise CheckpointError(
+            f"{folder}: adapter_config.json: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        ) from None
 
 
 def _experts(folder: Path, model: CumaModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,11 +181,15 @@ def _experts(folder: Path, model: CumaModel, tensors: dict[str, Tensor]) -> dict
         for part in ("lora_a", "lora_b"):
             shared = part == "lora_a" and config.shared_a
             own = [f"{name}.{part}.{expert}" for expert in range(config.num_experts)]
-            state[f"{name}.experts.{part}"] = get(f"{name}.{part}") if shared else torch.stack([get(one) for one in own])
+            state[f"{name}.experts.{part}"] = (
+                get(f"{name}.{part}") if shared else torch.stack([get(one) for one in own])
+            )
     return state
 
 
-def _routers(folder: Path, model: CumaModel, routers: list[list[dict[str, Tensor]]], theirs: dict[str, Any]) -> dict[str, Tensor]:
+def _routers(
+    folder: Path, model: CumaModel, routers: list[list[dict[str, Tensor]]], theirs: dict[str, Any]
+) -> dict[str, Tensor]:
     numbers = _router_numbers([name for name, _ in model.adapted_layers()], theirs)
     if max(numbers.values()) + 1 != len(routers):
         raise ModelError(

@@ -49,7 +49,10 @@ def modeling_source() -> str:
         body = _plain_config() if name == CumaConfig.__module__ else _body(module, imports)
         parts.append(f"# From {name.replace('.', '/')}.py\n\n{body}")
     head = _HEAD.format(version=cuma_ds.__version__)
-    lines = [f"from {place} import {', '.join(sorted(names))}" if names else place for place, names in sorted(imports.items())]
+    lines = [
+        f"from {place} import {', '.join(sorted(names))}" if names else place
+        for place, names in sorted(imports.items())
+    ]
     return head + "\n".join(lines) + "\n\n\n" + "\n\n\n".join(parts) + "\n"
 
 

@@ -34,7 +34,9 @@ def copy_weights(source: Path, target: Path, shard_bytes: int = 5 * 10**9) -> in
     """
     files = weight_files(source)
     if not files or any(file.suffix != ".safetensors" for file in files):
-        raise ModelError(f"{source} holds no model.safetensors; hf-merged-repo needs a base model with safetensors weights")
+        raise ModelError(
+            f"{source} holds no model.safetensors; hf-merged-repo needs a base model with safetensors weights"
+        )
     tensors = {name: stored for file in files for name, stored in stored_tensors(file).items()}
     shards: list[dict[str, StoredTensor]] = [{}]
     for name, stored in tensors.items():

@@ -68,12 +68,16 @@ def demographic_gate(
     if profile_logits_NE is not None:
         _check("profile_logits_NE", profile_logits_NE, _FLOATS, (None, experts), hidden_logits_TE)
     top_k = experts if norm == "softmax" else top_k
-    eager_cpu = hidden_logits_TE.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(hidden_logits_TE)
+    eager_cpu = (
+        hidden_logits_TE.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(hidden_logits_TE)
+    )
     if eager_cpu and tokens:
         _check_range(profile_index_T, None if profile_logits_NE is None else profile_logits_NE.shape[0])
     if _compiled(hidden_logits_TE) and experts <= 512 and (norm == "softmax" or top_k <= _MOST_CHOICES):
         profile_logits_NE = None if profile_logits_NE is None else profile_logits_NE.float()
-        out = GateOutput(*torch.ops.cuma_ds.gate(hidden_logits_TE, profile_logits_NE, profile_index_T, top_k, GATE_NORMS.index(norm)))
+        out = GateOutput(
+            *torch.ops.cuma_ds.gate(hidden_logits_TE, profile_logits_NE, profile_index_T, top_k, GATE_NORMS.index(norm))
+        )
     else:
         out = reference.demographic_gate(hidden_logits_TE, profile_logits_NE, profile_index_T, top_k, norm)
     if eager_cpu and out.invalid.item():
@@ -136,7 +140,9 @@ def gate_scale_backward(
         _check("profile_index_T", profile_index_T, (torch.int64,), (z_TER.shape[0],), z_TER)
     if _compiled(z_TER):
         mask_NE = None if mask_NE is None else mask_NE.float()
-        return torch.ops.cuma_ds.gate_scale_backward(d_out_TER, z_TER, weight_TK.float(), expert_TK, scale, mask_NE, profile_index_T)
+        return torch.ops.cuma_ds.gate_scale_backward(
+            d_out_TER, z_TER, weight_TK.float(), expert_TK, scale, mask_NE, profile_index_T
+        )
     return reference.gate_scale_backward(d_out_TER, z_TER, weight_TK, expert_TK, scale, mask_NE, profile_index_T)
 
 
@@ -178,7 +184,9 @@ def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK
     if x_TW.shape[0] != position_TK.shape[0]:
         raise ModelError(f"x_TW has {x_TW.shape[0]} rows; position_TK has {position_TK.shape[0]}")
     if _compiled(x_TW):
-        return torch.ops.cuma_ds.permute_gather(x_TW, order_M, position_TK, None if weight_TK is None else weight_TK.float())
+        return torch.ops.cuma_ds.permute_gather(
+            x_TW, order_M, position_TK, None if weight_TK is None else weight_TK.float()
+        )
     return reference.permute_gather(x_TW, order_M, position_TK, weight_TK)
 
 
@@ -201,7 +209,9 @@ def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_T
     if y_MW.shape[0] != len(order_M):
         raise ModelError(f"y_MW has {y_MW.shape[0]} rows; order_M has {len(order_M)}")
     if _compiled(y_MW):
-        return torch.ops.cuma_ds.permute_scatter(y_MW, order_M, position_TK, None if weight_TK is None else weight_TK.float())
+        return torch.ops.cuma_ds.permute_scatter(
+            y_MW, order_M, position_TK, None if weight_TK is None else weight_TK.float()
+        )
     return reference.permute_scatter(y_MW, order_M, position_TK, weight_TK)
 
 
@@ -300,10 +310,14 @@ def _matrix(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype]) -> tuple[i
     return tensor.shape[0], tensor.shape[1]
 
 
-def _check(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: tuple[int | None, ...], beside: Tensor) -> None:
+def _check(
+    name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], shape: tuple[int | None, ...], beside: Tensor
+) -> None:
     if tensor.dtype not in dtypes:
         raise ModelError(f"{name} is {_short(tensor.dtype)}; expected {' or '.join(map(_short, dtypes))}")
-    if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)):
+    if tensor.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
         expected = ", ".join("*" if size is None else str(size) for size in shape)
         raise ModelError(f"{name} has shape {list(tensor.shape)}; expected [{expected}]")
     if tensor.device != beside.device:

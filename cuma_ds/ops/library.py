@@ -30,7 +30,9 @@ def _load() -> str:
         raise ConfigError(f"CUMA_DS_OPS is {wish!r}; allowed are auto and reference")
     if wish == "reference":
         return "CUMA_DS_OPS=reference"
-    if platform.machine().lower() in ("x86_64", "amd64") and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    if platform.machine().lower() in ("x86_64", "amd64") and not torch.backends.cpu.get_cpu_capability().startswith(
+        "AVX"
+    ):
         return "this CPU has no AVX2"
     try:
         from cuma_ds.ops import _C  # type: ignore[attr-defined]
@@ -61,7 +63,14 @@ def _register() -> None:
         weight = hidden.new_empty(tokens, top_k, dtype=torch.float32)
         scalar = weight.new_empty(())
         sums = weight.new_empty(experts)
-        return weight, weight.new_empty(tokens, top_k, dtype=torch.int32), sums, torch.empty_like(sums), scalar, torch.empty_like(scalar)
+        return (
+            weight,
+            weight.new_empty(tokens, top_k, dtype=torch.int32),
+            sums,
+            torch.empty_like(sums),
+            scalar,
+            torch.empty_like(scalar),
+        )
 
     @torch.library.register_fake("cuma_ds::gate_backward")
     def gate_backward_shapes(
@@ -89,7 +98,9 @@ def _register() -> None:
         hidden, profile, index, weight, expert = ctx.saved_tensors
         if d_weight is None and d_weight_sum is None:
             return None, None, None, None, None
-        d_hidden, d_profile = ops.gate_backward(hidden, profile, index, weight, expert, d_weight, d_weight_sum, ctx.norm)
+        d_hidden, d_profile = ops.gate_backward(
+            hidden, profile, index, weight, expert, d_weight, d_weight_sum, ctx.norm
+        )
         return d_hidden, None if profile is None else d_profile, None, None, None
 
     torch.library.register_autograd("cuma_ds::gate", gate_gradient, setup_context=gate_context)
@@ -100,10 +111,21 @@ def _register() -> None:
 
     @torch.library.register_fake("cuma_ds::gate_scale_backward")
     def scale_backward_shapes(
-        d_out: Tensor, z: Tensor, weight: Tensor, expert: Tensor, scale: float, mask: Tensor | None, profile_index: Tensor | None
+        d_out: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        expert: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        profile_index: Tensor | None,
     ) -> tuple[Tensor, ...]:
         masked = (0,) if mask is None else z.shape
-        return z.new_empty(z.shape), torch.empty_like(weight), z.new_empty(masked), z.new_empty((0,) if mask is None else d_out.shape)
+        return (
+            z.new_empty(z.shape),
+            torch.empty_like(weight),
+            z.new_empty(masked),
+            z.new_empty((0,) if mask is None else d_out.shape),
+        )
 
     def scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         z, weight, expert, _, ctx.scale = inputs
@@ -136,7 +158,9 @@ def _register() -> None:
         return x.new_empty(order.shape[0], weight.shape[1])
 
     @torch.library.register_fake("cuma_ds::grouped_expand")
-    def expand_shape(z: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor, onto: Tensor | None) -> Tensor:
+    def expand_shape(
+        z: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor, onto: Tensor | None
+    ) -> Tensor:
         return z.new_empty(position.shape[0], weight.shape[2])
 
     @torch.library.register_fake("cuma_ds::grouped_outer")

@@ -47,7 +47,9 @@ def demographic_gate(
     hidden_logits_TE: Tensor, profile_logits_NE: Tensor | None, profile_index_T: Tensor, top_k: int, norm: str
 ) -> GateOutput:
     """See :func:`cuma_ds.ops.demographic_gate`."""
-    logits_TE = hidden_logits_TE.float() if hidden_logits_TE.dtype in (torch.bfloat16, torch.float16) else hidden_logits_TE
+    logits_TE = (
+        hidden_logits_TE.float() if hidden_logits_TE.dtype in (torch.bfloat16, torch.float16) else hidden_logits_TE
+    )
     real_T = profile_index_T >= 0
     if profile_logits_NE is not None:
         logits_TE = logits_TE + profile_logits_NE.to(logits_TE.dtype)[profile_index_T.clamp(min=0)]
@@ -122,7 +124,11 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
     order_M = key_M.argsort(stable=True)
     place_M = torch.arange(len(order_M), device=order_M.device)
     position_M = torch.empty_like(order_M).scatter(0, order_M, place_M)
-    end_E = torch.zeros(num_experts + 1, dtype=torch.long, device=key_M.device).scatter_add(0, key_M, torch.ones_like(key_M)).cumsum(0)[:-1]
+    end_E = (
+        torch.zeros(num_experts + 1, dtype=torch.long, device=key_M.device)
+        .scatter_add(0, key_M, torch.ones_like(key_M))
+        .cumsum(0)[:-1]
+    )
     order_M = order_M.masked_fill(place_M >= end_E[-1:], -1)
     position_M = position_M.masked_fill(expert_M < 0, -1)
     return Pairs(order_M.to(torch.int32), position_M.to(torch.int32).view(expert_TK.shape), end_E.to(torch.int32))

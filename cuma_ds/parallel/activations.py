@@ -39,7 +39,13 @@ class ActivationPeak:
 
 
 def activation_peak(
-    config: PretrainedConfig, adapters: CumaConfig, dtype: torch.dtype, length: int, kept: int, checkpointing: bool, padded: bool = True
+    config: PretrainedConfig,
+    adapters: CumaConfig,
+    dtype: torch.dtype,
+    length: int,
+    kept: int,
+    checkpointing: bool,
+    padded: bool = True,
 ) -> ActivationPeak:
     """Trace four small runs and extend them to the model's depth.
 
@@ -55,7 +61,9 @@ def activation_peak(
     layers = text_config(config).num_hidden_layers
 
     def at(depth: int, sequences: int) -> float:
-        return float(_trace(_with_depth(config, depth), adapters, dtype, sequences, length, kept, checkpointing, padded))
+        return float(
+            _trace(_with_depth(config, depth), adapters, dtype, sequences, length, kept, checkpointing, padded)
+        )
 
     one_one, one_two, two_one, two_two = at(1, 1), at(1, 2), at(2, 1), at(2, 2)
     slope_one, slope_two = one_two - one_one, two_two - two_one

@@ -115,12 +115,16 @@ def load_sharded(model: ModelSection, stage3: dict[str, Any]) -> PreTrainedModel
         others = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
         with agreement():
             if others:
-                raise ModelError(f"model.path: {model.path!r} holds other weights for rank {others[0]} than for rank 0; copy one folder")
+                raise ModelError(
+                    f"model.path: {model.path!r} holds other weights for rank {others[0]} than for rank 0; copy one folder"
+                )
         with _as_model_error(model):
             return load_partitioned(plan, stage3).requires_grad_(False).eval()
     del plan
     if dist.get_rank() == 0:
-        warnings.warn(f"model.path: {model.path} is loaded through rank 0, which reads all of it: {reasons[0]}", stacklevel=2)
+        warnings.warn(
+            f"model.path: {model.path} is loaded through rank 0, which reads all of it: {reasons[0]}", stacklevel=2
+        )
     keep_alive = HfDeepSpeedConfig(stage3)  # from_pretrained partitions as it loads while this lives
     try:
         return _from_pretrained(model).requires_grad_(False).eval()
@@ -172,7 +176,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.path: no tokenizer could be loaded from {model.path!r}: {_first_line(error)}") from None
+        raise ModelError(
+            f"model.path: no tokenizer could be loaded from {model.path!r}: {_first_line(error)}"
+        ) from None
 
 
 def _from_pretrained(model: ModelSection) -> PreTrainedModel:
@@ -196,7 +202,9 @@ def _as_model_error(model: ModelSection) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"model.path: {model.path!r} cannot be loaded as a causal language model: {_first_line(error)}") from None
+        raise ModelError(
+            f"model.path: {model.path!r} cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from None
 
 
 def _check_place(model: ModelSection) -> None:

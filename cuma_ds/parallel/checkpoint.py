@@ -125,7 +125,9 @@ def write_state(folder: Path, state: Mapping[str, Any], hashes: Mapping[str, str
         hashes: sha256 of each other file by its name.
     """
     files = {name: (folder / name).stat().st_size for name in sorted(hashes)}
-    content = sealed({"format_version": FORMAT_VERSION, **state, "files": files, "sha256": dict(sorted(hashes.items()))})
+    content = sealed(
+        {"format_version": FORMAT_VERSION, **state, "files": files, "sha256": dict(sorted(hashes.items()))}
+    )
     (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -177,9 +179,13 @@ def check_checkpoint(folder: Path, fingerprints: Collection[str], content: bool 
     """
     state = read_state(folder, content)
     if state.get("fingerprint") not in fingerprints:
-        raise CheckpointError(f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe")
+        raise CheckpointError(
+            f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe"
+        )
     theirs, ours = state.get("identity"), read_identity(folder.parent.parent)
-    if theirs and any(theirs.get(key) != ours.get(key) for key in ("backbone", "encoder", "source", "data", "profiles")):
+    if theirs and any(
+        theirs.get(key) != ours.get(key) for key in ("backbone", "encoder", "source", "data", "profiles")
+    ):
         raise CheckpointError(f"{folder} belongs to another run, of another model, encoder or data; move it away")
     return _Reader(folder, state), int(state["step"])
 
@@ -232,7 +238,9 @@ def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
     if not steps:
         raise CheckpointError(f"{run_dir} holds no checkpoint; train it first")
     if step is not None and step not in steps:
-        raise CheckpointError(f"{run_dir} holds no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}")
+        raise CheckpointError(
+            f"{run_dir} holds no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}"
+        )
     return run_dir / "checkpoints" / f"step-{max(steps) if step is None else step}"
 
 
@@ -253,7 +261,9 @@ def read_state(folder: Path, content: bool = True) -> dict[str, Any]:
         has_hashes = SEAL in state or "sha256" in state
         whole = not has_hashes or (seal_holds(state) and state["sha256"].keys() == files.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{folder} is not a complete checkpoint: state.json is missing or damaged{_another(folder)}") from None
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: state.json is missing or damaged{_another(folder)}"
+        ) from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}")
     if not whole:
@@ -265,13 +275,19 @@ def read_state(folder: Path, content: bool = True) -> dict[str, Any]:
         if not path.is_file():
             raise CheckpointError(f"{folder} is incomplete: {name} is missing ({_written_by(state)}){_another(folder)}")
         if path.stat().st_size != size:
-            raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}{_another(folder)}")
+            raise CheckpointError(
+                f"{folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}{_another(folder)}"
+            )
         if content and has_hashes and file_sha256(path) != state["sha256"][name]:
-            raise CheckpointError(f"{folder} is damaged: the content of {name} has changed since it was written{_another(folder)}")
+            raise CheckpointError(
+                f"{folder} is damaged: the content of {name} has changed since it was written{_another(folder)}"
+            )
     if content:
         _check_latest(folder)
         if not has_hashes:
-            warnings.warn(f"{folder} was written by release 0.1.0, without hashes: its content cannot be checked", stacklevel=2)
+            warnings.warn(
+                f"{folder} was written by release 0.1.0, without hashes: its content cannot be checked", stacklevel=2
+            )
     return state
 
 
@@ -288,10 +304,14 @@ def _check_latest(folder: Path) -> None:
         return
     said = latest.read_bytes()
     if not re.fullmatch(rb"step-\d+\n", said):
-        raise CheckpointError(f"{latest} is damaged: it does not name a checkpoint; remove it, or write the line {folder.name} there")
+        raise CheckpointError(
+            f"{latest} is damaged: it does not name a checkpoint; remove it, or write the line {folder.name} there"
+        )
     newest = f"step-{max(_steps(folder.parent.parent), default=0)}"
     if said.decode().strip() != newest:
-        warnings.warn(f"{latest} names {said.decode().strip()}, but the newest checkpoint there is {newest}", stacklevel=3)
+        warnings.warn(
+            f"{latest} names {said.decode().strip()}, but the newest checkpoint there is {newest}", stacklevel=3
+        )
 
 
 def _refuse_deepspeed(folder: Path) -> None:
@@ -338,7 +358,9 @@ class _Reader:
 
 def _parameters(engine: AdapterEngine) -> Iterator[tuple[str, torch.nn.Parameter, bool]]:
     """Name, parameter, and whether its first dimension counts experts."""
-    expert_ids = {id(p) for _, layer in engine.model.adapted_layers() for p in layer.experts.sharded_parameters().values()}
+    expert_ids = {
+        id(p) for _, layer in engine.model.adapted_layers() for p in layer.experts.sharded_parameters().values()
+    }
     for name, parameter in engine.model.adapter_parameters():
         yield name, parameter, id(parameter) in expert_ids
 

@@ -74,7 +74,13 @@ class ExpertParallelDispatcher:
             self.stream.wait_stream(torch.get_device_module(x_TD.device).current_stream())
 
     def mix(
-        self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None, z_TC: Tensor | None, frozen_TO: Tensor
+        self,
+        x_TD: Tensor,
+        gate: GateOutput,
+        experts: Experts,
+        mask: GradientMask | None,
+        z_TC: Tensor | None,
+        frozen_TO: Tensor,
     ) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
         if self.stream is None:
@@ -121,7 +127,9 @@ class ExpertParallelDispatcher:
 
     def _all_to_all(self, x_TD: Tensor, gate: GateOutput, experts: Experts, mask: GradientMask | None) -> Tensor:
         local = experts.lora_b.shape[0]
-        order_M, position_TK, end_E = sort_by_expert(gate.expert_TK, experts.num_experts)  # sorted by expert, so by owner
+        order_M, position_TK, end_E = sort_by_expert(
+            gate.expert_TK, experts.num_experts
+        )  # sorted by expert, so by owner
         counts_E = end_E.diff(prepend=end_E.new_zeros(1)).long()
         received_RL = torch.empty_like(counts_E).view(self.size, local)
         dist.all_to_all_single(received_RL, counts_E.view(self.size, local), group=self.group)
@@ -210,7 +218,9 @@ class _Exchange(torch.autograd.Function):
     """All-to-all of rows; the gradient travels back the same way."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], dispatcher: ExpertParallelDispatcher) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], dispatcher: ExpertParallelDispatcher
+    ) -> Tensor:
         ctx.send, ctx.receive, ctx.dispatcher = send, receive, dispatcher
         return _exchange(rows, send, receive, dispatcher)
 

@@ -37,7 +37,9 @@ class FrozenBackbone(BaseModel):
 
     sharded: bool = Field(False, description="partition the backbone over all ranks")
     offload: Literal["none", "cpu"] = Field("none", description="where the shards live")
-    max_reuse_distance: int = Field(0, ge=0, description="keep a gathered layer that is used again within so many elements")
+    max_reuse_distance: int = Field(
+        0, ge=0, description="keep a gathered layer that is used again within so many elements"
+    )
     prefetch_bucket_size: int = Field(0, ge=0, description="elements gathered ahead of their use")
 
 
@@ -99,7 +101,9 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
     if stage not in (1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage}; allowed: 1, 2, 3")
     if stage == 3 and backbone.sharded:
-        raise ConfigError(f"{path}: frozen_backbone.sharded is for ZeRO stages 1 and 2; stage 3 already shards everything")
+        raise ConfigError(
+            f"{path}: frozen_backbone.sharded is for ZeRO stages 1 and 2; stage 3 already shards everything"
+        )
     if stage == 3 and config.parallel.ep_size > 1:
         raise ConfigError(
             f"{path}: ZeRO stage 3 cannot hold expert parallelism (parallel.ep_size {config.parallel.ep_size}); "
@@ -117,7 +121,9 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         return DeepSpeedSettings(engine, stage, backbone, loss_scale if config.model.dtype == "float16" else None)
     if config.model.dtype == "float16":
         if not get_accelerator().is_fp16_supported():
-            raise ConfigError(f"{path}: ZeRO stage 3 and model.dtype float16 need a device that computes in it; use bfloat16 or float32")
+            raise ConfigError(
+                f"{path}: ZeRO stage 3 and model.dtype float16 need a device that computes in it; use bfloat16 or float32"
+            )
         engine["fp16"] = {"enabled": True, **loss_scale.model_dump()}
     elif config.model.dtype == "bfloat16":
         engine["bf16"] = {"enabled": True}

@@ -161,16 +161,23 @@ class AdapterEngine:
     @property
     def trained_parameters(self) -> int:
         """Parameters that train, over all ranks, each expert counted once."""
-        sharded = {id(p) for _, layer in self.model.adapted_layers() for p in layer.experts.sharded_parameters().values()}
+        sharded = {
+            id(p) for _, layer in self.model.adapted_layers() for p in layer.experts.sharded_parameters().values()
+        }
         return sum(
-            getattr(parameter, "ds_numel", parameter.numel()) * (self.topology.ep_size if id(parameter) in sharded else 1)
+            getattr(parameter, "ds_numel", parameter.numel())
+            * (self.topology.ep_size if id(parameter) in sharded else 1)
             for _, parameter in self.model.adapter_parameters()
         )
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of expert parameters this rank holds."""
-        held = [getattr(p, "ds_tensor", p) for _, layer in self.model.adapted_layers() for p in layer.experts.sharded_parameters().values()]
+        held = [
+            getattr(p, "ds_tensor", p)
+            for _, layer in self.model.adapted_layers()
+            for p in layer.experts.sharded_parameters().values()
+        ]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property

@@ -17,9 +17,7 @@ from cuma_ds.errors import TopologyError
 
 # What a host is asked, in the environment and folder a run would have there.
 _START_SECONDS = 120
-_QUESTION = (
-    "import cuma_ds, deepspeed, platform, torch; print('cuma-ds', platform.python_version(), torch.__version__, deepspeed.__version__)"
-)
+_QUESTION = "import cuma_ds, deepspeed, platform, torch; print('cuma-ds', platform.python_version(), torch.__version__, deepspeed.__version__)"
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
@@ -33,7 +31,9 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-        raise TopologyError(f"cannot read the hostfile {path}: {reason}; deepspeed would train on this machine alone") from None
+        raise TopologyError(
+            f"cannot read the hostfile {path}: {reason}; deepspeed would train on this machine alone"
+        ) from None
     if lines and lines[0].startswith("\ufeff"):
         mark = "the file begins with a byte order mark, which deepspeed takes for text"
         raise TopologyError(f"{path}:1: {mark}; save it as UTF-8 without one")
@@ -48,12 +48,18 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
             expected = "expected NAME slots=N or NAME slots=N max_slots=M, e.g. node-1 slots=8"
             raise TopologyError(f"{path}:{number}: {line.strip()!r} is no host; {expected}")
         if match[3] is not None and int(match[3]) < int(match[2]):
-            raise TopologyError(f"{path}:{number}: host {match[1]} has slots={match[2]}, more than its max_slots={match[3]}")
+            raise TopologyError(
+                f"{path}:{number}: host {match[1]} has slots={match[2]}, more than its max_slots={match[3]}"
+            )
         name, count = match[1], int(match[2])
         if name in slots:
-            raise TopologyError(f"{path}:{number}: host {name} stands here a second time (first in line {first_line[name]})")
+            raise TopologyError(
+                f"{path}:{number}: host {name} stands here a second time (first in line {first_line[name]})"
+            )
         if count == 0:
-            raise TopologyError(f"{path}:{number}: host {name} has slots=0; give it at least one rank, or remove the line")
+            raise TopologyError(
+                f"{path}:{number}: host {name} has slots=0; give it at least one rank, or remove the line"
+            )
         slots[name], first_line[name] = count, number
     if not slots:
         raise TopologyError(f"{path} names no host; expected lines NAME slots=N, e.g. node-1 slots=8")
@@ -77,7 +83,9 @@ def check_hosts(names: list[str], seconds: int, ssh_port: int | None = None) -> 
         port = ["-p", str(ssh_port)] if ssh_port is not None else []
         command = ["ssh", *port, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={seconds}", name, remote]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + _START_SECONDS, stdin=subprocess.DEVNULL)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds + _START_SECONDS, stdin=subprocess.DEVNULL
+            )
         except FileNotFoundError:
             return "there is no ssh program on this machine"
         except subprocess.TimeoutExpired:

@@ -112,7 +112,9 @@ class Planner:
         self.dtype = getattr(torch, config.model.dtype)
         self.model = adapted_skeleton(model_config, self.adapters, self.dtype)
         self._peaks: dict[tuple[int, int], ActivationPeak] = {}
-        self._gathered = _gathers(adapted_skeleton(model_config, self.adapters, self.dtype), config.model.gradient_checkpointing)
+        self._gathered = _gathers(
+            adapted_skeleton(model_config, self.adapters, self.dtype), config.model.gradient_checkpointing
+        )
 
     def plan(self, gpus: int, work: Work, hardware: Hardware) -> Plan:
         """Memory, bytes and speed on ``gpus`` ranks.
@@ -123,11 +125,17 @@ class Planner:
         """
         ep_size = self.config.parallel.ep_size
         if gpus < 1 or gpus % ep_size:
-            raise TopologyError(f"parallel.ep_size is {ep_size}, which does not divide {gpus} GPUs; allowed: multiples of {ep_size}")
+            raise TopologyError(
+                f"parallel.ep_size is {ep_size}, which does not divide {gpus} GPUs; allowed: multiples of {ep_size}"
+            )
         settings = read_deepspeed_config(self.config, work.sequences, work.accumulation, gpus)
         held = self._held(settings, gpus)
-        offload = settings.engine.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-        to_host = {name for name, moves in (("optimizer", offload), ("backbone", settings.backbone.offload == "cpu")) if moves}
+        offload = (
+            settings.engine.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+        )
+        to_host = {
+            name for name, moves in (("optimizer", offload), ("backbone", settings.backbone.offload == "cpu")) if moves
+        }
         host = {name: held.pop(name) for name in to_host}
         dispatch = self._dispatch(work)
         peak = self._peak(work)
@@ -163,7 +171,9 @@ class Planner:
 
     def _trained(self) -> tuple[int, int]:
         """Numbers that train on every rank, and those with an expert dimension (all experts)."""
-        expert = sum(p.numel() for _, layer in self.model.adapted_layers() for p in layer.experts.sharded_parameters().values())
+        expert = sum(
+            p.numel() for _, layer in self.model.adapted_layers() for p in layer.experts.sharded_parameters().values()
+        )
         return sum(p.numel() for _, p in self.model.adapter_parameters()) - expert, expert
 
     def _held(self, settings: DeepSpeedSettings, gpus: int) -> dict[str, int]:
@@ -202,7 +212,9 @@ class Planner:
         key = (work.length, work.kept)
         if key not in self._peaks:
             checkpointing = self.config.model.gradient_checkpointing
-            self._peaks[key] = activation_peak(self.model_config, self.adapters, self.dtype, work.length, work.kept, checkpointing)
+            self._peaks[key] = activation_peak(
+                self.model_config, self.adapters, self.dtype, work.length, work.kept, checkpointing
+            )
         return self._peaks[key]
 
     def _active(self) -> int:
@@ -216,7 +228,14 @@ class Planner:
             return parallel.dispatch
         forwards = 2 if self.config.model.gradient_checkpointing else 1
         choices = {
-            cheaper_dispatch(shape, parallel.ep_size, work.sequences * work.length, self._active(), self.dtype.itemsize, forwards=forwards)
+            cheaper_dispatch(
+                shape,
+                parallel.ep_size,
+                work.sequences * work.length,
+                self._active(),
+                self.dtype.itemsize,
+                forwards=forwards,
+            )
             for shape in self._experts()
         }
         return choices.pop() if len(choices) == 1 else "auto (differs by layer)"
@@ -236,14 +255,18 @@ class Planner:
         if gpus == 1:
             return sent
         if settings.backbone.sharded or settings.stage == 3:
-            sent["backbone all_gather"] = micro_steps * all_gather_bytes(_whole_bytes(self._gathered, gpus) // gpus, gpus)
+            sent["backbone all_gather"] = micro_steps * all_gather_bytes(
+                _whole_bytes(self._gathered, gpus) // gpus, gpus
+            )
         if settings.stage == 3:
             sent["adapters all_gather"] = micro_steps * all_gather_bytes(2 * 4 * (shared + expert) // gpus, gpus)
             sent["gradients reduce_scatter"] = micro_steps * all_gather_bytes(4 * (shared + expert) // gpus, gpus)
             return sent
         copies = gpus // ep_size
         reduces = micro_steps if settings.stage == 2 else 1
-        sent["gradients all_reduce"] = reduces * (all_reduce_bytes(4 * shared, gpus) + all_reduce_bytes(4 * (expert // ep_size), copies))
+        sent["gradients all_reduce"] = reduces * (
+            all_reduce_bytes(4 * shared, gpus) + all_reduce_bytes(4 * (expert // ep_size), copies)
+        )
         sent["adapters all_gather"] = all_gather_bytes(4 * -(-shared // gpus), gpus) + all_gather_bytes(
             4 * -(-(expert // ep_size) // copies), copies
         )
@@ -270,7 +293,10 @@ class Planner:
         tokens = work.sequences * work.length * work.accumulation
         matmul = sum(p.numel() for p in self._backbone() if p.dim() >= 2) - self._embedding_numbers()
         passes = 3 if self.config.model.gradient_checkpointing else 2  # forward, gradient of the input, recomputation
-        layers, width = self.model_config.get_text_config().num_hidden_layers, self.model_config.get_text_config().hidden_size
+        layers, width = (
+            self.model_config.get_text_config().num_hidden_layers,
+            self.model_config.get_text_config().hidden_size,
+        )
         attention = 2 * layers * width * work.length  # causal: half of 4 S D per token
         shared, expert = self._trained()
         adapters = shared + expert  # masked-dense: every expert's product is computed, forward and twice backward
@@ -281,7 +307,9 @@ class Planner:
             return hardware.intra_bandwidth if ranks <= within else hardware.inter_bandwidth
 
         ep_size = self.config.parallel.ep_size
-        moved = {name: count / bandwidth(ep_size if name.startswith("experts") else gpus) for name, count in wire.items()}
+        moved = {
+            name: count / bandwidth(ep_size if name.startswith("experts") else gpus) for name, count in wire.items()
+        }
         return {"compute": flops / (hardware.flops * hardware.efficiency), **moved}
 
     def _embedding_numbers(self) -> int:
@@ -307,7 +335,9 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
         raise ModelError(f"cannot read the model configuration {path}") from None
     kind = values.pop("model_type", None) if isinstance(values, dict) else None
     if not isinstance(kind, str):
-        raise ModelError(f"{path}: a model configuration is a JSON object with a model_type, as in a Hugging Face model's config.json")
+        raise ModelError(
+            f"{path}: a model configuration is a JSON object with a model_type, as in a Hugging Face model's config.json"
+        )
     try:
         return AutoConfig.for_model(kind, **values)
     except (ValueError, KeyError, TypeError) as error:
@@ -350,7 +380,9 @@ def _gathers(model: CumaModel, checkpointing: bool) -> list[nn.Parameter]:
         model.enable_gradient_checkpointing()
     width = model.config.profile_dim
     profiles_NP = torch.zeros(1, width, device="meta") if width else None
-    out = model.train()(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), profile_embeddings=profiles_NP, use_cache=False)
+    out = model.train()(
+        input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), profile_embeddings=profiles_NP, use_cache=False
+    )
     out.logits.sum().backward()
     return gathered
 

@@ -20,7 +20,9 @@ def print_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, console
     for name, rows in plans.items():
         first = rows[0]
         work = first.work
-        sizes = f"{first.backbone_parameters / 1e9:.2f} B frozen, {first.trained_parameters / 1e6:.1f} M trained parameters"
+        sizes = (
+            f"{first.backbone_parameters / 1e9:.2f} B frozen, {first.trained_parameters / 1e6:.1f} M trained parameters"
+        )
         shape = f"{work['sequences']} x {work['length']} tokens per GPU and forward, {work['accumulation']} forward(s) per step"
         console.print(f"\n[bold]{name}[/bold]: {sizes}; {shape}")
         console.print(_memory_table(rows, hardware))
@@ -36,7 +38,15 @@ def _memory_table(rows: Sequence[Plan], hardware: Hardware) -> Table:
     table = Table(title="GB per GPU at the peak, and speed", box=box.SIMPLE_HEAD, title_justify="left")
     parts = [part for part in _PARTS if any(part in plan.memory for plan in rows)]
     hosts = sorted({part for plan in rows for part in plan.host_memory})
-    for column in ("GPUs", *parts, "total", "fits", "max micro batch", "tokens/s", *(f"{part} on host" for part in hosts)):
+    for column in (
+        "GPUs",
+        *parts,
+        "total",
+        "fits",
+        "max micro batch",
+        "tokens/s",
+        *(f"{part} on host" for part in hosts),
+    ):
         table.add_column(column, justify="right")
     for plan in rows:
         fits = "yes" if plan.fits else f"no ({(hardware.memory - hardware.reserved) / 1e9:.0f})"
@@ -76,7 +86,9 @@ def plot_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, path: Pa
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(len(plans), 2, figsize=(11, 0.9 + 3.1 * len(plans)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(plans), 2, figsize=(11, 0.9 + 3.1 * len(plans)), squeeze=False, layout="constrained"
+    )
     colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
     for (name, rows), (left, right) in zip(plans.items(), axes, strict=True):
         labels = [f"{plan.gpus:,}" for plan in rows]
@@ -85,7 +97,9 @@ def plot_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, path: Pa
             heights = [plan.memory.get(part, 0) / 1e9 for plan in rows]
             left.bar(labels, heights, bottom=bottom, color=colour, label=part, width=0.6)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-        left.axhline((hardware.memory - hardware.reserved) / 1e9, color="black", linestyle="--", linewidth=1, label="available")
+        left.axhline(
+            (hardware.memory - hardware.reserved) / 1e9, color="black", linestyle="--", linewidth=1, label="available"
+        )
         left.set(title=f"{name}: memory per GPU", ylabel="GB", xlabel="GPUs")
         left.set_ylim(0, 1.25 * max(max(bottom), hardware.memory / 1e9))
         speeds = [plan.tokens_per_second for plan in rows]
@@ -94,7 +108,9 @@ def plot_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, path: Pa
         right.plot([plan.gpus for plan in rows], ideal, linestyle=":", color="grey", label="linear from the first")
         for plan, speed in zip(rows, speeds, strict=True):
             if not plan.fits:
-                right.annotate("does not fit", (plan.gpus, speed), textcoords="offset points", xytext=(8, 8), fontsize=8)
+                right.annotate(
+                    "does not fit", (plan.gpus, speed), textcoords="offset points", xytext=(8, 8), fontsize=8
+                )
         right.set(title=f"{name}: speed", ylabel="tokens/s", xlabel="GPUs", xscale="log", yscale="log")
         right.set_xticks([plan.gpus for plan in rows], labels)
         right.minorticks_off()

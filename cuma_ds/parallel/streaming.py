@@ -172,7 +172,9 @@ def _places(backbone: PreTrainedModel, files: list[str], dtype: torch.dtype) -> 
                 if converter is not None:
                     raise NotStreamable(f"transformers converts {key} while loading")
                 if content.get_slice(key).get_shape() != list(state[name].shape):
-                    raise NotStreamable(f"{key} has shape {content.get_slice(key).get_shape()}, not {list(state[name].shape)}")
+                    raise NotStreamable(
+                        f"{key} has shape {content.get_slice(key).get_shape()}, not {list(state[name].shape)}"
+                    )
                 found[name] = _Place(file, key)
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in state.items():
@@ -215,9 +217,13 @@ class _Checkpoint:
             out[first - start : last - start].copy_(piece[first - row * width : last - row * width])
 
 
-def _partition(partitioner: deepspeed.zero.Init, empty: nn.Parameter, checkpoint: _Checkpoint, place: _Place) -> nn.Parameter:
+def _partition(
+    partitioner: deepspeed.zero.Init, empty: nn.Parameter, checkpoint: _Checkpoint, place: _Place
+) -> nn.Parameter:
     """A ZeRO-3 parameter like ``empty`` (meta) whose shard on this rank comes from the checkpoint."""
-    whole = nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype, device=partitioner.local_device), requires_grad=False)
+    whole = nn.Parameter(
+        torch.empty(empty.shape, dtype=empty.dtype, device=partitioner.local_device), requires_grad=False
+    )
     partitioner._convert_to_deepspeed_param(whole)
     whole.partition()  # type: ignore[attr-defined]
     shard: Tensor = whole.ds_tensor  # type: ignore[attr-defined]

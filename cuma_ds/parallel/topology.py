@@ -93,11 +93,16 @@ def start_processes(timeout_seconds: int) -> Topology:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_seconds), verbose=False
+            dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_seconds),
+            verbose=False,
         )
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise TopologyError(f"rank {rank} of {world} could not meet its peers at {address}: {str(error).splitlines()[0]}") from None
+        raise TopologyError(
+            f"rank {rank} of {world} could not meet its peers at {address}: {str(error).splitlines()[0]}"
+        ) from None
     wait_for_peers_at_most(_PREPARATION_SECONDS)
     return Topology(world=world, rank=rank, local_rank=local_rank, device=device)
 
@@ -134,7 +139,9 @@ def peers_must_answer(topology: Topology, seconds: float) -> Iterator[None]:
             why = "another rank is gone"
         else:
             raise
-        raise TopologyError(f"rank {topology.rank} of {topology.world} stops: {why}; the same command resumes the run") from error
+        raise TopologyError(
+            f"rank {topology.rank} of {topology.world} stops: {why}; the same command resumes the run"
+        ) from error
 
 
 def check_ep_size(topology: Topology, ep_size: int) -> None:

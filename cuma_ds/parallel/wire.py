@@ -34,7 +34,12 @@ class ExpertShapes:
 
 
 def gather_experts_bytes(
-    experts: ExpertShapes, ep_size: int, compute_bytes: int, weight_bytes: int = 4, forwards: int = 1, backward: bool = True
+    experts: ExpertShapes,
+    ep_size: int,
+    compute_bytes: int,
+    weight_bytes: int = 4,
+    forwards: int = 1,
+    backward: bool = True,
 ) -> dict[str, int]:
     """Bytes one rank sends to mix one linear by moving the experts; exact.
 
@@ -47,7 +52,9 @@ def gather_experts_bytes(
         backward: False for evaluation.
     """
     moved = experts.elements // ep_size * (ep_size - 1)
-    return _without_zeros({"all_gather": forwards * moved * compute_bytes, "reduce_scatter": moved * weight_bytes * backward})
+    return _without_zeros(
+        {"all_gather": forwards * moved * compute_bytes, "reduce_scatter": moved * weight_bytes * backward}
+    )
 
 
 def all_to_all_bytes(
@@ -74,7 +81,9 @@ def all_to_all_bytes(
     forward = sent * to_expert + received * experts.out_features
     back = sent * experts.out_features + received * (experts.sent_per_pair if input_gradient or experts.shared_a else 0)
     counts = experts.num_experts // ep_size * (ep_size - 1) * _COUNT_BYTES
-    return _without_zeros({"all_to_all": round(forwards * (forward * compute_bytes + counts) + back * compute_bytes * backward)})
+    return _without_zeros(
+        {"all_to_all": round(forwards * (forward * compute_bytes + counts) + back * compute_bytes * backward)}
+    )
 
 
 def balanced_pairs(tokens: float, top_k: int, ep_size: int) -> float:

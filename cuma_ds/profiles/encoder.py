@@ -126,7 +126,15 @@ class ProfileEncoder:
     def fingerprint(self) -> str:
         """sha256 hex digest that changes whenever the vectors could."""
         digest = hashlib.sha256(f"{self.pooling}:{self._max_tokens}{'' if self.normalise else ':raw'}".encode())
-        patterns = (*_WEIGHTS, "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
+        patterns = (
+            *_WEIGHTS,
+            "config.json",
+            "tokenizer*",
+            "vocab*",
+            "merges.txt",
+            "*.model",
+            "special_tokens_map.json",
+        )
         for file in sorted({file for pattern in patterns for file in self.folder.glob(pattern)}):
             digest.update(file.name.encode())
             with file.open("rb") as stream:
@@ -162,7 +170,9 @@ class ProfileEncoder:
     def _embed(self, texts: list[str]) -> Tensor:
         tokenizer, model = self._parts
         longest = min(self._max_tokens, tokenizer.model_max_length)
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self.device)
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(
+            self.device
+        )
         hidden_BSP = model(**inputs).last_hidden_state
         pooled_BP = pool(hidden_BSP, inputs["attention_mask"], self.pooling)
         return (torch.nn.functional.normalize(pooled_BP.float(), dim=-1) if self.normalise else pooled_BP.float()).cpu()
@@ -194,13 +204,17 @@ def _resolve(path: str) -> Path:
     if folder.is_dir():
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ModelError(f"there is no sentence encoder at {path}; profiles.encoder is a folder or a hub id such as owner/name")
+        raise ModelError(
+            f"there is no sentence encoder at {path}; profiles.encoder is a folder or a hub id such as owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack"]))
     except Exception as error:
-        raise ModelError(f"{path} is neither a folder nor a sentence encoder the hub gives us: {_one_line(error)}") from None
+        raise ModelError(
+            f"{path} is neither a folder nor a sentence encoder the hub gives us: {_one_line(error)}"
+        ) from None
 
 
 def _pooling(folder: Path) -> str:
@@ -210,15 +224,23 @@ def _pooling(folder: Path) -> str:
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind not in known:
             raise ModelError(f"{folder / 'modules.json'} asks for a {kind} module; supported: {', '.join(known)}")
-    place = next((str(module.get("path")) for module in modules if str(module.get("type", "")).endswith("Pooling")), "1_Pooling")
+    place = next(
+        (str(module.get("path")) for module in modules if str(module.get("type", "")).endswith("Pooling")), "1_Pooling"
+    )
     config = _json(folder / place / "config.json")
     if isinstance(config.get("pooling_mode"), str):
         modes = [config["pooling_mode"]]
     else:
-        modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+        modes = [
+            key.removeprefix("pooling_mode_")
+            for key, on in config.items()
+            if key.startswith("pooling_mode_") and on is True
+        ]
     modes = [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes] or ["mean"]
     if len(modes) > 1 or modes[0] not in _POOLINGS:
-        raise ModelError(f"{folder / place / 'config.json'} asks for pooling {' + '.join(modes)}; supported: one of {', '.join(_POOLINGS)}")
+        raise ModelError(
+            f"{folder / place / 'config.json'} asks for pooling {' + '.join(modes)}; supported: one of {', '.join(_POOLINGS)}"
+        )
     return modes[0]
 
 

@@ -14,7 +14,9 @@ from cuma_ds.profiles.linearize import one_spelling, value_of
 EVERYONE_ELSE = "*"
 
 
-def group_mask(profiles: Sequence[Mapping[str, Any]], groups: Mapping[str, Mapping[str, Sequence[int]]], num_experts: int) -> Tensor:
+def group_mask(
+    profiles: Sequence[Mapping[str, Any]], groups: Mapping[str, Mapping[str, Sequence[int]]], num_experts: int
+) -> Tensor:
     """The gradient mask of ``adapters.gradient_groups``: 1 where a profile's group may teach an expert, 0 elsewhere.
 
     Args:
@@ -39,7 +41,9 @@ def group_mask(profiles: Sequence[Mapping[str, Any]], groups: Mapping[str, Mappi
         )
     for value in experts_by_value:
         if value != EVERYONE_ELSE and value not in values:
-            raise ConfigError(f"adapters.gradient_groups.{field}: nobody's {field} is {value!r}{nearest(value, filter(None, values))}")
+            raise ConfigError(
+                f"adapters.gradient_groups.{field}: nobody's {field} is {value!r}{nearest(value, filter(None, values))}"
+            )
     rest = experts_by_value.get(EVERYONE_ELSE, range(num_experts))
     mask_NE = torch.zeros(len(profiles), num_experts)
     for row, value in enumerate(values):

@@ -22,9 +22,7 @@ _MISSING = {
 
 # Characters that are not seen: spaces of no width, marks of direction and of byte order. Joiners count only outside the scripts that
 # write with them (from Arabic on, and emoji).
-_INVISIBLE = re.compile(
-    r"[\u200b\u200e\u200f\u2060\ufeff]|(?<![\u0600-\u1fff\u2c00-\U0010ffff])[\u200c\u200d]"
-)
+_INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff]|(?<![\u0600-\u1fff\u2c00-\U0010ffff])[\u200c\u200d]")
 _OTHER = re.compile(r"(?:an)?others?(?: (?:religion|faith|denomination|gender)s?)?(?:\s*[,:;(].*)?", re.IGNORECASE)
 
 # Field names people use, by the one the wvs template reads.
@@ -36,7 +34,16 @@ _ALIASES = {
     "education": {"education", "education level", "highest education", "degree", "university degree"},
 }
 # Fields of the authors' sentence, in its order.
-AUTHORS_FIELDS = ("country", "age group", "gender", "education", "marital status", "religion", "ethnicity", "employment")
+AUTHORS_FIELDS = (
+    "country",
+    "age group",
+    "gender",
+    "education",
+    "marital status",
+    "religion",
+    "ethnicity",
+    "employment",
+)
 _MAN = {"male", "man", "m", "men"}
 _WOMAN = {"female", "woman", "f", "women"}
 _NOT_RELIGIOUS = {
@@ -74,7 +81,9 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
         ConfigError: an unknown template.
     """
     if template not in TEMPLATES:
-        raise ConfigError(f"unknown profile template {template!r}{nearest(template, TEMPLATES)}; allowed: {', '.join(TEMPLATES)}")
+        raise ConfigError(
+            f"unknown profile template {template!r}{nearest(template, TEMPLATES)}; allowed: {', '.join(TEMPLATES)}"
+        )
     fields = plain_profile(fields)
     if isinstance(fields, str):
         if not fields:
@@ -83,7 +92,9 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
     values = {name: _text(value) for name, value in fields.items() if not is_missing(value)}
     if not values:
         given = ", ".join(str(name) for name in fields) or "none at all"
-        raise DataError(f"a profile has no field with an answer (fields given: {given}); at least one is needed, e.g. country")
+        raise DataError(
+            f"a profile has no field with an answer (fields given: {given}); at least one is needed, e.g. country"
+        )
     return {"wvs": _wvs, "generic": _generic, "authors": _authors}[template](values)
 
 
@@ -104,7 +115,9 @@ def plain_profile(profile: Mapping[str, Any] | str) -> dict[str, Any] | str:
         except RepeatedKeyError as error:
             raise DataError(f"the profile names {error.key!r} twice; keep one") from None
         except ValueError:
-            raise DataError("the profile is a text that starts as JSON but is broken; allowed: a sentence, or fields such as age") from None
+            raise DataError(
+                "the profile is a text that starts as JSON but is broken; allowed: a sentence, or fields such as age"
+            ) from None
     return {one_spelling(str(name)): _plain_value(name, value) for name, value in profile.items()}
 
 
@@ -113,10 +126,14 @@ def _plain_value(name: str, value: Any) -> Any:
         return one_spelling(value)
     if isinstance(value, bool) and _canonical(str(name)) in ("age", "country", "gender"):
         raise DataError(f"profile field {name!r} is {str(value).lower()}; allowed: text or a number")
-    if isinstance(value, list | tuple | set) and not any(isinstance(item, list | tuple | set | Mapping) for item in value):
+    if isinstance(value, list | tuple | set) and not any(
+        isinstance(item, list | tuple | set | Mapping) for item in value
+    ):
         return [_plain_value(name, item) for item in value if not is_missing(item)]
     if isinstance(value, list | tuple | set | Mapping) and not is_missing(value):
-        raise DataError(f"profile field {name!r} holds fields or lists of its own; write each as a field of the profile")
+        raise DataError(
+            f"profile field {name!r} holds fields or lists of its own; write each as a field of the profile"
+        )
     return value
 
 

@@ -99,9 +99,13 @@ class ProfileTable:
                 sentences = json.loads(bytes(file.get_tensor("sentences").numpy()).decode())
                 table = cls(sentences, file.get_tensor("embeddings"), metadata.get("fingerprint", ""))
         except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise DataError(f"cannot read the table of profiles {path}: {(str(error).splitlines() or [''])[0]}") from None
+            raise DataError(
+                f"cannot read the table of profiles {path}: {(str(error).splitlines() or [''])[0]}"
+            ) from None
         if metadata["format"] == _FORMAT and metadata.get("sha256") != table.sha256:
-            raise DataError(f"the table of profiles {path} is damaged: its content has changed since it was written; restore or remove it")
+            raise DataError(
+                f"the table of profiles {path} is damaged: its content has changed since it was written; restore or remove it"
+            )
         return table
 
 

@@ -27,7 +27,13 @@ from cuma_ds.serving.text import TextStream
 
 
 def make_app(
-    talker: Talker, engine: Engine, name: str, max_tokens: int, max_length: int, max_body: int, api_key: str | None = None
+    talker: Talker,
+    engine: Engine,
+    name: str,
+    max_tokens: int,
+    max_length: int,
+    max_body: int,
+    api_key: str | None = None,
 ) -> FastAPI:
     """The application; it starts and stops the engine.
 
@@ -93,7 +99,9 @@ class Desk:
     def check_model(self, name: str) -> None:
         """Refuse every name but ours."""
         if name != self.name:
-            raise ServingError(404, f"there is no model of that name; this server has {self.name!r}", "model", "model_not_found")
+            raise ServingError(
+                404, f"there is no model of that name; this server has {self.name!r}", "model", "model_not_found"
+            )
 
     async def answer(self, body: ChatRequest, request: Request) -> Response:
         """Queue the request and answer it, as a stream or in one piece."""
@@ -114,12 +122,18 @@ class Desk:
             self.engine.submit(job)
         except QueueFullError:
             raise ServingError(
-                429, f"{self.engine.limits.max_queue} requests are waiting already; try again later", None, "queue_full", "rate_limit_error"
+                429,
+                f"{self.engine.limits.max_queue} requests are waiting already; try again later",
+                None,
+                "queue_full",
+                "rate_limit_error",
             ) from None
         request.state.job = job  # the guard ends it with the request, whatever happens
         identity = request.state.id
         if body.stream:
-            stream = self._stream(identity, job, pieces, bool(body.stream_options and body.stream_options.include_usage), warnings)
+            stream = self._stream(
+                identity, job, pieces, bool(body.stream_options and body.stream_options.include_usage), warnings
+            )
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         whole = asyncio.ensure_future(_whole(pieces))
         gone = asyncio.ensure_future(_disconnected(request))
@@ -129,7 +143,9 @@ class Desk:
             whole.cancel()
             return Response(status_code=499)  # nobody reads it
         text, finish = whole.result()
-        return JSONResponse(completion(identity, self.name, text, finish, usage(len(prompt), len(job.tokens)), warnings))
+        return JSONResponse(
+            completion(identity, self.name, text, finish, usage(len(prompt), len(job.tokens)), warnings)
+        )
 
     def _who(self, body: ChatRequest) -> tuple[str | None, list[str]]:
         """The profile's sentence, and what the client should know about it."""
@@ -142,7 +158,9 @@ class Desk:
             raise ServingError(400, "a profile was given, but this model takes none", "profile", "profile_unknown")
         about = self.talker.model.export["profiles"]
         try:
-            return _text(linearize(body.profile, about["template"]), "profile"), unknown_fields(body.profile, about.get("fields") or ())
+            return _text(linearize(body.profile, about["template"]), "profile"), unknown_fields(
+                body.profile, about.get("fields") or ()
+            )
         except CumaError as error:
             raise ServingError(400, str(error), "profile", "profile_empty") from None
 
@@ -166,7 +184,9 @@ class Desk:
             return min(self.max_tokens, room)
         param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         if asked > self.max_tokens:
-            raise ServingError(400, f"{param} is {asked}; this server allows up to {self.max_tokens}", param, "max_tokens_exceeded")
+            raise ServingError(
+                400, f"{param} is {asked}; this server allows up to {self.max_tokens}", param, "max_tokens_exceeded"
+            )
         if asked > room:
             message = f"{param} is {asked} and the messages have {prompt_tokens} tokens; this server takes {self.max_length} together"
             raise ServingError(400, message, param, "context_length_exceeded")
@@ -181,7 +201,9 @@ class Desk:
         while True:
             piece = await pieces.get()
             if piece.error is not None:
-                yield _event(error_content("the server failed to answer this request", "server_error", code="internal_error"))
+                yield _event(
+                    error_content("the server failed to answer this request", "server_error", code="internal_error")
+                )
                 return
             if piece.text:
                 yield _event(chunk(identity, self.name, {"content": piece.text}, **more))
@@ -233,7 +255,11 @@ async def _refuse(_: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         problem = error.errors()[0]
         param = ".".join(str(part) for part in problem["loc"] if part != "body") or None
-        what = "is no parameter of this server" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+        what = (
+            "is no parameter of this server"
+            if problem["type"] == "extra_forbidden"
+            else problem["msg"].removeprefix("Value error, ")
+        )
         message = f"{param}: {what}" if param else what
         return JSONResponse(error_content(message, "invalid_request_error", param), 400)
     assert isinstance(error, HTTPException)

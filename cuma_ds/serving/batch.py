@@ -119,7 +119,9 @@ class Batch:
         if self.profiles_BP is not None:
             self.profiles_BP = self.profiles_BP[index]
 
-    def _forward(self, ids_BS: Tensor, mask_BL: Tensor, positions_BS: Tensor, cache: DynamicCache, profiles_BP: Tensor | None) -> Tensor:
+    def _forward(
+        self, ids_BS: Tensor, mask_BL: Tensor, positions_BS: Tensor, cache: DynamicCache, profiles_BP: Tensor | None
+    ) -> Tensor:
         more: dict[str, Any] = {} if profiles_BP is None else {"profile_embeddings": profiles_BP}
         if self.model.takes_positions:
             more["position_ids"] = positions_BS
@@ -131,7 +133,9 @@ class Batch:
 def _layers(cache: DynamicCache) -> list[Any]:
     """The layers' keys and values, [B, H, L, D] each."""
     if not cache.layers or not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        raise ModelError("this model's layers keep other states than attention keys and values; it cannot be served in batches")
+        raise ModelError(
+            "this model's layers keep other states than attention keys and values; it cannot be served in batches"
+        )
     return cache.layers
 
 

@@ -58,14 +58,18 @@ class Guard:
         error: Exception | None = None
         try:
             if scope["path"] != "/health" and not self._knows_key(scope):
-                content = error_content("the API key is missing or wrong", "authentication_error", code="invalid_api_key")
+                content = error_content(
+                    "the API key is missing or wrong", "authentication_error", code="invalid_api_key"
+                )
                 await JSONResponse(content, 401, {"WWW-Authenticate": "Bearer"})(scope, limited, noted)
             else:
                 await self.app(scope, limited, noted)
         except Exception as mistake:
             error = mistake
             if not status:
-                content = error_content("the server failed to answer this request", "server_error", code="internal_error")
+                content = error_content(
+                    "the server failed to answer this request", "server_error", code="internal_error"
+                )
                 await JSONResponse(content, 500)(scope, limited, noted)
         finally:
             job = state.get("job")
@@ -75,7 +79,9 @@ class Guard:
                 path = scope["path"] if scope["path"] in _PATHS else "other"  # may hold anything
                 facts = {"id": state["id"], "method": scope["method"], "path": path, "status": status}
                 facts["seconds"] = round(time.monotonic() - started, 4)
-                logger.info("request", exc_info=error, extra={"facts": facts | (_facts(job) if job is not None else {})})
+                logger.info(
+                    "request", exc_info=error, extra={"facts": facts | (_facts(job) if job is not None else {})}
+                )
 
     def _knows_key(self, scope: Scope) -> bool:
         if self._key is None:

@@ -24,7 +24,12 @@ class ServingError(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -85,7 +90,10 @@ class ChatMessage(_Strict):
 
     def plain(self) -> Message:
         """Role and text as chat templates take them."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": "".join(part.text for part in self.content)}
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": "".join(part.text for part in self.content),
+        }
 
 
 class StreamOptions(_Strict):
@@ -151,13 +159,21 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
-def completion(identity: str, model: str, text: str, finish: str, used: dict[str, int], warnings: Sequence[str]) -> dict[str, Any]:
+def completion(
+    identity: str, model: str, text: str, finish: str, used: dict[str, int], warnings: Sequence[str]
+) -> dict[str, Any]:
     """The answer in one piece."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": finish}
-    return _answer(identity, model, "chat.completion", [choice]) | {"usage": used} | ({"warnings": list(warnings)} if warnings else {})
+    return (
+        _answer(identity, model, "chat.completion", [choice])
+        | {"usage": used}
+        | ({"warnings": list(warnings)} if warnings else {})
+    )
 
 
-def chunk(identity: str, model: str, delta: dict[str, str] | None, finish: str | None = None, **more: Any) -> dict[str, Any]:
+def chunk(
+    identity: str, model: str, delta: dict[str, str] | None, finish: str | None = None, **more: Any
+) -> dict[str, Any]:
     """One piece of a streamed answer; without a delta it has no choice, only what ``more`` says."""
     choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
     return _answer(identity, model, "chat.completion.chunk", choices) | more

@@ -57,4 +57,6 @@ class TextStream:
     def _begun(self, stop: str) -> int:
         """Length of the longest end of the unsent text that begins ``stop``."""
         waiting = len(self._decoded) - self._sent
-        return next((size for size in range(min(len(stop) - 1, waiting), 0, -1) if self._decoded.endswith(stop[:size])), 0)
+        return next(
+            (size for size in range(min(len(stop) - 1, waiting), 0, -1) if self._decoded.endswith(stop[:size])), 0
+        )

@@ -106,7 +106,9 @@ class MetricsWriter:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"train/{name}", value, step)
 
-    def log_routing(self, step: int, names: Sequence[str], load_RE: torch.Tensor | ArrayLike, entropy_R: torch.Tensor | ArrayLike) -> None:
+    def log_routing(
+        self, step: int, names: Sequence[str], load_RE: torch.Tensor | ArrayLike, entropy_R: torch.Tensor | ArrayLike
+    ) -> None:
         """Record where tokens went: scalars of every router and, about ten times a run, a picture of all of them.
 
         Args:

@@ -29,7 +29,13 @@ from cuma_ds.export.modeling import base_fact
 from cuma_ds.identity import read_identity
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
-from cuma_ds.parallel.checkpoint import check_checkpoint, find_checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
+from cuma_ds.parallel.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
@@ -101,7 +107,9 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
         if has_checkpoint(config.run_dir):
             check_checkpoint(find_checkpoint(config.run_dir), known_fingerprints(config), content=topology.is_main)
         if topology.is_main:
-            (config.run_dir / "deepspeed.json").write_text(json.dumps(settings.engine, indent=2) + "\n", encoding="utf-8")
+            (config.run_dir / "deepspeed.json").write_text(
+                json.dumps(settings.engine, indent=2) + "\n", encoding="utf-8"
+            )
     engine = build_engine(config, adapters, settings, topology)
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     if inputs.table is not None:
@@ -163,7 +171,9 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
         )
     longest = base_fact(skeleton(config.model).config, "max_position_embeddings")
     if longest and section.max_length > longest and not started:
-        raise ConfigError(f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it")
+        raise ConfigError(
+            f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it"
+        )
     renderer = Renderer.of(load_tokenizer(config.model), section)
     section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
     fits = fitting(data, renderer, section, ["train", *data.evaluation_splits], advice)
@@ -177,7 +187,9 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer.of(tokenizer, config.data)
     if data.kind == "preference":
-        raise DataError("the data holds preferences, but objective sft learns from answers or conversations; prepare it with --kind chat")
+        raise DataError(
+            "the data holds preferences, but objective sft learns from answers or conversations; prepare it with --kind chat"
+        )
     rows, sentences = data.splits["train"], data.sentences
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     stream = BatchStream(
@@ -204,11 +216,15 @@ def with_profile_width(adapters: CumaConfig, table: ProfileTable | None) -> Cuma
     """
     width = 0 if table is None else table.embeddings.shape[1]
     if adapters.profile_dim not in (0, width):
-        raise ConfigError(f"adapters.profile_dim is {adapters.profile_dim}, but the encoder's embeddings have width {width}; leave it out")
+        raise ConfigError(
+            f"adapters.profile_dim is {adapters.profile_dim}, but the encoder's embeddings have width {width}; leave it out"
+        )
     return adapters.model_copy(update={"profile_dim": width})
 
 
-def build_engine(config: RunConfig, adapters: CumaConfig, settings: DeepSpeedSettings, topology: Topology) -> AdapterEngine:
+def build_engine(
+    config: RunConfig, adapters: CumaConfig, settings: DeepSpeedSettings, topology: Topology
+) -> AdapterEngine:
     """The engine with the recipe's optimizer."""
     return AdapterEngine(config, adapters, settings, topology, lambda groups: make_optimizer(groups, config.training))
 
@@ -238,7 +254,9 @@ def model_inputs(
     return inputs
 
 
-def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, start: int, writer: MetricsWriter, tell: Callable) -> None:
+def _steps(
+    config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, start: int, writer: MetricsWriter, tell: Callable
+) -> None:
     topology, training, stream = engine.topology, config.training, inputs.stream
     throughput = Throughput(topology.device)
     for step in range(start, training.steps):
@@ -248,7 +266,9 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, sta
         rate = learning_rate(step, training)
         totals = _run_step(config, engine, inputs, batches, rate)
         done = step + 1
-        totals.people = float(sum(inputs.people[row] for rows in stream.indices(step) for row in rows if row is not None))
+        totals.people = float(
+            sum(inputs.people[row] for rows in stream.indices(step) for row in rows if row is not None)
+        )
         totals = totals.over_ranks(topology)
         if totals.load_RE is not None:
             engine.model.update_shares(totals.load_RE)
@@ -290,7 +310,11 @@ class _Totals:
         if self.load_RE is None or self.entropy_R is None or self.routed is None:
             self.load_RE, self.entropy_R, self.routed = load_RE, entropy_R, routed
         else:
-            self.load_RE, self.entropy_R, self.routed = self.load_RE + load_RE, self.entropy_R + entropy_R, self.routed + routed
+            self.load_RE, self.entropy_R, self.routed = (
+                self.load_RE + load_RE,
+                self.entropy_R + entropy_R,
+                self.routed + routed,
+            )
 
     def over_ranks(self, topology: Topology) -> _Totals:
         """The same of all ranks: one sum over them."""
@@ -302,11 +326,17 @@ class _Totals:
         summed = _Totals(self.weight, self.tokens, total[0], total[1] / topology.world, float(total[2]))
         if self.load_RE is not None:
             loads = 3 + self.load_RE.numel()
-            summed.load_RE, summed.entropy_R, summed.routed = total[3:loads].view_as(self.load_RE), total[loads:-1], total[-1]
+            summed.load_RE, summed.entropy_R, summed.routed = (
+                total[3:loads].view_as(self.load_RE),
+                total[loads:-1],
+                total[-1],
+            )
         return summed
 
 
-def _run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, batches: list[Batch], rate: float) -> _Totals:
+def _run_step(
+    config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, batches: list[Batch], rate: float
+) -> _Totals:
     device, world = engine.topology.device, engine.topology.world
     own = [sum(batch.weight_sum for batch in batches), sum(batch.real_tokens for batch in batches)]
     weight, tokens = engine.topology.sum_over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
@@ -332,12 +362,16 @@ def _run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, 
     return totals
 
 
-def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, rate: float, totals: _Totals, throughput: Throughput) -> None:
+def _log(
+    writer: MetricsWriter, engine: AdapterEngine, step: int, rate: float, totals: _Totals, throughput: Throughput
+) -> None:
     """Stop on a loss that is no number, and write the row."""
     scalars = {"loss": float(totals.loss) / totals.weight, "lr": rate, "grad_norm": engine.grad_norm}
     scalars |= throughput.step(totals.tokens, totals.people)
     if not np.isfinite(scalars["loss"]):
-        raise CumaError(f"the loss became {scalars['loss']} at step {step}; lower training.learning_rate or check the data")
+        raise CumaError(
+            f"the loss became {scalars['loss']} at step {step}; lower training.learning_rate or check the data"
+        )
     if totals.load_RE is not None:
         scalars["balance"] = float(totals.balance)
     if engine.loss_scaler is not None:

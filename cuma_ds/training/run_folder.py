@@ -76,7 +76,11 @@ def learned_settings(config: RunConfig, names: bool = False) -> dict[str, Any]:
         if section in _FREE_SECTIONS:
             continue
         for key, value in values.items():
-            if (section, key) in _FREE_KEYS or _is_as_released(section, key, value) or ((section, key) in _PATHS and not names):
+            if (
+                (section, key) in _FREE_KEYS
+                or _is_as_released(section, key, value)
+                or ((section, key) in _PATHS and not names)
+            ):
                 continue
             flat[f"{section}.{key}"] = Path(value).name if (section, key) in _PATHS and value else value
     flat["data.heldout_fraction"] = config.data.heldout
@@ -111,7 +115,9 @@ def open_run_folder(config: RunConfig) -> Path:
         try:
             before, now = (learned_settings(one, names=not identity) for one in (load_started(recipe), config))
         except ConfigError as error:
-            raise CheckpointError(f"{folder} holds a run whose recipe cannot be read ({error}); choose another run.name") from None
+            raise CheckpointError(
+                f"{folder} holds a run whose recipe cannot be read ({error}); choose another run.name"
+            ) from None
         for key in before | now:
             section, _, name = key.partition(".")
             # What is left out says what release 0.1.0 did.
@@ -209,7 +215,9 @@ def open_trained(run_dir: Path, config: RunConfig, step: int | None = None) -> T
     data = PreparedData.load(run_dir / DATA_FOLDER)
     table = ProfileTable.load(run_dir / TABLE_FILE) if config.adapters.uses_profiles else None
     if table is not None and table.sentences != data.sentences:
-        raise DataError(f"{run_dir}: {TABLE_FILE} and data/ hold different profiles; this run folder was put together from two runs")
+        raise DataError(
+            f"{run_dir}: {TABLE_FILE} and data/ hold different profiles; this run folder was put together from two runs"
+        )
     check_own_data(run_dir, data, table, identity)
     check_backbone(config, identity)
     return TrainedRun(checkpoint, read_adapters(checkpoint, state), identity, data, table)
@@ -217,10 +225,15 @@ def open_trained(run_dir: Path, config: RunConfig, step: int | None = None) -> T
 
 def check_own_data(run_dir: Path, data: PreparedData, table: ProfileTable | None, identity: Mapping[str, Any]) -> None:
     """Raise a DataError if data and profiles in a run folder are not those of its identity."""
-    for name, now in ((f"{DATA_FOLDER}/", content_sha256(data.manifest["hashes"])), (TABLE_FILE, None if table is None else table.sha256)):
+    for name, now in (
+        (f"{DATA_FOLDER}/", content_sha256(data.manifest["hashes"])),
+        (TABLE_FILE, None if table is None else table.sha256),
+    ):
         known = identity.get("data" if name == f"{DATA_FOLDER}/" else "profiles")
         if known is not None and now is not None and known != now:
-            raise DataError(f"{run_dir}: {name} is not what this run was trained with; restore it from a copy of the run folder")
+            raise DataError(
+                f"{run_dir}: {name} is not what this run was trained with; restore it from a copy of the run folder"
+            )
 
 
 def source_hashes(data: DataSection, known: Iterable[str] = ()) -> dict[str, str]:
@@ -278,5 +291,7 @@ def _is_gone(key: str, place: str, folder: Path) -> bool:
     """Whether a place on this machine no longer is there; a warning says so. Hub ids are never gone."""
     gone = not Path(place).expanduser().exists() and (place.count("/") != 1 or place.startswith((".", "/", "~")))
     if gone:
-        warnings.warn(f"{key}: there is nothing at {place} any more; {folder} goes on with what it was started with", stacklevel=2)
+        warnings.warn(
+            f"{key}: there is nothing at {place} any more; {folder} goes on with what it was started with", stacklevel=2
+        )
     return gone

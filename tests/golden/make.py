@@ -40,7 +40,13 @@ def main(out: Path) -> None:
         "profiles": {"encoder": str(out / "encoder"), "cache_dir": str(out / "cache")},
         "adapters": {"num_experts": 4, "lora_r": 2, "lora_alpha": 4},
         "data": {"source": "jsonl", "path": "tests/data/opinions.jsonl"},
-        "training": {"steps": 5, "global_batch_size": 6, "micro_batch_size": 2, "learning_rate": 0.01, "schedule": "constant"},
+        "training": {
+            "steps": 5,
+            "global_batch_size": 6,
+            "micro_batch_size": 2,
+            "learning_rate": 0.01,
+            "schedule": "constant",
+        },
         "parallel": {"deepspeed_config": "zero2"},
         "checkpoint": {"every": 5},
         "telemetry": {"progress": False, "tensorboard": False},
@@ -57,9 +63,15 @@ def main(out: Path) -> None:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(PROMPTS), profiles=PROFILES).logits
     shutil.copytree(out / "run", out / "more")
-    train(load_config(write(out / "more.yaml", {**whole, "run": {**recipe["run"], "name": "more"}})), with_expert_groups(topology, 1))
+    train(
+        load_config(write(out / "more.yaml", {**whole, "run": {**recipe["run"], "name": "more"}})),
+        with_expert_groups(topology, 1),
+    )
     state = read_adapters(find_checkpoint(out / "more"))
-    save_file({"logits": logits, **{f"state/{name}": tensor.contiguous() for name, tensor in state.items()}}, out / "expected.safetensors")
+    save_file(
+        {"logits": logits, **{f"state/{name}": tensor.contiguous() for name, tensor in state.items()}},
+        out / "expected.safetensors",
+    )
     for rest in (out / "more", out / "cache"):
         shutil.rmtree(rest)
     (out / "more.yaml").unlink()

@@ -51,7 +51,11 @@ def prepare_community_alignment(
         DataError: no or several CSV files, a missing column, an unknown preferred response, a conversation that comes twice.
     """
     file = _find(Path(path))
-    turns = [f"{turn}_turn_{part}" for turn in _TURNS for part in ("prompt", *(f"response_{x}" for x in _LETTERS), "preferred_response")]
+    turns = [
+        f"{turn}_turn_{part}"
+        for turn in _TURNS
+        for part in ("prompt", *(f"response_{x}" for x in _LETTERS), "preferred_response")
+    ]
     columns = ["conversation_id", "annotator_id", *_FIELDS, *turns]
     require_columns(file, csv_columns(file), columns)
     convert = partial(convert_conversation, kind=config.kind or "chat")
@@ -62,7 +66,9 @@ def convert_conversation(record: Row, where: str, kind: str) -> Converted:
     """Rows of one conversation; a turn without prompt, preference or preferred answer ends it."""
     for name in ("conversation_id", "annotator_id"):
         if person_of(record, name, where) is None:
-            raise DataError(f"{where}: {name} is {record.get(name) or 'empty'}; each conversation names itself and its annotator")
+            raise DataError(
+                f"{where}: {name} is {record.get(name) or 'empty'}; each conversation names itself and its annotator"
+            )
     profile = {field: _readable(field, record.get(column)) for column, field in _FIELDS.items()}
     if anonymous(profile):
         return Converted([], record["conversation_id"], "conversations of people of whom nothing is known")
@@ -71,9 +77,14 @@ def convert_conversation(record: Row, where: str, kind: str) -> Converted:
     rows: list[dict[str, Any]] = []
     for turn in _TURNS:
         answers = {x: (record.get(f"{turn}_turn_response_{x}") or "").replace(_END, "").strip() for x in _LETTERS}
-        prompt, preferred = (record.get(f"{turn}_turn_prompt") or "").strip(), record.get(f"{turn}_turn_preferred_response")
+        prompt, preferred = (
+            (record.get(f"{turn}_turn_prompt") or "").strip(),
+            record.get(f"{turn}_turn_preferred_response"),
+        )
         if preferred is not None and preferred.removeprefix("response_") not in _LETTERS:
-            raise DataError(f"{where}: {turn}_turn_preferred_response is {preferred!r}; allowed: response_a to response_d, or nothing")
+            raise DataError(
+                f"{where}: {turn}_turn_preferred_response is {preferred!r}; allowed: response_a to response_d, or nothing"
+            )
         chosen = answers[preferred.removeprefix("response_")] if preferred else ""
         if not prompt or not chosen:
             break
@@ -81,16 +92,26 @@ def convert_conversation(record: Row, where: str, kind: str) -> Converted:
         if kind == "choice":
             text, chosen, *options = map(one_spelling, [prompt, chosen, *answers.values()])
             if not all(options) or len(set(options)) < len(options):
-                return Converted([], record["conversation_id"], "conversations whose four first answers are not four different texts")
+                return Converted(
+                    [], record["conversation_id"], "conversations whose four first answers are not four different texts"
+                )
             question = f"{text}\n\nWhich of these answers does this person prefer?"
             question_id = hashlib.sha256("\0".join([text, *options]).encode()).hexdigest()[:12]
-            row = {**who, "question": question, "options": options, "answer": options.index(chosen), "question_id": question_id}
+            row = {
+                **who,
+                "question": question,
+                "options": options,
+                "answer": options.index(chosen),
+                "question_id": question_id,
+            }
             return Converted([{**row, "scale": "nominal"}], record["conversation_id"])
         others = [answer for answer in dict.fromkeys(answers.values()) if answer and answer != chosen]
         rows.extend({**who, "prompt": list(messages), "chosen": chosen, "rejected": other} for other in others)
         messages.append({"role": "assistant", "content": chosen})
     if not messages:
-        return Converted([], record["conversation_id"], "conversations without a first prompt and a preferred answer to it")
+        return Converted(
+            [], record["conversation_id"], "conversations without a first prompt and a preferred answer to it"
+        )
     return Converted([{**who, "messages": messages}] if kind == "chat" else rows, record["conversation_id"])
 
 
@@ -103,8 +124,12 @@ def _find(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise DataError(f"there is no data at {path}; expected the CSV file of Community Alignment, or its folder")
-    files = sorted({file for pattern in ("*.csv", "*.csv.gz") for file in (*path.glob(pattern), *(path / "data").glob(pattern))})
+    files = sorted(
+        {file for pattern in ("*.csv", "*.csv.gz") for file in (*path.glob(pattern), *(path / "data").glob(pattern))}
+    )
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise DataError(f"{path} holds {len(files)} CSV files ({found}); name one, e.g. filtered_community_alignment.csv")
+        raise DataError(
+            f"{path} holds {len(files)} CSV files ({found}); name one, e.g. filtered_community_alignment.csv"
+        )
     return files[0]

@@ -83,7 +83,12 @@ def find_input(path: str | Path, split: str | None = None) -> Input:
         return _files(files)
     if place.is_file():
         return _files([place])
-    if str(path).count("/") == 1 and not str(path).startswith((".", "~", "/")) and not place.suffix and not place.parent.is_dir():
+    if (
+        str(path).count("/") == 1
+        and not str(path).startswith((".", "~", "/"))
+        and not place.suffix
+        and not place.parent.is_dir()
+    ):
         return _hub(str(path), split)
     raise DataError(
         f"there is no data at {path}; expected a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id"
@@ -108,7 +113,9 @@ def find_csv(file: Path, columns: list[str]) -> Input:
     return Input(chunks, file.stat().st_size, {file.name: sha256(file)})
 
 
-def csv_batches(file: Path, columns: list[str], types: dict[str, pa.DataType] | None = None) -> Iterator[tuple[pa.RecordBatch, int]]:
+def csv_batches(
+    file: Path, columns: list[str], types: dict[str, pa.DataType] | None = None
+) -> Iterator[tuple[pa.RecordBatch, int]]:
     """Batches of some columns of a delimited file, and the bytes read so far.
 
     Args:
@@ -242,7 +249,9 @@ def _datasets_folder(folder: Path, split: str | None) -> Input:
     try:
         loaded = load_from_disk(str(folder))
     except Exception as error:
-        raise DataError(f"{folder} cannot be read as a datasets folder: {(str(error).splitlines() or [''])[0]}") from None
+        raise DataError(
+            f"{folder} cannot be read as a datasets folder: {(str(error).splitlines() or [''])[0]}"
+        ) from None
     if isinstance(loaded, DatasetDict):
         loaded = _one_split(loaded, str(folder), split)
     return _dataset(loaded, folder.name)
@@ -286,7 +295,9 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: {not_utf8(line)}") from None
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise DataError(f"{where}: \\u{ord(half):04x} is half of a pair and no character; write the pair, or leave it out") from None
+        raise DataError(
+            f"{where}: \\u{ord(half):04x} is half of a pair and no character; write the pair, or leave it out"
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
     except ValueError as error:

@@ -78,7 +78,9 @@ def convert_conversation(record: Row, where: str, kind: str, people: dict[str, d
     """Rows of one conversation; a turn without exactly one chosen answer ends it."""
     for key in ("conversation_id", "user_id", "conversation_history"):
         if key not in record:
-            raise DataError(f"{where}: key {key!r} is missing; a conversation has conversation_id, user_id and conversation_history")
+            raise DataError(
+                f"{where}: key {key!r} is missing; a conversation has conversation_id, user_id and conversation_history"
+            )
     user = _user(record, where)
     if user not in people:
         raise DataError(f"{where}: user_id {user!r} is not in the survey")
@@ -94,7 +96,9 @@ def convert_conversation(record: Row, where: str, kind: str, people: dict[str, d
         messages.append({"role": "user", "content": prompt})
         others = dict.fromkeys(_text(answer) for answer in answers if not answer.get("if_chosen"))
         rows.extend(
-            {**who, "prompt": list(messages), "chosen": chosen[0], "rejected": other} for other in others if other and other != chosen[0]
+            {**who, "prompt": list(messages), "chosen": chosen[0], "rejected": other}
+            for other in others
+            if other and other != chosen[0]
         )
         messages.append({"role": "assistant", "content": chosen[0]})
     if not messages:
@@ -106,13 +110,23 @@ def convert_conversation(record: Row, where: str, kind: str, people: dict[str, d
 
 def _turns(history: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
     if not isinstance(history, list):
-        raise DataError(f"{where}: conversation_history is {type(history).__name__}; allowed: a list of user and model entries")
+        raise DataError(
+            f"{where}: conversation_history is {type(history).__name__}; allowed: a list of user and model entries"
+        )
     turns: dict[int, tuple[list[str], list[dict[str, Any]]]] = {}
     for number, entry in enumerate(history, start=1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("turn"), int) or not isinstance(entry.get("content"), str):
-            raise DataError(f"{where}: entry {number} of conversation_history lacks a whole number turn or a text content")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("turn"), int)
+            or not isinstance(entry.get("content"), str)
+        ):
+            raise DataError(
+                f"{where}: entry {number} of conversation_history lacks a whole number turn or a text content"
+            )
         if entry.get("role") not in ("user", "model"):
-            raise DataError(f"{where}: entry {number} of conversation_history has role {entry.get('role')!r}; allowed: user, model")
+            raise DataError(
+                f"{where}: entry {number} of conversation_history has role {entry.get('role')!r}; allowed: user, model"
+            )
         prompts, answers = turns.setdefault(entry["turn"], ([], []))
         if entry["role"] == "user":
             prompts.append(_text(entry))

@@ -124,7 +124,9 @@ def read_part(chunk: Chunk, convert: Convert, template: str, config: DataSection
     if part.kind and part.kind != "choice":
         schema = _payload_schema(part.kind)
         columns = list(zip(*payload, strict=True))
-        part.payload = pa.RecordBatch.from_arrays([pa.array(c, t.type) for c, t in zip(columns, schema, strict=True)], schema=schema)
+        part.payload = pa.RecordBatch.from_arrays(
+            [pa.array(c, t.type) for c, t in zip(columns, schema, strict=True)], schema=schema
+        )
     return part
 
 
@@ -156,7 +158,9 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
     elif kind == "chat":
         payload.append((_messages(row["messages"], where),))
     else:
-        payload.append((_prompt(row["prompt"], where), *(_answer_text(row, key, where) for key in ("chosen", "rejected"))))
+        payload.append(
+            (_prompt(row["prompt"], where), *(_answer_text(row, key, where) for key in ("chosen", "rejected")))
+        )
     part.rows.extend((person, profile, number, answer))
 
 
@@ -192,7 +196,9 @@ def prepare_records(
         check_questions(config, list(gathered.questions))
     if not len(gathered.rows):
         names = ", ".join(source.identity)
-        raise DataError(f"{names} holds no rows; expected {' or '.join(map(expected_keys, _KEYS))}{_reasons(gathered.skipped)}")
+        raise DataError(
+            f"{names} holds no rows; expected {' or '.join(map(expected_keys, _KEYS))}{_reasons(gathered.skipped)}"
+        )
     return prepare_rows(gathered.finished(source.identity), config, spool)
 
 
@@ -217,7 +223,9 @@ def _parts(source: Input, convert: Convert, template: str, config: DataSection, 
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError("a process that read the data died, most likely for want of memory; use --workers 1") from None
+            raise DataError(
+                "a process that read the data died, most likely for want of memory; use --workers 1"
+            ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -264,8 +272,12 @@ class _Gathered:
         self.kind = part.kind
         # The last entry maps "nobody" (-1) to itself.
         persons = np.array([*(self.persons.setdefault(name, len(self.persons)) for name in part.persons), -1], np.int32)
-        profiles = np.array([self.profiles.merge(part.profiles, row) for row in range(len(part.profiles.profiles))], np.int32)
-        questions = np.array([self._question(question, where) for _, question, where in part.questions.values()], np.int32)
+        profiles = np.array(
+            [self.profiles.merge(part.profiles, row) for row in range(len(part.profiles.profiles))], np.int32
+        )
+        questions = np.array(
+            [self._question(question, where) for _, question, where in part.questions.values()], np.int32
+        )
         local = np.frombuffer(part.rows, np.int32).reshape(-1, 4)
         rows = local.copy()
         if len(local):
@@ -310,7 +322,9 @@ class _Gathered:
         payload = self._texts.read() if self._texts is not None else None
         _warn_of_one_for_many(np.bincount(person_N[~nobody_N]), names, len(rows))
         self._check_weights(inputs)
-        draw_P = np.concatenate([draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)])
+        draw_P = np.concatenate(
+            [draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)]
+        )
         return Rows(
             self.kind, person_N, draw_P, rows[:, 1], self.profiles, inputs, questions, rows[:, 2], rows[:, 3], payload,
             self.skipped, weight_N=np.frombuffer(self.weights, np.float64) if self.config.weights else None,
@@ -319,7 +333,9 @@ class _Gathered:
     def _check_weights(self, inputs: dict[str, str]) -> None:
         if self.kind == "choice" and self.config.weights and not self.has_weights:
             names = ", ".join(inputs)
-            raise DataError(f"data.weights is true, but no row of {names} has a weight; leave it out, or give the rows weights")
+            raise DataError(
+                f"data.weights is true, but no row of {names} has a weight; leave it out, or give the rows weights"
+            )
         if self.has_weights and not self.config.weights:
             warnings.warn("rows have weights that count nothing, because data.weights is false", stacklevel=2)
 
@@ -380,7 +396,9 @@ def _payload_schema(kind: str) -> pa.Schema:
 def _same_question(question: Question, known: Question, where: str, first: str) -> None:
     what = f"{where}: question_id {question.question_id!r}"
     if known.options != question.options:
-        raise DataError(f"{what} had other options before, at {first}; one question has one list of options, in one order")
+        raise DataError(
+            f"{what} had other options before, at {first}; one question has one list of options, in one order"
+        )
     if known.text != question.text:
         raise DataError(f"{what} had another text before, at {first}; one question has one text")
     if known.scale != question.scale:
@@ -402,7 +420,9 @@ def row_kind(row: dict[str, Any], where: str) -> str:
         raise DataError(f"{where}: neither a choice nor a chat row; expected {' or '.join(map(expected_keys, _KEYS))}")
     for key in row:
         if key not in known:
-            raise DataError(f"{where}: unknown key {key!r}{nearest(key, known)}; a {kind} row allows: {', '.join(known)}")
+            raise DataError(
+                f"{where}: unknown key {key!r}{nearest(key, known)}; a {kind} row allows: {', '.join(known)}"
+            )
     for key in known:
         if key not in row and key not in _OPTIONAL:
             raise DataError(f"{where}: key {key!r} is missing; a {kind} row has: {expected_keys(kind)}")
@@ -421,7 +441,9 @@ def _profile(profile: Any, where: str) -> dict[str, Any] | str:
         raise DataError(f"{where}: profile is {type(profile).__name__}; allowed: an object of fields or a sentence")
     for name, value in profile.items():
         if value is not None and not isinstance(value, str | int | float):
-            raise DataError(f"{where}: profile field {name!r} is {type(value).__name__}; allowed: text, a number, true, false or null")
+            raise DataError(
+                f"{where}: profile field {name!r} is {type(value).__name__}; allowed: text, a number, true, false or null"
+            )
     return profile
 
 
@@ -465,7 +487,9 @@ def _question(row: dict[str, Any], where: str) -> Question:
         question_id = hashlib.sha256(json.dumps([text, options]).encode()).hexdigest()[:12]
     scale = row.get("scale", "ordinal")
     if scale not in SCALES:
-        raise DataError(f"{where}: scale is {scale!r}; allowed: {', '.join(SCALES)} (nominal: the order of the options means nothing)")
+        raise DataError(
+            f"{where}: scale is {scale!r}; allowed: {', '.join(SCALES)} (nominal: the order of the options means nothing)"
+        )
     return Question(question_id, text, options, scale)
 
 
@@ -474,7 +498,11 @@ def _answer(answer: Any, options: tuple[str, ...], where: str) -> int:
         return options.index(one_spelling(answer))
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return answer
-    shown = repr(answer) if isinstance(answer, int | float | bool) or answer is None else f"a {type(answer).__name__} that is no option"
+    shown = (
+        repr(answer)
+        if isinstance(answer, int | float | bool) or answer is None
+        else f"a {type(answer).__name__} that is no option"
+    )
     raise DataError(f"{where}: answer is {shown}; allowed: 0 to {len(options) - 1}, or the text of an option")
 
 
@@ -500,7 +528,9 @@ def _messages(messages: Any, where: str, last: str = "assistant") -> list[dict[s
             raise DataError(f"{where}: message {number + 1} has no text in content")
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
-        raise DataError(f"{where}: message {roles.index('system', 1) + 1} has role 'system'; only the first message may")
+        raise DataError(
+            f"{where}: message {roles.index('system', 1) + 1} has role 'system'; only the first message may"
+        )
     if roles[-1] != last or "user" not in roles or "assistant" in roles[: roles.index("user")]:
         kind, article = ("conversation", "an") if last == "assistant" else ("prompt", "a")
         raise DataError(

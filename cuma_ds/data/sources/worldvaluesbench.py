@@ -119,7 +119,10 @@ def prepare_worldvaluesbench(
     skipped = {}
     unanswered_N = (people.option_NQ < 0).all(axis=1)
     profiles, profile_N = _profiles(people.value_NF, codebook, template)
-    for reason, left_out in (("people without any answer", unanswered_N), ("people of whom nothing is known", profile_N < 0)):
+    for reason, left_out in (
+        ("people without any answer", unanswered_N),
+        ("people of whom nothing is known", profile_N < 0),
+    ):
         if left_out.any():
             skipped[reason] = int(left_out.sum())
     kept_N = ~unanswered_N & (profile_N >= 0)
@@ -181,7 +184,9 @@ def read_codebook(root: Path, config: DataSection) -> Codebook:
         known = [name for name, entry in metadata.items() if entry["use_case"] == "value"]
         questions, raw, scaled = [], [], []
         for name in check_questions(config, known):
-            question, raw_codes, scaled_codes = _scale(name, choices[name]["choices"], metadata[name], adjustments.get(name, {}))
+            question, raw_codes, scaled_codes = _scale(
+                name, choices[name]["choices"], metadata[name], adjustments.get(name, {})
+            )
             questions.append(question)
             raw.append(raw_codes)
             scaled.append(scaled_codes)
@@ -196,7 +201,9 @@ def read_codebook(root: Path, config: DataSection) -> Codebook:
             by_code[column] = {code: place.get(text or "", -1) for code, text in spoken.items()}
             by_text[column] = {_clean(texts[code]): place.get(text or "", -1) for code, text in spoken.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{root}: codebook.json and question_metadata.json are not those of the benchmark: {error} is missing") from None
+        raise DataError(
+            f"{root}: codebook.json and question_metadata.json are not those of the benchmark: {error} is missing"
+        ) from None
     if not questions:
         raise DataError(f"{root}: question_metadata.json names no value question")
     return Codebook(questions, raw, scaled, values, by_code, by_text, inputs)
@@ -226,7 +233,9 @@ def _scale(
             texts[point] = text
     missing = [point for point in range(low, high + 1) if point not in texts]
     if missing or not 2 <= high - low + 1 <= len(LETTERS):
-        raise DataError(f"codebook.json: {name} has no option for {missing or 'a scale of'} {low} to {high}; 2 to {len(LETTERS)} options")
+        raise DataError(
+            f"codebook.json: {name} has no option for {missing or 'a scale of'} {low} to {high}; 2 to {len(LETTERS)} options"
+        )
     options = tuple(" ".join(texts[point].split()) for point in range(low, high + 1))
     if len(set(options)) < len(options):
         options = tuple(f"{point}: {text}" for point, text in zip(range(low, high + 1), options, strict=True))
@@ -244,20 +253,26 @@ def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, t
     parts = []
     for number, (name, (demographic, value)) in enumerate(files.items()):
         described, value_NF = _read_fields(demographic, codebook.by_text)
-        ids, option_NQ = _read_options(value, codebook, codebook.scaled, tell, number / len(files) / 2, 1 / len(files) / 2)
+        ids, option_NQ = _read_options(
+            value, codebook, codebook.scaled, tell, number / len(files) / 2, 1 / len(files) / 2
+        )
         order = pd.Index(described)
         _check_unique(order, demographic)
         _check_unique(pd.Index(ids), value)
         place = order.get_indexer(pd.Index(ids))
         if (place < 0).any():
-            raise DataError(f"{value}: {ID} {ids[place < 0][0]} is not in {demographic.name}; both files describe the same people")
+            raise DataError(
+                f"{value}: {ID} {ids[place < 0][0]} is not in {demographic.name}; both files describe the same people"
+            )
         given_N = np.full(len(ids), _GIVEN[name], np.int8) if name in _GIVEN else None
         parts.append(People(ids, option_NQ, value_NF[place], given_N))
     ids = np.concatenate([part.ids for part in parts])
     _check_unique(pd.Index(ids), next(iter(files.values()))[1].parent.parent)
     value_NF = np.concatenate([part.value_NF for part in parts])
     given = [part.given_N for part in parts if part.given_N is not None]
-    return People(ids, np.concatenate([part.option_NQ for part in parts]), value_NF, np.concatenate(given) if given else None)
+    return People(
+        ids, np.concatenate([part.option_NQ for part in parts]), value_NF, np.concatenate(given) if given else None
+    )
 
 
 def read_survey(file: Path, codebook: Codebook, tell: _Steps, weights: bool = False) -> People:
@@ -304,7 +319,9 @@ def _read_fields(file: Path, meaning: Mapping[str, Mapping[str, int]]) -> tuple[
         cells = table[column].combine_chunks().dictionary_encode()
         places = [_field_place(cell, meaning[column], column, file) for cell in cells.dictionary.to_pylist()]
         # A null cell has index -1, which is the last place.
-        value_NF[:, number] = np.array([*places, -1], np.int16)[cells.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        value_NF[:, number] = np.array([*places, -1], np.int16)[
+            cells.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        ]
     return table[ID].to_numpy(), value_NF
 
 
@@ -314,7 +331,9 @@ def _field_place(cell: str, meaning: Mapping[str, int], column: str, file: Path)
             return meaning[key]
     if is_missing(cell) or re.fullmatch(r"-\d+", _whole(cell)):
         return -1
-    raise DataError(f"{file}: {column} is {cell!r}, which codebook.json does not know; add it there, or leave the cell empty")
+    raise DataError(
+        f"{file}: {column} is {cell!r}, which codebook.json does not know; add it there, or leave the cell empty"
+    )
 
 
 def _read_options(
@@ -349,7 +368,9 @@ def _lookup(meaning: Mapping[int, int]) -> np.ndarray:
     return table
 
 
-def _options(column: pa.Array, table: np.ndarray, file: Path, name: str, meaning: Mapping[int, int], first_row: int) -> np.ndarray:
+def _options(
+    column: pa.Array, table: np.ndarray, file: Path, name: str, meaning: Mapping[int, int], first_row: int
+) -> np.ndarray:
     values = column.to_numpy(zero_copy_only=False)
     values = np.where(np.isnan(values), -1, values)
     codes = np.clip(values, -1, len(table) - 1).astype(np.int64)
@@ -385,7 +406,11 @@ def _write(rows: Rows, option_NQ: np.ndarray, config: DataSection, spool: Path |
         option_NQ: [N, Q] what they chose, -1 for nothing.
     """
     split_N = split_rows(rows, config)
-    used = [number for number in range(len(SPLITS)) if SPLITS[number] in ("train", "test", "heldout") or (split_N == number).any()]
+    used = [
+        number
+        for number in range(len(SPLITS))
+        if SPLITS[number] in ("train", "test", "heldout") or (split_N == number).any()
+    ]
     options_Q = np.array([len(options) for options in rows.questions.table["options"]])
     weight_N = None if rows.weight_N is None else with_mean_one(rows.weight_N, (option_NQ >= 0).sum(axis=1))
     files, sizes, done = {}, {}, 0
@@ -421,7 +446,10 @@ def _find_answers(root: Path) -> Path | dict[str, tuple[Path, Path]]:
     if root.is_file():
         return root
     for folder in (root, root / "WorldValuesBench"):
-        pairs = {name: (folder / name / f"{name}_demographic_qa.tsv", folder / name / f"{name}_value_qa.tsv") for name in (*_GIVEN, "full")}
+        pairs = {
+            name: (folder / name / f"{name}_demographic_qa.tsv", folder / name / f"{name}_value_qa.tsv")
+            for name in (*_GIVEN, "full")
+        }
         there = {name: all(file.is_file() for file in pair) for name, pair in pairs.items()}
         if any(there[name] for name in _GIVEN):
             missing = [str(file) for name in _GIVEN for file in pairs[name] if not file.is_file()]
@@ -442,11 +470,20 @@ def _find_answers(root: Path) -> Path | dict[str, tuple[Path, Path]]:
 def _find_below(root: Path, name: str) -> Path:
     folder = root.parent if root.is_file() else root
     if not folder.is_dir():
-        raise DataError(f"there is no data at {root}; expected a folder with the benchmark's files, or with the WVS-7 CSV")
-    places = [folder, folder / "dataset_construction", folder / "WorldValuesBench", folder.parent / "dataset_construction"]
+        raise DataError(
+            f"there is no data at {root}; expected a folder with the benchmark's files, or with the WVS-7 CSV"
+        )
+    places = [
+        folder,
+        folder / "dataset_construction",
+        folder / "WorldValuesBench",
+        folder.parent / "dataset_construction",
+    ]
     found = next((place / name for place in places if (place / name).is_file()), None)
     if found is None:
-        raise DataError(f"{name} is missing in {folder}; it is in dataset_construction/ of the benchmark's public repository")
+        raise DataError(
+            f"{name} is missing in {folder}; it is in dataset_construction/ of the benchmark's public repository"
+        )
     return found
 
 

