@@ -17,7 +17,10 @@ from cuma_ds.errors import TopologyError
 
 # What a host is asked, in the environment and folder a run would have there.
 _START_SECONDS = 120
-_QUESTION = "import cuma_ds, deepspeed, platform, torch; print('cuma-ds', platform.python_version(), torch.__version__, deepspeed.__version__)"
+_QUESTION = (
+    "import cuma_ds, deepspeed, platform, torch; "
+    "print('cuma-ds', platform.python_version(), torch.__version__, deepspeed.__version__)"
+)
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
