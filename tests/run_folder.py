@@ -12,7 +12,7 @@ from cuma_ds.config import RunConfig
 from cuma_ds.data import prepare
 from cuma_ds.identity import file_sha256, read_identity
 from cuma_ds.parallel.backbone import load_backbone
-from cuma_ds.parallel.checkpoint import write_state
+from cuma_ds.parallel.stored import write_state
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.training.run_folder import fingerprint, record_identity
 

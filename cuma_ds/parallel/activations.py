@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.errors import ModelError
+from cuma_ds.torch_compat import TorchDispatchMode, tensors_in
 
 _ATTENTION = "counted_attention"
 
@@ -124,11 +123,10 @@ def adapted_skeleton(config: PretrainedConfig, adapters: CumaConfig, dtype: torc
         ModelError: no causal language model has this configuration, or the targets match nothing.
     """
     AttentionInterface.register(_ATTENTION, _attention)
-    config = copy.deepcopy(config)
-    config._attn_implementation = _ATTENTION
     with torch.device("meta"):
         try:
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            config = copy.deepcopy(config)
+            base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=_ATTENTION)
         except (ValueError, KeyError) as error:
             raise ModelError(f"no causal language model has this configuration: {str(error).splitlines()[0]}") from None
         return inject_adapters(base, adapters)
@@ -158,9 +156,8 @@ class _PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        for tensor in tensors_in(out):
+            self._add(tensor.untyped_storage())
         return out
 
     def _add(self, storage: Any) -> None:

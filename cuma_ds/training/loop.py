@@ -29,15 +29,10 @@ from cuma_ds.export.modeling import base_fact
 from cuma_ds.identity import read_identity
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
-from cuma_ds.parallel.checkpoint import (
-    check_checkpoint,
-    find_checkpoint,
-    has_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cuma_ds.parallel.checkpoint import load_checkpoint, save_checkpoint
 from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.stored import State, check_checkpoint, find_checkpoint, has_checkpoint
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.profiles.groups import group_mask
@@ -104,8 +99,9 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
         settings = read_deepspeed_config(config, inputs.stream.micro, inputs.stream.accumulation, topology.world)
         adapters = with_profile_width(config.adapters, inputs.table)
         find_targets(skeleton(config.model), adapters.target_modules)
-        if has_checkpoint(config.run_dir):
-            check_checkpoint(find_checkpoint(config.run_dir), known_fingerprints(config), content=topology.is_main)
+        if has_checkpoint(config.run_dir / "checkpoints"):
+            folder, identity = find_checkpoint(config.run_dir / "checkpoints"), read_identity(config.run_dir)
+            check_checkpoint(folder, known_fingerprints(config), identity, content=topology.is_main)
         if topology.is_main:
             (config.run_dir / "deepspeed.json").write_text(
                 json.dumps(settings.engine, indent=2) + "\n", encoding="utf-8"
@@ -274,7 +270,12 @@ def _steps(
             engine.model.update_shares(totals.load_RE)
         _log(writer, engine, done, rate, totals, throughput)
         if done == training.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-            folder = save_checkpoint(engine, config.run_dir, done, fingerprint(config), config.checkpoint.keep_last)
+            state: State = {
+                "step": done,
+                "fingerprint": fingerprint(config),
+                "identity": read_identity(config.run_dir),
+            }
+            folder = save_checkpoint(engine, config.run_dir / "checkpoints", state, config.checkpoint.keep_last)
             if done == training.steps:
                 size = sum(file.stat().st_size for file in folder.iterdir())
                 trained = engine.trained_parameters
@@ -385,10 +386,9 @@ def _log(
 
 
 def _resume(config: RunConfig, engine: AdapterEngine, tell: Callable[[str], None]) -> int:
-    if not has_checkpoint(config.run_dir):
+    if not has_checkpoint(config.run_dir / "checkpoints"):
         return 0
-    folder = find_checkpoint(config.run_dir)
-    step = load_checkpoint(engine, folder, known_fingerprints(config))
+    step = load_checkpoint(engine, find_checkpoint(config.run_dir / "checkpoints"))
     tell(f"resuming {config.run_dir} after step {step}")
     return step
 

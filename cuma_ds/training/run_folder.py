@@ -17,7 +17,7 @@ from cuma_ds.data.sources.files import find_input
 from cuma_ds.errors import CheckpointError, ConfigError, DataError
 from cuma_ds.identity import IDENTITY_FILE, changed_part, content_sha256, file_sha256, read_identity, sealed
 from cuma_ds.parallel.backbone import backbone_fingerprint
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters, read_state
+from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
 # What may change between two starts of one run without changing what is learned (or, for steps, how far).
@@ -188,7 +188,7 @@ def check_backbone(config: RunConfig, identity: Mapping[str, Any]) -> None:
 class TrainedRun:
     """What a run folder holds: one checkpoint, and the data and embedded profiles behind it.
 
-    checkpoint: its folder.  adapters: its tensors, see :func:`~cuma_ds.parallel.checkpoint.read_adapters`.  identity: fingerprints it
+    checkpoint: its folder.  adapters: its tensors, see :func:`~cuma_ds.parallel.stored.read_adapters`.  identity: fingerprints it
     was trained with, empty in checkpoints of release 0.1.0.  table: None for methods without profiles.
     """
 
@@ -209,7 +209,7 @@ def open_trained(run_dir: Path, config: RunConfig, step: int | None = None) -> T
     Raises:
         CumaError: something is missing, damaged, or not what the run was trained with; one line says what.
     """
-    checkpoint = find_checkpoint(run_dir, step)
+    checkpoint = find_checkpoint(run_dir / "checkpoints", step)
     state = read_state(checkpoint)
     identity = state.get("identity") or read_identity(run_dir)
     data = PreparedData.load(run_dir / DATA_FOLDER)
