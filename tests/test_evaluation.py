@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.config import DataSection, ModelSection, RunConfig, load_config
 from cuma_ds.data import prepare
-from cuma_ds.data.batching import EncodedExample, encode_example
+from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError
