@@ -192,7 +192,7 @@ def test_batches_are_sorted_by_length_and_progress_ends_at_the_end(model, exampl
         model, examples, embeddings, 4, 0, progress=lambda *at: told.append(at)
     ):
         seen += indices
-        widths.append(batch.input_ids.shape[1])
+        widths.append(batch.input_ids_BS.shape[1])
         assert logits.shape[:2] == (len(indices), len({len(examples[index].input_ids) for index in indices}))
         assert logits.dtype == torch.float32
         assert gates is None
