@@ -63,6 +63,8 @@ def _with_depth(setup: Setup, depth: int) -> Setup:
 
 def _trace(setup: Setup, sequences: int, length: int, kept: int) -> int:
     model = setup.build()
+    if setup.checkpointing:
+        model.enable_gradient_checkpointing()
     with torch.device("meta"):
         ids_BS = torch.zeros(sequences, length, dtype=torch.long)
         position_BS = torch.zeros_like(ids_BS)

@@ -51,10 +51,7 @@ class Setup:
             except (ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0]
                 raise ModelError(f"no causal language model has this configuration: {reason}") from None
-            model = inject_adapters(base, self.adapters)
-        if self.checkpointing:
-            model.enable_gradient_checkpointing()
-        return model.train()
+            return inject_adapters(base, self.adapters).train()
 
 
 def read_model_config(path: str | Path) -> PretrainedConfig:
@@ -116,6 +113,8 @@ def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
     for module in model.modules():
         if own := [p for p in module.parameters(recurse=False) if not p.requires_grad]:
             watch(module, own)
+    if setup.checkpointing:
+        model.enable_gradient_checkpointing()  # after the hooks, as in the engine: it may register hooks of its own
     width = setup.adapters.profile_dim
     profiles_NP = torch.zeros(1, width, device="meta") if width else None
     ids_BS = torch.zeros(1, 2, dtype=torch.long, device="meta")
