@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cuma_ds.errors import CheckpointError
+from cuma_ds.files import move_folder, write_atomically
 from cuma_ds.identity import file_sha256
 from cuma_ds.methods.model import Trained
 from cuma_ds.parallel import deepspeed_compat as compat
@@ -130,9 +131,7 @@ def _experts(engine: AdapterEngine, trained: Trained) -> range:
 def _publish(partial: Path, folder: Path, keep_last: int) -> None:
     """Give a complete checkpoint its name, let ``latest`` name it, and remove old ones."""
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    pointer = folder.with_name("latest.partial")
-    pointer.write_text(folder.name + "\n", encoding="utf-8")
-    pointer.replace(folder.with_name("latest"))
+    move_folder(partial, folder)
+    write_atomically(folder.with_name("latest"), folder.name + "\n")
     for old in stored_steps(folder.parent)[:-keep_last]:
         shutil.rmtree(folder.with_name(f"step-{old}"))

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cuma_ds.errors import CheckpointError
-from cuma_ds.identity import SEAL, file_sha256, seal_holds, sealed
+from cuma_ds.identity import SEAL, Identity, file_sha256, seal_holds, sealed
 
 FORMAT_VERSION = 1
 
@@ -41,7 +41,7 @@ class State(TypedDict, total=False):
     step: int
     optimizer_steps: int
     fingerprint: str
-    identity: dict[str, Any]
+    identity: Identity
     written_by: dict[str, int]
     num_experts: int
     files: dict[str, int]
@@ -97,9 +97,7 @@ def find_checkpoint(checkpoints: Path, step: int | None = None) -> Path:
     return checkpoints / f"step-{steps[-1] if step is None else step}"
 
 
-def check_checkpoint(
-    folder: Path, fingerprints: Collection[str], identity: Mapping[str, Any], content: bool = True
-) -> State:
+def check_checkpoint(folder: Path, fingerprints: Collection[str], identity: Identity, content: bool = True) -> State:
     """``state.json`` of a checkpoint, after checking that the checkpoint is whole and belongs to a run.
 
     Args:

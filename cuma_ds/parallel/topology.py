@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cuma_ds.errors import TopologyError
+from cuma_ds.files import first_line
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.torch_compat import limit_waiting
 
@@ -95,7 +96,7 @@ def start_processes(timeout_seconds: int) -> Topology:
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TopologyError(
-            f"rank {rank} of {world} could not meet its peers at {address}: {str(error).splitlines()[0]}"
+            f"rank {rank} of {world} could not meet its peers at {address}: {first_line(error)}"
         ) from None
     limit_waiting(_PREPARATION_SECONDS)
     return Topology(world=world, rank=rank, local_rank=local_rank, device=device)

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.errors import ModelError
+from cuma_ds.files import first_line
 
 _ATTENTION = "counted_attention"
 
@@ -49,8 +50,7 @@ class Setup:
                     copy.deepcopy(self.backbone), dtype=self.dtype, attn_implementation=_ATTENTION
                 )
             except (ValueError, KeyError) as error:
-                reason = str(error).splitlines()[0]
-                raise ModelError(f"no causal language model has this configuration: {reason}") from None
+                raise ModelError(f"no causal language model has this configuration: {first_line(error)}") from None
             return inject_adapters(base, self.adapters).train()
 
 
@@ -76,7 +76,7 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(kind, **values)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{path}: {first_line(error)}") from None
 
 
 def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
