@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
@@ -113,7 +114,8 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
             "data.option_order: average is for evaluation; "
             "train with fixed or reversed, and evaluate with --set data.option_order=average"
         )
-    longest = getattr(skeleton(config.model).config.get_text_config(), "max_position_embeddings", None)
+    text: PreTrainedConfig = skeleton(config.model).config.get_text_config()  # type: ignore[operator, union-attr]
+    longest = getattr(text, "max_position_embeddings", None)
     if longest and section.max_length > longest and not started:
         raise ConfigError(
             f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it"
@@ -190,5 +192,3 @@ def model_inputs(
     if group_mask is not None:
         inputs["gradient_mask"] = group_mask[batch.profile_rows_N].to(device)
     return inputs
-
-

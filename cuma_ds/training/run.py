@@ -74,9 +74,7 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
             check_checkpoint(newest, known, run.identity(), content=topology.is_main)
         if topology.is_main:
             write_atomically(run.deepspeed, json.dumps(settings.engine, indent=2) + "\n")
-    engine = AdapterEngine(
-        config, adapters, settings, topology, lambda groups: make_optimizer(groups, config.training)
-    )
+    engine = AdapterEngine(config, adapters, settings, topology, lambda groups: make_optimizer(groups, config.training))
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     if inputs.table is not None:
         engine.model.set_profile_standardisation(inputs.table.embeddings[inputs.profiles], config.profiles.standardise)
@@ -108,23 +106,22 @@ def with_profile_width(adapters: CumaConfig, table: ProfileTable | None) -> Cuma
 def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, steps: range, tell: Say) -> None:
     """Learn, log and save. Numbers of a step stay on the device until they are logged or a checkpoint depends on them."""
     run, is_main = Run(config.run_dir), engine.topology.is_main
-    throughput, losses = Throughput(engine.topology.device), []
+    identity, keep_last = run.identity(), config.checkpoint.keep_last
+    throughput, losses = Throughput(engine.topology.device), list[Tensor]()
     with MetricsWriter(run.metrics, run.tensorboard, config.telemetry, is_main, steps) as writer:
         for step in steps:
             result, done = run_step(config, engine, inputs, step), step + 1
             throughput.add(result.tokens, result.people)
+            writer.advance(done)
             losses.append(result.sums["loss"] / result.weight)
-            sent = {} if engine.dispatcher is None else engine.dispatcher.take_bytes_sent()
             saves = done == steps.stop or (config.checkpoint.every > 0 and done % config.checkpoint.every == 0)
             if saves or writer.is_due(done):
                 _stop_at_bad_loss(losses, done)
                 losses.clear()
             if writer.is_due(done):
-                rates = throughput.row() | {f"bytes_sent/{name}": float(count) for name, count in sent.items()}
-                _log(writer, engine, done, result, rates)
+                _log(writer, engine, done, result, throughput.row())
             if saves:
-                keep_last = config.checkpoint.keep_last
-                folder = save_checkpoint(engine, run.checkpoints, done, fingerprint(config), keep_last)
+                folder = save_checkpoint(engine, run.checkpoints, done, fingerprint(config), identity, keep_last)
     size, trained = sum(file.stat().st_size for file in folder.iterdir()), engine.trained_parameters
     tell(
         f"checkpoint {folder}: {size / 1e6:.1f} MB, {trained / 1e6:.2f} M trained parameters with two moments "
@@ -144,30 +141,29 @@ def _stop_at_bad_loss(losses: list[Tensor], done: int) -> None:
             raise CumaError(f"the loss became {loss} at step {step}; lower training.learning_rate or check the data")
 
 
-def _log(
-    writer: MetricsWriter, engine: AdapterEngine, step: int, result: StepResult, rates: dict[str, float]
-) -> None:
+def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, result: StepResult, rates: dict[str, float]) -> None:
     """Write the row of one step, counted from 1."""
     sums = dict(result.sums)
     load_RE, entropy_R, routed = (sums.pop(name, None) for name in ("load_RE", "entropy_R", "routed"))
     balance = sums.pop("balance", 0.0) / engine.topology.world
     scalars = {name: float(value) / result.weight for name, value in sums.items()}
     scalars |= {"lr": result.rate, "grad_norm": engine.grad_norm} | rates
+    if load_RE is not None:
+        scalars["balance"] = float(balance)
     if engine.loss_scaler is not None:
         scalars["loss_scale"] = float(engine.loss_scaler.loss_scale)
-    if load_RE is None or entropy_R is None or routed is None:
-        writer.log(step, scalars)
-        return
-    writer.log(step, scalars | {"balance": float(balance)})
-    share_RE = load_RE / load_RE.sum(dim=1, keepdim=True).clamp(min=1)
-    writer.log_routing(step, engine.model.router_names, share_RE, entropy_R / routed.clamp(min=1))
+    scalars |= {f"bytes_sent/{name}": float(count) for name, count in result.bytes_sent.items()}
+    writer.log(step, scalars)
+    if load_RE is not None and entropy_R is not None and routed is not None:
+        share_RE = load_RE / load_RE.sum(dim=1, keepdim=True).clamp(min=1)
+        writer.log_routing(step, engine.model.router_names, share_RE, entropy_R / routed.clamp(min=1))
 
 
 def _resume(run: Run, config: RunConfig, engine: AdapterEngine, tell: Say) -> int:
     """Load the newest checkpoint; the number of steps that are done."""
     if not has_checkpoint(run.checkpoints):
         return 0
-    step = load_checkpoint(engine, find_checkpoint(run.checkpoints), run.known_fingerprints(config))
+    step = load_checkpoint(engine, find_checkpoint(run.checkpoints), run.known_fingerprints(config), run.identity())
     tell(f"resuming {run.folder} after step {step}")
     return step
 

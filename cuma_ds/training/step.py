@@ -29,6 +29,7 @@ class StepResult(NamedTuple):
         people: answers or conversations behind the examples.
         sums: tensors on the device, float64. ``loss`` and the objective's metrics; ``balance``, the load-balance loss summed over
             ranks; and with routers ``load_RE`` (top-k assignments), ``entropy_R`` (gate entropy in nats) and ``routed`` (tokens).
+        bytes_sent: of expert parallelism on this rank, by kind; empty without it.
     """
 
     rate: float
@@ -36,6 +37,7 @@ class StepResult(NamedTuple):
     tokens: float
     people: float
     sums: dict[str, Tensor]
+    bytes_sent: dict[str, int]
 
 
 def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, step: int) -> StepResult:
@@ -77,7 +79,8 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
     sums = _over_ranks(sums, topology)
     if "load_RE" in sums:
         engine.model.update_shares(sums["load_RE"])
-    return StepResult(rate, weight, tokens, people, sums)
+    bytes_sent = {} if engine.dispatcher is None else engine.dispatcher.take_bytes_sent()
+    return StepResult(rate, weight, tokens, people, sums, bytes_sent)
 
 
 def forward(engine: AdapterEngine, inputs: TrainingInputs, batch: Batch) -> Any:
@@ -91,7 +94,9 @@ def dropout_seed(run_seed: int, step: int, micro_step: int, rank: int) -> int:
     It is the first 63 bits that ``numpy.random.SeedSequence([run_seed, step, micro_step, rank])`` generates: a fixed mix of the
     four integers, the same on every machine, in every version of numpy and of Python.
     """
-    return int(np.random.SeedSequence([run_seed, step, micro_step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence([run_seed, step, micro_step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

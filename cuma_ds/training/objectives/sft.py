@@ -19,7 +19,7 @@ from cuma_ds.training.objectives.protocol import Loss
 class Sft:
     """Learns from the answers and conversations of people; a unit is one example."""
 
-    reads = ("choice", "chat")
+    reads: Sequence[str] = ("choice", "chat")
 
     def __init__(self, config: RunConfig) -> None:
         self._data = config.data
