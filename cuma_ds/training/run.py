@@ -20,15 +20,10 @@ from cuma_ds.files import write_atomically
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, resident_bytes, skeleton
-from cuma_ds.parallel.checkpoint import (
-    check_checkpoint,
-    find_checkpoint,
-    has_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cuma_ds.parallel.checkpoint import load_checkpoint, save_checkpoint
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.stored import State, check_checkpoint, find_checkpoint, has_checkpoint
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
@@ -78,7 +73,7 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     if inputs.table is not None:
         engine.model.set_profile_standardisation(inputs.table.embeddings[inputs.profiles], config.profiles.standardise)
-    start = _resume(run, config, engine, tell)
+    start = _resume(run, engine, tell)
     if config.data.packing:
         _check_packing(config, engine, inputs)
     _describe(engine, inputs, tell)
@@ -106,8 +101,8 @@ def with_profile_width(adapters: CumaConfig, table: ProfileTable | None) -> Cuma
 def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, steps: range, tell: Say) -> None:
     """Learn, log and save. Numbers of a step stay on the device until they are logged or a checkpoint depends on them."""
     run, is_main = Run(config.run_dir), engine.topology.is_main
-    identity, keep_last = run.identity(), config.checkpoint.keep_last
-    throughput, losses = Throughput(engine.topology.device), list[Tensor]()
+    identity, throughput = run.identity(), Throughput(engine.topology.device)
+    losses: list[Tensor] = []
     with MetricsWriter(run.metrics, run.tensorboard, config.telemetry, is_main, steps) as writer:
         for step in steps:
             result, done = run_step(config, engine, inputs, step), step + 1
@@ -121,7 +116,8 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, ste
             if writer.is_due(done):
                 _log(writer, engine, done, result, throughput.row())
             if saves:
-                folder = save_checkpoint(engine, run.checkpoints, done, fingerprint(config), identity, keep_last)
+                state: State = {"step": done, "fingerprint": fingerprint(config), "identity": identity}
+                folder = save_checkpoint(engine, run.checkpoints, state, config.checkpoint.keep_last)
     size, trained = sum(file.stat().st_size for file in folder.iterdir()), engine.trained_parameters
     tell(
         f"checkpoint {folder}: {size / 1e6:.1f} MB, {trained / 1e6:.2f} M trained parameters with two moments "
@@ -159,11 +155,11 @@ def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, result: StepRe
         writer.log_routing(step, engine.model.router_names, share_RE, entropy_R / routed.clamp(min=1))
 
 
-def _resume(run: Run, config: RunConfig, engine: AdapterEngine, tell: Say) -> int:
+def _resume(run: Run, engine: AdapterEngine, tell: Say) -> int:
     """Load the newest checkpoint; the number of steps that are done."""
     if not has_checkpoint(run.checkpoints):
         return 0
-    step = load_checkpoint(engine, find_checkpoint(run.checkpoints), run.known_fingerprints(config), run.identity())
+    step = load_checkpoint(engine, find_checkpoint(run.checkpoints))
     tell(f"resuming {run.folder} after step {step}")
     return step
 
