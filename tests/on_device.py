@@ -32,7 +32,7 @@ from cuma_ds.parallel.backbone import load_backbone, load_tokenizer  # noqa: E40
 from cuma_ds.profiles import ProfileTable  # noqa: E402
 from cuma_ds.serving.batch import Batch  # noqa: E402
 from cuma_ds.serving.sampling import Sampler, next_tokens  # noqa: E402
-from cuma_ds.training.loop import model_inputs  # noqa: E402
+from cuma_ds.training.inputs import model_inputs  # noqa: E402
 from cuma_ds.training.objectives.sft import sft_loss  # noqa: E402
 
 CPU = torch.device("cpu")

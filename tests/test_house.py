@@ -43,7 +43,6 @@ KNOWN: set[tuple[str, str]] = {
     ("cuma_ds.export.card", "evaluation"),
     ("cuma_ds.export.hf", "evaluation"),
     ("cuma_ds.export.lora", "evaluation"),
-    ("cuma_ds.training.loop", "export"),
 }
 
 # Names of files and folders that one module alone may spell, as a string of its code.
