@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.adapters.mixture import Strategy, cheaper_strategy, mixture
-from cuma_ds.ops import grouped_way, library
+from cuma_ds.adapters.mixture import MixtureSizes, Routes, Strategy, cheaper_strategy, mixture
+from cuma_ds.ops import library
 
 PROFILE = 384
 
@@ -172,7 +172,6 @@ def fit(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     measured = []
     dtype, device = getattr(torch, arguments.dtypes[0]), torch.device(arguments.device).type
-    constant = "compiled" if grouped_way(dtype, device) == "compiled" else device
     for width, tokens, (experts, top_k), rank in itertools.product(
         (576, 2048), (256, 1024), ((4, 1), (4, 2), (8, 2), (8, 4), (8, 6), (16, 2), (64, 4)), (4, 16, 64)
     ):
@@ -183,30 +182,30 @@ def fit(arguments: argparse.Namespace) -> None:
         weight_TK = torch.rand(tokens, top_k, device=arguments.device, requires_grad=True)
         d_out = torch.randn(tokens, width, dtype=dtype, device=arguments.device)
 
-        def run(strategy: Strategy, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], d_out: Tensor) -> None:
+        def run(strategy: Strategy, inputs: tuple[Tensor, Routes, Tensor, Tensor], d_out: Tensor) -> None:
             mixture(*inputs, strategy=strategy).backward(d_out)
 
-        inputs = (x_TD, weight_TK, expert_TK, lora_a, lora_b)
+        inputs = (x_TD, Routes(weight_TK, expert_TK), lora_a, lora_b)
         variants = {name: partial(run, name, inputs, d_out) for name in get_args(Strategy)}
         times = {
             name: statistics.median(seconds)
             for name, seconds in turns(variants, arguments.rounds, arguments.device).items()
         }
-        measured.append((experts, top_k, rank, width, times))
+        measured.append((MixtureSizes(experts, top_k, rank, width, width), times))
         dense, grouped = (times[name] * 1e3 for name in ("dense", "grouped"))
         print(f"E {experts} K {top_k} r {rank} d {width} T {tokens}: dense {dense:.2f} ms, grouped {grouped:.2f} ms")
 
     def lost(moved: float) -> float:
         """Mean ratio of the chosen strategy's time to the better one's."""
         ratios = []
-        for experts, top_k, rank, width, times in measured:
-            with mock.patch.dict("cuma_ds.adapters.mixture.MOVED_COLUMNS", {constant: moved}):
-                chosen = times[cheaper_strategy(experts, top_k, rank, width, width, dtype, device)]
+        for sizes, times in measured:
+            with mock.patch.dict("cuma_ds.adapters.mixture.MOVED_COLUMNS", {device: moved}):
+                chosen = times[cheaper_strategy(sizes, dtype, device)]
             ratios.append(chosen / min(times.values()))
         return statistics.mean(ratios)
 
     best = min((2 ** (step / 2) for step in range(0, 20)), key=lost)
-    print(f"MOVED_COLUMNS[{constant!r}] = {best:.0f}: {lost(best):.3f} of the best choice's time on average")
+    print(f"MOVED_COLUMNS[{device!r}] = {best:.0f}: {lost(best):.3f} of the best choice's time on average")
     print(f"always dense {lost(math.inf):.3f}, always grouped {lost(-1e9):.3f}")
 
 

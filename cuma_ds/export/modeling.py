@@ -137,7 +137,7 @@ class CumaForCausalLM(CumaModel):
     ) -> CumaForCausalLM:
         """Put the adapters that ``export`` describes into a loaded backbone, in eval mode and frozen."""
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
-        model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
+        model = cls(injected.base_model, injected.config, injected.context)
         model.load_adapter_state(state)
         model.export, model.folder = export, None
         model.encoder_path = encoder or export["profiles"].get("encoder")

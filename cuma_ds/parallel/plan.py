@@ -24,6 +24,7 @@ from cuma_ds.parallel.dispatch import expert_shapes
 from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
 from cuma_ds.parallel.wire import (
     ExpertShapes,
+    Payload,
     all_gather_bytes,
     all_reduce_bytes,
     all_to_all_bytes,
@@ -226,18 +227,8 @@ class Planner:
             return "local"
         if parallel.dispatch != "auto":
             return parallel.dispatch
-        forwards = 2 if self.config.model.gradient_checkpointing else 1
-        choices = {
-            cheaper_dispatch(
-                shape,
-                parallel.ep_size,
-                work.sequences * work.length,
-                self._active(),
-                self.dtype.itemsize,
-                forwards=forwards,
-            )
-            for shape in self._experts()
-        }
+        tokens = work.sequences * work.length
+        choices = {cheaper_dispatch(shape, self._payload(), tokens, self._active()) for shape in self._experts()}
         return choices.pop() if len(choices) == 1 else "auto (differs by layer)"
 
     def _dispatch_memory(self, dispatch: str, work: Work) -> int:
@@ -276,17 +267,19 @@ class Planner:
         return {name: count for name, count in sent.items() if count}
 
     def _layer_bytes(self, shape: ExpertShapes, work: Work, dispatch: str) -> dict[str, int]:
-        ep_size = self.config.parallel.ep_size
         if dispatch == "local":
             return {}
-        forwards = 2 if self.config.model.gradient_checkpointing else 1
-        tokens = work.sequences * work.length
+        payload, tokens = self._payload(), work.sequences * work.length
         if dispatch.startswith("auto"):
-            dispatch = cheaper_dispatch(shape, ep_size, tokens, self._active(), self.dtype.itemsize, forwards=forwards)
+            dispatch = cheaper_dispatch(shape, payload, tokens, self._active())
         if dispatch == "gather_experts":
-            return gather_experts_bytes(shape, ep_size, self.dtype.itemsize, forwards=forwards)
-        pairs = balanced_pairs(tokens, self._active(), ep_size)
-        return all_to_all_bytes(shape, ep_size, self.dtype.itemsize, pairs, pairs, forwards=forwards)
+            return gather_experts_bytes(shape, payload)
+        pairs = balanced_pairs(tokens, self._active(), payload.ep_size)
+        return all_to_all_bytes(shape, payload, pairs, pairs)
+
+    def _payload(self) -> Payload:
+        forwards = 2 if self.config.model.gradient_checkpointing else 1
+        return Payload(self.config.parallel.ep_size, self.dtype.itemsize, forwards=forwards)
 
     def _seconds(self, wire: dict[str, int], gpus: int, work: Work, hardware: Hardware) -> dict[str, float]:
         """Compute and wire time of one step; nothing overlaps, which is what the default configuration promises."""
