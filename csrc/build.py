@@ -1,4 +1,4 @@
-"""How the operators are built: one C++ file against torch's stable ABI, and the CUDA kernels where nvcc is at hand."""
+"""How the operators are built: the C++ files against torch's stable ABI, and the CUDA kernels where nvcc is at hand."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def operators() -> Extension:
     ]
     return Extension(
         "cuma_ds.ops._C",
-        sources=["csrc/ops.cpp"],
+        sources=[str(path.relative_to(CSRC.parent)) for path in sorted(CSRC.glob("*.cpp"))],
         depends=[
             str(path.relative_to(CSRC.parent))
             for path in sorted(CSRC.rglob("*"))

@@ -223,7 +223,6 @@ def compare_scale(
     weight = torch.rand(tokens, top_k, generator=generator)
     expert = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
     expert[torch.rand(tokens, generator=generator) < 0.2] = -1
-    mask, index = torch.rand(3, experts, generator=generator), torch.randint(-1, 3, (tokens,), generator=generator)
     exact = (z.double(), weight.double(), expert)
 
     def forward() -> list[Tensor]:
@@ -233,22 +232,17 @@ def compare_scale(
 
     if rank:
         close("scaled", emulator.in_both_orders(forward)[0], reference.gate_scale(*exact, experts, 1.5), dtype)
-    for masks in ((None, None), (mask, index)):
 
-        def backward(masks: tuple[Tensor | None, Tensor | None] = masks) -> list[Tensor]:
-            outs = [unwritten(*z.shape, dtype=dtype), unwritten(tokens, top_k)]
-            if masks[0] is not None:
-                outs += [unwritten(*z.shape, dtype=dtype), unwritten(tokens, experts, rank, dtype=dtype)]
-            sizes = (tokens, 3, experts, top_k, rank, shared, 1.5)
-            emulator(
-                "gate_scale_backward", dtype, d_out, z, weight, expert, *masks, *sizes, *outs, *[None] * (4 - len(outs))
-            )
-            return outs
+    def backward() -> list[Tensor]:
+        outs = [unwritten(*z.shape, dtype=dtype), unwritten(tokens, top_k)]
+        sizes = (tokens, experts, top_k, rank, shared, 1.5)
+        emulator("gate_scale_backward", dtype, d_out, z, weight, expert, *sizes, *outs)
+        return outs
 
-        ours = emulator.in_both_orders(backward)
-        theirs = reference.gate_scale_backward(d_out.double(), *exact, 1.5, *masks)
-        for name, one, other in zip(("d_z", "d_weight", "masked d_z", "masked out"), ours, theirs, strict=False):
-            close(name, one, other, dtype)
+    leaves = [exact[0].requires_grad_(), exact[1].requires_grad_()]
+    theirs = torch.autograd.grad(reference.gate_scale(*leaves, expert, experts, 1.5), leaves, d_out.double())
+    for name, one, other in zip(("d_z", "d_weight"), emulator.in_both_orders(backward), theirs, strict=True):
+        close(name, one, other, dtype)
 
 
 # T, K, E, W

@@ -158,7 +158,7 @@ class CumaForCausalLM(CumaModel):
             profile_embeddings: [B, P] (or [1, P]) raw sentence embeddings instead of ``profiles``.
         """
         if kwargs.get("profile_index") is None:
-            profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
+            profile_embeddings = self._one_per_row(self._inputs(args, kwargs).shape[0], profiles, profile_embeddings)
         return super().forward(*args, profile_embeddings=profile_embeddings, **kwargs)
 
     def generate(
@@ -169,7 +169,7 @@ class CumaForCausalLM(CumaModel):
         **kwargs: Any,
     ) -> Any:
         """The backbone's ``generate``, every prompt with its own profile (arguments as in :meth:`forward`)."""
-        profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
+        profile_embeddings = self._one_per_row(self._inputs(args, kwargs).shape[0], profiles, profile_embeddings)
         return super().generate(*args, profile_embeddings=profile_embeddings, **kwargs)
 
     def embed_profiles(self, profiles: Sequence[Profile]) -> Tensor:
