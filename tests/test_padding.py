@@ -12,7 +12,7 @@ from ranks import run
 from test_parallel_training import recipe
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.data.batching import EncodedExample, collate
+from cuma_ds.data.batch import EncodedExample, as_filler, collate
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.gradients import group_gradients
@@ -91,9 +91,9 @@ def test_a_padded_batch_teaches_what_its_examples_teach_alone(model, examples, t
         loss += float(one.detach())
         gradients = gradients + torch.cat([parameter.grad.flatten() for _, parameter in model.adapter_parameters()])
     model.zero_grad()
-    batch = collate([*examples, None], pad_id=0)
+    batch = collate([*examples, as_filler(examples[0])], pad_id=0)
     out = model(**model_inputs(batch, table, torch.device("cpu")))
-    together = sft_loss(out.logits, batch.target_row, batch.target_position, batch.target_token, batch.target_weight)
+    together = sft_loss(out.logits, batch.targets)
     together.backward()
     found = torch.cat([parameter.grad.flatten() for _, parameter in model.adapter_parameters()])
     assert float(together.detach()) == pytest.approx(loss, rel=1e-4)
