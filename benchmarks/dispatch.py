@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 4 benchmarks/dispatch.py --ep 2 4
 
-All variants of a case take turns within one run, so that a drifting machine hurts them alike. A round's time is that of the slowest
-rank; medians are printed, and ratios to the fastest fixed kind of the case. Bytes are what one rank sends to others in one step.
+All variants of a case take turns within one run, so that a drifting machine hurts them alike. A round's time is that of
+the slowest rank. Medians are printed, and ratios to the fastest fixed kind of the case. Bytes are what one rank sends
+to others in one step.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def dispatch_turns(step: Step, engine: AdapterEngine) -> tuple[dict[str, Step], 
 
 
 def with_linear(step: Step, engine: AdapterEngine, plain: Callable[..., torch.Tensor]) -> Step:
-    """The step with the linear it would have in a run of its own: DeepSpeed replaces it for good once anything is sharded."""
+    """The step with the ``F.linear`` of a run of its own. DeepSpeed replaces it for good once anything is sharded."""
     linear = F.linear if engine.sharded else plain
 
     def run() -> None:

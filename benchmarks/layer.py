@@ -1,8 +1,8 @@
 """One adapted linear: the time the mixture adds to the frozen product, against other ways to compute the same.
 
-Reported is the median difference to the frozen product, which runs right before each variant: a machine that drifts hurts both.
-``--fit`` instead times the dense and the grouped strategy over many sizes and prints the constant of the cost rule in
-cuma_ds/adapters/mixture.py.
+Reported is the median difference to the frozen product, which runs right before each variant, so that a drifting
+machine hurts both. ``--fit`` instead times the dense and the grouped strategy over many sizes and prints the constant
+of the cost rule in cuma_ds/adapters/mixture.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class OneLinear(nn.Module):
 
 
 class NaiveLayer(nn.Module):
-    """What a research script does: routes on the concatenation of token and profile, then loops over K choices and E experts."""
+    """What a research script does: a router on the concatenation of token and profile, and a K x E loop over experts."""
 
     def __init__(self, base: nn.Linear, config: CumaConfig) -> None:
         super().__init__()
@@ -96,9 +96,13 @@ def compare(
     torch.manual_seed(0)
     width, device, batch = arguments.width, arguments.device, 8
     config = CumaConfig(
-        num_experts=arguments.experts, top_k=arguments.top_k, lora_r=rank, router=arguments.router, target_modules=("q_proj",),
+        num_experts=arguments.experts,
+        top_k=arguments.top_k,
+        lora_r=rank,
+        router=arguments.router,
+        target_modules=("q_proj",),
         profile_dim=PROFILE,
-    )  # fmt: skip
+    )
     base = OneLinear(width, dtype, device)
     x = torch.randn(batch, arguments.tokens // batch, width, dtype=dtype, device=device, requires_grad=backward)
     profiles = torch.randn(batch, PROFILE, device=device)
@@ -152,9 +156,11 @@ def tables(arguments: argparse.Namespace) -> None:
         seconds, frozen = compare(arguments, rank, getattr(torch, dtype), backward)
         base = statistics.median(itertools.chain(*frozen.values()))
         where = f"{arguments.device}, {arguments.threads} threads" if arguments.device == "cpu" else arguments.device
+        passes = "forward + backward" if backward else "forward"
+        sizes = f"d {arguments.width}, T {arguments.tokens}, E {arguments.experts}, K {arguments.top_k}"
         table = Table(
-            title=f"added to a frozen linear ({base * 1e3:.1f} ms): {'forward + backward' if backward else 'forward'}, r {rank}, {dtype}, "
-            f"d {arguments.width}, T {arguments.tokens}, E {arguments.experts}, K {arguments.top_k}, {arguments.router} router, {where}"
+            title=f"added to a frozen linear ({base * 1e3:.1f} ms): {passes}, r {rank}, {dtype}, {sizes}, "
+            f"{arguments.router} router, {where}"
         )
         for heading in ("variant", "added ms", "naive / this", "this / PEFT LoRA"):
             table.add_column(heading, justify="left" if heading == "variant" else "right")

@@ -23,7 +23,7 @@ from cuma_ds.adapters.mixture import Routes
 
 
 class NaiveExperts(Experts):
-    """What a research script does: for each of the K choices and each expert, the tokens that chose it, one small product at a time."""
+    """What a research script does: one small product for each of the K choices and each expert."""
 
     def forward(self, x_MI: Tensor, routes: Routes, weights: ExpertWeights | None = None) -> Tensor:
         """See ``cuma_ds.adapters.experts.Experts``."""

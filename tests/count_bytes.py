@@ -1,4 +1,4 @@
-"""One rank that trains a small backbone while every collective is counted; prints that and what the planner predicts."""
+"""One rank that trains a small backbone while every collective is counted; prints the counts and the planner's."""
 
 from __future__ import annotations
 

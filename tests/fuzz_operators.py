@@ -1,5 +1,8 @@
-"""Hundreds of seeded calls of the compiled operators, right and wrong, under AddressSanitizer: right ones equal plain PyTorch, wrong
-ones raise, and nothing is read or written out of bounds. The argument is the extension to load."""
+"""Hundreds of seeded calls of the compiled operators, right and wrong, under AddressSanitizer.
+
+Right ones equal plain PyTorch, wrong ones raise, and nothing is read or written out of bounds. The arguments are the
+extension to load and the number of seeds.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ def permute_case(r: random.Random) -> tuple[Callable, list[Any], Callable, torch
 
 
 def spoilt(arguments: list[Any], r: random.Random) -> list[Any]:
-    """The arguments with one of them wrong: another shape or dtype, an index out of range, a number out of range, a NaN."""
+    """The arguments with one of them wrong: another shape or dtype, an index or number out of range, a NaN."""
     arguments = list(arguments)
     place = r.choice([i for i, argument in enumerate(arguments) if argument is not None])
     value = arguments[place]

@@ -1,4 +1,4 @@
-"""The two strategies of the mixture against the loop-written reference, the cost rule, and who may teach which expert."""
+"""The two strategies of the mixture against the loop-written reference, the cost rule, and gradient masks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def naive(
 
 
 def grouped_mm_of_a_gpu(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-    """torch's grouped product, with NaN in all that its CUDA kernels may leave unwritten, and refusing what they refuse."""
+    """torch's grouped product, with NaN where CUDA kernels may leave memory unwritten, and refusing what they refuse."""
     if not a.numel():
         raise RuntimeError("strides should be multiple of 16 bytes")
     product = F.grouped_mm(a, b, offs=offs)
@@ -199,7 +199,7 @@ class Linear(nn.Module):
 
 
 def taught(mask_NE: torch.Tensor | None = None, **options: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, E] each, for three people: mean gate of an expert, and whether its A and its B got a gradient from that person."""
+    """[N, E] each, for three profiles: mean gate of an expert, and whether its A and its B got a gradient from it."""
     torch.manual_seed(0)
     model = inject_adapters(
         Linear(), CumaConfig(num_experts=E, top_k=3, lora_r=R, target_modules=("q_proj",), profile_dim=5, **options)

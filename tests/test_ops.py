@@ -24,7 +24,8 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() and library.architect
 compiled = pytest.mark.skipif(bool(library.reason), reason=f"compiled operators are not in use: {library.reason}")
 # T, E, K, N: nothing, one, odd sizes, many experts, more tokens than one chunk, the sizes of the benchmark
 GATE_SHAPES = [
-    (0, 4, 2, 1), (1, 1, 1, 1), (1, 8, 2, 3), (7, 5, 3, 2), (33, 33, 8, 64), (65, 512, 8, 3), (1300, 8, 2, 9), (10_000, 64, 2, 4),
+    (0, 4, 2, 1), (1, 1, 1, 1), (1, 8, 2, 3), (7, 5, 3, 2), (33, 33, 8, 64), (65, 512, 8, 3), (1300, 8, 2, 9),
+    (10_000, 64, 2, 4),
 ]  # fmt: skip
 
 
@@ -231,7 +232,7 @@ def test_plain_permutation_passes_gradcheck() -> None:
 
 @compiled
 def test_operators_pass_opcheck() -> None:
-    """Schema, autograd registration, shapes under tracing and ahead-of-time dispatch, with and without optional arguments."""
+    """Schema, autograd registration, traced shapes and ahead-of-time dispatch, with and without optional arguments."""
     names = torch.ops.cuma_ds
     hidden, profile, index = gate_inputs((9, 6, 2, 3), torch.float32, "cpu")
     hidden.requires_grad_(), profile.requires_grad_()

@@ -1,4 +1,4 @@
-"""The routing context that every adapted layer reads: the profiles of this forward pass, the routers, and what they did.
+"""The routing context that every adapted layer reads: the profiles of this forward, the routers, and what they did.
 
 Shapes: B sequences, S positions, T = B * S tokens, N profiles of this batch, P profile width, E experts, R routers.
 """
@@ -21,7 +21,8 @@ from cuma_ds.ops import GateOutput, dense_gate
 class TokenIndex:
     """Which profile row and which sequence each of the T tokens of a layer's input belongs to.
 
-    profile_T: [T] int64, row of the profile, -1 for padding.  real_T: [T] bool.  sequence_T: [T] int64, row of the batch.
+    profile_T: [T] int64, row of the profile, -1 for padding.  real_T: [T] bool.  sequence_T: [T] int64, row of the
+    batch.
     """
 
     def __init__(self, profile_BS: Tensor) -> None:
@@ -37,8 +38,10 @@ class TokenIndex:
 class RouterStatistics:
     """What one router did in one forward, over real tokens only.
 
-    load_E: assignments per expert (int counts as float32).  probability_sum_E: summed p_i of the balance loss, differentiable.
-    entropy_sum: summed gate entropy in nats.  tokens: number of real tokens.  gate_BE: mean gate per sequence, when recorded.
+    load_E: assignments per expert (int counts as float32).  probability_sum_E: summed p_i of the balance loss,
+    differentiable.
+    entropy_sum: summed gate entropy in nats.  tokens: number of real tokens.  gate_BE: mean gate per sequence, when
+    recorded.
     """
 
     load_E: Tensor
@@ -61,7 +64,8 @@ class _LatestGate(NamedTuple):
 class RoutingState:
     """The profiles of one forward and what the routers did with them.
 
-    profiles_NP: [N, P] standardised embeddings, or None without profiles.  profile_BS: [B, S] row of each position, -1 for none.
+    profiles_NP: [N, P] standardised embeddings, or None without profiles.  profile_BS: [B, S] row of each position, -1
+    for none.
     attention_mask_BS: [B, S_total], zero for padding.  gradient_mask_NE: [N, E], see docs/method.md.  num_profiles: N.
     collect: whether to keep statistics.  full_softmax: whether p_i of the balance loss is the softmax over all experts.
     record_sequences: whether to keep the mean gate of each sequence.  statistics: by router.
@@ -82,8 +86,8 @@ class RoutingState:
     def tokens(self, x: Tensor) -> TokenIndex:
         """Locate the tokens of a layer's input ``x`` ([B, S, D], or [T, D] flattened) in the batch.
 
-        A batch that generation expanded (beams, several returned sequences) repeats each profile in place. With a KV cache the
-        input holds the last S positions of the attention mask.
+        A batch that generation expanded (beams, several returned sequences) repeats each profile in place. With a KV
+        cache the input holds the last S positions of the attention mask.
 
         Raises:
             ModelError: the input's tokens cannot be those of the batch.
@@ -104,7 +108,7 @@ class RoutingState:
         return self._indices[key]
 
     def _profile_of_input(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """[batch, length] profile rows of the last ``length`` positions; generated positions have their sequence's last profile."""
+        """[batch, length] profile rows of the last positions. Generated ones have the last profile of their sequence."""
         assert self.profile_BS is not None
         profile_BS = self.profile_BS.to(device)
         rows, known = profile_BS.shape
@@ -136,9 +140,9 @@ class RoutingContext:
     def gate(self, router_index: int, x: Tensor) -> GateOutput:
         """The gate of one layer input ([B, S, D] or [T, D]).
 
-        Layers that share a router (q,k,v; gate,up) ask one after another with the same tensor, so the latest gate is kept: each
-        router runs once per input. Only one input is kept, because those of all layers together would cost as much memory as
-        activation checkpointing saves.
+        Layers that share a router (q,k,v; gate,up) ask one after another with the same tensor, so the latest gate is
+        kept: each router runs once per input. Only one input is kept, because those of all layers together would cost
+        as much memory as activation checkpointing saves.
         """
         state = self.state
         recorded = torch.is_grad_enabled()
@@ -159,7 +163,7 @@ class RoutingContext:
         return gate
 
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-        """``context_fn`` of torch.utils.checkpoint: recompute with the state this forward had, without counting twice."""
+        """``context_fn`` of torch.utils.checkpoint: recomputes with the state of this forward, without counting twice."""
         return contextlib.nullcontext(), self._replay(self.state)
 
     @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The LoRA experts of one linear layer, and how tokens and experts come together.
 
-Shapes: T tokens, I input features, O output features, E experts, K active experts, r rank, M rows that the experts of this rank answer.
+Shapes: T tokens, I input features, O output features, E experts, K active experts, r rank, M rows that the experts of
+this rank answer.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """A as LoRA initialises it (Kaiming uniform, a = sqrt 5), B at zero: the adapted model starts as the backbone."""
+        """A as in LoRA (Kaiming uniform, a = sqrt 5), B at zero, so that the adapted model starts as the backbone."""
         bound = 1 / math.sqrt(self.lora_a.shape[-1])
         self.lora_a.copy_((torch.rand(self.lora_a.shape, generator=generator, dtype=torch.float32) * 2 - 1) * bound)
         self.lora_b.zero_()
@@ -68,7 +69,10 @@ class Experts(nn.Module):
         return {"lora_b": self.lora_b} if self.shared_a else {"lora_a": self.lora_a, "lora_b": self.lora_b}
 
     def forward(self, x_MI: Tensor, routes: Routes, weights: ExpertWeights | None = None) -> Tensor:
-        """(alpha / r) * sum_i g_i B_i A_i x, [M, O]. A module reads its own weights here only: ZeRO-3 gathers them for this call."""
+        """(alpha / r) * sum_i g_i B_i A_i x, [M, O].
+
+        A module reads its own weights here only: ZeRO-3 gathers them for this call.
+        """
         lora_a, lora_b = weights or ExpertWeights(self.lora_a, self.lora_b)
         return mixture(x_MI, routes, lora_a, lora_b, self.scaling)
 

@@ -29,8 +29,9 @@ _SHARING = (
 def inject_adapters(base: nn.Module, config: CumaConfig, seed: int = 0) -> CumaModel:
     """Freeze ``base`` and put a mixture of LoRA experts beside every linear that ``config.target_modules`` names.
 
-    The base is changed in place (its linears are wrapped, not copied). Adapters are float32, on the device of the linear they
-    adapt, and initialised from ``seed`` and the module's name alone, so that every rank and every topology starts equal.
+    The base is changed in place (its linears are wrapped, not copied). Adapters are float32, on the device of the
+    linear they adapt, and initialised from ``seed`` and the module's name alone, so that every rank and every topology
+    starts equal.
 
     Args:
         base: a causal language model of transformers (any module with named linears works).

@@ -25,7 +25,8 @@ class AdaptedLinear(nn.Module):
         router_index: which of ``context.routers`` this layer asks. None for plain LoRA.
 
     Attributes:
-        router: the router that has its parameters under this layer's name: that of the first layer of those that share it. None elsewhere.
+        router: the router that has its parameters under this layer's name: that of the first layer of those that share
+            it. None elsewhere.
         dispatcher: how tokens and experts come together.
     """
 
@@ -42,7 +43,10 @@ class AdaptedLinear(nn.Module):
         self.dispatcher: Dispatcher = Local()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, I] or [T, I] -> the same with O features. What is sent between ranks is sent beside the frozen product."""
+        """[B, S, I] or [T, I] -> the same with O features.
+
+        What is sent between ranks is sent beside the frozen product.
+        """
         if not self.context.enabled:
             return self.base(x)
         x_TI = F.dropout(x.reshape(-1, x.shape[-1]), self.config.dropout, self.training)

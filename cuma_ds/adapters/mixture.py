@@ -1,11 +1,15 @@
-"""scale * sum_i g_i B_i A_i x (method, step 4), computed in the way that is cheaper for its sizes. Both ways give the same result.
+"""scale * sum_i g_i B_i A_i x (method, step 4), computed in the way that is cheaper for its sizes.
 
-*Dense*: one product with all A, scaling by the gate (zero for experts that a token is not routed to), one product with all B. Nothing
-is sorted. The work grows with E.
-*Grouped*: the (token, expert) pairs are sorted by expert, each expert multiplies its own rows, and the rows are summed per token. The
-work grows with K. It does not wait for the device where torch has a grouped kernel (bfloat16 on sm_90 and sm_100).
+Both ways give the same result.
 
-Shapes: T tokens, I input features, O output features, E experts, K active experts, r rank (R in names), M = T * K pairs.
+*Dense*: one product with all A, scaling by the gate (zero for experts that a token is not routed to), one product with
+all B. Nothing is sorted. The work grows with E.
+*Grouped*: the (token, expert) pairs are sorted by expert, each expert multiplies its own rows, and the rows are summed
+per token. The work grows with K. It does not wait for the device where torch has a grouped kernel (bfloat16 on sm_90
+and sm_100).
+
+Shapes: T tokens, I input features, O output features, E experts, K active experts, r rank (R in names), M = T * K
+pairs.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ class Routes(NamedTuple):
     """The experts of every token.
 
     weight_TK: [T, K] mixture weights, zero for padding.  expert_TK: [T, K] int32, -1 for padding.
-    share_TK: [T, K] in [0, 1], the share of its weight gradients that a token sends to that expert (the gradient mask of
-    docs/method.md). None is one everywhere, as in the paper.
+    share_TK: [T, K] in [0, 1], the share of its weight gradients that a token sends to that expert (the gradient mask
+    of docs/method.md). None is one everywhere, as in the paper.
     """
 
     weight_TK: Tensor
@@ -97,7 +101,7 @@ def mixture(
 
 
 def times_a(x_TI: Tensor, lora_a: Tensor) -> Tensor:
-    """x A^T for every row of ``lora_a`` ([E, r, I] or [r, I]): [T, E * r] or [T, r] in the compute dtype of ``x_TI``."""
+    """x A^T, [T, E * r] or [T, r], in the compute dtype of ``x_TI``. ``lora_a`` is [E, r, I] or [r, I]."""
     with without_autocast(x_TI):
         return F.linear(x_TI.to(compute_dtype(x_TI)), _rounded(lora_a, x_TI).flatten(0, -2))
 
@@ -114,7 +118,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of ``x``, but float32 for 16-bit tensors on a CPU without units for such products, where they are slower."""
+    """The dtype of ``x``, but float32 for 16-bit tensors on a CPU without units for 16-bit products."""
     units = {torch.bfloat16: ("amx_tile", "avx512_bf16"), torch.float16: ("amx_fp16",)}
     if x.device.type != "cpu" or x.dtype not in units:
         return x.dtype
@@ -143,8 +147,8 @@ MOVED_COLUMNS = {"cpu": 64.0, "cuda": 400.0}
 class _Shrink(torch.autograd.Function):
     """The rows of x, repeated per chosen expert and multiplied by its A: [T, I] -> [M, r], sorted by expert.
 
-    Rows after the last real pair are uninitialised and must not be read. The repeated rows are gathered again in the backward pass,
-    because keeping them costs K times the memory of x.
+    Rows after the last real pair are uninitialised and must not be read. The repeated rows are gathered again in the
+    backward pass, because keeping them costs K times the memory of x.
     """
 
     @staticmethod
@@ -165,7 +169,10 @@ class _Shrink(torch.autograd.Function):
 
 
 class _Expand(torch.autograd.Function):
-    """The rows of h, multiplied by their expert's B and summed per token: [M, r] -> [T, O]. Rows after the last pair are not read."""
+    """The rows of h, multiplied by their expert's B and summed per token: [M, r] -> [T, O].
+
+    Rows after the last pair are not read.
+    """
 
     @staticmethod
     def forward(ctx: Any, h_MR: Tensor, b_ERO: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor) -> Tensor:
@@ -185,7 +192,7 @@ class _Expand(torch.autograd.Function):
 
 
 def _grouped_mm(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
-    """Rows of ``a`` [M, I] times their expert's ``b`` [E, I, J], or every expert's ``a`` [I, M] times its rows of ``b`` [M, J]."""
+    """Rows of ``a`` [M, I] times their expert's ``b`` [E, I, J], or columns of ``a`` [I, M] times rows of ``b`` [M, J]."""
     if a.is_meta or not a.numel():  # torch has neither shapes for float32 on meta nor sums over no rows on CUDA
         return a.new_zeros((a.shape[0], b.shape[2]) if b.dim() == 3 else (len(end_E), a.shape[0], b.shape[1]))
     product = F.grouped_mm(a, b, offs=end_E)
@@ -195,5 +202,8 @@ def _grouped_mm(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
 
 
 def _rounded(lora: Tensor, x: Tensor) -> Tensor:
-    """The weights rounded to the dtype of ``x``, in its compute dtype. Experts sent between ranks in the dtype of x are rounded alike."""
+    """The weights rounded to the dtype of ``x``, in its compute dtype.
+
+    Experts sent between ranks in the dtype of x are rounded alike.
+    """
     return lora.to(x.dtype).to(compute_dtype(x))

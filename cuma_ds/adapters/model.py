@@ -21,7 +21,7 @@ from cuma_ds.errors import ModelError
 
 
 class RoutingRecord:
-    """What the routers did while recording. gates: one [R, B, E] float32 tensor (mean gate over real tokens) per forward."""
+    """What the routers did while recording. gates: [R, B, E] float32 mean gates over real tokens, one per forward."""
 
     def __init__(self, router_names: list[str]) -> None:
         self.router_names = router_names
@@ -37,9 +37,10 @@ class CumaModel(nn.Module):
         router_names: the first adapted linear of each router, in module order.
         profile_mean, profile_scale: [P] and [] float32 buffers; e_d goes to the routers as ``(e_d - mean) * scale``.
         expert_share: [R, E] float32 buffer, the running shares f_i of the balance loss (``config.balance_scope: run``).
-        shares_per_forward: whether each training forward moves ``expert_share``. An engine that knows where optimizer steps end sets it
-            to False and calls :meth:`update_shares`.
-        sum_over_ranks: set by a distributed engine, so that shares and ``balance_loss`` are those of all ranks' batches joined.
+        shares_per_forward: whether each training forward moves ``expert_share``. An engine that knows where optimizer
+            steps end sets it to False and calls :meth:`update_shares`.
+        sum_over_ranks: set by a distributed engine, so that shares and ``balance_loss`` are those of all ranks' batches
+            joined.
     """
 
     profile_mean: Tensor
@@ -83,8 +84,8 @@ class CumaModel(nn.Module):
             gradient_mask: [N, E] in [0, 1], share of the weight gradients each profile may send to each expert.
 
         Returns:
-            The backbone's output. While training it also carries ``balance_loss`` (a scalar, summed over routers) unless
-            ``config.balance_weight`` is 0.
+            The backbone's output. While training it also carries ``balance_loss`` (a scalar, summed over routers)
+            unless ``config.balance_weight`` is 0.
 
         Raises:
             ModelError: profiles missing, of the wrong width or number.
@@ -140,7 +141,7 @@ class CumaModel(nn.Module):
         raise ModelError("the model was called without input_ids or inputs_embeds")
 
     def _profile_BS(self, inputs: Tensor, profile_index: Tensor | None) -> Tensor:
-        """[B, S] profile row of every input position: one row after another by default, and the same along a sequence if given by [B]."""
+        """[B, S] profile row of every input position, from [B], [B, S] or None (sequence b has row b)."""
         rows, length = inputs.shape[:2]
         if profile_index is None:
             profile_index = torch.arange(rows, device=self.profile_scale.device)
@@ -255,7 +256,7 @@ class CumaModel(nn.Module):
                     yield f"{name}.{part}.{inner}", parameter
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """All tensors the backbone does not have: trained parameters and the profile standardisation (detached, not copied)."""
+        """Trained parameters and the profile standardisation by name, detached and not copied."""
         return {name: parameter.detach() for name, parameter in self.adapter_parameters()} | self.standardisation()
 
     def standardisation(self) -> dict[str, Tensor]:
@@ -285,7 +286,8 @@ class CumaModel(nn.Module):
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ModelError(
-                    f"adapter tensor {name} has shape {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}"
+                    f"adapter tensor {name} has shape {tuple(state[name].shape)}; "
+                    f"this model needs {tuple(tensor.shape)}"
                 )
             tensor.copy_(state[name])
 
@@ -296,5 +298,5 @@ def _left_padded(mask: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _contiguous_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``logits_to_keep`` hands the head a strided slice, for which torch copies the whole vocabulary matrix once per sequence."""
+    """``logits_to_keep`` gives the head a strided slice. torch would copy the whole vocabulary matrix per sequence for it."""
     return (args[0].contiguous(), *args[1:])

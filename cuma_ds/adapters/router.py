@@ -20,7 +20,8 @@ from cuma_ds.ops import GateOutput, demographic_gate
 class Router(nn.Module):
     """s = W_h h + W_p e_d (method, step 2), or an MLP whose first layer is that sum.
 
-    The concatenation [h (+) e_d] is never built: its second half is one small product per *profile*, looked up per token.
+    The concatenation [h (+) e_d] is never built: its second half is one small product per *profile*, looked up per
+    token.
     """
 
     def __init__(self, config: CumaConfig, in_features: int, device: torch.device | None = None) -> None:
@@ -56,7 +57,7 @@ class Router(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def logits(self, h_TD: Tensor, profiles_NP: Tensor | None, profile_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The two terms whose sum the gate reads, in float32 (float64 stays): [T, E] of the tokens, and [N, E] of the profiles or None.
+        """The two terms of the logits: [T, E] of the tokens, and [N, E] of the profiles or None. float32 (float64 stays).
 
         Args:
             h_TD: [T, D] the adapted linear's input.

@@ -1,7 +1,8 @@
-"""The operators of the mixture: compiled where they were built (csrc/), plain PyTorch elsewhere; the same results from both.
+"""The operators of the mixture: compiled where they were built (csrc/), plain PyTorch elsewhere, with the same results.
 
 Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K pairs, W features.
-Compiled: float32, bfloat16 and float16 with float32 arithmetic, on the CPU and on CUDA, deterministic. float64 takes plain PyTorch.
+Compiled: float32, bfloat16 and float16 with float32 arithmetic, on the CPU and on CUDA, deterministic. float64 takes
+plain PyTorch.
 """
 
 from __future__ import annotations
@@ -36,22 +37,25 @@ _MOST_CHOICES = 32
 def demographic_gate(
     hidden_logits_TE: Tensor, profile_logits_NE: Tensor | None, profile_index_T: Tensor, top_k: int, norm: str
 ) -> GateOutput:
-    """From router logits s = hidden + profile[index] to mixture weights (method, step 3, and its variants), in one pass.
+    """Mixture weights of the router logits s = hidden + profile[index] (method, step 3, and its variants), in one pass.
 
     Args:
         hidden_logits_TE: [T, E] float32, bfloat16, float16 or float64, the logits of the tokens. E is at most 512.
         profile_logits_NE: [N, E], the logits of the profiles. None stands for zeros.
-        profile_index_T: [T] int64, each token's row of ``profile_logits_NE``. -1 marks padding, which is counted nowhere.
+        profile_index_T: [T] int64, each token's row of ``profile_logits_NE``. -1 marks padding, which is counted
+            nowhere.
         top_k: K. Ties go to the lower expert index. With ``softmax`` all experts are kept and K = E.
-        norm: ``topk_softmax`` softmax over the top-k logits | ``softmax`` over all | ``softmax_topk`` top-k of the softmax,
-            not renormalised | ``softmax_topk_softmax`` softmax of the top-k values of the softmax.
+        norm: ``topk_softmax`` softmax over the top-k logits | ``softmax`` over all | ``softmax_topk`` top-k of the
+            softmax, not renormalised | ``softmax_topk_softmax`` softmax of the top-k values of the softmax.
 
     Returns:
-        A :class:`GateOutput`; gradients flow through ``weight_TK`` and ``weight_sum_E``. float32 (float64 for float64 logits).
+        A :class:`GateOutput`; gradients flow through ``weight_TK`` and ``weight_sum_E``. float32 (float64 for float64
+        logits).
 
     Raises:
-        ModelError: shapes, dtypes or devices that do not fit. On the CPU also NaN or inf logits and indices out of range. On CUDA
-            such tokens are not routed, and ``invalid`` counts them, because a check would wait for the device.
+        ModelError: shapes, dtypes or devices that do not fit. On the CPU also NaN or inf logits and indices out of
+            range. On CUDA such tokens are not routed, and ``invalid`` counts them, because a check would wait for the
+            device.
     """
     tokens, experts = _matrix("hidden_logits_TE", hidden_logits_TE, _FLOATS)
     if norm not in GATE_NORMS:
@@ -81,7 +85,9 @@ def demographic_gate(
 
 
 def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts: int, scale: float = 1.0) -> Tensor:
-    """scale * g_i * z_i for the chosen experts, zero for the others. One dense product with all B then sums over the experts.
+    """scale * g_i * z_i for the chosen experts, zero for the others.
+
+    One dense product with all B then sums over the experts.
 
     Args:
         z_TER: [T, E, r], or [T, 1, r] when one A serves all experts.
@@ -121,7 +127,9 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
 
 
 def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """The tokens' rows in the order of :func:`sort_by_expert`, times their weight if given. Rows after the last pair are zero.
+    """The tokens' rows in the order of :func:`sort_by_expert`, times their weight if given.
+
+    Rows after the last pair are zero.
 
     Args:
         x_TW: [T, W].

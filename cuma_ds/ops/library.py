@@ -47,7 +47,7 @@ def _load() -> str:
 
 
 def supports(dtype: torch.dtype, device: str) -> bool:
-    """Whether the compiled operators take such tensors: float32, bfloat16 or float16 on the CPU, or on CUDA if built for it."""
+    """Whether the compiled operators take such tensors: 16 or 32 bits, on the CPU, or on CUDA if built for it."""
     if reason or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return device in ("cpu", "meta") or (device == "cuda" and bool(architectures))

@@ -17,8 +17,8 @@ class GateOutput(NamedTuple):
     """What :func:`demographic_gate` returns.
 
     weight_TK: [T, K] mixture weights, zero for padding.  expert_TK: [T, K] int32, largest weight first, -1 for padding.
-    load_E: [E] assignments per expert.  weight_sum_E: [E] summed weights, differentiable.  entropy: [] summed entropy of the gate, nats.
-    invalid: [] real tokens left unrouted because a logit is NaN or inf.
+    load_E: [E] assignments per expert.  weight_sum_E: [E] summed weights, differentiable.  entropy: [] summed entropy
+    of the gate, nats. invalid: [] real tokens left unrouted because a logit is NaN or inf.
     """
 
     weight_TK: Tensor
@@ -32,8 +32,9 @@ class GateOutput(NamedTuple):
 class Pairs(NamedTuple):
     """The pairs of a token and one of its experts, sorted by expert, as :func:`sort_by_expert` returns them.
 
-    order_M: [M] int32, the pair (t * K + k) at each sorted place, -1 after the last one.  position_TK: [T, K] int32, the place of each
-    pair, -1 for padding.  end_E: [E] int32, where each expert's places end (the offsets that grouped products take).
+    order_M: [M] int32, the pair (t * K + k) at each sorted place, -1 after the last one.  position_TK: [T, K] int32,
+    the place of each pair, -1 for padding.  end_E: [E] int32, where each expert's places end (the offsets that grouped
+    products take).
     """
 
     order_M: Tensor

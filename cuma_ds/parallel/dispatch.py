@@ -1,7 +1,10 @@
-"""Bring tokens and experts of different ranks together: move the tokens, or move the experts. The maths is in cuma_ds.adapters.mixture.
+"""Bring tokens and experts of different ranks together: move the tokens, or move the experts.
 
-Shapes: T tokens, I input features, O output features, E experts, L experts on this rank, r rank, M (token, expert) pairs.
-Every rank of an expert-parallel group must call ``dispatch`` and ``combine`` the same number of times, with zero tokens too.
+The maths is in cuma_ds.adapters.mixture.
+
+Shapes: T tokens, I input features, O output features, E experts, L experts on this rank, r rank, M (token, expert)
+pairs. Every rank of an expert-parallel group must call ``dispatch`` and ``combine`` the same number of times, with zero
+tokens too.
 """
 
 from __future__ import annotations
@@ -78,7 +81,10 @@ class ExpertParallelDispatcher(Dispatcher):
         return counted
 
     def agree_on_tokens(self, real_tokens: Tensor) -> None:
-        """Tell the group how many real tokens (a scalar tensor) this rank's forward has. ``auto`` alone asks for them."""
+        """Tell the group how many real tokens (a scalar tensor) this rank's forward has.
+
+        ``auto`` alone asks for them.
+        """
 
 
 class GatherExperts(ExpertParallelDispatcher):
@@ -251,7 +257,10 @@ class _Arriving(NamedTuple):
 
 
 class _Trip:
-    """A collective, and the one that brings its gradient back. Each is started in one place and waited for in another."""
+    """A collective, and the one that brings its gradient back.
+
+    Each is started in one place and waited for in another.
+    """
 
     arriving: _Arriving
 

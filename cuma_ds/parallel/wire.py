@@ -1,7 +1,10 @@
-"""How many bytes the expert-parallel and ZeRO collectives send. ``dispatch: auto`` and the planner decide by these numbers.
+"""How many bytes the expert-parallel and ZeRO collectives send.
 
-Counted is the payload that one rank sends to others. A collective that hands a shard to n - 1 ranks sends it n - 1 times. An
-all-reduce is a reduce-scatter and an all-gather. Names: E experts, K active, r rank, D input and O output features, T tokens.
+``dispatch: auto`` and the planner decide by these numbers.
+
+Counted is the payload that one rank sends to others. A collective that hands a shard to n - 1 ranks sends it n - 1
+times. An all-reduce is a reduce-scatter and an all-gather. Names: E experts, K active, r rank, D input and O output
+features, T tokens.
 """
 
 from __future__ import annotations
@@ -37,9 +40,10 @@ class ExpertShapes:
 class Payload(NamedTuple):
     """How the numbers of one linear are sent.
 
-    ep_size: ranks that share the experts.  compute_bytes: bytes of a number in the forward (weights are sent in the activations' dtype).
-    weight_bytes: bytes of a number of a trained weight (gradients are sent in the weights' dtype).  forwards: 2 with activation
-    checkpointing, which runs every forward twice.  backward: False for evaluation.
+    ep_size: ranks that share the experts.  compute_bytes: bytes of a number in the forward (weights are sent in the
+    activations' dtype).
+    weight_bytes: bytes of a number of a trained weight (gradients are sent in the weights' dtype).  forwards: 2 with
+    activation checkpointing, which runs every forward twice.  backward: False for evaluation.
     """
 
     ep_size: int
