@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.files import first_line, quiet_transformers
 from cuma_ds.strict_json import RepeatedKeyError, read_json
 
 # What the commands that start ranks are called, as a program and as a module.
@@ -164,10 +165,8 @@ def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
 def load_talker(arguments: argparse.Namespace, decoding: Decoding) -> Talker:
     """The model that :func:`add_model_arguments` names, ready to be asked."""
     import torch
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
 
     from cuma_ds.config import ModelSection
     from cuma_ds.evaluation.talk import Talker
@@ -179,7 +178,7 @@ def load_talker(arguments: argparse.Namespace, decoding: Decoding) -> Talker:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from None
     if arguments.run is not None:
         model = load_run(arguments.run, arguments.step)
         place = model.export["base_model_name_or_path"]

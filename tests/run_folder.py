@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from cuma_ds.adapters import CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
 from cuma_ds.data import prepare
-from cuma_ds.identity import file_sha256, read_identity
+from cuma_ds.identity import file_sha256
+from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.backbone import load_backbone
 from cuma_ds.parallel.checkpoint import write_state
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
-from cuma_ds.training.run_folder import fingerprint, record_identity
+from cuma_ds.runs import Run
 
 OPINIONS = Path(__file__).parent / "data" / "opinions.jsonl"
 
@@ -78,13 +79,13 @@ def make_run(
                 if name.endswith("router.weight_h"):
                     parameter.zero_()
     checkpoint = folder / "checkpoints" / "step-7"
-    record_identity(config, data, table)
+    Run(folder).record_identity(config, data, table)
     checkpoint.mkdir(parents=True)
     save_file(
         {f"param/{name}": tensor.clone() for name, tensor in model.adapter_state().items()},
         checkpoint / "shared.safetensors",
     )
-    state = {"step": 7, "fingerprint": fingerprint(config), "identity": read_identity(folder)}
+    state = {"step": 7, "fingerprint": fingerprint(config), "identity": Run(folder).identity()}
     write_state(checkpoint, state, {"shared.safetensors": file_sha256(checkpoint / "shared.safetensors")})
     (folder / "checkpoints" / "latest").write_text("step-7\n")
     return folder, model, table

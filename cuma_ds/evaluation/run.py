@@ -25,6 +25,7 @@ from cuma_ds.evaluation.routing import expert_load
 from cuma_ds.evaluation.sections import chat_split, choice_split
 from cuma_ds.evaluation.subgroups import subgroups
 from cuma_ds.evaluation.subject import Subject, open_run
+from cuma_ds.runs import Run
 
 Array = NDArray[np.float64]
 
@@ -37,8 +38,8 @@ Extra = Callable[["Evaluator"], tuple[dict[str, Any], dict[str, str]]]
 def evaluate_run(
     run_dir: str | Path, step: int | None = None, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Report:
-    """Evaluate one checkpoint of a run and write ``run_dir/evaluation/`` (arguments as in :func:`cuma_ds.evaluation.subject.open_run`)."""
-    return evaluate(open_run(run_dir, step, overrides=overrides), Path(run_dir) / "evaluation", progress)
+    """Evaluate one checkpoint of a run and write its report (arguments as in :func:`cuma_ds.evaluation.subject.open_run`)."""
+    return evaluate(open_run(run_dir, step, overrides=overrides), Run(run_dir).report_folder, progress)
 
 
 def evaluate(

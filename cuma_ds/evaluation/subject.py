@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from cuma_ds.adapters import CumaModel, inject_adapters
-from cuma_ds.config import ModelSection, RunConfig, load_started, make_config
+from cuma_ds.config import ModelSection, RunConfig, make_config
 from cuma_ds.data import load_data
-from cuma_ds.data.prepared import PreparedData
+from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, DataError, ModelError
+from cuma_ds.files import first_line
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
-from cuma_ds.training.run_folder import open_trained
+from cuma_ds.runs import Run
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def open_run(
     """One checkpoint of a run.
 
     Args:
-        run_dir: a run folder as training leaves it (config.yaml, data/, profiles.safetensors, checkpoints/).
+        run_dir: a run folder as training leaves it.
         step: which checkpoint; the newest complete one by default.
         data: a prepared folder or a file of rows instead of the run's own data.
         overrides: ``section.key=value`` on top of the run's recipe, e.g. ``evaluation.min_answers=50``.
@@ -67,13 +68,9 @@ def open_run(
     Raises:
         CumaError: the folder, its checkpoint, data or model cannot be used; says which and why.
     """
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves"
-        )
-    config = load_started(run_dir / "config.yaml", list(overrides))
-    trained = open_trained(run_dir, config, step)
+    run = Run.open(run_dir)
+    config = run.config(overrides)
+    trained = run.trained(config, step)
     prepared, table = trained.data, trained.table
     model = load_trained(config, trained.adapters, table)
     embeddings_NP = None if table is None else table.embeddings
@@ -146,8 +143,7 @@ def open_peft(folder: str | Path, data: str | Path, base: str | None = None, ove
     try:
         model = PeftModel.from_pretrained(backbone, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise ModelError(f"the adapter {folder} does not load on {place}: {reason}") from None
+        raise ModelError(f"the adapter {folder} does not load on {place}: {first_line(error)}") from None
     prepared = read_data(data, config)
     return Subject(folder.name, "adapter", model, _renderer(config), config, prepared, None, model.disable_adapter)
 
@@ -174,7 +170,7 @@ def load_trained(config: RunConfig, adapters: dict[str, Tensor], table: ProfileT
 
 def read_data(place: str | Path, config: RunConfig) -> PreparedData:
     """A prepared folder as it is, or rows split as ``config.data`` says."""
-    if (Path(place) / "manifest.json").is_file():
+    if is_prepared(place):
         return PreparedData.load(place).with_template(config.profiles.template)
     section = config.data.model_copy(update={"source": "jsonl", "path": str(place), "histogram_targets": True})
     return load_data(section, config.profiles.template)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import Tensor
 
 import cuma_ds
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.config import ModelSection, RunConfig, load_started
+from cuma_ds.config import ModelSection
 from cuma_ds.data.rendering import PROMPT_KEYS, Renderer
 from cuma_ds.errors import CheckpointError, ModelError
 from cuma_ds.evaluation.decoding import folder_generation, settled_generation
@@ -42,9 +40,10 @@ from cuma_ds.export.modeling import (
 )
 from cuma_ds.export.source import modeling_source
 from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
+from cuma_ds.files import atomic_folder, first_line, full_path
 from cuma_ds.identity import file_sha256
 from cuma_ds.parallel.backbone import backbone_fingerprint, load_backbone, load_tokenizer, skeleton
-from cuma_ds.training.run_folder import open_trained
+from cuma_ds.runs import Run
 
 
 @dataclass(frozen=True)
@@ -70,20 +69,6 @@ class Trained:
     backbone: dict[str, str] = field(default_factory=dict)
 
 
-def open_run(run_dir: str | Path) -> tuple[Path, RunConfig]:
-    """A run folder and its recipe.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves"
-        )
-    return run_dir, load_started(run_dir / "config.yaml")
-
-
 def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
     """The adapters of one checkpoint of a run, written by any world size and ZeRO stage; no process group, no backbone weights.
 
@@ -94,14 +79,15 @@ def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
     Raises:
         CumaError: the folder or the checkpoint cannot be used; says why.
     """
-    run_dir, config = open_run(run_dir)
-    trained = open_trained(run_dir, config, step)
+    run = Run.open(run_dir)
+    config = run.config()
+    trained = run.trained(config, step)
     data, table = trained.data, trained.table
     profiles: dict[str, Any] = {"encoder": None, "template": config.profiles.template, "fields": []}
     width = 0
     if table is not None:
         width = table.embeddings.shape[1]
-        profiles["encoder"] = portable(str(config.profiles.encoder))
+        profiles["encoder"] = full_path(str(config.profiles.encoder))
         profiles["fingerprint"] = table.fingerprint
         profiles["fields"] = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
     return Trained(
@@ -110,7 +96,7 @@ def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
         base=config.model,
         profiles=profiles,
         prompt={key: getattr(config.data, key) for key in PROMPT_KEYS},
-        story=run_section(run_dir, config, data, trained.checkpoint.name),
+        story=run_section(run.report_folder, config, data, trained.checkpoint.name),
         backbone=trained.identity.get("backbone", {}),
     )
 
@@ -172,7 +158,7 @@ def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
     return {
         "peft_type": "CUMA",
         "format_version": EXPORT_FORMAT,
-        "base_model_name_or_path": portable(trained.base.path),
+        "base_model_name_or_path": full_path(trained.base.path),
         "adapters": trained.adapters.model_dump(mode="json"),
         "profiles": trained.profiles,
         "prompt": trained.prompt,
@@ -197,22 +183,11 @@ def output_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out} exists and is not empty; nothing is overwritten, choose another folder")
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        try:
-            beside.mkdir(parents=True)
-            yield beside
-            beside.replace(out)
-        except OSError as error:
-            raise CheckpointError(f"--out {out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def portable(path: str) -> str:
-    """A folder by its full path, so that the export can be loaded from anywhere; a hub id as it is."""
-    folder = Path(path).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else path
+        with atomic_folder(out) as folder:
+            yield folder
+    except OSError as error:
+        raise CheckpointError(f"--out {out} cannot be written: {error.strerror or error}") from None
 
 
 def _from_hub(name: str) -> Path:
@@ -221,8 +196,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.py", "README.md"]))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the base model {name} cannot be brought from the hub: {reason}") from None
+        raise ModelError(f"the base model {name} cannot be brought from the hub: {first_line(error)}") from None
 
 
 def _dump(path: Path, values: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.inject import inject_adapters
 from cuma_ds.adapters.model import CumaModel
 from cuma_ds.errors import CheckpointError, ModelError, nearest
+from cuma_ds.files import first_line, full_path, is_hub_id
 from cuma_ds.identity import changed_part, content_sha256, file_sha256, model_fingerprint
 from cuma_ds.profiles.encoder import ProfileEncoder
 from cuma_ds.profiles.linearize import linearize
@@ -113,9 +114,8 @@ class CumaForCausalLM(CumaModel):
                 **kwargs,
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(
-                f"the base model {path} cannot be loaded: {reason} (base_model= names another place)"
+                f"the base model {path} cannot be loaded: {first_line(error)} (base_model= names another place)"
             ) from None
         _check_base(str(path), base.config, facts)
         # Earlier exports have no such file.
@@ -127,7 +127,7 @@ class CumaForCausalLM(CumaModel):
         if not inside:
             model.export = {
                 **export,
-                "base_model_name_or_path": str(Path(path).resolve()) if Path(path).is_dir() else str(path),
+                "base_model_name_or_path": full_path(str(path)),
             }
         return model
 
@@ -340,7 +340,7 @@ def _export_folder(path: str, hub: dict[str, Any]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_id(path):
         raise CheckpointError(
             f"there is no exported model at {path}; expected a folder made by launchers/export.py, or a hub id of one"
         )
@@ -349,8 +349,9 @@ def _export_folder(path: str, hub: dict[str, Any]) -> Path:
     try:
         return Path(snapshot_download(path, **hub))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is neither a folder nor an exported model the hub gives us: {reason}") from None
+        raise CheckpointError(
+            f"{path} is neither a folder nor an exported model the hub gives us: {first_line(error)}"
+        ) from None
 
 
 def _moved(path: str, export: Path) -> str:

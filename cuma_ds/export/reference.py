@@ -17,7 +17,8 @@ from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.adapters.layer import AdaptedLinear
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import CheckpointError, ModelError
-from cuma_ds.export.hf import Trained, portable
+from cuma_ds.export.hf import Trained
+from cuma_ds.files import first_line, full_path
 from cuma_ds.parallel.backbone import skeleton
 from cuma_ds.profiles import ProfileEncoder
 from cuma_ds.profiles.linearize import AUTHORS_FIELDS
@@ -57,7 +58,7 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: adapter_model.safetensors is missing or damaged: {str(error).splitlines()[0]}"
+            f"{folder}: adapter_model.safetensors is missing or damaged: {first_line(error)}"
         ) from None
     section = ModelSection(path=base, dtype=_dtype(folder, theirs))
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
@@ -96,7 +97,7 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
             raise ModelError(
                 f"--encoder {encoder} has width {made_by.dim}; the checkpoint's adapters take {config.profile_dim}"
             )
-        profiles |= {"encoder": portable(encoder), "fingerprint": made_by.fingerprint}
+        profiles |= {"encoder": full_path(encoder), "fingerprint": made_by.fingerprint}
     name = str(theirs.get("base_model") or "not named")
     return Trained(
         config, state, section, profiles, story=_STORY.format(base=Path(name).name if name.startswith("/") else name)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cuma_ds.errors import CumaError, ModelError
 from cuma_ds.export.modeling import CumaForCausalLM, base_fact
+from cuma_ds.files import first_line
 from cuma_ds.serving.batch import Batch
 from cuma_ds.serving.sampling import Sampler, next_tokens
 from cuma_ds.serving.text import TextStream
@@ -140,8 +141,7 @@ class Engine:
         except CumaError:
             raise
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ModelError(f"this model cannot be served in batches: {reason}") from error
+            raise ModelError(f"this model cannot be served in batches: {first_line(error)}") from error
         finally:
             self._batch.keep([])
         spread = (whole_V - whole_V.mean()).norm()
