@@ -137,7 +137,7 @@ class CumaForCausalLM(CumaModel):
     ) -> CumaForCausalLM:
         """Put the adapters that ``export`` describes into a loaded backbone, in eval mode and frozen."""
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
-        model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
+        model = cls(injected.base_model, injected.config, injected.context)
         model.load_adapter_state(state)
         model.export, model.folder = export, None
         model.encoder_path = encoder or export["profiles"].get("encoder")
@@ -158,7 +158,7 @@ class CumaForCausalLM(CumaModel):
             profile_embeddings: [B, P] (or [1, P]) raw sentence embeddings instead of ``profiles``.
         """
         if kwargs.get("profile_index") is None:
-            profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
+            profile_embeddings = self._one_per_row(self._inputs(args, kwargs).shape[0], profiles, profile_embeddings)
         return super().forward(*args, profile_embeddings=profile_embeddings, **kwargs)
 
     def generate(
@@ -169,7 +169,7 @@ class CumaForCausalLM(CumaModel):
         **kwargs: Any,
     ) -> Any:
         """The backbone's ``generate``, every prompt with its own profile (arguments as in :meth:`forward`)."""
-        profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
+        profile_embeddings = self._one_per_row(self._inputs(args, kwargs).shape[0], profiles, profile_embeddings)
         return super().generate(*args, profile_embeddings=profile_embeddings, **kwargs)
 
     def embed_profiles(self, profiles: Sequence[Profile]) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from cuma_ds.adapters import inject_adapters
-from cuma_ds.adapters.experts import ExpertShapes
+from cuma_ds.adapters.experts import Experts
 from cuma_ds.config import RunConfig
-from cuma_ds.data.batch import Batch
-from cuma_ds.methods.model import AdaptedModel, Output, Ranks, Trained
+from cuma_ds.data.batch import Batch, ModelInputs
+from cuma_ds.methods.model import AdaptedModel, ExpertShapes, Output, Ranks, Trained
 from cuma_ds.profiles import ProfileTable
 
 
@@ -47,19 +48,7 @@ class CumaMethod(AdaptedModel):
 
     def forward(self, batch: Batch, table: ProfileTable | None = None) -> Output:
         """See :class:`AdaptedModel`."""
-        device, rows_N = self.cuma.profile_scale.device, batch.profile_rows_N
-        profiles_NP, mask_NE = None if table is None else table.embeddings, self._mask_NE
-        batch = batch.to(device)
-        profile_BS = batch.profile_BS
-        if profiles_NP is None and batch.position_ids_BS is not None:
-            # The model counts a profile per row where it gets no embeddings. Packed rows without profiles take no mask.
-            profile_BS = profile_BS.clamp(max=0)
-        out = self.cuma(
-            **batch.inputs,
-            profile_embeddings=None if profiles_NP is None else profiles_NP[rows_N].to(device),
-            profile_index=profile_BS,
-            gradient_mask=None if mask_NE is None else mask_NE[rows_N].to(device),
-        )
+        out = self.cuma(**model_inputs(batch, table, self.cuma.profile_scale.device, self._mask_NE))
         return Output(out.logits, getattr(out, "balance_loss", None), self.cuma.routing_statistics())
 
     def trained_parameters(self) -> Iterator[Trained]:
@@ -80,7 +69,7 @@ class CumaMethod(AdaptedModel):
 
     def expert_shapes(self) -> list[ExpertShapes]:
         """See :class:`AdaptedModel`."""
-        return [layer.experts.shapes for _, layer in self.cuma.adapted_layers()]
+        return [shapes_of(layer.experts) for _, layer in self.cuma.adapted_layers()]
 
     def place(self, ranks: Ranks) -> None:
         """See :class:`AdaptedModel`."""
@@ -104,3 +93,41 @@ class CumaMethod(AdaptedModel):
         """Move the running shares of the balance loss."""
         if load_RE is not None:
             self.cuma.update_shares(load_RE)
+
+
+class CumaInputs(ModelInputs, total=False):
+    """Keyword arguments of a :class:`~cuma_ds.adapters.model.CumaModel`."""
+
+    profile_embeddings: Tensor
+    profile_index: Tensor
+    gradient_mask: Tensor
+
+
+def model_inputs(
+    batch: Batch, table: ProfileTable | None, device: torch.device, mask_NE: Tensor | None = None
+) -> CumaInputs:
+    """What an adapted model is called with for one batch.
+
+    Args:
+        batch: on any device.
+        table: the run's profiles; None for a method that takes none.
+        device: of the model.
+        mask_NE: gradient mask of each row of the table.
+    """
+    rows_N = batch.profile_rows_N
+    batch = batch.to(device)
+    inputs = CumaInputs(**batch.inputs, profile_index=batch.profile_BS)
+    if table is not None:
+        inputs["profile_embeddings"] = table.embeddings[rows_N].to(device)
+    elif batch.position_ids_BS is not None:
+        # The model counts a profile per row where it gets no embeddings. Packed rows without profiles take no mask.
+        inputs["profile_index"] = batch.profile_BS.clamp(max=0)
+    if mask_NE is not None:
+        inputs["gradient_mask"] = mask_NE[rows_N].to(device)
+    return inputs
+
+
+def shapes_of(experts: Experts) -> ExpertShapes:
+    """Sizes of one linear's experts over all ranks."""
+    out_features, rank = experts.lora_b.shape[1:]
+    return ExpertShapes(experts.num_experts, rank, experts.lora_a.shape[-1], out_features, experts.shared_a)

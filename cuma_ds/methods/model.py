@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cuma_ds.adapters.balance import RoutingStatistics
-from cuma_ds.adapters.experts import Dispatcher, ExpertShapes
+from cuma_ds.adapters.experts import Dispatcher
 from cuma_ds.data.batch import Batch
 from cuma_ds.profiles import ProfileTable
 
@@ -40,6 +40,27 @@ class Output(NamedTuple):
     logits: Tensor
     balance_loss: Tensor | None = None
     routing: RoutingStatistics | None = None
+
+
+@dataclass(frozen=True)
+class ExpertShapes:
+    """The experts of one adapted linear, over all ranks."""
+
+    num_experts: int
+    lora_r: int
+    in_features: int
+    out_features: int
+    shared_a: bool
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all experts that are on one rank only (a shared A is on every rank)."""
+        return self.num_experts * self.lora_r * (self.out_features + (0 if self.shared_a else self.in_features))
+
+    @property
+    def sent_per_pair(self) -> int:
+        """Numbers sent to an expert for one (token, expert) pair: x, or A x where A is shared."""
+        return self.lora_r if self.shared_a else self.in_features
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from cuma_ds.config import RunConfig
-from cuma_ds.data.batch import Batch, Targets
+from cuma_ds.data.batch import Batch, EncodedExample, pack
 from cuma_ds.errors import ModelError
 from cuma_ds.files import first_line
 from cuma_ds.methods import METHODS
@@ -61,14 +61,13 @@ class Setup:
 
     def work(self, sequences: int, length: int, kept: int) -> tuple[Batch, ProfileTable | None]:
         """A micro batch without storage, logits wanted at the last ``kept`` positions, and the profiles it names."""
-        with torch.device("meta"):
-            ids_BS = torch.zeros(sequences, length, dtype=torch.long)
-            number_B = torch.arange(sequences)
-            profile_BS, keep = number_B[:, None].expand_as(ids_BS), torch.arange(length - kept, length)
-            profiles_NP = torch.zeros(sequences, self.config.adapters.profile_dim)
-        targets = Targets(number_B, number_B, number_B, number_B, number_B)  # nothing reads them
-        batch = Batch(ids_BS, ids_BS, ids_BS, profile_BS, number_B, targets, keep)
-        return batch, ProfileTable([], profiles_NP) if self.config.adapters.uses_profiles else None
+        places = list(range(length - kept, length))
+        examples = [
+            EncodedExample([0] * length, places, [0] * kept, [1.0] * kept, profile) for profile in range(sequences)
+        ]
+        profiles_NP = torch.zeros(sequences, self.config.adapters.profile_dim, device="meta")
+        table = ProfileTable([], profiles_NP) if self.config.adapters.uses_profiles else None
+        return pack(examples, 0, length).to("meta"), table
 
 
 def read_model_config(path: str | Path) -> PretrainedConfig:
