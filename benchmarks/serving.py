@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection
-from cuma_ds.evaluation.talk import Decoding, Talker
+from cuma_ds.inference.talk import Decoding, Talker
 from cuma_ds.export.hf import Trained, describe
-from cuma_ds.export.modeling import CumaForCausalLM
+from cuma_ds.inference.modeling import CumaForCausalLM
 from cuma_ds.serving.app import make_app
-from cuma_ds.serving.engine import Engine, Limits
+from cuma_ds.serving.scheduler import Engine, Limits
 
 COUNTRIES = ["Norway", "Ghana", "Japan", "Peru", "Jordan", "Chile", "Kenya", "Nepal"]
 QUESTIONS = [

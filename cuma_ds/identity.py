@@ -182,6 +182,12 @@ def model_fingerprint(path: str | Path) -> dict[str, str]:
     }
 
 
+def base_fact(config: Any, name: str) -> Any:
+    """What a transformers configuration says (its text part, for models with several), e.g. ``vocab_size``; else None."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config if name == "model_type" else text, name, None)
+
+
 def changed_part(path: str | Path, known: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """What of a model differs from a known fingerprint, in words; None where nothing known does."""
     words = {"weights": "weights", "config": "configuration (config.json)", "tokenizer": "tokenizer or chat template"}

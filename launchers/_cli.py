@@ -24,7 +24,7 @@ _LAUNCHERS = (*_DEEPSPEED, "torchrun", "torch.distributed.run")
 _WATCH_SECONDS = 1.0
 
 if TYPE_CHECKING:
-    from cuma_ds.evaluation.talk import Decoding, Talker
+    from cuma_ds.inference.talk import Decoding, Talker
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -170,9 +170,9 @@ def load_talker(arguments: argparse.Namespace, decoding: Decoding) -> Talker:
     logging.disable_progress_bar()
 
     from cuma_ds.config import ModelSection
-    from cuma_ds.evaluation.talk import Talker
+    from cuma_ds.inference.talk import Talker
     from cuma_ds.export.hf import load_run
-    from cuma_ds.export.modeling import load_exported
+    from cuma_ds.inference.modeling import load_exported
     from cuma_ds.parallel.backbone import load_tokenizer
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

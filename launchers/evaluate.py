@@ -89,7 +89,7 @@ def _extras(arguments: argparse.Namespace) -> list[Extra]:
     from cuma_ds.evaluation.generation import Generation
     from cuma_ds.evaluation.gradients import Interference
     from cuma_ds.evaluation.judge import JudgeSettings
-    from cuma_ds.evaluation.talk import Decoding
+    from cuma_ds.inference.talk import Decoding
 
     judge = None
     if arguments.judge_url is not None:

@@ -21,7 +21,7 @@ from cuma_ds.errors import ConfigError, CumaError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cuma_ds.evaluation.talk import Talker
+    from cuma_ds.inference.talk import Talker
 
 _EXAMPLES = """\
 examples
@@ -61,7 +61,7 @@ def main() -> None:
 
     from rich.console import Console
 
-    from cuma_ds.evaluation.talk import Decoding
+    from cuma_ds.inference.talk import Decoding
 
     console = Console(highlight=False)
     decoding = Decoding(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
@@ -90,7 +90,7 @@ def _compare(talker: Talker, profiles: Sequence[Any], prompt: str, options: Sequ
     from rich.markup import escape
     from rich.table import Table
 
-    from cuma_ds.evaluation.talk import experts_of
+    from cuma_ds.inference.talk import experts_of
 
     messages = [{"role": "user", "content": prompt}]
     table = Table(show_lines=not options)

@@ -51,9 +51,9 @@ def main() -> None:
 
     import uvicorn
 
-    from cuma_ds.evaluation.talk import Decoding
+    from cuma_ds.inference.talk import Decoding
     from cuma_ds.serving.app import make_app
-    from cuma_ds.serving.engine import Engine, Limits
+    from cuma_ds.serving.scheduler import Engine, Limits
     from cuma_ds.serving.logs import configure_logs
     from cuma_ds.serving.patience import Patience
 

@@ -25,13 +25,13 @@ from cuma_ds.data.batching import EncodedExample, collate  # noqa: E402
 from cuma_ds.evaluation.gradients import Interference  # noqa: E402
 from cuma_ds.evaluation.run import evaluate  # noqa: E402
 from cuma_ds.evaluation.subject import open_run  # noqa: E402
-from cuma_ds.evaluation.talk import Decoding, Talker  # noqa: E402
+from cuma_ds.inference.talk import Decoding, Talker  # noqa: E402
 from cuma_ds.export.hf import load_run  # noqa: E402
 from cuma_ds.export.lora import write_lora  # noqa: E402
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer  # noqa: E402
 from cuma_ds.profiles import ProfileTable  # noqa: E402
-from cuma_ds.serving.batch import Batch  # noqa: E402
-from cuma_ds.serving.sampling import Sampler, next_tokens  # noqa: E402
+from cuma_ds.inference.running import Batch  # noqa: E402
+from cuma_ds.inference.sampling import Sampler, next_tokens  # noqa: E402
 from cuma_ds.training.loop import model_inputs  # noqa: E402
 from cuma_ds.training.objectives.sft import sft_loss  # noqa: E402
 

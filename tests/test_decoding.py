@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cuma_ds.config import ModelSection
 from cuma_ds.data.rendering import Renderer
-from cuma_ds.evaluation.decoding import settle_generation, settled_generation
+from cuma_ds.inference.decoding import settle_generation, settled_generation
 from cuma_ds.evaluation.generation import generate
 from cuma_ds.evaluation.subject import open_export, open_model, open_run
-from cuma_ds.evaluation.talk import Decoding, Talker
+from cuma_ds.inference.talk import Decoding, Talker
 from cuma_ds.export.hf import load_run, read_run, write_hf
 from cuma_ds.parallel.backbone import load_backbone
 

@@ -23,7 +23,7 @@ from cuma_ds.evaluation.judge import JudgeSettings
 from cuma_ds.evaluation.metrics import distinct
 from cuma_ds.evaluation.run import evaluate
 from cuma_ds.evaluation.subject import open_export, open_model, open_peft, open_run
-from cuma_ds.evaluation.talk import Decoding
+from cuma_ds.inference.talk import Decoding
 from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.parallel.backbone import load_backbone
 

@@ -33,7 +33,7 @@ from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples
-from cuma_ds.evaluation.forward import forward_batches
+from cuma_ds.inference.forward import forward_batches
 from cuma_ds.evaluation.pictures import _mean_answer, expert_picture
 from cuma_ds.evaluation.plots import (
     discriminating_routers,

@@ -10,7 +10,7 @@ from run_folder import make_run
 
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.choice import predict_choices
-from cuma_ds.evaluation.talk import Decoding, Talker, experts_of
+from cuma_ds.inference.talk import Decoding, Talker, experts_of
 from cuma_ds.export import load_exported
 from cuma_ds.export.hf import load_run, read_run, write_hf
 

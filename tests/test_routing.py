@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from scipy.spatial.distance import pdist
 from sklearn.metrics import mutual_info_score
 
-from cuma_ds.evaluation.forward import RoutingTally
+from cuma_ds.inference.forward import RoutingTally
 from cuma_ds.evaluation.routing import (
     comparable_means,
     cultural_map,

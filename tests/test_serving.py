@@ -30,15 +30,15 @@ from transformers import AutoTokenizer
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.errors import ConfigError, ModelError
-from cuma_ds.evaluation.talk import Decoding, Talker
+from cuma_ds.inference.talk import Decoding, Talker
 from cuma_ds.export.hf import load_run
 from cuma_ds.serving.app import make_app
-from cuma_ds.serving.batch import Batch
-from cuma_ds.serving.engine import Engine, Job, Limits, Piece
+from cuma_ds.inference.running import Batch
+from cuma_ds.serving.scheduler import Engine, Job, Limits, Piece
 from cuma_ds.serving.logs import JsonFormatter
 from cuma_ds.serving.patience import Patience
-from cuma_ds.serving.sampling import Sampler, next_tokens
-from cuma_ds.serving.text import TextStream
+from cuma_ds.inference.sampling import Sampler, next_tokens
+from cuma_ds.inference.text import TextStream
 
 QUESTIONS = [
     "Can people be trusted?",

@@ -17,10 +17,10 @@ from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.errors import ModelError
 from cuma_ds.evaluation.generation import generate
 from cuma_ds.evaluation.subject import open_run
-from cuma_ds.evaluation.talk import Decoding, Talker
+from cuma_ds.inference.talk import Decoding, Talker
 from cuma_ds.export.hf import load_run, read_run, write_hf
-from cuma_ds.serving.batch import Batch
-from cuma_ds.serving.engine import Engine, Limits
+from cuma_ds.inference.running import Batch
+from cuma_ds.serving.scheduler import Engine, Limits
 
 PROMPTS = [[9, 10, 11, 12, 13], list(range(20, 50)), [60], list(range(70, 80))]
 PROFILES = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))

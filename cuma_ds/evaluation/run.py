@@ -16,7 +16,7 @@ from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
-from cuma_ds.evaluation.forward import pad_id_of
+from cuma_ds.inference.forward import pad_id_of
 from cuma_ds.evaluation.metrics import gather_cells
 from cuma_ds.evaluation.pictures import choice_pictures, expert_picture, routing_pictures, subgroup_picture
 from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference

@@ -28,9 +28,9 @@ from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection, RunConfig, load_started
 from cuma_ds.data.rendering import PROMPT_KEYS, Renderer
 from cuma_ds.errors import CheckpointError, ModelError
-from cuma_ds.evaluation.decoding import folder_generation, settled_generation
+from cuma_ds.inference.decoding import folder_generation, settled_generation
 from cuma_ds.export.card import model_card, run_section
-from cuma_ds.export.modeling import (
+from cuma_ds.inference.modeling import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_FACTS,

@@ -24,11 +24,11 @@ from cuma_ds.adapters.router import Router
 from cuma_ds.data.batching import EncodedExample, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
-from cuma_ds.evaluation.forward import forward_batches, pad_id_of
+from cuma_ds.inference.forward import forward_batches, pad_id_of
 from cuma_ds.evaluation.metrics import distance, distance_name
 from cuma_ds.evaluation.subject import load_trained
 from cuma_ds.export.hf import open_run, output_folder, portable
-from cuma_ds.export.modeling import Profile, unknown_fields
+from cuma_ds.inference.modeling import Profile, unknown_fields
 from cuma_ds.export.weights import save_tensors
 from cuma_ds.ops import demographic_gate, dense_gate
 from cuma_ds.parallel.backbone import load_tokenizer

@@ -25,7 +25,7 @@ from cuma_ds.data.batching import Batch, BatchStream, encode_example
 from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, CumaError, DataError
-from cuma_ds.export.modeling import base_fact
+from cuma_ds.identity import base_fact
 from cuma_ds.identity import read_identity
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
 
-from cuma_ds.evaluation.decoding import AS_WRITTEN
+# How tokens become text. Some tokenizer folders ask for "cleaned up" spaces.
+# They would change whole answers and not streamed ones.
+AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 class TextStream:
@@ -21,7 +22,7 @@ class TextStream:
         stopped: whether a stop string was written.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
