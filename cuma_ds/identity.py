@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers.utils import cached_file
 
-from cuma_ds.errors import CheckpointError, ModelError
+from cuma_ds.errors import ModelError
 
-# What a run was started with, in its folder.
-IDENTITY_FILE = "identity.json"
 # The key of a document under which its own hash stands.
 SEAL = "sealed"
 # A fingerprint reads at most so many bytes of weights, and at most so many of one tensor, in blocks spread over it.
@@ -39,54 +37,55 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+class Identity(TypedDict, total=False):
+    """What a run was started with.
+
+    Attributes:
+        backbone: as :func:`model_fingerprint` returns it.
+        encoder: fingerprint of the sentence encoder; None for methods without profiles.
+        source: SHA-256 of each file the data was made of, by its name.
+        data: hash over the prepared data.
+        profiles: hash of the embedded profiles; None for methods without profiles.
+        fingerprint_0_1_0: the fingerprint that release 0.1.0 gave the recipe, in runs that it started.
+        sealed: see :func:`sealed`.
+    """
+
+    backbone: dict[str, str]
+    encoder: str | None
+    source: dict[str, str]
+    data: str
+    profiles: str | None
+    fingerprint_0_1_0: str
+    sealed: str
+
+
 def file_sha256(file: Path) -> str:
     """Hex digest of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def content_sha256(document: Any) -> str:
+def content_sha256(document: object) -> str:
     """Hex digest of what a JSON document says, whatever its layout and the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
-def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(document: Mapping[str, object]) -> dict[str, object]:
     """The document with a hash of everything else it says."""
     rest = {key: value for key, value in document.items() if key != SEAL}
     return {**rest, SEAL: content_sha256(rest)}
 
 
-def seal_holds(document: Mapping[str, Any]) -> bool:
+def seal_holds(document: Mapping[str, object]) -> bool:
     """Whether a document still says what it said when it was sealed; false without a seal."""
     return document.get(SEAL) == sealed(document)[SEAL]
-
-
-def read_identity(run_dir: Path) -> dict[str, Any]:
-    """What a run was started with: fingerprints of its models and data; empty for a run of release 0.1.0.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    file = run_dir / IDENTITY_FILE
-    if not file.exists():
-        return {}
-    try:
-        identity = json.loads(file.read_text(encoding="utf-8"))
-        whole = seal_holds(identity)
-    except (OSError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise CheckpointError(
-            f"{file} is damaged: it has changed since it was written; restore it from a copy of the run folder"
-        )
-    return identity
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor as it lies in a file: its dtype and shape as the header has them, and where its bytes are."""
 
-    about: dict[str, Any]
+    about: dict[str, object]
     file: Path
     start: int
     size: int
@@ -182,7 +181,7 @@ def model_fingerprint(path: str | Path) -> dict[str, str]:
     }
 
 
-def base_fact(config: Any, name: str) -> Any:
+def base_fact(config: object, name: str) -> Any:
     """What a transformers configuration says (its text part, for models with several), e.g. ``vocab_size``; else None."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config if name == "model_type" else text, name, None)
@@ -246,7 +245,7 @@ def _settings_sha256(file: Path | None) -> str:
         raise ModelError(f"{file} is not JSON in UTF-8") from None
 
 
-def _that_matters(settings: Any) -> Any:
+def _that_matters(settings: object) -> object:
     if not isinstance(settings, dict):
         return settings
     kept = {key: value for key, value in settings.items() if key not in _NOT_IDENTITY and not key.startswith("_")}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.files import first_line, quiet_transformers
 from cuma_ds.strict_json import RepeatedKeyError, read_json
 
 # What the commands that start ranks are called, as a program and as a module.
@@ -24,7 +25,8 @@ _LAUNCHERS = (*_DEEPSPEED, "torchrun", "torch.distributed.run")
 _WATCH_SECONDS = 1.0
 
 if TYPE_CHECKING:
-    from cuma_ds.inference.talk import Decoding, Talker
+    from cuma_ds.inference.sampling import Sampling
+    from cuma_ds.inference.talk import Talker
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -161,32 +163,24 @@ def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
         raise ConfigError("--base and --encoder belong to --export; a run names its own")
 
 
-def load_talker(arguments: argparse.Namespace, decoding: Decoding) -> Talker:
+def load_talker(arguments: argparse.Namespace, sampling: Sampling) -> Talker:
     """The model that :func:`add_model_arguments` names, ready to be asked."""
     import torch
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
 
-    from cuma_ds.config import ModelSection
+    from cuma_ds.inference.open import open_export, open_run
     from cuma_ds.inference.talk import Talker
-    from cuma_ds.export.hf import load_run
-    from cuma_ds.inference.modeling import load_exported
-    from cuma_ds.parallel.backbone import load_tokenizer
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from None
     if arguments.run is not None:
-        model = load_run(arguments.run, arguments.step)
-        place = model.export["base_model_name_or_path"]
+        opened = open_run(arguments.run, arguments.step)
     else:
-        place = arguments.export
-        model = load_exported(
-            place, base_model=arguments.base, encoder=arguments.encoder, trust_remote_code=arguments.trust_remote_code
-        )
-    tokenizer = load_tokenizer(ModelSection(path=place, trust_remote_code=arguments.trust_remote_code))
-    return Talker(model.to(device), tokenizer, decoding)
+        trust = arguments.trust_remote_code
+        opened = open_export(arguments.export, arguments.base, arguments.encoder, trust_remote_code=trust)
+    opened.model.to(device)
+    return Talker(opened, sampling)

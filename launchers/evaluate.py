@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from _cli import run_main, warn_in_one_line
 
 from cuma_ds.errors import ConfigError
+from cuma_ds.files import is_hub_id, quiet_transformers
 
 if TYPE_CHECKING:
     from cuma_ds.evaluation.run import Extra
@@ -37,12 +38,11 @@ def main() -> None:
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from transformers.utils import logging
 
     from cuma_ds.evaluation.run import evaluate
+    from cuma_ds.runs import Run
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     extras = _extras(arguments)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -56,11 +56,11 @@ def main() -> None:
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        report = evaluate(_open(arguments), arguments.out or Path(arguments.run) / "evaluation", progress, extras)
+        report = evaluate(_open(arguments), arguments.out or Run(arguments.run).report_folder, progress, extras)
     for table in report.tables():
         console.print(table)
-    for name in ("report.md", "report.json", *report.pictures):
-        console.print(str(report.folder / name), highlight=False, soft_wrap=True)
+    for file in report.files:
+        console.print(str(file), highlight=False, soft_wrap=True)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and given[0] not in kinds:
             raise ConfigError(f"--{name} belongs to {' and '.join(f'--{kind}' for kind in kinds)}")
     place = arguments.data
-    if place is not None and not Path(place).exists() and (place.count("/") != 1 or place.startswith((".", "/", "~"))):
+    if place is not None and not Path(place).exists() and not is_hub_id(place):
         raise ConfigError(f"--data {place} does not exist; expected a prepared folder, a file of rows, or a hub id")
     if arguments.generate is not None and arguments.generate < 1:
         raise ConfigError(f"--generate is {arguments.generate}; at least one conversation is needed")
@@ -89,7 +89,7 @@ def _extras(arguments: argparse.Namespace) -> list[Extra]:
     from cuma_ds.evaluation.generation import Generation
     from cuma_ds.evaluation.gradients import Interference
     from cuma_ds.evaluation.judge import JudgeSettings
-    from cuma_ds.inference.talk import Decoding
+    from cuma_ds.inference.sampling import Sampling
 
     judge = None
     if arguments.judge_url is not None:
@@ -104,25 +104,28 @@ def _extras(arguments: argparse.Namespace) -> list[Extra]:
         )
     extras: list[Extra] = []
     if arguments.generate is not None:
-        extras.append(Generation(arguments.generate, Decoding(arguments.max_new_tokens, arguments.temperature), judge))
+        extras.append(Generation(arguments.generate, Sampling(arguments.max_new_tokens, arguments.temperature), judge))
     if arguments.gradients:
         extras.append(Interference())
     return extras
 
 
 def _open(arguments: argparse.Namespace) -> Subject:
-    from cuma_ds.evaluation.subject import open_export, open_model, open_peft, open_run
+    from cuma_ds.evaluation.subject import run_subject, subject
+    from cuma_ds.inference.open import open_export, open_model, open_peft
 
     overrides = list(arguments.set)
     if arguments.batch_size is not None:
         overrides.append(f"evaluation.batch_size={arguments.batch_size}")
     if arguments.run is not None:
-        return open_run(arguments.run, arguments.step, arguments.data, overrides)
+        return run_subject(arguments.run, arguments.step, arguments.data, overrides)
     if arguments.export is not None:
-        return open_export(arguments.export, arguments.data, arguments.base, arguments.encoder, overrides)
-    if arguments.adapter is not None:
-        return open_peft(arguments.adapter, arguments.data, arguments.base, overrides)
-    return open_model(arguments.model, arguments.data, overrides)
+        opened = open_export(arguments.export, arguments.base, arguments.encoder, overrides)
+    elif arguments.adapter is not None:
+        opened = open_peft(arguments.adapter, arguments.base, overrides)
+    else:
+        opened = open_model(arguments.model, overrides)
+    return subject(opened, arguments.data)
 
 
 def _parser() -> argparse.ArgumentParser:

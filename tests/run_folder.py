@@ -10,11 +10,14 @@ from safetensors.torch import save_file
 from cuma_ds.adapters import CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
 from cuma_ds.data import prepare
-from cuma_ds.identity import file_sha256, read_identity
+from cuma_ds.identity import file_sha256
+from cuma_ds.inference.modeling import Profile
+from cuma_ds.inference.open import Opened
+from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.backbone import load_backbone
 from cuma_ds.parallel.checkpoint import write_state
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
-from cuma_ds.training.run_folder import fingerprint, record_identity
+from cuma_ds.runs import Run
 
 OPINIONS = Path(__file__).parent / "data" / "opinions.jsonl"
 
@@ -26,6 +29,13 @@ def lively(model: CumaModel, seed: int = 3) -> CumaModel:
         for _, parameter in model.adapter_parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@torch.no_grad()
+def next_logits(opened: Opened, ids: list[int], profile: Profile | None = None) -> torch.Tensor:
+    """Logits [V] of the token after ``ids``: one whole forward, no cache, no batch, no padding."""
+    who = {} if profile is None else {"profile_embeddings": opened.reader([profile])}
+    return opened.model(torch.tensor([ids]), **who).logits[0, -1]
 
 
 def make_run(
@@ -78,13 +88,13 @@ def make_run(
                 if name.endswith("router.weight_h"):
                     parameter.zero_()
     checkpoint = folder / "checkpoints" / "step-7"
-    record_identity(config, data, table)
+    Run(folder).record_identity(config, data, table)
     checkpoint.mkdir(parents=True)
     save_file(
         {f"param/{name}": tensor.clone() for name, tensor in model.adapter_state().items()},
         checkpoint / "shared.safetensors",
     )
-    state = {"step": 7, "fingerprint": fingerprint(config), "identity": read_identity(folder)}
+    state = {"step": 7, "fingerprint": fingerprint(config), "identity": Run(folder).identity()}
     write_state(checkpoint, state, {"shared.safetensors": file_sha256(checkpoint / "shared.safetensors")})
     (folder / "checkpoints" / "latest").write_text("step-7\n")
     return folder, model, table

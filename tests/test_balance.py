@@ -17,6 +17,7 @@ from torch import nn
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import load_config
 from cuma_ds.parallel.checkpoint import find_checkpoint
+from cuma_ds.runs import Run
 
 STEPS = {"steps": 12, "global_batch_size": 12}
 WEIGHT = {"balance_weight": 0.01}
@@ -90,7 +91,7 @@ def test_a_run_stopped_in_the_middle_goes_on_with_its_shares_on_other_ranks(
     )  # fmt: skip
     run_recipes(2, [first])
     run_dir = load_config(first).run_dir
-    saved = load_file(find_checkpoint(run_dir, 5) / "shared.safetensors")["balance/expert_share"]
+    saved = load_file(find_checkpoint(Run(run_dir).checkpoints, 5) / "shared.safetensors")["balance/expert_share"]
     assert saved.shape == (4, 4)  # 2 layers with a router for q and v and one for up
     torch.testing.assert_close(saved.sum(dim=1), torch.ones(4))
     assert (saved - 0.25).abs().max() > 1e-3

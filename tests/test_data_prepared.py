@@ -19,8 +19,9 @@ from cuma_ds.config import DataSection, make_config
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.embedded import unpack_embedded
 from cuma_ds.errors import ConfigError, DataError, ModelError
+from cuma_ds.learned_settings import learned_settings
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
-from cuma_ds.training.run_folder import as_started, learned_settings, open_run_folder
+from cuma_ds.runs import Run
 
 ROOT = Path(__file__).parents[1]
 OPINIONS = Path(__file__).parent / "data" / "opinions.jsonl"
@@ -128,10 +129,10 @@ def test_a_run_of_release_0_1_0_goes_on_with_the_countries_it_held_out(tmp_path)
     started["data"]["heldout_fraction"] = 0.15
     recipe.run_dir.mkdir()
     (recipe.run_dir / "config.yaml").write_text(yaml.safe_dump(started))
-    assert learned_settings(as_started(recipe))["data.heldout_fraction"] == 0.15
-    open_run_folder(as_started(recipe))
+    assert learned_settings(Run(recipe.run_dir).as_started(recipe))["data.heldout_fraction"] == 0.15
+    Run.create(Run(recipe.run_dir).as_started(recipe))
     with pytest.raises(ConfigError, match=r"data\.heldout_fraction: 0\.15, but this recipe says 0"):
-        open_run_folder(make_config({**values, "data": {"source": "prism", "path": "p", "heldout_fraction": 0}}))
+        Run.create(make_config({**values, "data": {"source": "prism", "path": "p", "heldout_fraction": 0}}))
 
 
 def _chosen(row):

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from cuma_ds.evaluation.run import evaluate_run
-from cuma_ds.export.hf import load_run, read_run, write_hf
+from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.inference.modeling import load_exported
+from cuma_ds.inference.open import open_run
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
+from cuma_ds.runs import Run
 
 GOLDEN = Path(__file__).parent / "golden" / "0.1.0"
 PROFILES = [{"country": "Norway", "age": 38}, {"country": "Ghana", "age": 51}]
@@ -45,7 +47,7 @@ def test_a_run_of_0_1_0_goes_on_as_it_would_have(world, tmp_path, places, expect
     (code, output), *_ = ranks.run(world, command)
     assert code == 0, output[-3000:]
     assert "resuming" in output
-    state = read_adapters(find_checkpoint(tmp_path / "run"))
+    state = read_adapters(find_checkpoint(Run(tmp_path / "run").checkpoints))
     assert {f"state/{name}" for name in state} == expected.keys() - {"logits"}
     # With one rank the batches are the release's own; more ranks round differently, and its balance loss depended on them.
     tolerance = 1e-5 if world == 1 else 2e-2
@@ -76,7 +78,11 @@ def test_a_run_of_0_1_0_is_exported(tmp_path, places, expected) -> None:
     recipe = tmp_path / "run" / "config.yaml"
     recipe.write_text(recipe.read_text().replace("tests/golden/0.1.0", str(GOLDEN)))
     write_hf(read_run(tmp_path / "run"), tmp_path / "export")
-    for model in (load_run(tmp_path / "run"), load_exported(tmp_path / "export")):
-        with torch.no_grad():
-            logits = model.eval()(input_ids=PROMPTS, profiles=PROFILES).logits
+    opened, exported = open_run(tmp_path / "run"), load_exported(tmp_path / "export")
+    with torch.no_grad():
+        found = [
+            opened.model(input_ids=PROMPTS, profile_embeddings=opened.reader(PROFILES)).logits,
+            exported(input_ids=PROMPTS, profiles=PROFILES).logits,
+        ]
+    for logits in found:
         torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)

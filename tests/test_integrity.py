@@ -20,13 +20,15 @@ from test_parallel_training import recipe
 
 from cuma_ds.config import RunConfig, load_config
 from cuma_ds.errors import CheckpointError, CumaError
-from cuma_ds.evaluation.subject import open_run
-from cuma_ds.export.hf import load_run, read_run
+from cuma_ds.evaluation.subject import run_subject
+from cuma_ds.export.hf import read_run
 from cuma_ds.export.lora import write_lora
+from cuma_ds.inference.open import open_run
+from cuma_ds.learned_settings import learned_settings
 from cuma_ds.parallel.checkpoint import check_checkpoint, find_checkpoint, read_state
 from cuma_ds.profiles import ProfileTable
+from cuma_ds.runs import Run
 from cuma_ds.training.loop import prepare_run
-from cuma_ds.training.run_folder import known_fingerprints, learned_settings
 
 pytestmark = pytest.mark.multirank
 SHARDED = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
@@ -55,17 +57,18 @@ def copied(trained: Path, tmp_path: Path) -> RunConfig:
 def resume(config: RunConfig) -> None:
     """What training does before it loads anything."""
     prepare_run(config)
-    check_checkpoint(find_checkpoint(config.run_dir), known_fingerprints(config))
+    run = Run(config.run_dir)
+    check_checkpoint(find_checkpoint(run.checkpoints), run.known_fingerprints(config), run.identity())
 
 
 READERS: dict[str, Callable[[RunConfig], object]] = {
     "train": resume,
-    "evaluate": lambda config: open_run(config.run_dir),
+    "evaluate": lambda config: run_subject(config.run_dir),
     "export": lambda config: read_run(config.run_dir),
     "export as LoRA": lambda config: write_lora(
         config.run_dir, [{"country": "Norway"}], config.run_dir.parent / "lora"
     ),
-    "generate and serve": lambda config: load_run(config.run_dir),
+    "generate and serve": lambda config: open_run(config.run_dir),
 }
 
 
@@ -97,7 +100,7 @@ def flips(folder: Path, number: int) -> list[tuple[Path, int, int]]:
 
 
 def test_one_flipped_bit_anywhere_or_a_file_of_another_step_is_noticed_by_every_reader(copied) -> None:
-    folder = find_checkpoint(copied.run_dir)
+    folder = find_checkpoint(Run(copied.run_dir).checkpoints)
     assert sorted(path.name for path in folder.iterdir()) == FILES
     unnoticed = []
     for file, place, bit in flips(folder, 40):
@@ -123,7 +126,7 @@ def test_one_flipped_bit_anywhere_or_a_file_of_another_step_is_noticed_by_every_
 
 def test_every_key_of_the_state_is_protected(copied) -> None:
     """Edited by hand, also where the hash beside it is taken away."""
-    file = find_checkpoint(copied.run_dir) / "state.json"
+    file = find_checkpoint(Run(copied.run_dir).checkpoints) / "state.json"
     state = json.loads(file.read_text())
     assert {
         "step",
@@ -151,7 +154,7 @@ def test_every_key_of_the_state_is_protected(copied) -> None:
 def test_on_two_ranks_a_flipped_bit_stops_the_run_with_the_reason_on_every_rank(copied, tmp_path) -> None:
     config = tmp_path / "again.yaml"
     config.write_text(yaml.safe_dump(json.loads(copied.model_dump_json())))
-    experts = find_checkpoint(copied.run_dir) / "experts-1-of-2.safetensors"
+    experts = find_checkpoint(Run(copied.run_dir).checkpoints) / "experts-1-of-2.safetensors"
     content = bytearray(experts.read_bytes())
     content[len(content) // 2] ^= 16
     experts.write_bytes(bytes(content))
@@ -221,11 +224,11 @@ def test_a_run_of_release_0_1_0_is_read_and_one_line_says_what_cannot_be_checked
     assert [code for code, _ in results] == [0, 0], results
     assert "after step 4" in results[0][1]
     assert complaint(READERS["evaluate"], copied) == ""
-    assert read_state(find_checkpoint(copied.run_dir))["step"] == 6
+    assert read_state(find_checkpoint(Run(copied.run_dir).checkpoints))["step"] == 6
 
 
 def test_latest_that_names_another_checkpoint_is_said_and_the_newest_is_used(copied) -> None:
-    shutil.rmtree(find_checkpoint(copied.run_dir, 4))
+    shutil.rmtree(find_checkpoint(Run(copied.run_dir).checkpoints, 4))
     assert "names step-4, but the newest checkpoint there is step-2" in complaint(resume, copied)
     (copied.run_dir / "checkpoints" / "latest").write_text("step-2\nand more")
     with pytest.raises(CheckpointError, match=r"latest is damaged.*write the line step-2 there"):

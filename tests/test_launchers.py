@@ -20,6 +20,7 @@ from test_parallel_training import recipe
 
 from cuma_ds.config import load_config
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters, read_state
+from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank
 TRAIN = "launchers/train.py"
@@ -66,7 +67,10 @@ def test_killed_in_the_middle_the_same_command_resumes_bit_identically(tmp_path,
     results = run(2, [TRAIN, "--config", str(broken)])
     assert [code for code, _ in results] == [0, 0]
     assert re.search(r"resuming .* after step \d+", results[0][1])
-    one, other = all_tensors(find_checkpoint(load_config(whole).run_dir)), all_tensors(find_checkpoint(run_dir))
+    one, other = (
+        all_tensors(find_checkpoint(Run(load_config(whole).run_dir).checkpoints)),
+        all_tensors(find_checkpoint(Run(run_dir).checkpoints)),
+    )
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
@@ -232,7 +236,7 @@ def test_finished_runs_say_so_and_more_steps_go_on(tmp_path, tiny_llama, tiny_en
     code, output = run(1, [TRAIN, "--config", str(path), "--set", "training.steps=3"])[0]
     assert code == 0
     assert "after step 2" in output
-    assert find_checkpoint(load_config(path).run_dir).name == "step-3"
+    assert find_checkpoint(Run(load_config(path).run_dir).checkpoints).name == "step-3"
 
 
 def test_plain_python_without_any_launcher_trains(tmp_path, tiny_llama, tiny_encoder) -> None:
@@ -253,7 +257,7 @@ def test_lora_and_semantic_only_runs_train_and_evaluate_without_profiles(tmp_pat
     arguments = ["launchers/evaluate.py", "--run", str(load_config(path).run_dir), "--set", "evaluation.min_answers=2"]
     code, output = run(1, arguments)[0]
     assert code == 0, output
-    assert "profile_mean" not in read_adapters(find_checkpoint(load_config(path).run_dir))
+    assert "profile_mean" not in read_adapters(find_checkpoint(Run(load_config(path).run_dir).checkpoints))
 
 
 def test_chat_data_trains_with_the_balance_of_all_ranks(tmp_path, tiny_llama, tiny_encoder) -> None:
@@ -392,7 +396,7 @@ def test_torchrun_starts_the_ranks_as_well(tmp_path, tiny_llama, tiny_encoder) -
         [sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert read_state(find_checkpoint(load_config(path).run_dir))["written_by"]["world"] == 2
+    assert read_state(find_checkpoint(Run(load_config(path).run_dir).checkpoints))["written_by"]["world"] == 2
 
 
 def test_a_mistaken_override_of_the_quickstart_is_one_line() -> None:

@@ -15,6 +15,7 @@ from single_process import SingleRun, train_single
 from cuma_ds.config import RunConfig, load_config
 from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters, read_state
 from cuma_ds.parallel.ds_config import DS_CONFIGS
+from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank
 DATA = Path(__file__).parent / "data" / "opinions.jsonl"
@@ -54,7 +55,7 @@ def assert_same_training(path: Path, expected: SingleRun, tolerance: float = 1e-
     for row, loss, norm in zip(rows, expected.losses, expected.grad_norms, strict=True):
         assert row["loss"] == pytest.approx(loss, rel=tolerance, abs=tolerance), path.stem
         assert row["grad_norm"] == pytest.approx(norm, rel=tolerance, abs=tolerance), path.stem
-    trained = read_adapters(find_checkpoint(config.run_dir))
+    trained = read_adapters(find_checkpoint(Run(config.run_dir).checkpoints))
     for name, tensor in expected.state.items():
         torch.testing.assert_close(
             trained[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{path.stem} {n}: {m}"
@@ -209,9 +210,9 @@ def test_float16_steps_that_overflow_change_nothing(tmp_path, tiny_llama, tiny_e
     assert [row["loss_scale"] for row in rows] == [2.0**59, 2.0**58, 4096, 4096, 4096]
     assert [row["grad_norm"] is None for row in rows] == [True, True, False, False, False]
     assert rows[-1]["loss"] < rows[0]["loss"]
-    assert read_state(find_checkpoint(config.run_dir, 5))["optimizer_steps"] == 3
-    assert read_state(find_checkpoint(config.run_dir, 2))["optimizer_steps"] == 0
-    untouched = read_adapters(find_checkpoint(config.run_dir, 2))
+    assert read_state(find_checkpoint(Run(config.run_dir).checkpoints, 5))["optimizer_steps"] == 3
+    assert read_state(find_checkpoint(Run(config.run_dir).checkpoints, 2))["optimizer_steps"] == 0
+    untouched = read_adapters(find_checkpoint(Run(config.run_dir).checkpoints, 2))
     assert all(not tensor.any() for name, tensor in untouched.items() if name.endswith("lora_b"))
 
 
@@ -262,7 +263,7 @@ def test_a_checkpoint_holds_only_what_trains(tmp_path, tiny_llama, tiny_encoder)
         parallel={"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2},
     )
     run_recipes(2, [path])
-    folder = find_checkpoint(load_config(path).run_dir)
+    folder = find_checkpoint(Run(load_config(path).run_dir).checkpoints)
     state = read_state(folder)
     assert sorted(state["files"]) == ["experts-0-of-2.safetensors", "experts-1-of-2.safetensors", "shared.safetensors"]
     trained = sum(tensor.numel() for name, tensor in read_adapters(folder).items() if not name.startswith("profile_"))

@@ -14,10 +14,16 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cuma_ds.config import TelemetrySection
+from cuma_ds.runs import Run
 from cuma_ds.telemetry.throughput import Throughput, memory
 from cuma_ds.telemetry.writer import MetricsWriter
 
 QUIET = TelemetrySection(log_every=1, tensorboard=False, progress=False)
+
+
+def writer_in(folder: Path, config: TelemetrySection, steps: range, **options) -> MetricsWriter:
+    run, is_main = Run(folder), options.pop("is_main", True)
+    return MetricsWriter(run.metrics, run.tensorboard, config, is_main, steps, **options)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -27,7 +33,7 @@ def rows(folder: Path) -> list[dict]:
 def write_steps(
     folder: Path, steps: range, total: int, start: int = 0, config: TelemetrySection = QUIET, loss: float = 1.0
 ) -> None:
-    with MetricsWriter(folder, config, is_main=True, total_steps=total, start_step=start) as writer:
+    with writer_in(folder, config, range(start, total)) as writer:
         for step in steps:
             writer.log(step, {"loss": loss / step, "lr": 0.1})
 
@@ -49,7 +55,7 @@ def test_log_every_keeps_multiples_and_the_last_step(tmp_path: Path) -> None:
 
 
 def test_rows_are_on_disk_before_close(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, QUIET, is_main=True, total_steps=5)
+    writer = writer_in(tmp_path, QUIET, range(5))
     writer.log(1, {"loss": 2.0})
     assert rows(tmp_path) == [{"step": 1, "loss": 2.0}]
     writer.close()
@@ -72,7 +78,7 @@ def test_starting_from_zero_forgets_rows_of_steps_never_saved(tmp_path: Path) ->
 
 
 def test_what_is_not_finite_becomes_null_so_that_every_line_is_json(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, QUIET, is_main=True, total_steps=2) as writer:
+    with writer_in(tmp_path, QUIET, range(2)) as writer:
         writer.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1.0})
 
     def refuse(token: str) -> None:
@@ -83,7 +89,7 @@ def test_what_is_not_finite_becomes_null_so_that_every_line_is_json(tmp_path: Pa
 
 
 def test_tensors_and_numpy_scalars_are_taken_as_numbers(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, QUIET, is_main=True, total_steps=2) as writer:
+    with writer_in(tmp_path, QUIET, range(2)) as writer:
         writer.log(1, {"loss": torch.tensor(0.5), "lr": np.float32(0.25)})
     assert rows(tmp_path) == [{"step": 1, "loss": 0.5, "lr": 0.25}]
 
@@ -91,14 +97,14 @@ def test_tensors_and_numpy_scalars_are_taken_as_numbers(tmp_path: Path) -> None:
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = TelemetrySection()
-    with MetricsWriter(folder, config, is_main=False, total_steps=2) as writer:
+    with writer_in(folder, config, range(2), is_main=False) as writer:
         writer.log(1, {"loss": 1.0})
         writer.log_routing(1, ["r"], [[1.0]], [0.0])
     assert not folder.exists()
 
 
 def test_close_twice_is_harmless(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, TelemetrySection(), is_main=True, total_steps=2)
+    writer = writer_in(tmp_path, TelemetrySection(), range(2))
     writer.close()
     writer.close()
 
@@ -106,7 +112,7 @@ def test_close_twice_is_harmless(tmp_path: Path) -> None:
 def test_tensorboard_scalars_and_routing_have_their_tags_and_values(tmp_path: Path) -> None:
     config = TelemetrySection(progress=False)
     load, entropy = torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([0.5, 0.625])
-    with MetricsWriter(tmp_path, config, is_main=True, total_steps=2) as writer:
+    with writer_in(tmp_path, config, range(2)) as writer:
         for step in (1, 2):
             writer.log(step, {"loss": step * 1.5})
             writer.log_routing(step, ["layers.0.attn", "layers.1.attn"], load, entropy)
@@ -130,7 +136,7 @@ def test_tensorboard_keeps_each_step_once_after_resume(tmp_path: Path) -> None:
 
 def test_routing_pictures_are_few_however_long_the_run(tmp_path: Path) -> None:
     config = TelemetrySection(progress=False)
-    with MetricsWriter(tmp_path, config, is_main=True, total_steps=100) as writer:
+    with writer_in(tmp_path, config, range(100)) as writer:
         for step in range(1, 101):
             writer.log_routing(step, ["r"], np.array([[0.5, 0.5]]), np.array([0.6]))
     steps = [e.step for e in events(tmp_path).Images("routing/load")]
@@ -139,7 +145,7 @@ def test_routing_pictures_are_few_however_long_the_run(tmp_path: Path) -> None:
 
 
 def test_without_tensorboard_there_is_no_such_folder(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, QUIET, is_main=True, total_steps=1) as writer:
+    with writer_in(tmp_path, QUIET, range(1)) as writer:
         writer.log_routing(1, ["r"], [[1.0]], [0.0])
     assert not (tmp_path / "tensorboard").exists()
 
@@ -147,7 +153,7 @@ def test_without_tensorboard_there_is_no_such_folder(tmp_path: Path) -> None:
 def plain_lines(tmp_path: Path, steps: range, total: int, start: int = 0, progress: bool = True) -> list[str]:
     text = io.StringIO()
     config = TelemetrySection(tensorboard=False, progress=progress)
-    with MetricsWriter(tmp_path, config, True, total, start, console=Console(file=text, width=200)) as writer:
+    with writer_in(tmp_path, config, range(start, total), console=Console(file=text, width=200)) as writer:
         for step in steps:
             writer.log(step, {"loss": 0.5, "lr": 1e-3, "tokens_per_second": 1234.4, "people_per_second": 56.0})
     return text.getvalue().splitlines()
@@ -177,7 +183,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_loss(tmp_path: Path) -> None:
     text = io.StringIO()
     config = TelemetrySection(tensorboard=False)
     console = Console(file=text, width=120, force_terminal=True, color_system=None)
-    with MetricsWriter(tmp_path, config, True, 4, console=console) as writer:
+    with writer_in(tmp_path, config, range(4), console=console) as writer:
         for step in range(1, 5):
             writer.log(step, {"loss": 0.125})
     assert "4/4" in text.getvalue()

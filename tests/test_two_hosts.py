@@ -15,6 +15,7 @@ from two_hosts import missing, two_hosts
 
 from cuma_ds.config import load_config
 from cuma_ds.parallel.checkpoint import find_checkpoint
+from cuma_ds.runs import Run
 
 pytestmark = [pytest.mark.multirank, pytest.mark.twohost]
 TRAIN = "launchers/train.py"
@@ -40,7 +41,7 @@ def test_two_hosts_train_as_one(cluster, tmp_path, tiny_llama, tiny_encoder) -> 
     assert all(f"{host.address}: " in output for host in cluster.hosts), "pdsh names the host of each line"
     one, two = (load_config(path) for path in paths)
     assert [row["loss"] for row in metrics(two)] == [row["loss"] for row in metrics(one)]
-    tensors = [all_tensors(find_checkpoint(config.run_dir)) for config in (one, two)]
+    tensors = [all_tensors(find_checkpoint(Run(config.run_dir).checkpoints)) for config in (one, two)]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
 

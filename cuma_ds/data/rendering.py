@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 
 from cuma_ds.config import DataSection
 from cuma_ds.errors import DataError, ModelError
+from cuma_ds.files import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -277,9 +278,8 @@ class Renderer:
                 date_string="26 Jul 2024",
             )
         except TemplateError as error:
-            reason = (str(error).splitlines() or ["unknown reason"])[0]
             raise ModelError(
-                f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation: {reason}"
+                f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation: {first_line(error)}"
             ) from None
 
     def _ids(self, text: str) -> list[int]:

@@ -5,6 +5,7 @@ Shapes: G groups, n options, R routers, E experts.
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import dendrogram, leaves_list, linkage, optimal_leaf_ordering
+
+from cuma_ds.files import write_atomically
 
 Array = NDArray[np.floating]
 
@@ -338,6 +341,6 @@ def _wrap(text: str, width: float) -> str:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG, complete or not at all."""
-    beside = path.with_name("." + path.name)
-    figure.savefig(beside, format="png", facecolor="white")
-    beside.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", facecolor="white")
+    write_atomically(path, picture.getvalue())

@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from cuma_ds.errors import DataError
+from cuma_ds.files import write_atomically
 
 # 3: the oracle is that of the group, and nominal questions are judged by total variation.
 FORMAT_VERSION = 3
@@ -101,6 +102,11 @@ class Report:
     summary: dict[str, Any]
     pictures: dict[str, str]
 
+    @property
+    def files(self) -> list[Path]:
+        """Everything that was written."""
+        return [self.folder / name for name in ("report.md", "report.json", *self.pictures)]
+
     def tables(self) -> list[Table]:
         """One table per split, for a terminal."""
         return [_terminal_table(self.summary, name, split) for name, split in self.summary["splits"].items()]
@@ -108,10 +114,9 @@ class Report:
 
 def write_report(folder: Path, summary: dict[str, Any], pictures: dict[str, str]) -> Report:
     """Write report.json and report.md beside the pictures, each complete or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     summary = {"format_version": FORMAT_VERSION, **summary, "pictures": list(pictures)}
-    _write(folder / "report.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(folder / "report.md", markdown(summary, pictures))
+    write_atomically(folder / "report.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(folder / "report.md", markdown(summary, pictures))
     return Report(folder, summary, pictures)
 
 
@@ -432,9 +437,3 @@ def _plain(value: float | None, form: str) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

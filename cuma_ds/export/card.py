@@ -99,7 +99,7 @@ def model_card(export: Mapping[str, Any], story: str, base: Path, merged: bool) 
     return "\n".join([*head, text, "", story.strip(), "", use, _RISK, "## Licence", "", licence_text, ""])
 
 
-def run_section(run_dir: Path, config: RunConfig, data: PreparedData, checkpoint: str) -> str:
+def run_section(report_folder: Path, config: RunConfig, data: PreparedData, checkpoint: str) -> str:
     """What a run was trained on and how it did, as Markdown."""
     kind = "choice questions" if data.kind == "choice" else "conversations"
     lines = [
@@ -116,7 +116,7 @@ def run_section(run_dir: Path, config: RunConfig, data: PreparedData, checkpoint
     }
     for split, size in data.manifest["splits"].items():
         lines.append(f"| {names.get(split, split)} | {size['people']:,} | {size['answers']:,} | {size['profiles']:,} |")
-    return "\n".join([*lines, "", "## Evaluation", "", *_metrics(run_dir / "evaluation", checkpoint)])
+    return "\n".join([*lines, "", "## Evaluation", "", *_metrics(report_folder, checkpoint)])
 
 
 def _metrics(folder: Path, checkpoint: str) -> list[str]:

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,26 +23,28 @@ from torch import Tensor
 
 import cuma_ds
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.config import ModelSection, RunConfig, load_started
+from cuma_ds.config import ModelSection
 from cuma_ds.data.rendering import PROMPT_KEYS, Renderer
 from cuma_ds.errors import CheckpointError, ModelError
-from cuma_ds.inference.decoding import folder_generation, settled_generation
 from cuma_ds.export.card import model_card, run_section
+from cuma_ds.export.source import modeling_source
+from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
+from cuma_ds.files import atomic_folder, first_line, full_path
+from cuma_ds.identity import base_fact, file_sha256
+from cuma_ds.inference.decoding import folder_generation, settled_generation
 from cuma_ds.inference.modeling import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_FACTS,
     BASE_FOLDER,
     EXPORT_FORMAT,
-    CumaForCausalLM,
-    base_fact,
+    Export,
+    ProfileFacts,
     settings_sha256,
 )
-from cuma_ds.export.source import modeling_source
-from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
-from cuma_ds.identity import file_sha256
-from cuma_ds.parallel.backbone import backbone_fingerprint, load_backbone, load_tokenizer, skeleton
-from cuma_ds.training.run_folder import open_trained
+from cuma_ds.inference.open import profile_facts
+from cuma_ds.parallel.backbone import backbone_fingerprint, load_tokenizer, skeleton
+from cuma_ds.runs import Run
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,10 @@ class Trained:
     adapters: CumaConfig
     state: dict[str, Tensor]
     base: ModelSection
-    profiles: dict[str, Any]
+    profiles: ProfileFacts
     prompt: dict[str, Any] = field(default_factory=dict)
     story: str = ""
     backbone: dict[str, str] = field(default_factory=dict)
-
-
-def open_run(run_dir: str | Path) -> tuple[Path, RunConfig]:
-    """A run folder and its recipe.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{run_dir} is no run folder: there is no config.yaml; expected what launchers/train.py leaves"
-        )
-    return run_dir, load_started(run_dir / "config.yaml")
 
 
 def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
@@ -94,23 +80,17 @@ def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
     Raises:
         CumaError: the folder or the checkpoint cannot be used; says why.
     """
-    run_dir, config = open_run(run_dir)
-    trained = open_trained(run_dir, config, step)
-    data, table = trained.data, trained.table
-    profiles: dict[str, Any] = {"encoder": None, "template": config.profiles.template, "fields": []}
-    width = 0
-    if table is not None:
-        width = table.embeddings.shape[1]
-        profiles["encoder"] = portable(str(config.profiles.encoder))
-        profiles["fingerprint"] = table.fingerprint
-        profiles["fields"] = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
+    run = Run.open(run_dir)
+    config = run.config()
+    trained = run.trained(config, step)
+    width = 0 if trained.table is None else trained.table.embeddings.shape[1]
     return Trained(
         adapters=config.adapters.model_copy(update={"profile_dim": width}),
         state=trained.adapters,
         base=config.model,
-        profiles=profiles,
+        profiles=profile_facts(config, trained.data, trained.table),
         prompt={key: getattr(config.data, key) for key in PROMPT_KEYS},
-        story=run_section(run_dir, config, data, trained.checkpoint.name),
+        story=run_section(run.report_folder, config, trained.data, trained.checkpoint.name),
         backbone=trained.identity.get("backbone", {}),
     )
 
@@ -137,7 +117,8 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
         )
         place = Path(trained.base.path).expanduser()
         export = describe(trained, bare.config)
-        export |= {"sha256": file_sha256(folder / ADAPTER_WEIGHTS), "settings_sha256": settings_sha256(export)}
+        export["sha256"] = file_sha256(folder / ADAPTER_WEIGHTS)
+        export["settings_sha256"] = settings_sha256(export)
         _dump(folder / ADAPTER_CONFIG, export)
         auto_map = {
             "AutoConfig": "modeling_cuma.CumaExportConfig",
@@ -163,7 +144,7 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
     return Path(out)
 
 
-def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
+def describe(trained: Trained, base_config: object) -> Export:
     """The content of ``adapter_config.json``, without the hash of the weights."""
     facts = {name: base_fact(base_config, name) for name in BASE_FACTS}
     fingerprint = trained.backbone or backbone_fingerprint(trained.base)
@@ -172,19 +153,12 @@ def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
     return {
         "peft_type": "CUMA",
         "format_version": EXPORT_FORMAT,
-        "base_model_name_or_path": portable(trained.base.path),
+        "base_model_name_or_path": full_path(trained.base.path),
         "adapters": trained.adapters.model_dump(mode="json"),
         "profiles": trained.profiles,
         "prompt": trained.prompt,
         "base": {**facts, "dtype": trained.base.dtype, "trust_remote_code": trained.base.trust_remote_code},
     }
-
-
-def load_run(run_dir: str | Path, step: int | None = None) -> CumaForCausalLM:
-    """One checkpoint of a run, ready to be called with profiles as an exported model is (arguments as in :func:`read_run`)."""
-    trained = read_run(run_dir, step)
-    base = load_backbone(trained.base)
-    return CumaForCausalLM.of(base, describe(trained, base.config), trained.state)
 
 
 @contextlib.contextmanager
@@ -197,22 +171,11 @@ def output_folder(out: str | Path) -> Iterator[Path]:
     out = Path(out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"--out {out} exists and is not empty; nothing is overwritten, choose another folder")
-    beside = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        try:
-            beside.mkdir(parents=True)
-            yield beside
-            beside.replace(out)
-        except OSError as error:
-            raise CheckpointError(f"--out {out} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def portable(path: str) -> str:
-    """A folder by its full path, so that the export can be loaded from anywhere; a hub id as it is."""
-    folder = Path(path).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else path
+        with atomic_folder(out) as folder:
+            yield folder
+    except OSError as error:
+        raise CheckpointError(f"--out {out} cannot be written: {error.strerror or error}") from None
 
 
 def _from_hub(name: str) -> Path:
@@ -221,9 +184,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.py", "README.md"]))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the base model {name} cannot be brought from the hub: {reason}") from None
+        raise ModelError(f"the base model {name} cannot be brought from the hub: {first_line(error)}") from None
 
 
-def _dump(path: Path, values: dict[str, Any]) -> None:
+def _dump(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -24,16 +24,17 @@ from cuma_ds.adapters.router import Router
 from cuma_ds.data.batching import EncodedExample, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
-from cuma_ds.inference.forward import forward_batches, pad_id_of
 from cuma_ds.evaluation.metrics import distance, distance_name
-from cuma_ds.evaluation.subject import load_trained
-from cuma_ds.export.hf import open_run, output_folder, portable
-from cuma_ds.inference.modeling import Profile, unknown_fields
+from cuma_ds.export.hf import output_folder
 from cuma_ds.export.weights import save_tensors
+from cuma_ds.files import full_path
+from cuma_ds.inference.forward import forward_batches, pad_id_of
+from cuma_ds.inference.modeling import Profile, unknown_fields
+from cuma_ds.inference.open import load_trained
 from cuma_ds.ops import demographic_gate, dense_gate
 from cuma_ds.parallel.backbone import load_tokenizer
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
-from cuma_ds.training.run_folder import open_trained
+from cuma_ds.runs import Run
 
 
 def write_lora(
@@ -58,14 +59,15 @@ def write_lora(
     Raises:
         CumaError: the run, a profile or the output folder cannot be used.
     """
-    run_dir, config = open_run(run_dir)
+    run = Run.open(run_dir)
+    config = run.config()
     if config.adapters.uses_profiles and not profiles:
         raise ConfigError("--format lora needs at least one --profile: these adapters are routed by who is asking")
     if profiles and not config.adapters.uses_profiles:
         raise ConfigError(f"--profile was given, but method {config.adapters.method!r} takes no profiles; leave it out")
     if prompts < 1:
         raise ConfigError(f"--calibration is {prompts}; at least one prompt is needed")
-    trained = open_trained(run_dir, config, step)
+    trained = run.trained(config, step)
     data, table = trained.data, trained.table
     sentences = [linearize(profile, config.profiles.template) for profile in profiles]
     known = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
@@ -113,7 +115,7 @@ def write_lora(
                     "split": split,
                 }
             rows.append(row)
-            write_peft(folder / f"profile-{number}", state, model, portable(config.model.path))
+            write_peft(folder / f"profile-{number}", state, model, full_path(config.model.path))
         report = {"run": config.run.name, "checkpoint": trained.checkpoint.name, "profiles": rows}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report

@@ -12,6 +12,7 @@ from cuma_ds.adapters.config import CumaConfig
 # In the order they stand in the file; what a module takes from another of these is simply there.
 _MODULES = (
     "cuma_ds.errors",
+    "cuma_ds.files",
     "cuma_ds.identity",
     "cuma_ds.adapters.config",
     "cuma_ds.ops.reference",

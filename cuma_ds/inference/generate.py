@@ -83,9 +83,9 @@ class Decoder:
     def admit(self, new: Sequence[Completion]) -> None:
         """Read prompts and write the first token of each. If they cannot be read, the others go on as they were."""
         profiles = [completion.profile_P for completion in new if completion.profile_P is not None]
-        logits_BV, read = self._batch.read([one.prompt for one in new], torch.stack(profiles) if profiles else None)
+        logits_BV, add = self._batch.read([one.prompt for one in new], torch.stack(profiles) if profiles else None)
         self.running += new
-        self._batch.add(read)
+        add()
         self._write(new, logits_BV)
 
     def advance(self) -> None:

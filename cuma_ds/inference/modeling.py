@@ -15,13 +15,14 @@ from typing import Any, TypedDict
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.inject import inject_adapters
 from cuma_ds.adapters.model import CumaModel
 from cuma_ds.errors import CheckpointError, ModelError, nearest
+from cuma_ds.files import first_line, full_path, is_hub_id
 from cuma_ds.identity import base_fact, changed_part, content_sha256, file_sha256, model_fingerprint
 from cuma_ds.profiles.encoder import ProfileEncoder
 from cuma_ds.profiles.linearize import linearize
@@ -123,7 +124,7 @@ class ProfileReader:
                 raise ModelError(
                     "this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER"
                 )
-            settings = {key: self.facts[key] for key in _ENCODER_SETTINGS if key in self.facts}
+            settings: dict[str, Any] = {key: value for key, value in self.facts.items() if key in _ENCODER_SETTINGS}
             encoder, known = ProfileEncoder(self.encoder_path, **settings), self.facts.get("fingerprint")
             what = f"the sentence encoder {encoder.folder}"
             if encoder.dim != self.width:
@@ -209,9 +210,8 @@ class CumaForCausalLM(CumaModel):
                 **kwargs,
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise ModelError(
-                f"the base model {path} cannot be loaded: {reason} (base_model= names another place)"
+                f"the base model {path} cannot be loaded: {first_line(error)} (base_model= names another place)"
             ) from None
         _check_base(str(path), base.config, facts)
         # Earlier exports have no such file.
@@ -219,7 +219,7 @@ class CumaForCausalLM(CumaModel):
             base.generation_config = GenerationConfig.from_pretrained(place)
         named = export["profiles"].get("encoder")
         if not inside:
-            export["base_model_name_or_path"] = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+            export["base_model_name_or_path"] = full_path(str(path))
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
         model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
         model.load_adapter_state(state)
@@ -371,7 +371,7 @@ def _export_folder(path: str, hub: dict[str, Any]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_id(path):
         raise CheckpointError(
             f"there is no exported model at {path}; expected a folder made by launchers/export.py, or a hub id of one"
         )
@@ -380,8 +380,9 @@ def _export_folder(path: str, hub: dict[str, Any]) -> Path:
     try:
         return Path(snapshot_download(path, **hub))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is neither a folder nor an exported model the hub gives us: {reason}") from None
+        raise CheckpointError(
+            f"{path} is neither a folder nor an exported model the hub gives us: {first_line(error)}"
+        ) from None
 
 
 def _moved(path: str, export: Path) -> str:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cuma_ds.adapters import CumaModel, inject_adapters
 from cuma_ds.config import ModelSection, RunConfig, make_config
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
-from cuma_ds.files import first_line
+from cuma_ds.files import first_line, full_path
 from cuma_ds.identity import base_fact
 from cuma_ds.inference.decoding import settle_generation
 from cuma_ds.inference.forward import pad_id_of
 from cuma_ds.inference.generate import Decoder
 from cuma_ds.inference.modeling import ProfileFacts, ProfileReader, load_exported
-from cuma_ds.inference.ranks import Ranks
+from cuma_ds.inference.ranks import ALONE, Ranks
 from cuma_ds.inference.running import ModelForward, measured_batch
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 from cuma_ds.profiles import ProfileTable
@@ -54,7 +57,7 @@ class Opened:
     config: RunConfig
     reader: ProfileReader | None = None
     untrained: Callable[[], AbstractContextManager[None]] | None = None
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -62,16 +65,19 @@ class Opened:
         return next(self.model.parameters()).device
 
     @property
+    def backbone(self) -> PreTrainedModel:
+        """The model that transformers made, or PEFT's wrapper of it, which answers for it."""
+        return cast("PreTrainedModel", self.model.base_model if isinstance(self.model, CumaModel) else self.model)
+
+    @property
     def longest(self) -> int:
         """Tokens of prompt and answer together that the model can look back over."""
-        backbone = self.model.base_model if isinstance(self.model, CumaModel) else self.model
-        return int(base_fact(backbone.config, "max_position_embeddings") or _LONGEST)
+        return int(base_fact(self.backbone.config, "max_position_embeddings") or _LONGEST)
 
     @property
     def embedded_tokens(self) -> int:
         """Number of tokens that the model has an embedding for."""
-        model = self.model.base_model if isinstance(self.model, CumaModel) else self.model
-        weight = model.get_input_embeddings().weight
+        weight = cast("Tensor", self.backbone.get_input_embeddings().weight)
         return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed's shape of a sharded parameter
 
     def decoder(self, most: int) -> Decoder:
@@ -130,7 +136,9 @@ def open_export(
     model = load_exported(folder, base_model=base, encoder=encoder, trust_remote_code=trust_remote_code)
     export, reader = model.export, model.embed_profiles
     # What an export does not say about prompts is as it was in release 0.1.0.
-    prompt = {"prompt_style": "metadata", "max_length": _LONGEST} | {key: one for key, one in export["prompt"].items() if one is not None}
+    prompt = {"prompt_style": "metadata", "max_length": _LONGEST} | {
+        key: one for key, one in export["prompt"].items() if one is not None
+    }
     adapters = {key: value for key, value in export["adapters"].items() if key != "profile_dim"}
     profiles = {"encoder": reader.encoder_path or "", "template": export["profiles"]["template"]}
     place = str(base or export["base_model_name_or_path"])
@@ -176,8 +184,9 @@ def open_peft(folder: str | Path, base: str | None = None, overrides: Sequence[s
         model = PeftModel.from_pretrained(bare.model, str(folder)).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"the adapter {folder} does not load on {place}: {first_line(error)}") from None
-    named = {"name": folder.name, "checkpoint": "adapter", "model": model, "untrained": model.disable_adapter}
-    return Opened(renderer=bare.renderer, config=bare.config, **named)
+    return dataclasses.replace(
+        bare, name=folder.name, checkpoint="adapter", model=model, untrained=model.disable_adapter
+    )
 
 
 def open_model(path: str, overrides: Sequence[str] = ()) -> Opened:
@@ -213,5 +222,9 @@ def profile_facts(config: RunConfig, data: PreparedData, table: ProfileTable | N
     facts: ProfileFacts = {"encoder": None, "template": config.profiles.template, "fields": []}
     if table is not None:
         fields = dict.fromkeys(name for profile in data.profiles for name in profile["fields"])
-        facts |= {"encoder": str(config.profiles.encoder), "fingerprint": table.fingerprint, "fields": list(fields)}
+        facts |= {
+            "encoder": full_path(str(config.profiles.encoder)),
+            "fingerprint": table.fingerprint,
+            "fields": list(fields),
+        }
     return facts

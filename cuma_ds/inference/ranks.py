@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -16,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process that asks alone, unless it says otherwise.
+    """The place of this rank among them.
 
     Attributes:
         rank: of this process.
@@ -48,6 +47,7 @@ class Ranks:
             return list(own)
         shares: list[list[T]] = [[]] * self.world
         dist.all_gather_object(shares, list(own))
-        missing = object()
-        turns = zip_longest(*shares, fillvalue=missing)
-        return [item for turn in turns for item in turn if item is not missing]
+        return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
+
+
+ALONE = Ranks()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -131,21 +132,21 @@ class RunningBatch:
         self.profiles_BP: Tensor | None = None
 
     def join(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> Tensor:
-        """:meth:`read` and :meth:`add` in one."""
-        logits_BV, new = self.read(prompts, profiles_BP)
-        self.add(new)
+        """:meth:`read` prompts, add them, and return the logits."""
+        logits_BV, add = self.read(prompts, profiles_BP)
+        add()
         return logits_BV
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Newcomers]:
-        """Read new prompts in one forward; the running sequences are as they were, whatever happens.
+    def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Callable[[], None]]:
+        """Read new prompts in one forward. The running sequences are as they were, whatever happens.
 
         Args:
             prompts: token ids of each.
             profiles_BP: one raw embedding for each; None for a model that takes none.
 
         Returns:
-            [new B, V] logits of their first answer tokens, and what :meth:`add` takes.
+            [new B, V] logits of their first answer tokens, and a function that adds them to the running sequences.
         """
         profiles_BP = None if profiles_BP is None else profiles_BP.to(self.device)
         longest = max(len(prompt) for prompt in prompts)
@@ -155,18 +156,17 @@ class RunningBatch:
         mask_BS = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
         positions_BS, cache = (mask_BS.cumsum(dim=1) - 1).clamp(min=0), DynamicCache()
         logits_BV, _ = self.forward(Step(ids_BS, profiles_BP, mask_BS, positions_BS, cache))
-        return logits_BV, Newcomers(cache, mask_BS, lengths_B, profiles_BP)
+        return logits_BV, partial(self._add, Newcomers(cache, mask_BS, lengths_B, profiles_BP))
 
     @torch.no_grad()
-    def add(self, new: Newcomers) -> None:
-        """Put sequences that were read behind the running ones."""
+    def _add(self, new: Newcomers) -> None:
         if not len(self):
             self.cache, self.mask_BL, self.lengths_B, self.profiles_BP = new
             return
         length = max(new.mask_BS.shape[1], self.mask_BL.shape[1])
         for layer, other in zip(_layers(self.cache), _layers(new.cache), strict=True):
-            layer.keys = torch.cat([_widen(layer.keys, length), _widen(other.keys, length)])
-            layer.values = torch.cat([_widen(layer.values, length), _widen(other.values, length)])
+            pairs = zip(_states(layer), _states(other), strict=True)
+            layer.keys, layer.values = (torch.cat([_widened(a, length), _widened(b, length)]) for a, b in pairs)
         self.mask_BL = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask_BL, new.mask_BS)])
         self.lengths_B = torch.cat([self.lengths_B, new.lengths_B])
         if self.profiles_BP is not None and new.profiles_BP is not None:
@@ -193,7 +193,7 @@ class RunningBatch:
         first = self.mask_BL.shape[1] - int(self.lengths_B.max())
         self.mask_BL = self.mask_BL[index, first:]
         for layer in _layers(self.cache):
-            layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
+            layer.keys, layer.values = (state_BHLD[index, :, first:] for state_BHLD in _states(layer))
         if self.profiles_BP is not None:
             self.profiles_BP = self.profiles_BP[index]
 
@@ -208,40 +208,37 @@ class SingleSequence:
 
     def __init__(self, forward: ModelForward, cached: bool) -> None:
         self.forward, self._cached = forward, cached
-        self._running: tuple[list[int], Tensor | None, Cache | None] | None = None
+        self._ids: list[int] = []
+        self._profile_1P: Tensor | None = None
+        self._cache: Cache | None = None
 
-    def read(
-        self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None
-    ) -> tuple[Tensor, tuple[list[int], Tensor | None, Cache | None]]:
+    def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Callable[[], None]]:
         """Read one prompt, see :meth:`RunningBatch.read`."""
-        (prompt,) = prompts
-        return self._continue(list(prompt), len(prompt), profiles_BP, None)
+        ids = list(prompts[0])
+        profile_1P = None if profiles_BP is None else profiles_BP.to(self.forward.device)
+        logits_BV, cache = self._forward(ids, profile_1P, None)
+        return logits_BV, partial(self._add, ids, profile_1P, cache)
 
-    def add(self, new: tuple[list[int], Tensor | None, Cache | None]) -> None:
-        """Put a sequence that was read in the place of the last one."""
-        self._running = new
+    def _add(self, ids: list[int], profile_1P: Tensor | None, cache: Cache | None) -> None:
+        self._ids, self._profile_1P, self._cache = ids, profile_1P, cache
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token and return the logits [1, V] of the next."""
-        assert self._running is not None
-        ids, profiles_BP, cache = self._running
-        ids = [*ids, *tokens]
-        logits_BV, self._running = self._continue(ids, 1 if self._cached else len(ids), profiles_BP, cache)
+        self._ids = [*self._ids, *tokens]
+        logits_BV, self._cache = self._forward(tokens if self._cached else self._ids, self._profile_1P, self._cache)
         return logits_BV
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the sequence unless ``rows`` names it."""
-        self._running = self._running if rows else None
+        if not rows:
+            self._add([], None, None)
 
     @torch.no_grad()
-    def _continue(
-        self, ids: list[int], length: int, profiles_BP: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, tuple[list[int], Tensor | None, Cache | None]]:
-        """Logits [1, V] after reading the last ``length`` tokens, and the sequence to go on with."""
-        profiles_BP = None if profiles_BP is None else profiles_BP.to(self.forward.device)
-        ids_BS = torch.tensor([ids[-length:]], device=self.forward.device)
-        logits_BV, cache = self.forward(Step(ids_BS, profiles_BP, cache=cache if self._cached else None))
-        return logits_BV, (ids, profiles_BP, cache)
+    def _forward(
+        self, ids: Sequence[int], profile_1P: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        ids_BS = torch.tensor([ids], device=self.forward.device)
+        return self.forward(Step(ids_BS, profile_1P, cache=cache if self._cached else None))
 
 
 class Fit(NamedTuple):
@@ -288,7 +285,8 @@ def measure(batch: RunningBatch | SingleSequence, profile_1P: Tensor | None) -> 
     def after(prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits [V] of the newest prompt after ``last`` was appended to each."""
         for prompt in prompts:
-            batch.add(batch.read([prompt], profile_1P)[1])
+            _, add = batch.read([prompt], profile_1P)
+            add()
         return batch.step([last] * len(prompts))[-1].float()
 
     try:
@@ -328,7 +326,11 @@ def measured_batch(forward: ModelForward, pad_id: int, most: int) -> tuple[Runni
 
 
 def _layers(cache: DynamicCache) -> list[DynamicLayer]:
-    """The layers' keys and values, [B, H, L, D] each."""
+    """The layers of a cache.
+
+    Raises:
+        ModelError: some keep other states than attention keys and values.
+    """
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     if not layers or len(layers) < len(cache.layers):
         other = "this model's layers keep other states than attention keys and values"
@@ -336,6 +338,13 @@ def _layers(cache: DynamicCache) -> list[DynamicLayer]:
     return layers
 
 
-def _widen(x_BHLD: Tensor, length: int) -> Tensor:
+def _states(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, L, D] of a layer that has run."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
+def _widened(x_BHLD: Tensor, length: int) -> Tensor:
     """Empty positions in front, up to ``length``."""
     return F.pad(x_BHLD, (0, 0, length - x_BHLD.shape[2], 0))

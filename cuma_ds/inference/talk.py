@@ -46,7 +46,13 @@ class Talker:
 
     @functools.cached_property
     def decoder(self) -> Decoder:
+        """Made at its first use."""
         return self.opened.decoder(_TOGETHER)
+
+    @property
+    def router_names(self) -> Sequence[str]:
+        """Names of the R routers; empty for a model without."""
+        return self.opened.model.router_names if isinstance(self.opened.model, CumaModel) else ()
 
     @property
     def takes_profiles(self) -> bool:
@@ -90,7 +96,7 @@ class Talker:
     def gates(self, messages: Sequence[Message], profiles: Sequence[Profile]) -> Tensor | None:
         """Mean gate [B, R, E] over the prompt's tokens; None for a model without routers."""
         model = self.opened.model
-        if not isinstance(model, CumaModel) or not model.router_names:
+        if not isinstance(model, CumaModel) or not self.router_names:
             return None
         prompts = [self.encode(messages, sentence) for sentence in self._sentences(profiles)]
         decoder, who_BP = self.decoder, self._embeddings(profiles)

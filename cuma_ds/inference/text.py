@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +39,7 @@ class TextStream:
 
     def finish(self) -> str:
         """What was still waiting."""
-        whole = self._tokenizer.decode(self._ids, **AS_WRITTEN)
+        whole = str(self._tokenizer.decode(self._ids, **AS_WRITTEN))
         if whole.startswith(self._decoded):  # bytes of a character that never became whole
             self._decoded = whole
         return self._release(final=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cuma_ds.errors import ConfigError
+from cuma_ds.files import first_line
 
 # Why the compiled operators are not in use, or "".
 reason = ""
@@ -38,11 +39,11 @@ def _load() -> str:
         from cuma_ds.ops import _C  # type: ignore[attr-defined]
     except ImportError as error:
         missing = "No module named" in str(error) or "cannot import name" in str(error)
-        return f"they are not built; run: {BUILD}" if missing else str(error).splitlines()[0]
+        return f"they are not built; run: {BUILD}" if missing else first_line(error)
     try:
         _register()
     except RuntimeError as error:
-        return f"they were built from another version of the source ({str(error).splitlines()[0]}); run: {BUILD}"
+        return f"they were built from another version of the source ({first_line(error)}); run: {BUILD}"
     architectures = tuple(_C.CUDA_ARCHITECTURES.split())
     return ""
 

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.errors import ModelError
+from cuma_ds.files import first_line
 
 _ATTENTION = "counted_attention"
 
@@ -130,7 +131,7 @@ def adapted_skeleton(config: PretrainedConfig, adapters: CumaConfig, dtype: torc
         try:
             base = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except (ValueError, KeyError) as error:
-            raise ModelError(f"no causal language model has this configuration: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"no causal language model has this configuration: {first_line(error)}") from None
         return inject_adapters(base, adapters)
 
 

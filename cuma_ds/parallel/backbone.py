@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.utils import logging as transformers_logging
 
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import ModelError
+from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 from cuma_ds.identity import model_fingerprint
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.ds_config import FrozenBackbone
@@ -103,7 +103,7 @@ def load_sharded(model: ModelSection, stage3: dict[str, Any]) -> PreTrainedModel
     plan, reason = None, None
     with agreement():
         _check_place(model)
-        with _as_model_error(model), _quiet_transformers():
+        with _as_model_error(model), quiet_transformers():
             try:
                 plan = plan_streaming(model)
             except NotStreamable as error:
@@ -176,14 +176,12 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"model.path: no tokenizer could be loaded from {model.path!r}: {_first_line(error)}"
-        ) from None
+        raise ModelError(f"model.path: no tokenizer could be loaded from {model.path!r}: {first_line(error)}") from None
 
 
 def _from_pretrained(model: ModelSection) -> PreTrainedModel:
     _check_place(model)
-    with _as_model_error(model), _quiet_transformers():
+    with _as_model_error(model), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=getattr(torch, model.dtype),
@@ -203,7 +201,7 @@ def _as_model_error(model: ModelSection) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"model.path: {model.path!r} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"model.path: {model.path!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from None
 
 
@@ -213,23 +211,5 @@ def _check_place(model: ModelSection) -> None:
         if not (path / "config.json").is_file():
             raise ModelError(f"model.path: {model.path!r} holds no config.json; expected a Hugging Face model folder")
         return
-    looks_like_hub_id = model.path.count("/") <= 1 and not model.path.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
+    if not is_hub_id(model.path, needs_owner=False):
         raise ModelError(f"model.path: the folder {model.path!r} does not exist")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()

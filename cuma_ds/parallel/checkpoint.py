@@ -37,27 +37,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cuma_ds.errors import CheckpointError
-from cuma_ds.identity import SEAL, file_sha256, read_identity, seal_holds, sealed
+from cuma_ds.files import move_folder, write_atomically
+from cuma_ds.identity import SEAL, Identity, file_sha256, seal_holds, sealed
 from cuma_ds.parallel.engine import AdapterEngine
 
 FORMAT_VERSION = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint: str, keep_last: int) -> Path:
-    """Write ``run_dir/checkpoints/step-N``; all ranks call it.
+def save_checkpoint(
+    engine: AdapterEngine, checkpoints: Path, step: int, fingerprint: str, identity: Identity, keep_last: int
+) -> Path:
+    """Write ``checkpoints/step-N``; all ranks call it.
 
     It is written beside its place and renamed when complete; ``latest`` then names it, and checkpoints older than the last
     ``keep_last`` are removed.
 
     Args:
         engine: at any time.
+        checkpoints: the run's folder of checkpoints.
         step: training steps done.
         fingerprint: of the configuration that decides what is learned; checked on resume.
+        identity: of the run; checked on resume.
         keep_last: complete checkpoints to keep.
     """
     topology = engine.topology
-    folder = run_dir / "checkpoints" / f"step-{step}"
+    folder = checkpoints / f"step-{step}"
     partial = folder.with_name(f"{folder.name}.partial")
     if topology.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,19 +104,16 @@ def save_checkpoint(engine: AdapterEngine, run_dir: Path, step: int, fingerprint
             "step": step,
             "optimizer_steps": optimizer_steps,  # fewer where float16 gradients overflowed
             "fingerprint": fingerprint,
-            "identity": read_identity(run_dir),
+            "identity": identity,
             "written_by": {"world": topology.world, "ep_size": topology.ep_size, "zero_stage": engine.stage},
             "num_experts": engine.model.config.num_experts,
         }
         write_state(partial, state, {name: digest for part in by_rank for name, digest in part.items()})
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        latest = folder.with_name("latest")
-        pointer = latest.with_name("latest.partial")
-        pointer.write_text(folder.name + "\n", encoding="utf-8")
-        pointer.replace(latest)
-        for old in sorted(_steps(run_dir), reverse=True)[keep_last:]:
-            shutil.rmtree(run_dir / "checkpoints" / f"step-{old}")
+        move_folder(partial, folder)
+        write_atomically(checkpoints / "latest", folder.name + "\n")
+        for old in sorted(_steps(checkpoints), reverse=True)[keep_last:]:
+            shutil.rmtree(checkpoints / f"step-{old}")
     dist.barrier()
     return folder
 
@@ -131,7 +133,7 @@ def write_state(folder: Path, state: Mapping[str, Any], hashes: Mapping[str, str
     (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprints: Collection[str]) -> int:
+def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprints: Collection[str], identity: Identity) -> int:
     """Load a checkpoint written by any topology into this engine; all ranks call it before the first step.
 
     The content of the files is not hashed again: :func:`check_checkpoint` comes first.
@@ -142,7 +144,7 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprints: Collectio
     Raises:
         CheckpointError: incomplete, damaged, or of another configuration.
     """
-    reader, step = check_checkpoint(folder, fingerprints, content=False)
+    reader, step = check_checkpoint(folder, fingerprints, identity, content=False)
     _create_optimizer_states(engine, int(reader.state.get("optimizer_steps", step)))
     first, count = engine.topology.experts(engine.model.config.num_experts)
     for name, parameter, is_expert in _parameters(engine):
@@ -167,11 +169,14 @@ def load_checkpoint(engine: AdapterEngine, folder: Path, fingerprints: Collectio
     return step
 
 
-def check_checkpoint(folder: Path, fingerprints: Collection[str], content: bool = True) -> tuple[_Reader, int]:
+def check_checkpoint(
+    folder: Path, fingerprints: Collection[str], identity: Identity, content: bool = True
+) -> tuple[_Reader, int]:
     """Open a checkpoint; returns its reader and its step.
 
     Args:
         fingerprints: of configurations whose checkpoints may be loaded.
+        identity: of the run that loads it.
         content: as in :func:`read_state`.
 
     Raises:
@@ -182,9 +187,9 @@ def check_checkpoint(folder: Path, fingerprints: Collection[str], content: bool 
         raise CheckpointError(
             f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe"
         )
-    theirs, ours = state.get("identity"), read_identity(folder.parent.parent)
+    theirs = state.get("identity")
     if theirs and any(
-        theirs.get(key) != ours.get(key) for key in ("backbone", "encoder", "source", "data", "profiles")
+        theirs.get(key) != identity.get(key) for key in ("backbone", "encoder", "source", "data", "profiles")
     ):
         raise CheckpointError(f"{folder} belongs to another run, of another model, encoder or data; move it away")
     return _Reader(folder, state), int(state["step"])
@@ -216,32 +221,31 @@ def read_adapters(folder: Path, state: dict[str, Any] | None = None) -> dict[str
     return whole
 
 
-def has_checkpoint(run_dir: Path | str) -> bool:
+def has_checkpoint(checkpoints: Path) -> bool:
     """Whether a run has anything to resume from, complete or not.
 
     Raises:
         CheckpointError: it has a checkpoint that DeepSpeed itself wrote.
     """
-    for folder in (Path(run_dir) / "checkpoints").glob("*/"):
+    for folder in checkpoints.glob("*/"):
         _refuse_deepspeed(folder)
-    return bool(_steps(Path(run_dir)))
+    return bool(_steps(checkpoints))
 
 
-def find_checkpoint(run_dir: Path | str, step: int | None = None) -> Path:
+def find_checkpoint(checkpoints: Path, step: int | None = None) -> Path:
     """The newest checkpoint of a run, or that of one step.
 
     Raises:
         CheckpointError: there is none.
     """
-    run_dir = Path(run_dir)
-    steps = _steps(run_dir)
+    steps = _steps(checkpoints)
     if not steps:
-        raise CheckpointError(f"{run_dir} holds no checkpoint; train it first")
+        raise CheckpointError(f"{checkpoints.parent} holds no checkpoint; train it first")
     if step is not None and step not in steps:
         raise CheckpointError(
-            f"{run_dir} holds no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}"
+            f"{checkpoints.parent} holds no checkpoint of step {step}; it has {', '.join(map(str, sorted(steps)))}"
         )
-    return run_dir / "checkpoints" / f"step-{max(steps) if step is None else step}"
+    return checkpoints / f"step-{max(steps) if step is None else step}"
 
 
 def read_state(folder: Path, content: bool = True) -> dict[str, Any]:
@@ -293,7 +297,7 @@ def read_state(folder: Path, content: bool = True) -> dict[str, Any]:
 
 def _another(folder: Path) -> str:
     """What to do about a checkpoint that cannot be used."""
-    others = sorted(step for step in _steps(folder.parent.parent) if folder.name != f"step-{step}")
+    others = sorted(step for step in _steps(folder.parent) if folder.name != f"step-{step}")
     return f"; move it away to go on from step {others[-1]}" if others else "; restore it from a copy"
 
 
@@ -307,7 +311,7 @@ def _check_latest(folder: Path) -> None:
         raise CheckpointError(
             f"{latest} is damaged: it does not name a checkpoint; remove it, or write the line {folder.name} there"
         )
-    newest = f"step-{max(_steps(folder.parent.parent), default=0)}"
+    newest = f"step-{max(_steps(folder.parent), default=0)}"
     if said.decode().strip() != newest:
         warnings.warn(
             f"{latest} names {said.decode().strip()}, but the newest checkpoint there is {newest}", stacklevel=3
@@ -328,8 +332,8 @@ def _written_by(state: dict[str, Any]) -> str:
     return f"written by {by.get('world')} ranks, ep_size {by.get('ep_size')}"
 
 
-def _steps(run_dir: Path) -> list[int]:
-    folders = (run_dir / "checkpoints").glob("step-*")
+def _steps(checkpoints: Path) -> list[int]:
+    folders = checkpoints.glob("step-*")
     return [int(match[1]) for folder in folders if (match := re.fullmatch(r"step-(\d+)", folder.name))]
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from cuma_ds.adapters import CumaModel
 from cuma_ds.config import RunConfig
 from cuma_ds.errors import ModelError, TopologyError
+from cuma_ds.files import first_line
 from cuma_ds.parallel.activations import ActivationPeak, activation_peak, adapted_skeleton
 from cuma_ds.parallel.dispatch import expert_shapes
 from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
@@ -341,7 +342,7 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(kind, **values)
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{path}: {first_line(error)}") from None
 
 
 def _gathers(model: CumaModel, checkpointing: bool) -> list[nn.Parameter]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from cuma_ds.errors import TopologyError
+from cuma_ds.files import first_line
 
 # While one rank prepares data and the others wait for it; training itself uses parallel.timeout_seconds.
 _PREPARATION_SECONDS = 3600
@@ -101,7 +102,7 @@ def start_processes(timeout_seconds: int) -> Topology:
     except (dist.DistStoreError, dist.DistNetworkError, RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise TopologyError(
-            f"rank {rank} of {world} could not meet its peers at {address}: {str(error).splitlines()[0]}"
+            f"rank {rank} of {world} could not meet its peers at {address}: {first_line(error)}"
         ) from None
     wait_for_peers_at_most(_PREPARATION_SECONDS)
     return Topology(world=world, rank=rank, local_rank=local_rank, device=device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cuma_ds.errors import DataError, ModelError
+from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 
 _POOLINGS = ("mean", "cls", "lasttoken")
 _SETTINGS = ("auto", "mean", "mean-all", "last", "cls")
@@ -65,7 +66,7 @@ class ProfileEncoder:
             config = AutoConfig.from_pretrained(self.folder)
             self.dim = int(config.hidden_size)
         except (OSError, ValueError, AttributeError, KeyError) as error:
-            raise ModelError(f"{self.folder} is not a sentence encoder: {_one_line(error)}") from None
+            raise ModelError(f"{self.folder} is not a sentence encoder: {first_line(error)}") from None
         self._longest = int(getattr(config, "max_position_embeddings", 0) or 512)
         self._asked_tokens = max_tokens
         if not any(file for pattern in _WEIGHTS for file in self.folder.glob(pattern)):
@@ -149,18 +150,13 @@ class ProfileEncoder:
     @cached_property
     def _parts(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
 
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"the sentence encoder {self.folder} cannot be loaded: {_one_line(error)}") from None
-        finally:
-            if bars:
-                logging.enable_progress_bar()
+        with quiet_transformers(bars_only=True):
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self.folder)
+                model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
+            except (OSError, ValueError, KeyError) as error:
+                raise ModelError(f"the sentence encoder {self.folder} cannot be loaded: {first_line(error)}") from None
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -203,7 +199,7 @@ def _resolve(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_id(path):
         raise ModelError(
             f"there is no sentence encoder at {path}; profiles.encoder is a folder or a hub id such as owner/name"
         )
@@ -213,7 +209,7 @@ def _resolve(path: str) -> Path:
         return Path(snapshot_download(path, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack"]))
     except Exception as error:
         raise ModelError(
-            f"{path} is neither a folder nor a sentence encoder the hub gives us: {_one_line(error)}"
+            f"{path} is neither a folder nor a sentence encoder the hub gives us: {first_line(error)}"
         ) from None
 
 
@@ -250,8 +246,4 @@ def _json(file: Path, default: Any = None) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{file} is not JSON: {first_line(error)}") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cuma_ds.errors import DataError
+from cuma_ds.files import first_line, write_atomically
 
 _FORMAT = "cuma-profile-table-2"
 # Of release 0.1.0: the same without a hash of the content.
@@ -82,7 +82,7 @@ class ProfileTable:
         text = torch.frombuffer(bytearray(json.dumps(self.sentences, ensure_ascii=False).encode()), dtype=torch.uint8)
         tensors = {"embeddings": self.embeddings.contiguous(), "sentences": text}
         metadata = {"format": _FORMAT, "fingerprint": self.fingerprint, "sha256": self.sha256}
-        _write_atomically(Path(path), to_bytes(tensors, metadata=metadata))
+        write_atomically(Path(path), to_bytes(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> ProfileTable:
@@ -99,9 +99,7 @@ class ProfileTable:
                 sentences = json.loads(bytes(file.get_tensor("sentences").numpy()).decode())
                 table = cls(sentences, file.get_tensor("embeddings"), metadata.get("fingerprint", ""))
         except (OSError, SafetensorError, ValueError, TypeError) as error:
-            raise DataError(
-                f"cannot read the table of profiles {path}: {(str(error).splitlines() or [''])[0]}"
-            ) from None
+            raise DataError(f"cannot read the table of profiles {path}: {first_line(error)}") from None
         if metadata["format"] == _FORMAT and metadata.get("sha256") != table.sha256:
             raise DataError(
                 f"the table of profiles {path} is damaged: its content has changed since it was written; restore or remove it"
@@ -132,18 +130,4 @@ def _write_cache(folder: Path, keys: list[bytes], embeddings_MP: Tensor) -> None
         "embeddings": embeddings_MP.contiguous(),
     }
     name = hashlib.sha256(b"".join(sorted(keys))).hexdigest()[:32]
-    _write_atomically(folder / f"{name}.safetensors", to_bytes(tensors))
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with beside.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    write_atomically(folder / f"{name}.safetensors", to_bytes(tensors))

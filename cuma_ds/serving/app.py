@@ -16,13 +16,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from cuma_ds.errors import CumaError
-from cuma_ds.inference.talk import Talker
 from cuma_ds.inference.modeling import unknown_fields
-from cuma_ds.serving.scheduler import Job, Piece, QueueFullError, Scheduler
+from cuma_ds.inference.sampling import Sampling
+from cuma_ds.inference.talk import Talker
+from cuma_ds.inference.text import TextStream
 from cuma_ds.serving.guard import Guard
 from cuma_ds.serving.protocol import ChatRequest, ServingError, chunk, completion, error_content, usage
-from cuma_ds.inference.sampling import Sampling
-from cuma_ds.inference.text import TextStream
+from cuma_ds.serving.scheduler import Job, Piece, QueueFullError, Scheduler
 
 
 def make_app(

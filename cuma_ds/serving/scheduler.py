@@ -19,9 +19,11 @@ from torch import Tensor
 
 from cuma_ds.errors import CumaError, ModelError
 from cuma_ds.files import first_line
+from cuma_ds.inference.forward import pad_id_of
 from cuma_ds.inference.generate import Completion, Decoder
 from cuma_ds.inference.running import ModelForward, RunningBatch, measure
 from cuma_ds.inference.sampling import Sampling
+from cuma_ds.inference.talk import Talker
 from cuma_ds.inference.text import TextStream
 
 logger = logging.getLogger(__name__)
@@ -246,6 +248,12 @@ class Scheduler:
                     jobs.append(job)
                 self._waiting.popleft()
         return jobs
+
+
+def scheduler_of(talker: Talker, limits: Limits, end_ids: Collection[int] | None = None) -> Scheduler:
+    """A scheduler of the model that a talker asks; its answers end at the talker's tokens unless others are given."""
+    forward, pad_id = ModelForward(talker.opened.model), pad_id_of(talker.tokenizer)
+    return Scheduler(forward, talker.end_ids if end_ids is None else end_ids, pad_id, limits, talker.opened.reader)
 
 
 def _fail(completions: Sequence[Completion], error: Exception) -> None:

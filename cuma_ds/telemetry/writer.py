@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from cuma_ds.config import TelemetrySection
+from cuma_ds.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,48 +31,46 @@ _SHOWN = {
 
 
 class MetricsWriter:
-    """Writes ``metrics.jsonl`` and ``tensorboard/`` of a run folder and shows progress; does nothing off the main rank.
+    """Writes a file of metrics and a TensorBoard folder and shows progress; does nothing off the main rank.
 
-    Steps are counted from 1: a row with ``step`` s stands for the s-th optimizer step. Resuming after ``start_step``
-    finished steps drops the rows of later steps (and a line cut short by a crash), so every step stands there once.
+    Steps are counted from 1: a row with ``step`` s stands for the s-th optimizer step. Resuming after finished
+    steps drops the rows of later steps (and a line cut short by a crash), so every step stands there once.
 
     Args:
-        run_dir: the run's folder, made if absent.
+        metrics: the file that gets one JSON line a step; its folder is made if absent.
+        tensorboard: the folder of TensorBoard's events.
         config: what to write and how often. Every ``log_every``-th step and the last are written.
         is_main: whether this rank is the one that writes.
-        total_steps: optimizer steps of the whole run.
-        start_step: optimizer steps already done; 0 for a new run.
+        steps: from the optimizer steps already done (0 for a new run) to those of the whole run.
         console: where progress goes; a plain line each tenth of the run where that is not a terminal.
     """
 
     def __init__(
         self,
-        run_dir: str | Path,
+        metrics: Path,
+        tensorboard: Path,
         config: TelemetrySection,
         is_main: bool,
-        total_steps: int,
-        start_step: int = 0,
+        steps: range,
         console: Console | None = None,
     ) -> None:
         self._config = config
         self._is_main = is_main
-        self._total_steps = total_steps
+        start_step, self._total_steps = steps.start, steps.stop
         self._tensorboard: SummaryWriter | None = None
         self._progress: Progress | None = None
         self._console = console or Console()
-        self._next_tenth = 10 * start_step // max(total_steps, 1) + 1
+        self._next_tenth = 10 * start_step // max(steps.stop, 1) + 1
         if not is_main:
             return
 
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        _drop_rows_after(path, start_step)
-        self._rows = path.open("a", encoding="utf-8")
+        metrics.parent.mkdir(parents=True, exist_ok=True)
+        _drop_rows_after(metrics, start_step)
+        self._rows = metrics.open("a", encoding="utf-8")
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+            self._tensorboard = SummaryWriter(str(tensorboard), purge_step=start_step + 1)
         if config.progress and self._console.is_terminal:
             self._progress = Progress(
                 SpinnerColumn(),
@@ -82,7 +80,7 @@ class MetricsWriter:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._progress.add_task("", total=total_steps, completed=start_step)
+            self._task = self._progress.add_task("", total=steps.stop, completed=start_step)
             self._progress.start()
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -91,7 +89,7 @@ class MetricsWriter:
         Args:
             step: 1-based.
             scalars: e.g. ``loss``, ``lr``, ``grad_norm``, ``tokens_per_second``; in TensorBoard under ``train/``, in
-                ``metrics.jsonl`` as they are, with null for what is not finite.
+                the file as they are, with null for what is not finite.
         """
         if not self._is_main:
             return
@@ -170,9 +168,7 @@ def _drop_rows_after(path: Path, last_step: int) -> None:
             continue
         if step <= last_step:
             kept.append(line + "\n")
-    beside = path.with_suffix(".jsonl.part")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_atomically(path, "".join(kept))
 
 
 def _to_numpy(values: torch.Tensor | ArrayLike) -> NDArray[np.float64]:

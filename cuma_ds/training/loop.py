@@ -25,8 +25,9 @@ from cuma_ds.data.batching import Batch, BatchStream, encode_example
 from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, CumaError, DataError
+from cuma_ds.files import write_atomically
 from cuma_ds.identity import base_fact
-from cuma_ds.identity import read_identity
+from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
 from cuma_ds.parallel.checkpoint import (
@@ -41,22 +42,12 @@ from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.profiles.groups import group_mask
+from cuma_ds.runs import Run
 from cuma_ds.telemetry.throughput import Throughput
 from cuma_ds.telemetry.writer import MetricsWriter
 from cuma_ds.training.objectives.sft import sft_loss
 from cuma_ds.training.optimizer import make_optimizer
 from cuma_ds.training.packing import tells_examples_apart
-from cuma_ds.training.run_folder import (
-    DATA_FOLDER,
-    TABLE_FILE,
-    as_started,
-    check_backbone,
-    check_own_data,
-    fingerprint,
-    known_fingerprints,
-    open_run_folder,
-    record_identity,
-)
 from cuma_ds.training.schedule import learning_rate
 
 # In the manifest of a run's own data: the max_length that all its prompts are known to fit.
@@ -93,60 +84,61 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
         CumaError: the same one line on every rank.
     """
     tell = say if topology.is_main else (lambda _: None)
-    config = as_started(config)
+    run = Run(config.run_dir)
+    config = run.as_started(config)
     with agreement():
         if topology.is_main:
             prepare_run(config)
     with agreement():
         if topology.local_rank == 0 and not topology.is_main:
-            check_backbone(config, read_identity(config.run_dir))  # each machine may hold a copy of its own
+            run.check_backbone(config, run.identity())  # each machine may hold a copy of its own
         inputs = load_inputs(config, topology)
         settings = read_deepspeed_config(config, inputs.stream.micro, inputs.stream.accumulation, topology.world)
         adapters = with_profile_width(config.adapters, inputs.table)
         find_targets(skeleton(config.model), adapters.target_modules)
-        if has_checkpoint(config.run_dir):
-            check_checkpoint(find_checkpoint(config.run_dir), known_fingerprints(config), content=topology.is_main)
+        if has_checkpoint(run.checkpoints):
+            newest, known = find_checkpoint(run.checkpoints), run.known_fingerprints(config)
+            check_checkpoint(newest, known, run.identity(), content=topology.is_main)
         if topology.is_main:
-            (config.run_dir / "deepspeed.json").write_text(
-                json.dumps(settings.engine, indent=2) + "\n", encoding="utf-8"
-            )
+            write_atomically(run.deepspeed, json.dumps(settings.engine, indent=2) + "\n")
     engine = build_engine(config, adapters, settings, topology)
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     if inputs.table is not None:
         engine.model.set_profile_standardisation(inputs.table.embeddings[inputs.profiles], config.profiles.standardise)
-    start = _resume(config, engine, tell)
+    start = _resume(run, config, engine, tell)
     if config.data.packing:
         _check_packing(config, engine, inputs)
     _describe(config, engine, inputs, tell)
     if start >= config.training.steps:
-        tell(f"{config.run_dir} is complete at step {start}; nothing to do (raise training.steps to go on)")
-        return config.run_dir
-    with MetricsWriter(config.run_dir, config.telemetry, topology.is_main, config.training.steps, start) as writer:
+        tell(f"{run.folder} is complete at step {start}; nothing to do (raise training.steps to go on)")
+        return run.folder
+    steps = range(start, config.training.steps)
+    with MetricsWriter(run.metrics, run.tensorboard, config.telemetry, topology.is_main, steps) as writer:
         _steps(config, engine, inputs, start, writer, tell)
-    return config.run_dir
+    return run.folder
 
 
 def prepare_run(config: RunConfig) -> None:
     """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
-    folder, source = config.run_dir, None
-    if not (folder / DATA_FOLDER / "manifest.json").is_file():
+    run, source = Run(config.run_dir), None
+    if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
         source = check_prompts(load_data(config.data, config.profiles.template), config, started=False)
-    open_run_folder(config)
-    data = PreparedData.load(folder / DATA_FOLDER) if source is None else source.save(folder / DATA_FOLDER)
+    Run.create(config)
+    data = run.data() if source is None else source.save(run.data_folder)
     if source is None and PROMPTS_CHECKED not in data.manifest:
         check_prompts(data, config, started=True)
     table = None
-    if config.adapters.uses_profiles and (folder / TABLE_FILE).is_file():
-        table = ProfileTable.load(folder / TABLE_FILE)
+    if config.adapters.uses_profiles and run.profiles_file.is_file():
+        table = run.profiles(config)
     elif config.adapters.uses_profiles:
         assert config.profiles.encoder is not None
         encoder = ProfileEncoder(config.profiles.encoder, batch_size=config.profiles.batch_size)
         # A prepared folder may hold the embeddings already; the run's copy of its data does not.
         table = (source or data).profile_table(encoder, config.profiles.cache_dir)
-        table.save(folder / TABLE_FILE)
-    check_own_data(folder, data, table, read_identity(folder))
-    record_identity(config, data, table)
+        table.save(run.profiles_file)
+    run.check_own_data(data, table, run.identity())
+    run.record_identity(config, data, table)
 
 
 def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:
@@ -182,8 +174,8 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
 
 def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     """Tokenizer, data and profiles from the run folder, as this rank's stream of batches."""
-    data = PreparedData.load(config.run_dir / DATA_FOLDER)
-    table = ProfileTable.load(config.run_dir / TABLE_FILE) if config.adapters.uses_profiles else None
+    run = Run(config.run_dir)
+    data, table = run.data(), run.profiles(config)
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer.of(tokenizer, config.data)
     if data.kind == "preference":
@@ -257,8 +249,8 @@ def model_inputs(
 def _steps(
     config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, start: int, writer: MetricsWriter, tell: Callable
 ) -> None:
-    topology, training, stream = engine.topology, config.training, inputs.stream
-    throughput = Throughput(topology.device)
+    topology, training, stream, run = engine.topology, config.training, inputs.stream, Run(config.run_dir)
+    identity, throughput = run.identity(), Throughput(topology.device)
     for step in range(start, training.steps):
         # Dropout is a function of (seed, step, rank): resuming needs no generator state.
         torch.manual_seed(hash((config.run.seed, step, topology.rank)) % 2**63)
@@ -274,7 +266,9 @@ def _steps(
             engine.model.update_shares(totals.load_RE)
         _log(writer, engine, done, rate, totals, throughput)
         if done == training.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-            folder = save_checkpoint(engine, config.run_dir, done, fingerprint(config), config.checkpoint.keep_last)
+            folder = save_checkpoint(
+                engine, run.checkpoints, done, fingerprint(config), identity, config.checkpoint.keep_last
+            )
             if done == training.steps:
                 size = sum(file.stat().st_size for file in folder.iterdir())
                 trained = engine.trained_parameters
@@ -384,12 +378,12 @@ def _log(
         writer.log_routing(step, engine.model.router_names, share_RE, totals.entropy_R / totals.routed.clamp(min=1))
 
 
-def _resume(config: RunConfig, engine: AdapterEngine, tell: Callable[[str], None]) -> int:
-    if not has_checkpoint(config.run_dir):
+def _resume(run: Run, config: RunConfig, engine: AdapterEngine, tell: Callable[[str], None]) -> int:
+    if not has_checkpoint(run.checkpoints):
         return 0
-    folder = find_checkpoint(config.run_dir)
-    step = load_checkpoint(engine, folder, known_fingerprints(config))
-    tell(f"resuming {config.run_dir} after step {step}")
+    folder = find_checkpoint(run.checkpoints)
+    step = load_checkpoint(engine, folder, run.known_fingerprints(config), run.identity())
+    tell(f"resuming {run.folder} after step {step}")
     return step
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from cuma_ds.data.prepared import sha256
 from cuma_ds.errors import DataError
+from cuma_ds.files import first_line, is_hub_id
 from cuma_ds.strict_json import read_json
 
 _CHUNK_BYTES = 4 << 20
@@ -83,12 +84,7 @@ def find_input(path: str | Path, split: str | None = None) -> Input:
         return _files(files)
     if place.is_file():
         return _files([place])
-    if (
-        str(path).count("/") == 1
-        and not str(path).startswith((".", "~", "/"))
-        and not place.suffix
-        and not place.parent.is_dir()
-    ):
+    if is_hub_id(str(path)) and not place.suffix and not place.parent.is_dir():
         return _hub(str(path), split)
     raise DataError(
         f"there is no data at {path}; expected a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id"
@@ -249,9 +245,7 @@ def _datasets_folder(folder: Path, split: str | None) -> Input:
     try:
         loaded = load_from_disk(str(folder))
     except Exception as error:
-        raise DataError(
-            f"{folder} cannot be read as a datasets folder: {(str(error).splitlines() or [''])[0]}"
-        ) from None
+        raise DataError(f"{folder} cannot be read as a datasets folder: {first_line(error)}") from None
     if isinstance(loaded, DatasetDict):
         loaded = _one_split(loaded, str(folder), split)
     return _dataset(loaded, folder.name)
@@ -263,8 +257,9 @@ def _hub(name: str, split: str | None) -> Input:
     try:
         loaded = load_dataset(name)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name} is neither a file or folder here nor a data set the hub gives us: {reason}") from None
+        raise DataError(
+            f"{name} is neither a file or folder here nor a data set the hub gives us: {first_line(error)}"
+        ) from None
     return _dataset(_one_split(loaded, name, split), name)
 
 

@@ -35,6 +35,7 @@ from cuma_ds.data.sources.files import csv_batches, csv_columns, require_columns
 from cuma_ds.data.sources.records import Progress
 from cuma_ds.data.splits import SPLITS, TEST, TRAIN, VALID, draws
 from cuma_ds.errors import DataError
+from cuma_ds.files import first_line
 from cuma_ds.profiles.linearize import is_missing, one_spelling
 from cuma_ds.strict_json import read_json
 
@@ -177,7 +178,7 @@ def read_codebook(root: Path, config: DataSection) -> Codebook:
         try:
             loaded.append(read_json(file.read_text(encoding="utf-8-sig")))
         except ValueError as error:
-            raise DataError(f"{file} is not JSON in UTF-8: {(str(error).splitlines() or [''])[0]}") from None
+            raise DataError(f"{file} is not JSON in UTF-8: {first_line(error)}") from None
         inputs[name] = sha256(file)
     choices, metadata, adjustments = loaded
     try:
