@@ -19,7 +19,7 @@ from rich.table import Table
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import DataSection, ModelSection
-from cuma_ds.data.batching import encode_example
+from cuma_ds.data.batch import encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.inference.forward import pad_id_of

@@ -21,7 +21,7 @@ torch.inference_mode = torch.no_grad  # type: ignore[assignment,misc]  # tensors
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters  # noqa: E402
 from cuma_ds.config import ModelSection  # noqa: E402
-from cuma_ds.data.batching import EncodedExample, collate  # noqa: E402
+from cuma_ds.data.batch import EncodedExample, collate  # noqa: E402
 from cuma_ds.evaluation.gradients import Interference  # noqa: E402
 from cuma_ds.evaluation.run import evaluate  # noqa: E402
 from cuma_ds.evaluation.subject import run_subject  # noqa: E402
@@ -70,8 +70,7 @@ def gradients(base: ModelSection, options: dict[str, Any], dtype: torch.dtype, d
     batch = collate(rows, 0)
     mask = torch.rand(3, config.num_experts, generator=generator) if not options else None
     out = model(**model_inputs(batch, table, device, mask))
-    targets = (batch.target_row, batch.target_position, batch.target_token, batch.target_weight)
-    loss = sft_loss(out.logits, *(target.to(device) for target in targets))
+    loss = sft_loss(out.logits, batch.targets.to(device))
     (loss + getattr(out, "balance_loss", 0.0)).backward()
     found = [parameter.grad for _, parameter in model.adapter_parameters()]
     assert all(isinstance(gradient, OnDevice) == (device != CPU) for gradient in found)

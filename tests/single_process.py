@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cuma_ds.adapters import inject_adapters
 from cuma_ds.config import RunConfig
 from cuma_ds.data import load_data
-from cuma_ds.data.batching import collate, encode_example
+from cuma_ds.data.batch import collate, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
@@ -74,30 +74,32 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
         total = 0.0
         for start in range(0, len(examples), size):
             batch = collate(examples[start : start + size], tokenizer.pad_token_id)
-            profiles = None if table is None else table.embeddings[batch.profile_index]
+            profiles = None if table is None else table.embeddings[batch.profile_rows_N]
             mask = None
             if adapters.gradient_groups is not None:
                 ((field, groups),) = adapters.gradient_groups.items()
-                who = [data.profiles[row]["fields"].get(field, "") for row in batch.profile_index.tolist()]
+                who = [data.profiles[row]["fields"].get(field, "") for row in batch.profile_rows_N.tolist()]
                 everyone = range(adapters.num_experts)
                 mask = torch.tensor(
                     [[float(e in groups.get(value, groups.get("*", everyone))) for e in everyone] for value in who]
                 )
             out = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
+                input_ids=batch.input_ids_BS,
+                attention_mask=batch.attention_mask_BS,
                 profile_embeddings=profiles,
                 gradient_mask=mask,
             )
             log_p = out.logits[:, batch.keep].double().log_softmax(dim=-1)
             nll = (
-                -(log_p[batch.target_row, batch.target_position, batch.target_token] * batch.target_weight).sum()
+                -(
+                    log_p[batch.targets.row_L, batch.targets.position_L, batch.targets.token_L] * batch.targets.weight_L
+                ).sum()
                 / weight
             )
             loss = nll
             if config.adapters.balance_weight and adapters.has_router:
                 by_run = config.adapters.balance_scope == "run"
-                part = float(batch.attention_mask.sum()) / tokens if by_run else 1 / micro_steps
+                part = float(batch.attention_mask_BS.sum()) / tokens if by_run else 1 / micro_steps
                 loss = loss + config.adapters.balance_weight * out.balance_loss * part
                 load_RE = load_RE + model.routing_statistics().load_RE
             loss.backward()

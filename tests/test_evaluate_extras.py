@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection
-from cuma_ds.data.batching import EncodedExample
+from cuma_ds.data.batch import EncodedExample
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
 from cuma_ds.evaluation.generation import Generation, answers, sample_requests
 from cuma_ds.evaluation.gradients import Interference, averaged, cosines, group_gradients, truncate

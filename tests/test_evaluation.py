@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.config import DataSection, ModelSection, RunConfig, load_config
 from cuma_ds.data import prepare
-from cuma_ds.data.batching import EncodedExample, encode_example
+from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError
@@ -192,7 +192,7 @@ def test_batches_are_sorted_by_length_and_progress_ends_at_the_end(model, exampl
         model, examples, embeddings, 4, 0, progress=lambda *at: told.append(at)
     ):
         seen += indices
-        widths.append(batch.input_ids.shape[1])
+        widths.append(batch.input_ids_BS.shape[1])
         assert logits.shape[:2] == (len(indices), len({len(examples[index].input_ids) for index in indices}))
         assert logits.dtype == torch.float32
         assert gates is None

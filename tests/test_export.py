@@ -575,7 +575,7 @@ def test_stock_peft_reads_an_exact_lora(variant, tmp_path, tiny_llama, tiny_enco
 def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, tiny_llama, tiny_encoder) -> None:
     """The report's KL and EMD are those of stock PEFT against the mixture on every held-out prompt, computed again one by one."""
     from cuma_ds.config import load_config
-    from cuma_ds.data.batching import encode_example
+    from cuma_ds.data.batch import encode_example
     from cuma_ds.data.prepared import PreparedData
     from cuma_ds.data.rendering import Renderer
     from cuma_ds.parallel.backbone import load_tokenizer

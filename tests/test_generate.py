@@ -77,7 +77,7 @@ def test_several_people_in_one_batch_get_the_answers_they_get_alone(talker) -> N
 
 def test_choices_are_those_of_evaluation(run, talker) -> None:
     from cuma_ds.config import load_config
-    from cuma_ds.data.batching import encode_example
+    from cuma_ds.data.batch import encode_example
     from cuma_ds.data.prepared import PreparedData
 
     folder, trained, table = run

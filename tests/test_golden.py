@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from fresh import link_packages, run_fresh
 from safetensors.torch import load_file
 
 from cuma_ds.evaluation.run import evaluate_run
@@ -72,6 +73,29 @@ def test_an_export_of_0_1_0_answers_as_it_did(expected) -> None:
     with torch.no_grad():
         logits = model(input_ids=PROMPTS, profiles=PROFILES).logits
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+
+
+FRESH = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+golden, out, prompts, profiles = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+places = {"base_model": golden + "/model", "encoder": golden + "/encoder"}
+model = AutoModelForCausalLM.from_pretrained(golden + "/export", trust_remote_code=True, **places)
+with torch.no_grad():
+    save_file({"logits": model(input_ids=torch.tensor(prompts), profiles=profiles).logits}, out)
+assert "cuma_ds" not in sys.modules
+"""
+
+
+def test_an_export_of_0_1_0_answers_with_its_own_code_as_it_did(tmp_path, expected) -> None:
+    """The folder's modeling_cuma.py, in a Python that has torch and transformers alone."""
+    (tmp_path / "ask.py").write_text(FRESH)
+    asked = (json.dumps(PROMPTS.tolist()), json.dumps(PROFILES))
+    packages = link_packages(tmp_path / "packages")
+    done = run_fresh(packages, tmp_path / "ask.py", str(GOLDEN), str(tmp_path / "out"), *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(load_file(tmp_path / "out")["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_of_0_1_0_is_exported(tmp_path, places, expected) -> None:

@@ -12,7 +12,8 @@ from test_parallel_training import assert_same_training, recipe
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import load_config
-from cuma_ds.data.batching import BatchStream, EncodedExample, as_filler, collate, pack
+from cuma_ds.data.batch import EncodedExample, as_filler, collate, pack
+from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.training.loop import model_inputs
@@ -23,46 +24,47 @@ DATA = Path(__file__).parent / "data"
 
 def example(name: int, length: int, targets: int = 1) -> EncodedExample:
     ids = [10 + name] * length
-    return EncodedExample(ids, list(range(length - targets, length)), [name] * targets, [1.0 + name] * targets, name)
+    weights = [1.0 + name] * targets
+    return EncodedExample(ids, list(range(length - targets, length)), [name] * targets, weights, 10 + name)
 
 
 def test_rows_are_filled_longest_first_and_positions_start_again():
     batch = pack([example(0, 2), example(1, 5), example(2, 3), example(3, 1)], pad_id=7, length=8)
-    assert batch.input_ids.tolist() == [[11, 11, 11, 11, 11, 12, 12, 12], [10, 10, 13, 7, 7, 7, 7, 7]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 0, 1, 2, 3, 4]]
-    assert batch.profile_index.tolist() == [[1] * 5 + [2] * 3, [0, 0, 3, -1, -1, -1, -1, -1]]
-    assert batch.attention_mask.tolist() == [[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]]
-    assert batch.packed
+    assert batch.input_ids_BS.tolist() == [[11, 11, 11, 11, 11, 12, 12, 12], [10, 10, 13, 7, 7, 7, 7, 7]]
+    assert batch.position_ids_BS.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 0, 0, 1, 2, 3, 4]]
+    assert batch.profile_BS.tolist() == [[1] * 5 + [2] * 3, [0, 0, 3, -1, -1, -1, -1, -1]]
+    assert batch.profile_rows_N.tolist() == [10, 11, 12, 13]
+    assert batch.attention_mask_BS.tolist() == [[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]]
 
 
 def test_targets_point_at_the_kept_positions():
     examples = [example(0, 2), example(1, 5, targets=3), example(2, 3)]
     batch = pack(examples, pad_id=7, length=8)
-    kept = batch.input_ids[:, batch.keep]
-    assert sorted(kept[batch.target_row, batch.target_position].tolist()) == [10, 11, 11, 11, 12]
-    by_token = dict(zip(batch.target_token.tolist(), batch.target_weight.tolist(), strict=True))
+    kept = batch.input_ids_BS[:, batch.keep]
+    assert sorted(kept[batch.targets.row_L, batch.targets.position_L].tolist()) == [10, 11, 11, 11, 12]
+    by_token = dict(zip(batch.targets.token_L.tolist(), batch.targets.weight_L.tolist(), strict=True))
     assert by_token == {0: 1.0, 1: 2.0, 2: 3.0}
     assert batch.weight_sum == pytest.approx(1 + 3 * 2 + 3)
 
 
 def test_an_example_longer_than_a_row_has_one_of_its_own_and_fillers_stay_out():
     batch = pack([example(0, 9), as_filler(example(1, 2))], pad_id=0, length=4)
-    assert batch.input_ids.shape == (2, 9)
-    assert batch.profile_index[1].unique().tolist() == [-1]
+    assert batch.input_ids_BS.shape == (2, 9)
+    assert batch.profile_BS[1].unique().tolist() == [-1]
     assert batch.weight_sum == 1.0
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 7), (2, 7), (3, 2)])
 def test_the_stream_packs_what_it_would_show_unpacked(world, batch):
     def stream(rank, **options):
-        return BatchStream(40, batch, 3, rank, world, 5, lambda row: example(row, 1 + row % 6), 0, **options)
+        return Stream(Draw(40, batch, 3, 5, rank, world), lambda row: (example(row, 1 + row % 6),), 0, **options)
 
     for rank in range(world):
-        for plain, packed in zip(
-            stream(rank).micro_batches(3), stream(rank, pack_length=12).micro_batches(3), strict=True
-        ):
-            real = plain.profile_index[plain.profile_index >= 0]
-            assert packed.profile_index[packed.profile_index >= 0].unique().tolist() == sorted(real.tolist())
+        for plain, packed in zip(stream(rank).step(3), stream(rank, pack_length=12).step(3), strict=True):
+            real = plain.profile_rows_N[plain.profile_BS[:, 0] >= 0]
+            shown = packed.profile_BS[packed.profile_BS >= 0].unique()
+            assert packed.profile_rows_N[shown].sort().values.tolist() == sorted(real.tolist())
+            assert packed.rows == plain.rows
             assert packed.weight_sum == plain.weight_sum
 
 
@@ -97,12 +99,12 @@ def test_loss_balance_and_gradients_are_those_of_single_rows(tiny_llama, attenti
     for batch in (collate(examples, pad_id=0), pack(examples, pad_id=0, length=20)):
         model.train().zero_grad()
         out = model(**model_inputs(batch, table, torch.device("cpu")))
-        loss = sft_loss(out.logits, batch.target_row, batch.target_position, batch.target_token, batch.target_weight)
+        loss = sft_loss(out.logits, batch.targets)
         # The mean over all targets, as in training.
         (loss / batch.weight_sum + 0.1 * out.balance_loss).backward()
         gradients = torch.cat([parameter.grad.flatten() for _, parameter in model.adapter_parameters()])
         found.append((loss.detach(), out.balance_loss.detach(), gradients))
-    assert len(pack(examples, 0, 20).input_ids) == 2
+    assert len(pack(examples, 0, 20).input_ids_BS) == 2
     assert found[0][2].abs().max() > 1e-2
     found = [(loss / 30, balance, gradients / gradients.norm()) for loss, balance, gradients in found]
     for one, other in zip(*found, strict=True):

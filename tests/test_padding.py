@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import POSITIONS, character_tokenizer, positions_model
+from models import FAMILIES, random_model, save_family
 from ranks import run
 from test_parallel_training import recipe
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.data.batching import EncodedExample, collate
+from cuma_ds.data.batch import EncodedExample, as_filler, collate
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.gradients import group_gradients
@@ -28,15 +28,15 @@ PACKABLE = {"gpt2", "gpt_neox", "llama"}
 
 
 def adapted(kind: str) -> CumaModel:
-    config = CumaConfig(num_experts=4, top_k=2, lora_r=4, profile_dim=WIDTH, target_modules=[POSITIONS[kind][2]])
-    model = inject_adapters(positions_model(kind), config)
+    config = CumaConfig(num_experts=4, top_k=2, lora_r=4, profile_dim=WIDTH, target_modules=[FAMILIES[kind].linear])
+    model = inject_adapters(random_model(kind, attn_implementation="eager"), config)
     generator = torch.Generator().manual_seed(3)
     for _, parameter in model.adapter_parameters():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
-@pytest.fixture(scope="module", params=list(POSITIONS))
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def model(request) -> CumaModel:
     return adapted(request.param).eval()
 
@@ -91,9 +91,9 @@ def test_a_padded_batch_teaches_what_its_examples_teach_alone(model, examples, t
         loss += float(one.detach())
         gradients = gradients + torch.cat([parameter.grad.flatten() for _, parameter in model.adapter_parameters()])
     model.zero_grad()
-    batch = collate([*examples, None], pad_id=0)
+    batch = collate([*examples, as_filler(examples[0])], pad_id=0)
     out = model(**model_inputs(batch, table, torch.device("cpu")))
-    together = sft_loss(out.logits, batch.target_row, batch.target_position, batch.target_token, batch.target_weight)
+    together = sft_loss(out.logits, batch.targets)
     together.backward()
     found = torch.cat([parameter.grad.flatten() for _, parameter in model.adapter_parameters()])
     assert float(together.detach()) == pytest.approx(loss, rel=1e-4)
@@ -118,9 +118,7 @@ def test_packing_is_refused_for_models_that_do_not_tell_examples_apart(request, 
 
 @pytest.mark.multirank
 def test_a_packed_run_of_such_a_model_stops_before_its_first_step(tmp_path: Path, tiny_encoder) -> None:
-    folder = tmp_path / "opt"
-    positions_model("opt").save_pretrained(folder)
-    character_tokenizer().save_pretrained(folder)
+    folder = save_family(tmp_path / "opt", "opt")
     data, adapters = {"packing": True, "max_length": 400}, {"target_modules": ["v_proj"]}
     path = recipe(tmp_path, folder, tiny_encoder, "packed", data=data, adapters=adapters)
     for code, output in run(2, ["launchers/train.py", "--config", str(path)]):

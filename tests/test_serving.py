@@ -791,7 +791,9 @@ def test_a_failing_forward_fails_its_requests_alone_and_says_nothing_about_them(
     with served(talker) as (client, scheduler):
         with monkeypatch.context() as patch:
             patch.setattr(
-                talker.model, "forward", lambda **_: (_ for _ in ()).throw(RuntimeError(f"no memory for {SECRET}"))
+                talker.opened.model,
+                "forward",
+                lambda **_: (_ for _ in ()).throw(RuntimeError(f"no memory for {SECRET}")),
             )
             with pytest.raises(openai.InternalServerError) as failed:
                 ask(client, f"I am {SECRET}", {"country": SECRET})

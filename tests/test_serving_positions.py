@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import POSITIONS, random_model, save_family
+from models import FAMILIES, PADDED_AT_START, random_model, save_family
 from run_folder import lively, make_run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
@@ -38,14 +38,14 @@ def adapted(base: Any, target: str, profile_dim: int = 6) -> CumaModel:
     )
 
 
-@pytest.fixture(params=POSITIONS)
+@pytest.fixture(params=PADDED_AT_START)
 def family(request) -> str:
     return request.param
 
 
 @pytest.fixture
 def model(family) -> CumaModel:
-    return adapted(random_model(family), POSITIONS[family][2])
+    return adapted(random_model(family), FAMILIES[family].linear)
 
 
 def padded(side: str = "left") -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ PEOPLE = [{"country": "Norway"}, {"country": "Ghana"}, "Somebody who has always 
 @pytest.fixture(scope="module", params=["gpt2", "opt", "bloom"])
 def run(request, tmp_path_factory, tiny_encoder) -> Path:
     folder, family = tmp_path_factory.mktemp(request.param), request.param
-    adapters = {"target_modules": [POSITIONS[family][2]]}
+    adapters = {"target_modules": [FAMILIES[family].linear]}
     eager = {"attention": "eager"}  # BLOOM has no other
     return make_run(
         folder / "runs" / "opinions", save_family(folder / "model", family), tiny_encoder, adapters, model=eager
@@ -136,7 +136,7 @@ def run(request, tmp_path_factory, tiny_encoder) -> Path:
 
 def test_people_side_by_side_answer_and_choose_as_alone(run) -> None:
     talker = Talker(open_run(run), Sampling(max_new_tokens=6))
-    # Prompts of a person's own length, in the 128 positions of these models.
+    # Prompts of a person's own length.
     talker.renderer.encode_prompt = lambda messages, sentence: talker.tokenizer(
         f"{sentence[:30]} {messages[0]['content']}"
     )["input_ids"]

@@ -14,7 +14,7 @@ from run_folder import make_run
 
 from cuma_ds.config import DataSection, load_started, make_config
 from cuma_ds.data import PreparedData, load_data
-from cuma_ds.data.batching import Batch, collate, encode_example
+from cuma_ds.data.batch import Batch, collate, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.run import evaluate
@@ -118,8 +118,8 @@ def test_equal_weights_are_no_weights(tmp_path, tokenizer, weight) -> None:
         )
 
     batches = [batch(data) for data in (alike, plain)]
-    assert batches[0].target_weight.tolist() == batches[1].target_weight.tolist()
-    assert batches[0].input_ids.tolist() == batches[1].input_ids.tolist()
+    assert batches[0].targets.weight_L.tolist() == batches[1].targets.weight_L.tolist()
+    assert batches[0].input_ids_BS.tolist() == batches[1].input_ids_BS.tolist()
 
 
 def test_single_answers_keep_their_weights(tmp_path) -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cuma_ds.data.batching import EncodedExample
+from cuma_ds.data.batch import EncodedExample
 from cuma_ds.inference.forward import ForwardOptions, RoutingTally, forward_batches
 
 
@@ -54,12 +54,12 @@ def chat_losses(
     for indices, batch, logits, gates_BRE in forward_batches(
         model, examples, embeddings_NP, batch_size, pad_id, **options
     ):
-        predicted = logits[batch.target_row, batch.target_position]
+        predicted = logits[batch.targets.row_L, batch.targets.position_L]
         losses = (
-            torch.nn.functional.cross_entropy(predicted, batch.target_token, reduction="none").double().cpu().numpy()
+            torch.nn.functional.cross_entropy(predicted, batch.targets.token_L, reduction="none").double().cpu().numpy()
         )
-        rows = batch.target_row.cpu().numpy()
-        weights = batch.target_weight.double().cpu().numpy()
+        rows = batch.targets.row_L.cpu().numpy()
+        weights = batch.targets.weight_L.double().cpu().numpy()
         chosen = np.array(indices)[rows]
         np.add.at(nll, chosen, losses * weights)
         np.add.at(tokens, chosen, weights)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cuma_ds.data.batching import EncodedExample
+from cuma_ds.data.batch import EncodedExample
 from cuma_ds.inference.forward import ForwardOptions, RoutingTally, asked_as, forward_batches
 
 
@@ -76,9 +76,9 @@ def predict_choices(
     for indices, batch, logits, gates_BRE in forward_batches(
         model, distinct, embeddings_NP, batch_size, pad_id, **options
     ):
-        letters = logits[batch.target_row, batch.target_position, batch.target_token].cpu()
-        whole = logits.logsumexp(dim=-1)[batch.target_row, batch.target_position].cpu()
-        rows = batch.target_row.cpu()
+        letters = logits[batch.targets.row_L, batch.targets.position_L, batch.targets.token_L].cpu()
+        whole = logits.logsumexp(dim=-1)[batch.targets.row_L, batch.targets.position_L].cpu()
+        rows = batch.targets.row_L.cpu()
         for row, index in enumerate(indices):
             own = rows == row
             answers[index] = torch.softmax(letters[own], dim=0).double().numpy()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cuma_ds.adapters.model import CumaModel
-from cuma_ds.data.batching import EncodedExample, collate
+from cuma_ds.data.batch import EncodedExample, collate
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import gather_cells
@@ -24,7 +24,6 @@ from cuma_ds.evaluation.routing_plots import plot_interference
 from cuma_ds.evaluation.run import Evaluator, check_kind
 from cuma_ds.export.lora import fold, plain_lora, set_lora
 from cuma_ds.inference.forward import forward_batches, pad_id_of
-from cuma_ds.training.objectives.sft import sft_loss
 
 Array = NDArray[np.float64]
 
@@ -126,12 +125,7 @@ def group_gradients(
                 if embeddings_NP is not None:
                     inputs["profile_embeddings"] = embeddings_NP[[example.profile for example in part]].to(device)
                 out = model(**batch.inputs, **inputs)
-                loss = (
-                    sft_loss(
-                        out.logits, batch.target_row, batch.target_position, batch.target_token, batch.target_weight
-                    )
-                    / total
-                )
+                loss = -(batch.targets.weight_L * batch.targets.log_probabilities(out.logits)).sum() / total
                 found = torch.autograd.grad(loss, experts, allow_unused=True)
                 for gradient, more in zip(gradients, found, strict=True):
                     if more is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuma_ds.data.batching import EncodedExample, encode_example
+from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.lengths import fitting
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import chat_losses

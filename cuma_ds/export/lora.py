@@ -21,7 +21,7 @@ from torch import Tensor
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.adapters.layer import AdaptedLinear
 from cuma_ds.adapters.router import Router
-from cuma_ds.data.batching import EncodedExample, encode_example
+from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.metrics import distance, distance_name
@@ -271,7 +271,7 @@ class _Measure:
         found: list[Tensor] = [torch.empty(0)] * len(examples)
         for indices, batch, logits, _ in self._run(model, examples, embedding_P):
             for row, index in enumerate(indices):
-                positions = batch.target_position[batch.target_row == row].unique()
+                positions = batch.targets.position_L[batch.targets.row_L == row].unique()
                 found[index] = logits[row, positions].cpu().double().log_softmax(dim=-1)
         return found
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cuma_ds.data.batching import Batch, EncodedExample, collate
+from cuma_ds.data.batch import Batch, EncodedExample, collate
 
 Progress = Callable[[int, int], None]
 

@@ -21,9 +21,10 @@ from cuma_ds.adapters import CumaConfig, RoutingStatistics
 from cuma_ds.adapters.inject import find_targets
 from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
-from cuma_ds.data.batching import Batch, BatchStream, encode_example
+from cuma_ds.data.batch import Batch, encode_example
 from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError, CumaError, DataError
 from cuma_ds.files import write_atomically
 from cuma_ds.identity import base_fact
@@ -62,7 +63,7 @@ class TrainingInputs:
     training example.  group_mask: [profiles, E] of ``gradient_mask: groups``, or None.
     """
 
-    stream: BatchStream
+    stream: Stream
     table: ProfileTable | None
     profiles: np.ndarray
     people: np.ndarray
@@ -93,7 +94,9 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
         if topology.local_rank == 0 and not topology.is_main:
             run.check_backbone(config, run.identity())  # each machine may hold a copy of its own
         inputs = load_inputs(config, topology)
-        settings = read_deepspeed_config(config, inputs.stream.micro, inputs.stream.accumulation, topology.world)
+        settings = read_deepspeed_config(
+            config, inputs.stream.draw.micro, inputs.stream.draw.accumulation, topology.world
+        )
         adapters = with_profile_width(config.adapters, inputs.table)
         find_targets(skeleton(config.model), adapters.target_modules)
         if has_checkpoint(run.checkpoints):
@@ -184,16 +187,19 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
         )
     rows, sentences = data.splits["train"], data.sentences
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    stream = BatchStream(
-        n_examples=len(rows),
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        rank=topology.rank,
-        world_size=topology.world,
-        seed=config.run.seed,
-        encode=lambda row: encode_example(rows[row], renderer, sentences, config.data),
-        pad_id=pad_id or 0,
-        pack_length=config.data.max_length if config.data.packing else None,
+    draw = Draw(
+        len(rows),
+        config.training.global_batch_size,
+        config.training.micro_batch_size,
+        config.run.seed,
+        topology.rank,
+        topology.world,
+    )
+    stream = Stream(
+        draw,
+        lambda row: (encode_example(rows[row], renderer, sentences, config.data),),
+        pad_id or 0,
+        config.data.max_length if config.data.packing else None,
     )
     fields, groups = [profile["fields"] for profile in data.profiles], config.adapters.gradient_groups
     mask = None if groups is None else group_mask(fields, groups, config.adapters.num_experts)
@@ -226,23 +232,21 @@ def model_inputs(
 ) -> dict[str, Any]:
     """Keyword arguments of the adapted model for one batch.
 
-    Each example brings its profile as a row of its own. A gradient mask that is made of one example's routing (``dominant``) then does
-    not depend on which other examples share its micro batch.
+    Args:
+        batch: on any device.
+        table: the run's profiles; None for a method without profiles.
+        group_mask: [profiles, E] gradient mask of each row of the table.
     """
-    inputs: dict[str, Any] = batch.to(device).inputs
-    if batch.position_ids is None:
-        rows_N, number = batch.profile_index, torch.arange(len(batch.profile_index))
-    else:
-        starts_BS = batch.position_ids == 0
-        rows_N, number = batch.profile_index[starts_BS], starts_BS.flatten().cumsum(dim=0).view_as(starts_BS) - 1
-    rows_N = rows_N.clamp(min=0)
+    inputs: dict[str, Any] = {**batch.to(device).inputs}
     if table is not None:
-        inputs["profile_embeddings"] = table.embeddings[rows_N].to(device)
-    elif batch.packed:
-        number = torch.zeros_like(number)  # nothing reads it: packed rows without profiles take no mask
-    inputs["profile_index"] = number.masked_fill(batch.profile_index < 0, -1).to(device)
+        inputs["profile_embeddings"] = table.embeddings[batch.profile_rows_N].to(device)
+    profile_BS = batch.profile_BS
+    if table is None and batch.position_ids_BS is not None:
+        # The model counts a profile per row where it gets no embeddings. Packed rows without profiles take no mask.
+        profile_BS = profile_BS.clamp(max=0)
+    inputs["profile_index"] = profile_BS.to(device)
     if group_mask is not None:
-        inputs["gradient_mask"] = group_mask[rows_N].to(device)
+        inputs["gradient_mask"] = group_mask[batch.profile_rows_N].to(device)
     return inputs
 
 
@@ -254,13 +258,11 @@ def _steps(
     for step in range(start, training.steps):
         # Dropout is a function of (seed, step, rank): resuming needs no generator state.
         torch.manual_seed(hash((config.run.seed, step, topology.rank)) % 2**63)
-        batches = stream.micro_batches(step)
+        batches = stream.step(step)
         rate = learning_rate(step, training)
         totals = _run_step(config, engine, inputs, batches, rate)
         done = step + 1
-        totals.people = float(
-            sum(inputs.people[row] for rows in stream.indices(step) for row in rows if row is not None)
-        )
+        totals.people = float(sum(inputs.people[row] for batch in batches for row in batch.rows))
         totals = totals.over_ranks(topology)
         if totals.load_RE is not None:
             engine.model.update_shares(totals.load_RE)
@@ -338,8 +340,7 @@ def _run_step(
     totals = _Totals(weight, tokens, loss=zero, balance=zero)
     for batch in batches:
         out = engine.forward(**model_inputs(batch, inputs.table, device, inputs.group_mask))
-        targets = (batch.target_row, batch.target_position, batch.target_token, batch.target_weight)
-        nll = sft_loss(out.logits, *(target.to(device) for target in targets))
+        nll = sft_loss(out.logits, batch.targets.to(device))
         # DeepSpeed averages over micro steps and ranks; together with that this is the mean over the global batch.
         loss = nll * (world * len(batches) / weight)
         balance = getattr(out, "balance_loss", None)
@@ -394,7 +395,7 @@ def _check_packing(config: RunConfig, engine: AdapterEngine, inputs: TrainingInp
         return engine.forward(**model_inputs(batch, inputs.table, engine.topology.device)).logits.cpu()
 
     engine.engine.eval()
-    apart = tells_examples_apart(logits_of, inputs.stream.encode(0), inputs.stream.pad_id)
+    apart = tells_examples_apart(logits_of, inputs.stream.unit_of(0)[0], inputs.stream.pad_id)
     engine.engine.train()
     if engine.dispatcher is not None:
         engine.dispatcher.take_bytes_sent()  # not of a step
@@ -411,7 +412,7 @@ def _describe(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, 
     held, full = resident_bytes(base), full_bytes(base)
     tell(
         f"{engine.topology}, ZeRO stage {engine.stage}; backbone {held / 1e6:.1f} MB of {full / 1e6:.1f} MB per rank; "
-        f"experts {engine.expert_bytes / 1e6:.2f} MB per rank; {inputs.stream.n_examples} training examples; "
-        f"{inputs.stream.accumulation} x {inputs.stream.micro} examples per rank and step"
+        f"experts {engine.expert_bytes / 1e6:.2f} MB per rank; {inputs.stream.draw.n_rows} training examples; "
+        f"{inputs.stream.draw.accumulation} x {inputs.stream.draw.micro} examples per rank and step"
     )
     dist.barrier()

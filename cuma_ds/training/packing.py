@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cuma_ds.data.batching import Batch, EncodedExample, collate, pack
+from cuma_ds.data.batch import Batch, EncodedExample, collate, pack
 
 # Of the difference that seeing the other example makes. Rounding in 16 bits stays far below, a leak is near 1.
 _TOLERATED = 0.1
@@ -43,5 +43,5 @@ def _probe(tokens: list[int], profile: int) -> EncodedExample:
 
 def _answers(logits_of: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
     """Logits [N, V] float32 of the batch's last example."""
-    logits_NV = logits_of(batch)[batch.target_row, batch.target_position].float()
+    logits_NV = logits_of(batch)[batch.targets.row_L, batch.targets.position_L].float()
     return logits_NV[-5:]
