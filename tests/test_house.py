@@ -38,7 +38,6 @@ KNOWN: set[tuple[str, str]] = {
     ("cuma_ds.evaluation.decoding", "export"),
     ("cuma_ds.evaluation.generation", "export"),
     ("cuma_ds.evaluation.gradients", "export"),
-    ("cuma_ds.evaluation.gradients", "training"),
     ("cuma_ds.evaluation.subject", "export"),
     ("cuma_ds.evaluation.talk", "export"),
     ("cuma_ds.export.card", "evaluation"),
