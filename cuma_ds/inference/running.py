@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
     ids_BS: token ids.  profiles_BP: raw profile embeddings, None for a model that takes none.  mask_BL: 0 for padding, None
     without padding.  positions_BS: None lets the model count.  cache: of the L - S positions before, None without.
-    filler: the tokens have no profile (-1) and nothing reads the logits.
+    keep: whether the model keeps states of these tokens.  filler: the tokens have no profile (-1).
     """
 
     ids_BS: Tensor
@@ -38,6 +38,7 @@ class Step(NamedTuple):
     mask_BL: Tensor | None = None
     positions_BS: Tensor | None = None
     cache: Cache | None = None
+    keep: bool = True
     filler: bool = False
 
 
@@ -68,7 +69,7 @@ class ModelForward:
 
     def __call__(self, step: Step) -> tuple[Tensor, Cache | None]:
         """Logits [B, V] of the last position, and the model's cache of all L positions."""
-        inputs: dict[str, object] = {"input_ids": step.ids_BS, self._cache_name: step.cache, "use_cache": True}
+        inputs: dict[str, object] = {"input_ids": step.ids_BS, self._cache_name: step.cache, "use_cache": step.keep}
         if step.mask_BL is not None:
             inputs["attention_mask"] = step.mask_BL
         if step.positions_BS is not None and "position_ids" in self._names:
@@ -87,7 +88,7 @@ class ModelForward:
     def fill(self) -> None:
         """One forward of a token that has no profile, for ranks whose peers still write."""
         profile_1P = torch.zeros(1, self.profile_dim, device=self.device) if self.profile_dim else None
-        self(Step(torch.zeros(1, 1, dtype=torch.long, device=self.device), profile_1P, filler=True))
+        self(Step(torch.zeros(1, 1, dtype=torch.long, device=self.device), profile_1P, keep=False, filler=True))
 
     def _profiles(self, step: Step) -> Tensor:
         """[B, S] row of ``profiles_BP`` of each token, -1 for padding and fillers."""
@@ -238,7 +239,7 @@ class SingleSequence:
         self, ids: Sequence[int], profile_1P: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
         ids_BS = torch.tensor([ids], device=self.forward.device)
-        return self.forward(Step(ids_BS, profile_1P, cache=cache if self._cached else None))
+        return self.forward(Step(ids_BS, profile_1P, cache=cache if self._cached else None, keep=self._cached))
 
 
 class Fit(NamedTuple):
@@ -290,7 +291,7 @@ def measure(batch: RunningBatch | SingleSequence, profile_1P: Tensor | None) -> 
         return batch.step([last] * len(prompts))[-1].float()
 
     try:
-        whole_BV, _ = forward(Step(torch.tensor([[*short, last]], device=forward.device), profile_1P))
+        whole_BV, _ = forward(Step(torch.tensor([[*short, last]], device=forward.device), profile_1P, keep=False))
         alone_V = after([short])
         batch.keep([])
         return Fit(whole_BV[0].float(), alone_V, after([long, short]) if isinstance(batch, RunningBatch) else alone_V)
