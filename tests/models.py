@@ -59,7 +59,7 @@ def random_model(family: str, **options: object) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.3, generator=generator)
+            parameter.data.normal_(0, 0.2, generator=generator)
     return model
 
 
