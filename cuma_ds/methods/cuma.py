@@ -15,7 +15,7 @@ from cuma_ds.adapters import inject_adapters
 from cuma_ds.adapters.experts import Experts
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, ModelInputs
-from cuma_ds.methods.model import AdaptedModel, ExpertShapes, Output, Ranks, Trained
+from cuma_ds.methods.model import AdaptedModel, ExpertShapes, Output, Spread, Trained
 from cuma_ds.profiles import ProfileTable
 
 
@@ -71,13 +71,13 @@ class CumaMethod(AdaptedModel):
         """See :class:`AdaptedModel`."""
         return [shapes_of(layer.experts) for _, layer in self.cuma.adapted_layers()]
 
-    def place(self, ranks: Ranks) -> None:
+    def place(self, spread: Spread) -> None:
         """See :class:`AdaptedModel`."""
-        self.cuma.sum_over_ranks = ranks.sum_over_ranks
-        if ranks.dispatcher is not None:
+        self.cuma.sum_over_ranks = spread.sum_over_ranks
+        if spread.dispatcher is not None:
             for _, layer in self.cuma.adapted_layers():
-                layer.experts.keep(*ranks.experts(layer.experts.num_experts))
-                layer.dispatcher = ranks.dispatcher
+                layer.experts.keep(*spread.experts(layer.experts.num_experts))
+                layer.dispatcher = spread.dispatcher
 
     def prepare(self, profiles_NP: Tensor | None, mask_NE: Tensor | None) -> None:
         """Centre and scale profile embeddings by those of the training examples."""

@@ -64,7 +64,7 @@ class ExpertShapes:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Spread:
     """How a model is spread over ranks.
 
     experts: first and number of the experts that stay on this rank, of so many.  dispatcher: brings tokens and experts of several ranks
@@ -121,7 +121,7 @@ class AdaptedModel(nn.Module):
         """The experts of each adapted linear over all ranks, which is what expert parallelism sends tokens or weights of."""
         return []
 
-    def place(self, ranks: Ranks) -> None:
+    def place(self, spread: Spread) -> None:
         """Keep what this rank holds; called once, before training."""
 
     def prepare(self, profiles_NP: Tensor | None, mask_NE: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch
 from cuma_ds.methods import METHODS
-from cuma_ds.methods.model import AdaptedModel, Output, Ranks, Trained
+from cuma_ds.methods.model import AdaptedModel, Output, Spread, Trained
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, load_sharded, stage3_config
 from cuma_ds.parallel.dispatch import ExpertGroup, ExpertParallelDispatcher, make_dispatcher
@@ -60,7 +60,7 @@ def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topolo
     if config.model.gradient_checkpointing:
         model.recompute_activations()
     dispatcher = _dispatcher(config, topology)
-    model.place(Ranks(topology.experts, dispatcher, topology.sum_over_ranks if topology.world > 1 else None))
+    model.place(Spread(topology.experts, dispatcher, topology.sum_over_ranks if topology.world > 1 else None))
     return Placed(model, dispatcher, after_backward)
 
 
