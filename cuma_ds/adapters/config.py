@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -10,7 +10,7 @@ GateNorm = Literal["topk_softmax", "softmax", "softmax_topk", "softmax_topk_soft
 Method = Literal["cuma", "mixlora", "hydralora", "lora"]
 
 # What each method fixes; a recipe that asks for something else under the same name is refused.
-_METHOD_FIXES: dict[str, dict[str, Any]] = {
+_METHOD_FIXES: dict[str, dict[str, object]] = {
     "cuma": {},
     "mixlora": {"shared_a": False},
     "hydralora": {"shared_a": True},
@@ -83,7 +83,7 @@ class CumaConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_method(cls, values: Any) -> Any:
+    def _apply_method(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
         method = values.get("method", "cuma")
@@ -133,7 +133,7 @@ class CumaConfig(BaseModel):
         return self.method == "cuma"
 
 
-def _typed(annotation: Any, value: Any) -> Any:
+def _typed(annotation: object, value: object) -> object:
     """A value as the field reads it, e.g. the text "false" of a recipe as False; as it is where the field cannot."""
     try:
         return TypeAdapter(annotation).validate_python(value)
