@@ -133,7 +133,7 @@ class CumaConfig(BaseModel):
         return self.method == "cuma"
 
 
-def _typed(annotation: object, value: object) -> object:
+def _typed(annotation: type | None, value: object) -> object:
     """A value as the field reads it, e.g. the text "false" of a recipe as False; as it is where the field cannot."""
     try:
         return TypeAdapter(annotation).validate_python(value)
