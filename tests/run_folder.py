@@ -11,6 +11,8 @@ from cuma_ds.adapters import CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
 from cuma_ds.data import prepare
 from cuma_ds.identity import file_sha256
+from cuma_ds.inference.modeling import Profile
+from cuma_ds.inference.open import Opened
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.backbone import load_backbone
 from cuma_ds.parallel.stored import write_state
@@ -27,6 +29,13 @@ def lively(model: CumaModel, seed: int = 3) -> CumaModel:
         for _, parameter in model.adapter_parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+@torch.no_grad()
+def next_logits(opened: Opened, ids: list[int], profile: Profile | None = None) -> torch.Tensor:
+    """Logits [V] of the token after ``ids``: one whole forward, no cache, no batch, no padding."""
+    who = {} if profile is None else {"profile_embeddings": opened.reader([profile])}
+    return opened.model(torch.tensor([ids]), **who).logits[0, -1]
 
 
 def make_run(

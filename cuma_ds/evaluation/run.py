@@ -16,7 +16,6 @@ from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
-from cuma_ds.evaluation.forward import pad_id_of
 from cuma_ds.evaluation.metrics import gather_cells
 from cuma_ds.evaluation.pictures import choice_pictures, expert_picture, routing_pictures, subgroup_picture
 from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference
@@ -24,7 +23,8 @@ from cuma_ds.evaluation.report import Report, write_report
 from cuma_ds.evaluation.routing import expert_load
 from cuma_ds.evaluation.sections import chat_split, choice_split
 from cuma_ds.evaluation.subgroups import subgroups
-from cuma_ds.evaluation.subject import Subject, open_run
+from cuma_ds.evaluation.subject import Subject, run_subject
+from cuma_ds.inference.forward import pad_id_of
 from cuma_ds.runs import Run
 
 Array = NDArray[np.float64]
@@ -38,8 +38,8 @@ Extra = Callable[["Evaluator"], tuple[dict[str, Any], dict[str, str]]]
 def evaluate_run(
     run_dir: str | Path, step: int | None = None, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Report:
-    """Evaluate one checkpoint of a run and write its report (arguments as in :func:`cuma_ds.evaluation.subject.open_run`)."""
-    return evaluate(open_run(run_dir, step, overrides=overrides), Run(run_dir).report_folder, progress)
+    """Evaluate one checkpoint of a run and write its report (arguments as in :func:`cuma_ds.evaluation.subject.run_subject`)."""
+    return evaluate(run_subject(run_dir, step, overrides=overrides), Run(run_dir).report_folder, progress)
 
 
 def evaluate(
