@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 GateNorm = Literal["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
 Method = Literal["cuma", "mixlora", "hydralora", "lora"]
@@ -89,7 +90,7 @@ class CumaConfig(BaseModel):
         method = values.get("method", "cuma")
         fixes = _METHOD_FIXES.get(method, {}) if isinstance(method, str) else {}
         for key, fixed in fixes.items():
-            if key in values and _typed(cls.model_fields[key].annotation, values[key]) != fixed:
+            if key in values and _typed(cls.model_fields[key], values[key]) != fixed:
                 raise ValueError(f"method {method!r} means {key}: {fixed}, but {key}: {values[key]} was asked for")
         return {**values, **fixes}
 
@@ -133,9 +134,9 @@ class CumaConfig(BaseModel):
         return self.method == "cuma"
 
 
-def _typed(annotation: type | None, value: object) -> object:
+def _typed(field: FieldInfo, value: object) -> object:
     """A value as the field reads it, e.g. the text "false" of a recipe as False; as it is where the field cannot."""
     try:
-        return TypeAdapter(annotation).validate_python(value)
+        return TypeAdapter(field.annotation).validate_python(value)
     except ValidationError:
         return value
