@@ -137,6 +137,6 @@ class CumaConfig(BaseModel):
 def _typed(field: FieldInfo, value: object) -> object:
     """A value as the field reads it, e.g. the text "false" of a recipe as False; as it is where the field cannot."""
     try:
-        return TypeAdapter(field.annotation).validate_python(value)
+        return TypeAdapter(field.rebuild_annotation()).validate_python(value)
     except ValidationError:
         return value
