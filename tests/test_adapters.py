@@ -589,7 +589,7 @@ def test_a_shared_router_runs_again_when_its_layers_are_recomputed_and_is_counte
 
 def test_the_gate_of_one_input_is_kept_and_those_of_earlier_layers_are_not() -> None:
     chain = nn.Sequential(*(nn.ModuleDict({"q_proj": nn.Linear(D, D)}) for _ in range(3)))
-    model = inject_adapters(chain, CumaConfig(num_experts=E, lora_r=R, profile_dim=0, method="mixlora"))
+    model = inject_adapters(chain, CumaConfig(method="mixlora", target_modules=("q_proj",)))
     model._open(torch.zeros(B, S, dtype=torch.long), None, None, None, collect=False)
     seen = []
     with torch.no_grad():
