@@ -13,7 +13,7 @@ struct GateShape {
   GateNorm norm;
 };
 
-// Loads the token's logits, kPer per lane (expert i * kGroup + lane), with -inf past the last expert and where a logit is
+// Loads the token's logits, kPer per lane (expert i * kGroup + lane): -inf past the last expert and where a logit is
 // not finite. Returns whether all are finite.
 template <typename T, int kGroup, int kPer>
 __device__ bool load_logits(const T* hidden_TE, const float* profile_NE, int64_t t, int64_t row, int experts, int lane,
