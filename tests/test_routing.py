@@ -11,6 +11,7 @@ from scipy.spatial.distance import pdist
 from sklearn.metrics import mutual_info_score
 
 from cuma_ds.evaluation.forward import RoutingTally
+from cuma_ds.evaluation.report.routing_plots import plot_information, plot_interference, plot_load, plot_map
 from cuma_ds.evaluation.routing import (
     comparable_means,
     cultural_map,
@@ -18,7 +19,6 @@ from cuma_ds.evaluation.routing import (
     field_information,
     mutual_information,
 )
-from cuma_ds.evaluation.routing_plots import plot_information, plot_interference, plot_load, plot_map
 
 
 def test_mutual_information_is_scikit_learns() -> None:
