@@ -29,7 +29,7 @@ from cuma_ds.files import is_hub_id, write_atomically
 from cuma_ds.identity import Identity, changed_part, content_sha256, file_sha256, seal_holds, sealed
 from cuma_ds.learned_settings import fingerprint, first_difference, with_started_defaults
 from cuma_ds.parallel.backbone import backbone_fingerprint
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters, read_state
+from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
 
@@ -39,7 +39,7 @@ class TrainedRun:
 
     Attributes:
         checkpoint: its folder.
-        adapters: its tensors, see :func:`~cuma_ds.parallel.checkpoint.read_adapters`.
+        adapters: its tensors, see :func:`~cuma_ds.parallel.stored.read_adapters`.
         identity: what it was trained with; empty in checkpoints of release 0.1.0.
         data: the run's own data.
         table: the embedded profiles; None for methods without profiles.

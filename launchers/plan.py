@@ -72,7 +72,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from cuma_ds.config import load_config
-    from cuma_ds.parallel.plan import Hardware, Planner, Work, read_model_config
+    from cuma_ds.planning.cost import Hardware, Work
+    from cuma_ds.planning.plan import Planner
+    from cuma_ds.planning.report import plot_plans, print_plans
+    from cuma_ds.planning.skeleton import read_model_config
 
     config = load_config(arguments.config, arguments.set)
     length = arguments.length or config.data.max_length
@@ -97,14 +100,10 @@ def main() -> None:
         name = Path(path).parent.name if Path(path).name == "config.json" else Path(path).name.removesuffix(".json")
         plans[name or path] = [planner.plan(gpus, shape, hardware) for gpus in sorted(set(arguments.gpus))]
     if arguments.plot:
-        from cuma_ds.parallel.plan_report import plot_plans
-
         plot_plans(plans, hardware, arguments.plot)
     if arguments.json:
         print(json.dumps({name: [plan.as_dict() for plan in rows] for name, rows in plans.items()}, indent=2))
         return
-    from cuma_ds.parallel.plan_report import print_plans
-
     print_plans(plans, hardware)
     if arguments.plot:
         print(f"plot: {arguments.plot}")

@@ -14,7 +14,7 @@ from cuma_ds.data import prepare
 from cuma_ds.identity import file_sha256
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.backbone import load_backbone
-from cuma_ds.parallel.checkpoint import write_state
+from cuma_ds.parallel.stored import write_state
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.runs import Run
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import load_config
-from cuma_ds.parallel.checkpoint import find_checkpoint
+from cuma_ds.parallel.stored import find_checkpoint
 from cuma_ds.runs import Run
 
 STEPS = {"steps": 12, "global_batch_size": 12}

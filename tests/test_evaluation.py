@@ -46,7 +46,7 @@ from cuma_ds.evaluation.report.tables import terminal_tables
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.evaluation.subject import load_trained
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
-from cuma_ds.parallel.checkpoint import read_adapters
+from cuma_ds.parallel.stored import read_adapters
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
 ADAPTERS = CumaConfig(num_experts=4, top_k=2, lora_r=2, target_modules=("q_proj", "v_proj"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.export.hf import load_run, read_run, write_hf
 from cuma_ds.export.modeling import load_exported
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
+from cuma_ds.parallel.stored import find_checkpoint, read_adapters
 from cuma_ds.runs import Run
 
 GOLDEN = Path(__file__).parent / "golden" / "0.1.0"

@@ -24,7 +24,7 @@ from cuma_ds.evaluation.subject import open_run
 from cuma_ds.export.hf import load_run, read_run
 from cuma_ds.export.lora import write_lora
 from cuma_ds.learned_settings import learned_settings
-from cuma_ds.parallel.checkpoint import check_checkpoint, find_checkpoint, read_state
+from cuma_ds.parallel.stored import check_checkpoint, find_checkpoint, read_state
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
 from cuma_ds.training.loop import prepare_run

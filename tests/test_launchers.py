@@ -19,7 +19,7 @@ from ranks import ROOT, environment, finish, free_port, run, start
 from test_parallel_training import recipe
 
 from cuma_ds.config import load_config
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters, read_state
+from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank

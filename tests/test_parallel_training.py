@@ -13,8 +13,8 @@ from ranks import run_recipes
 from single_process import SingleRun, train_single
 
 from cuma_ds.config import RunConfig, load_config
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters, read_state
 from cuma_ds.parallel.ds_config import DS_CONFIGS
+from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank

@@ -14,8 +14,10 @@ import yaml
 
 from cuma_ds.config import load_config
 from cuma_ds.errors import ModelError, TopologyError
-from cuma_ds.parallel.plan import Hardware, Planner, Work, read_model_config
 from cuma_ds.parallel.wire import ExpertShapes, all_to_all_bytes, balanced_pairs, gather_experts_bytes
+from cuma_ds.planning.cost import Hardware, Work
+from cuma_ds.planning.plan import Planner
+from cuma_ds.planning.skeleton import read_model_config
 
 HERE = Path(__file__).parent
 LLAMA_8B = HERE.parent / "launchers" / "model_configs" / "llama-8b.json"

@@ -14,7 +14,7 @@ from test_parallel_training import metrics, recipe
 from two_hosts import missing, two_hosts
 
 from cuma_ds.config import load_config
-from cuma_ds.parallel.checkpoint import find_checkpoint
+from cuma_ds.parallel.stored import find_checkpoint
 from cuma_ds.runs import Run
 
 pytestmark = [pytest.mark.multirank, pytest.mark.twohost]

@@ -159,7 +159,7 @@ def load_trained(config: RunConfig, adapters: dict[str, Tensor], table: ProfileT
     """The backbone with trained adapters, in eval mode.
 
     Args:
-        adapters: as :func:`cuma_ds.parallel.checkpoint.read_adapters` returns them.
+        adapters: as :func:`cuma_ds.parallel.stored.read_adapters` returns them.
         table: embedded profiles; None for methods without profiles.
     """
     width = table.embeddings.shape[1] if table is not None else 0

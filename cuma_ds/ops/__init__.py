@@ -15,6 +15,7 @@ from torch import Tensor
 from cuma_ds.errors import ModelError
 from cuma_ds.ops import library, reference
 from cuma_ds.ops.reference import GATE_NORMS, GateOutput, GroupedWay, Pairs, dense_gate
+from cuma_ds.torch_compat import is_fake
 
 __all__ = [
     "GATE_NORMS",
@@ -69,7 +70,7 @@ def demographic_gate(
         _check("profile_logits_NE", profile_logits_NE, _FLOATS, (None, experts), hidden_logits_TE)
     top_k = experts if norm == "softmax" else top_k
     eager_cpu = (
-        hidden_logits_TE.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(hidden_logits_TE)
+        hidden_logits_TE.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(hidden_logits_TE)
     )
     if eager_cpu and tokens:
         _check_range(profile_index_T, None if profile_logits_NE is None else profile_logits_NE.shape[0])
@@ -361,7 +362,3 @@ def _compiled(tensor: Tensor) -> bool:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)

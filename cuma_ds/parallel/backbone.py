@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.utils.timer import NoopTimer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +19,7 @@ from cuma_ds.config import ModelSection
 from cuma_ds.errors import ModelError
 from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 from cuma_ds.identity import model_fingerprint
+from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.ds_config import FrozenBackbone
 from cuma_ds.parallel.streaming import NotStreamable, load_partitioned, plan_streaming
@@ -69,6 +68,7 @@ class ShardedBackbone:
 
     Attributes:
         model: the frozen model, its parameters partitioned. Adapters must be injected after this object was made.
+        after_backward: to call after each backward pass; releases parameters whose layer had no backward of its own.
 
     With ``max_reuse_distance`` and ``prefetch_bucket_size`` 0, a rank never holds more than its shards and one layer.
     """
@@ -76,19 +76,7 @@ class ShardedBackbone:
     def __init__(self, model: ModelSection, settings: FrozenBackbone) -> None:
         config = stage3_config(model, settings.offload == "cpu")
         self.model = load_sharded(model, config)
-        self._offload = DeepSpeedZeRoOffload(
-            self.model,
-            timers=NoopTimer(),
-            ds_config=config,
-            overlap_comm=torch.cuda.is_available(),
-            param_persistence_threshold=0,
-            max_reuse_distance=settings.max_reuse_distance,
-            prefetch_bucket_size=settings.prefetch_bucket_size,
-        )
-
-    def after_backward(self) -> None:
-        """Release parameters whose backward hook never fired (layers below the first trained one)."""
-        self._offload.release_backward_leftovers()
+        self.after_backward = compat.partition_frozen(self.model, config, settings)
 
 
 def load_sharded(model: ModelSection, stage3: dict[str, Any]) -> PreTrainedModel:
@@ -147,23 +135,21 @@ def stage3_config(model: ModelSection, offload: bool = False) -> dict[str, Any]:
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of frozen parameters this rank holds now (its shards, or everything when not sharded)."""
-    total = 0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            held = getattr(parameter, "ds_tensor", parameter)
-            total += held.numel() * held.element_size()
-    return total
+    return sum(compat.held(p).numel() * p.element_size() for p in _frozen(model))
 
 
 def live_bytes(model: nn.Module) -> int:
     """Bytes of whole frozen parameters that exist at this moment because a layer is running; 0 at rest when sharded."""
-    gathered = [p for p in model.parameters() if not p.requires_grad and hasattr(p, "ds_tensor")]
-    return sum(p.numel() * p.element_size() for p in gathered)
+    return sum(p.numel() * p.element_size() for p in _frozen(model) if compat.is_partitioned(p))
 
 
 def full_bytes(model: nn.Module) -> int:
     """Bytes of all frozen parameters, as if held whole."""
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters() if not p.requires_grad)
+    return sum(compat.whole_shape(p).numel() * p.element_size() for p in _frozen(model))
+
+
+def _frozen(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if not parameter.requires_grad]
 
 
 def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.moe.layer import MoE
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase
-from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.adapters.experts import LocalDispatcher
 from cuma_ds.config import RunConfig
+from cuma_ds.methods.model import Trained
+from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, load_sharded, stage3_config
 from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
-from cuma_ds.parallel.ds_config import DeepSpeedSettings, LossScale
+from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.topology import Topology
 
 ParamGroups = list[dict[str, Any]]
@@ -47,7 +44,7 @@ class AdapterEngine:
         topology: Topology,
         make_optimizer: Callable[[ParamGroups], torch.optim.Optimizer],
     ) -> None:
-        deepspeed_logger.setLevel(logging.ERROR)
+        compat.only_errors()
         self.topology = topology
         self.stage = settings.stage
         self.sharded: ShardedBackbone | None = None
@@ -65,33 +62,17 @@ class AdapterEngine:
         if config.model.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.dispatcher = self._place_experts(config)
+        self.trained = self._trained()
         module = self.model if settings.stage == 3 else _TrainedPart(self.model, topology.ep_size)
-        self.engine: DeepSpeedEngine
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(self._param_groups()),
             config=self._with_fitting_bucket(settings),
             dist_init_required=False,
         )
-        self.loss_scaler = self._scale_losses(settings.loss_scale)
+        options = settings.loss_scale
+        self.loss_scaler = None if options is None else compat.scale_losses(self.engine, options)
         self.engine.train()
-
-    def _scale_losses(self, options: LossScale | None) -> LossScalerBase | None:
-        """Let DeepSpeed scale the loss although the adapters are float32: a float16 backbone loses small gradients on their way."""
-        if options is None:
-            return None
-        scaler: LossScalerBase = LossScaler(options.loss_scale)
-        if not options.loss_scale:
-            scaler = DynamicLossScaler(
-                init_scale=2.0**options.initial_scale_power,
-                scale_window=options.loss_scale_window,
-                min_scale=options.min_loss_scale,
-                delayed_shift=options.hysteresis,
-                consecutive_hysteresis=False,
-                raise_error_at_min_scale=False,
-            )
-        self.engine.optimizer.loss_scaler = scaler
-        return scaler
 
     def _place_experts(self, config: RunConfig) -> ExpertParallelDispatcher | None:
         topology = self.topology
@@ -112,29 +93,21 @@ class AdapterEngine:
                 layer.dispatcher = LocalDispatcher(stacked=False)
             if expert_parallel:
                 for parameter in layer.experts.sharded_parameters().values():
-                    # DeepSpeed's marks of a parameter that is reduced over its expert-data-parallel group.
-                    parameter.allreduce = False  # type: ignore[attr-defined]
-                    parameter.group_name = topology.ep_group_name  # type: ignore[attr-defined]
+                    compat.mark_expert(parameter, topology.ep_size)
         return dispatcher
 
     def _param_groups(self) -> ParamGroups:
-        shared: list[nn.Parameter] = []
-        expert: list[nn.Parameter] = []
-        for _, parameter in self.model.adapter_parameters():
-            (shared if getattr(parameter, "allreduce", True) else expert).append(parameter)
-        groups: ParamGroups = []
-        if shared:
-            groups.append({"params": shared, "name": "shared"})
-        if expert:
-            groups.append({"params": expert, "name": self.topology.ep_group_name, "moe": True})
-        return groups
+        shared = [one.parameter for one in self.trained if self.stage == 3 or one.placement == "replicated"]
+        expert = [one.parameter for one in self.trained if self.stage != 3 and one.placement == "per_expert"]
+        groups: ParamGroups = [{"params": shared, "name": "shared"}] if shared else []
+        return [*groups, compat.expert_param_group(expert, self.topology.ep_size)] if expert else groups
 
     def _with_fitting_bucket(self, settings: DeepSpeedSettings) -> dict[str, Any]:
         """ZeRO-1/2 allocate the whole gradient bucket; adapters seldom fill one of the usual size."""
         zero = settings.engine["zero_optimization"]
         if settings.stage == 3:
             return settings.engine
-        trained = sum(parameter.numel() for _, parameter in self.model.adapter_parameters())
+        trained = sum(one.parameter.numel() for one in self.trained)
         bucket = min(int(zero.get("reduce_bucket_size", trained)), trained)
         return {**settings.engine, "zero_optimization": {**zero, "reduce_bucket_size": bucket}}
 
@@ -158,26 +131,32 @@ class AdapterEngine:
             group["lr"] = learning_rate
         self.engine.step()
 
+    def _trained(self) -> list[Trained]:
+        layers = [layer for _, layer in self.model.adapted_layers()]
+        experts = {id(p) for layer in layers for p in layer.experts.sharded_parameters().values()}
+        named = self.model.adapter_parameters()
+        return [Trained(name, p, "per_expert" if id(p) in experts else "replicated") for name, p in named]
+
+    def untrained_state(self) -> dict[str, Tensor]:
+        """Buffers that a checkpoint keeps beside the parameters, by their key there."""
+        kept = {f"param/{name}": buffer for name, buffer in self.model.standardisation().items()}
+        return kept | {f"balance/{name}": buffer for name, buffer in self.model.balance_state().items()}
+
+    @property
+    def num_experts(self) -> int:
+        """Experts over all ranks."""
+        return self.model.config.num_experts
+
     @property
     def trained_parameters(self) -> int:
-        """Parameters that train, over all ranks, each expert counted once."""
-        sharded = {
-            id(p) for _, layer in self.model.adapted_layers() for p in layer.experts.sharded_parameters().values()
-        }
-        return sum(
-            getattr(parameter, "ds_numel", parameter.numel())
-            * (self.topology.ep_size if id(parameter) in sharded else 1)
-            for _, parameter in self.model.adapter_parameters()
-        )
+        """Numbers that train, over all ranks, each expert counted once."""
+        copies = {"replicated": 1, "per_expert": self.topology.ep_size}
+        return sum(compat.whole_shape(one.parameter).numel() * copies[one.placement] for one in self.trained)
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of expert parameters this rank holds."""
-        held = [
-            getattr(p, "ds_tensor", p)
-            for _, layer in self.model.adapted_layers()
-            for p in layer.experts.sharded_parameters().values()
-        ]
+        held = [compat.held(one.parameter) for one in self.trained if one.placement == "per_expert"]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     @property
@@ -196,7 +175,7 @@ class _TrainedPart(nn.Module):
             setattr(self, f"experts_{index}", layer.experts)
             if layer.owns_router:
                 setattr(self, f"router_{index}", layer.router)
-        self.mark = _ExpertParallelMark(model.config.num_experts, ep_size)
+        self.mark = compat.ExpertMark(model.config.num_experts, ep_size)
 
     def forward(self, **inputs: Any) -> Any:
         return self._model[0](**inputs)
@@ -204,15 +183,3 @@ class _TrainedPart(nn.Module):
     def train(self, mode: bool = True) -> _TrainedPart:
         self._model[0].train(mode)
         return super().train(mode)
-
-
-class _ExpertParallelMark(MoE):
-    """DeepSpeed reduces expert gradients over their own group once it finds a ``MoE`` module; this one is nothing else."""
-
-    def __init__(self, num_experts: int, ep_size: int) -> None:
-        nn.Module.__init__(self)
-        self.num_experts = num_experts
-        self.ep_size = ep_size
-
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups exist already."""

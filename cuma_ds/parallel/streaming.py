@@ -9,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from cuma_ds.config import ModelSection
 from cuma_ds.identity import model_file, weight_files
+from cuma_ds.parallel.deepspeed_compat import Partitioner, held
+from cuma_ds.parallel.transformers_compat import WeightNames, keeps_float32
 
 # A tensor is read in pieces of at most so many bytes, so that nothing but the shard grows with the model.
 _PIECE_BYTES = 8 * 2**20
@@ -75,8 +74,7 @@ def load_partitioned(plan: StreamingPlan, stage3: dict[str, Any]) -> PreTrainedM
         stage3: DeepSpeed configuration that partitions (``cuma_ds.parallel.backbone.stage3_config``).
     """
     backbone = plan.backbone
-    # A module without parameters: nothing is converted yet, and linears no longer keep gathered weights for the backward pass.
-    partitioner = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=stage3)
+    partitioner = Partitioner(stage3)
     with contextlib.ExitStack() as open_files:
         checkpoint = _Checkpoint(open_files)
         for names, places in plan.tensors:
@@ -140,9 +138,9 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
         if parameter is not None and not parameter.is_meta:
-            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign,assignment]
     try:
@@ -153,28 +151,22 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def _places(backbone: PreTrainedModel, files: list[str], dtype: torch.dtype) -> list[tuple[list[str], list[_Place]]]:
     """See :class:`StreamingPlan`; raises what :func:`plan_streaming` says."""
-    if backbone._get_dtype_plan(dtype):
+    if keeps_float32(backbone, dtype):
         raise NotStreamable("transformers keeps some of its weights in float32")
     state = backbone.state_dict(keep_vars=True)
-    mapping = get_model_conversion_mapping(backbone)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = backbone.base_model_prefix
     found: dict[str, _Place] = {}
+    weight_names = WeightNames(backbone, state)
     for file in files:
         with safe_open(file, framework="pt") as content:
             for key in content.keys():  # noqa: SIM118  a safetensors handle is no dict
-                name, converter = rename_source_key(key, renamings, converters, prefix, state)
-                if name not in state and key in state:
-                    name, converter = key, None
+                name, converted = weight_names.of(key)
                 if name not in state:
                     continue
-                if converter is not None:
+                if converted:
                     raise NotStreamable(f"transformers converts {key} while loading")
-                if content.get_slice(key).get_shape() != list(state[name].shape):
-                    raise NotStreamable(
-                        f"{key} has shape {content.get_slice(key).get_shape()}, not {list(state[name].shape)}"
-                    )
+                shape, wanted_shape = content.get_slice(key).get_shape(), list(state[name].shape)
+                if shape != wanted_shape:
+                    raise NotStreamable(f"{key} has shape {shape}, not {wanted_shape}")
                 found[name] = _Place(file, key)
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in state.items():
@@ -217,28 +209,22 @@ class _Checkpoint:
             out[first - start : last - start].copy_(piece[first - row * width : last - row * width])
 
 
-def _partition(
-    partitioner: deepspeed.zero.Init, empty: nn.Parameter, checkpoint: _Checkpoint, place: _Place
-) -> nn.Parameter:
-    """A ZeRO-3 parameter like ``empty`` (meta) whose shard on this rank comes from the checkpoint."""
-    whole = nn.Parameter(
-        torch.empty(empty.shape, dtype=empty.dtype, device=partitioner.local_device), requires_grad=False
-    )
-    partitioner._convert_to_deepspeed_param(whole)
-    whole.partition()  # type: ignore[attr-defined]
-    shard: Tensor = whole.ds_tensor  # type: ignore[attr-defined]
-    start = shard.numel() * dist.get_rank()
-    end = max(start, min(start + shard.numel(), empty.numel()))
-    shard[end - start :].zero_()
+def _partition(partitioner: Partitioner, empty: nn.Parameter, checkpoint: _Checkpoint, place: _Place) -> nn.Parameter:
+    """A ZeRO-3 parameter like ``empty`` (meta) whose part on this rank comes from the checkpoint."""
+    parameter = partitioner.partitioned(empty)
+    part = held(parameter)
+    start = part.numel() * dist.get_rank()
+    end = max(start, min(start + part.numel(), empty.numel()))
+    part[end - start :].zero_()
     if end > start:
-        checkpoint.read(place, start, end, shard[: end - start])
-    return whole
+        checkpoint.read(place, start, end, part[: end - start])
+    return parameter
 
 
-def _equal_on_all_ranks(parts: list[nn.Parameter]) -> bool:
+def _equal_on_all_ranks(parameters: list[nn.Parameter]) -> bool:
     """Whether partitioned parameters hold the same values."""
-    shards = [part.ds_tensor for part in parts]  # type: ignore[attr-defined]
-    equal = torch.tensor(float(all(torch.equal(shards[0], shard) for shard in shards)), device=parts[0].device)
+    first, *others = map(held, parameters)
+    equal = torch.tensor(float(all(torch.equal(first, other) for other in others)), device=parameters[0].device)
     dist.all_reduce(equal, op=dist.ReduceOp.MIN)
     return bool(equal)
 
@@ -250,4 +236,4 @@ def _tensor_at(module: nn.Module, name: str) -> Tensor:
 
 def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     parent, _, leaf = name.rpartition(".")
-    module.get_submodule(parent)._parameters[leaf] = parameter
+    module.get_submodule(parent).register_parameter(leaf, parameter)

@@ -6,18 +6,18 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
 from cuma_ds.errors import TopologyError
 from cuma_ds.files import first_line
+from cuma_ds.parallel import deepspeed_compat as compat
+from cuma_ds.torch_compat import limit_waiting
 
 # While one rank prepares data and the others wait for it; training itself uses parallel.timeout_seconds.
 _PREPARATION_SECONDS = 3600
@@ -42,11 +42,6 @@ class Topology:
     def ep_rank(self) -> int:
         """This rank's place among the holders of one set of experts."""
         return self.rank % self.ep_size
-
-    @property
-    def ep_group_name(self) -> str:
-        """DeepSpeed's name for the expert-parallel group."""
-        return f"ep_size_{self.ep_size}"
 
     @property
     def is_main(self) -> bool:
@@ -90,8 +85,7 @@ def start_processes(timeout_seconds: int) -> Topology:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        # Only DeepSpeed's inference uses this op, and compiling it at every fresh start can hang on a stale lock file.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        compat.without_shared_memory_op()
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo",
@@ -104,7 +98,7 @@ def start_processes(timeout_seconds: int) -> Topology:
         raise TopologyError(
             f"rank {rank} of {world} could not meet its peers at {address}: {first_line(error)}"
         ) from None
-    wait_for_peers_at_most(_PREPARATION_SECONDS)
+    limit_waiting(_PREPARATION_SECONDS)
     return Topology(world=world, rank=rank, local_rank=local_rank, device=device)
 
 
@@ -115,12 +109,13 @@ def leave_processes() -> None:
 
 
 def wait_for_peers_at_most(seconds: float) -> None:
-    """Let every collective of every group fail after so long without an answer.
+    """Let each collective of each group fail after so long without an answer; all ranks call it.
 
-    DeepSpeed creates its groups with PyTorch's own default of half an hour; a peer that hangs would stop the others as late.
+    The ranks meet first, under the longer limit of the preparation. A rank that comes here later than ``seconds`` after the others, because
+    its machine loads a model slowly, is not taken for lost.
     """
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    dist.barrier()
+    limit_waiting(seconds)
 
 
 @contextlib.contextmanager
@@ -157,17 +152,7 @@ def check_ep_size(topology: Topology, ep_size: int) -> None:
 def with_expert_groups(topology: Topology, ep_size: int) -> Topology:
     """Create the expert-parallel and expert-data-parallel groups (once per size and process)."""
     check_ep_size(topology, ep_size)
-    name = f"ep_size_{ep_size}"
-    if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(ep_size)
-    return Topology(
-        world=topology.world,
-        rank=topology.rank,
-        local_rank=topology.local_rank,
-        device=topology.device,
-        ep_size=ep_size,
-        ep_group=groups._get_expert_parallel_group(name),
-    )
+    return replace(topology, ep_size=ep_size, ep_group=compat.expert_group(ep_size))
 
 
 def _free_port() -> int:

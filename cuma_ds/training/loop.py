@@ -31,15 +31,10 @@ from cuma_ds.files import write_atomically
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton
-from cuma_ds.parallel.checkpoint import (
-    check_checkpoint,
-    find_checkpoint,
-    has_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cuma_ds.parallel.checkpoint import load_checkpoint, save_checkpoint
 from cuma_ds.parallel.ds_config import DeepSpeedSettings, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.stored import State, check_checkpoint, find_checkpoint, has_checkpoint
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.profiles.groups import group_mask
@@ -108,7 +103,7 @@ def train(config: RunConfig, topology: Topology, say: Callable[[str], None] = pr
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     if inputs.table is not None:
         engine.model.set_profile_standardisation(inputs.table.embeddings[inputs.profiles], config.profiles.standardise)
-    start = _resume(run, config, engine, tell)
+    start = _resume(run, engine, tell)
     if config.data.packing:
         _check_packing(config, engine, inputs)
     _describe(config, engine, inputs, tell)
@@ -268,9 +263,8 @@ def _steps(
             engine.model.update_shares(totals.load_RE)
         _log(writer, engine, done, rate, totals, throughput)
         if done == training.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-            folder = save_checkpoint(
-                engine, run.checkpoints, done, fingerprint(config), identity, config.checkpoint.keep_last
-            )
+            state: State = {"step": done, "fingerprint": fingerprint(config), "identity": identity}
+            folder = save_checkpoint(engine, run.checkpoints, state, config.checkpoint.keep_last)
             if done == training.steps:
                 size = sum(file.stat().st_size for file in folder.iterdir())
                 trained = engine.trained_parameters
@@ -379,11 +373,10 @@ def _log(
         writer.log_routing(step, engine.model.router_names, share_RE, totals.entropy_R / totals.routed.clamp(min=1))
 
 
-def _resume(run: Run, config: RunConfig, engine: AdapterEngine, tell: Callable[[str], None]) -> int:
+def _resume(run: Run, engine: AdapterEngine, tell: Callable[[str], None]) -> int:
     if not has_checkpoint(run.checkpoints):
         return 0
-    folder = find_checkpoint(run.checkpoints)
-    step = load_checkpoint(engine, folder, run.known_fingerprints(config), run.identity())
+    step = load_checkpoint(engine, find_checkpoint(run.checkpoints))
     tell(f"resuming {run.folder} after step {step}")
     return step
 

@@ -22,7 +22,7 @@ from cuma_ds.config import load_config
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.export.modeling import load_exported
-from cuma_ds.parallel.checkpoint import find_checkpoint, read_adapters
+from cuma_ds.parallel.stored import find_checkpoint, read_adapters
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
 from cuma_ds.training.loop import train
 
@@ -67,7 +67,7 @@ def main(out: Path) -> None:
         load_config(write(out / "more.yaml", {**whole, "run": {**recipe["run"], "name": "more"}})),
         with_expert_groups(topology, 1),
     )
-    state = read_adapters(find_checkpoint(out / "more"))
+    state = read_adapters(find_checkpoint(out / "more" / "checkpoints"))
     save_file(
         {"logits": logits, **{f"state/{name}": tensor.contiguous() for name, tensor in state.items()}},
         out / "expected.safetensors",

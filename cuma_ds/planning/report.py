@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cuma_ds.parallel.plan import Hardware, Plan
+from cuma_ds.planning.cost import Hardware
+from cuma_ds.planning.plan import Plan
 
 _PARTS = ("backbone", "live layer", "adapters", "gradients", "optimizer", "activations")
 

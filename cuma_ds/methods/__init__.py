@@ -1,0 +1,1 @@
+"""What is trained: one interface, and the methods behind it."""

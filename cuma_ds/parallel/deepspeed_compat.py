@@ -1,0 +1,259 @@
+"""Every name of DeepSpeed that it may change without notice, in one place. Read in DeepSpeed 0.19.8, which setup.py asks for.
+
+The last lines of each docstring say what is relied on. tests/test_compat.py checks each of them, so that another release fails there with
+the reason, and not with a wrong gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.utils import (
+    groups,
+    lazy_init_hp_params_optimizer_state,
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from deepspeed.utils.timer import NoopTimer
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cuma_ds.parallel.ds_config import FrozenBackbone, LossScale
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def only_errors() -> None:
+    """Let DeepSpeed print errors alone.
+
+    Relies on ``deepspeed.utils.logger`` being the logger of the whole library.
+    """
+    logger.setLevel(logging.ERROR)
+
+
+def without_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling ``deepspeed_shm_comm`` at every start on CPUs, where a stale lock file makes it hang.
+
+    Relies on ``deepspeed.ops.__compatible_ops__`` being asked whether the op may be built. Only DeepSpeed's inference uses the op.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def expert_group(ep_size: int) -> dist.ProcessGroup:
+    """This rank's expert-parallel group of ``ep_size`` consecutive ranks; made at the first call, together with its data-parallel group.
+
+    Relies on ``groups._create_expert_and_data_parallel`` making groups of consecutive ranks under the name ``ep_size_N``.
+    """
+    name = _group_name(ep_size)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    return groups._get_expert_parallel_group(name)
+
+
+def mark_expert(parameter: nn.Parameter, ep_size: int) -> None:
+    """Have a parameter's gradient averaged over the ranks that hold the same experts, not over all ranks.
+
+    Relies on the attributes ``allreduce`` and ``group_name``, and on :class:`ExpertMark` being in the engine's module.
+    """
+    parameter.allreduce = False  # type: ignore[attr-defined]
+    parameter.group_name = _group_name(ep_size)  # type: ignore[attr-defined]
+
+
+def expert_param_group(parameters: list[nn.Parameter], ep_size: int) -> dict[str, object]:
+    """The optimizer's group of marked parameters.
+
+    Relies on ZeRO reading the group's keys ``moe`` and ``name``.
+    """
+    return {"params": parameters, "name": _group_name(ep_size), "moe": True}
+
+
+class ExpertMark(MoE):
+    """An empty module that tells the engine that some of its parameters are experts.
+
+    Relies on the engine looking for instances of ``MoE`` and reading ``num_experts`` of each, and nothing else at stages 1 and 2.
+    """
+
+    def __init__(self, num_experts: int, ep_size: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+        self.ep_size = ep_size
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Nothing: :func:`expert_group` made the groups."""
+
+
+def partition_frozen(model: nn.Module, config: dict[str, object], settings: FrozenBackbone) -> Callable[[], None]:
+    """Give a frozen model the hooks of ZeRO-3 without its optimizer: a layer is whole only while it runs.
+
+    Returns:
+        What to call after each backward pass. It releases layers whose own backward hook did not run, as none does below the first
+        trained layer.
+
+    Relies on ``DeepSpeedZeRoOffload`` working without an optimizer, and on ``release_backward_leftovers``.
+    """
+    offload = DeepSpeedZeRoOffload(
+        model,
+        timers=NoopTimer(),
+        ds_config=config,
+        overlap_comm=torch.cuda.is_available(),
+        param_persistence_threshold=0,
+        max_reuse_distance=settings.max_reuse_distance,
+        prefetch_bucket_size=settings.prefetch_bucket_size,
+    )
+    return offload.release_backward_leftovers
+
+
+class Partitioner:
+    """Makes parameters of which each rank allocates its own part and, for a moment, the whole on its device.
+
+    Relies on ``deepspeed.zero.Init`` over a module without parameters converting nothing, on ``_convert_to_deepspeed_param``, and on rank
+    i of n holding elements ``i * size`` to ``(i + 1) * size`` of the flat parameter, zero-padded at the end.
+    """
+
+    def __init__(self, config: dict[str, object]) -> None:
+        # A side effect is wanted: linears no longer keep gathered weights for the backward pass.
+        self._init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
+
+    def partitioned(self, like: nn.Parameter) -> nn.Parameter:
+        """A partitioned parameter without content, of the shape and dtype of ``like``; :func:`held` is this rank's part."""
+        whole = torch.empty(like.shape, dtype=like.dtype, device=self._init.local_device)
+        parameter = nn.Parameter(whole, requires_grad=False)
+        self._init._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+        return parameter
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has partitioned a parameter, which is then empty while its layer does not run.
+
+    Relies on the attribute ``ds_tensor``.
+    """
+    return hasattr(parameter, "ds_tensor")
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter at rest: its flat part, or all of it where it is not partitioned.
+
+    Relies on the attribute ``ds_tensor``.
+    """
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, partitioned or not.
+
+    Relies on the attribute ``ds_shape``.
+    """
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def scale_losses(engine: DeepSpeedEngine, options: LossScale) -> LossScalerBase:
+    """Scale losses, although the trained parameters are float32: small gradients vanish in a float16 backbone.
+
+    Relies on the ZeRO-1/2 optimizer's attribute ``loss_scaler`` being read by ``backward``, ``step`` and the overflow check.
+    """
+    scaler: LossScalerBase = LossScaler(options.loss_scale)
+    if not options.loss_scale:
+        scaler = DynamicLossScaler(
+            init_scale=2.0**options.initial_scale_power,
+            scale_window=options.loss_scale_window,
+            min_scale=options.min_loss_scale,
+            delayed_shift=options.hysteresis,
+            consecutive_hysteresis=False,
+            raise_error_at_min_scale=False,
+        )
+    engine.optimizer.loss_scaler = scaler
+    return scaler
+
+
+def optimizer_steps(engine: DeepSpeedEngine) -> int:
+    """How often Adam has stepped at ZeRO stage 1 or 2. A step whose gradients overflowed does not count.
+
+    Relies on what :func:`create_moments` relies on.
+    """
+    states = [engine.optimizer.optimizer.state.get(flat) for flat in _flat_parameters(engine)]
+    return max((int(state["step"]) for state in states if state), default=0)
+
+
+def create_moments(engine: DeepSpeedEngine, step: int) -> None:
+    """Give Adam the state that it has after ``step`` steps, with moments of zero.
+
+    Relies on the wrapped optimizer stepping on the flat float32 tensors of ``single_partition_of_fp32_groups`` (stages 1 and 2) or
+    ``fp32_partitioned_groups_flat`` (stage 3), with its state keyed by them.
+    """
+    for flat in _flat_parameters(engine):
+        engine.optimizer.optimizer.state[flat] = {
+            "step": torch.tensor(float(step)),  # one tensor each: a shared counter would be advanced several times
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
+    link_moments(engine)
+
+
+def link_moments(engine: DeepSpeedEngine) -> None:
+    """Let :func:`whole_value` and :func:`set_whole_value` find the moments of all parameter groups.
+
+    Relies on ``bit16_groups`` being the parameters behind ``single_partition_of_fp32_groups``. DeepSpeed itself links the first group
+    alone at stages 1 and 2.
+    """
+    if engine.zero_optimization_stage() == 3:
+        return
+    zero = engine.optimizer
+    for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
+
+
+def whole_value(parameter: nn.Parameter, moment: str | None) -> Tensor:
+    """The float32 master weight of a parameter (None) or one of its moments, in its whole shape; all ranks call it.
+
+    Relies on ``safe_get_full_fp32_param`` and ``safe_get_full_optimizer_state``.
+    """
+    if moment is None:
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, moment)
+
+
+def set_whole_value(parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
+    """Set a parameter (None: master weight and what the forward reads) or one of its moments from its whole value; all ranks call it.
+
+    Relies on ``safe_set_full_*`` at stages 1 and 2. At stage 3 those do not expect the padding of the last rank's part, so this relies on
+    ``safe_set_local_*`` and the layout that :class:`Partitioner` describes.
+    """
+    if is_partitioned(parameter):
+        part = held(parameter).data
+        padded = nn.functional.pad(value.flatten(), (0, part.numel() * dist.get_world_size() - value.numel()))
+        value = padded.narrow(0, part.numel() * dist.get_rank(), part.numel())
+        if moment is None:
+            part.copy_(value)
+            safe_set_local_fp32_param(parameter, value)
+        else:
+            safe_set_local_optimizer_state(parameter, value, moment)
+    elif moment is None:
+        parameter.data.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _flat_parameters(engine: DeepSpeedEngine) -> list[Tensor]:
+    """This rank's flat part of each parameter group, which the optimizer steps on."""
+    zero = engine.optimizer
+    stage_3 = engine.zero_optimization_stage() == 3
+    return list(zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups)
+
+
+def _group_name(ep_size: int) -> str:
+    return f"ep_size_{ep_size}"

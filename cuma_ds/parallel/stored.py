@@ -1,0 +1,262 @@
+"""What a checkpoint folder holds: find it, check it, read it. Neither DeepSpeed nor other ranks are needed.
+
+A checkpoint folder ``step-N`` holds::
+
+    state.json                     step, fingerprints of the settings, the models and the data, who wrote it, size and sha256 of every
+                                   other file, and a sha256 of all this
+    shared.safetensors             routers, shared A, profile standardisation, running shares of the balance loss
+    experts-I-of-J.safetensors     the experts of expert-parallel rank I, one tensor per expert
+
+Tensors are named ``<kind>/<parameter>`` or ``<kind>/<parameter>/<expert>`` with kind ``param`` (float32 master weight), ``exp_avg`` or
+``exp_avg_sq`` (Adam moments). Any world size, ``ep_size`` and ZeRO stage can read it. The frozen backbone is never in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cuma_ds.errors import CheckpointError
+from cuma_ds.identity import SEAL, Identity, file_sha256, seal_holds, sealed
+
+FORMAT_VERSION = 1
+
+
+class State(TypedDict, total=False):
+    """``state.json``.
+
+    optimizer_steps: fewer than ``step`` where float16 gradients overflowed.  identity: what the run was started with.  written_by: world,
+    ep_size and zero_stage.  files, sha256: size in bytes and hash of every other file, by name.
+    """
+
+    format_version: int
+    step: int
+    optimizer_steps: int
+    fingerprint: str
+    identity: Identity
+    written_by: dict[str, int]
+    num_experts: int
+    files: dict[str, int]
+    sha256: dict[str, str]
+    sealed: str
+
+
+def write_state(folder: Path, state: State, hashes: Mapping[str, str]) -> None:
+    """Write ``state.json`` beside the files of a checkpoint.
+
+    Args:
+        folder: holds all other files.
+        state: step, fingerprints and the like.
+        hashes: sha256 of each other file by its name.
+    """
+    files = {name: (folder / name).stat().st_size for name in sorted(hashes)}
+    content = sealed(
+        {"format_version": FORMAT_VERSION, **state, "files": files, "sha256": dict(sorted(hashes.items()))}
+    )
+    (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def stored_steps(checkpoints: Path) -> list[int]:
+    """The steps of all checkpoints in a folder, complete or not, in rising order."""
+    found = (re.fullmatch(r"step-(\d+)", folder.name) for folder in checkpoints.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def has_checkpoint(checkpoints: Path) -> bool:
+    """Whether there is anything to resume from, complete or not.
+
+    Raises:
+        CheckpointError: there is a checkpoint that DeepSpeed itself wrote.
+    """
+    for folder in checkpoints.glob("*/"):
+        _refuse_deepspeed(folder)
+    return bool(stored_steps(checkpoints))
+
+
+def find_checkpoint(checkpoints: Path, step: int | None = None) -> Path:
+    """The newest checkpoint of a run's ``checkpoints`` folder, or that of one step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    steps = stored_steps(checkpoints)
+    if not steps:
+        raise CheckpointError(f"{checkpoints.parent} holds no checkpoint; train it first")
+    if step is not None and step not in steps:
+        raise CheckpointError(
+            f"{checkpoints.parent} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+        )
+    return checkpoints / f"step-{steps[-1] if step is None else step}"
+
+
+def check_checkpoint(folder: Path, fingerprints: Collection[str], identity: Identity, content: bool = True) -> State:
+    """``state.json`` of a checkpoint, after checking that the checkpoint is whole and belongs to a run.
+
+    Args:
+        folder: ``step-N``.
+        fingerprints: of configurations whose checkpoints may be loaded.
+        identity: what the run was started with.
+        content: as in :func:`read_state`.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of another configuration.
+    """
+    state = read_state(folder, content)
+    if state.get("fingerprint") not in fingerprints:
+        raise CheckpointError(
+            f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe"
+        )
+    theirs = state.get("identity")
+    known = ("backbone", "encoder", "source", "data", "profiles")
+    if theirs and any(theirs.get(key) != identity.get(key) for key in known):
+        raise CheckpointError(f"{folder} belongs to another run, of another model, encoder or data; move it away")
+    return state
+
+
+def read_state(folder: Path, content: bool = True) -> State:
+    """``state.json`` of a checkpoint, after checking that every file it names is there and whole.
+
+    Args:
+        folder: ``step-N``.
+        content: also hash every file, so that a single changed bit is noticed. Checkpoints of release 0.1.0 hold no hashes; a warning
+            says so. One rank of several does it for all.
+
+    Raises:
+        CheckpointError: what is missing or damaged.
+    """
+    _refuse_deepspeed(folder)
+    try:
+        state: State = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        version, step, files = state["format_version"], int(state["step"]), dict(state["files"])
+        has_hashes = SEAL in state or "sha256" in state
+        whole = not has_hashes or (seal_holds(state) and state["sha256"].keys() == files.keys())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{folder} is not a complete checkpoint: state.json is missing or damaged{_another(folder)}"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}")
+    if not whole:
+        raise CheckpointError(f"{folder} is damaged: state.json has changed since it was written{_another(folder)}")
+    if has_hashes and folder.name != f"step-{step}":
+        raise CheckpointError(f"{folder} is damaged: state.json is of step {step}{_another(folder)}")
+    _check_files(folder, state, state.get("sha256", {}) if content else {})
+    if content:
+        _check_latest(folder)
+    if content and not has_hashes:
+        warnings.warn(
+            f"{folder} was written by release 0.1.0, without hashes: its content cannot be checked", stacklevel=2
+        )
+    return state
+
+
+def read_adapters(folder: Path, state: State | None = None) -> dict[str, Tensor]:
+    """All trained tensors of a checkpoint with their full expert dimension, as ``CumaModel.load_adapter_state`` takes them.
+
+    Args:
+        folder: ``step-N``.
+        state: as :func:`read_state` returned it, if it was called before.
+
+    Raises:
+        CheckpointError: incomplete or damaged.
+    """
+    stored = StoredTensors(folder, read_state(folder) if state is None else state)
+    whole: dict[str, Tensor] = {}
+    experts: dict[str, set[int]] = {}
+    for key in stored.names():
+        kind, _, name = key.partition("/")
+        parameter, _, expert = name.partition("/")
+        if kind == "param" and expert:
+            experts.setdefault(parameter, set()).add(int(expert))
+        elif kind == "param":
+            whole[name] = stored.get(key)
+    return whole | {name: stored.stacked(f"param/{name}", sorted(numbers)) for name, numbers in experts.items()}
+
+
+class StoredTensors:
+    """The tensors of a checkpoint by their key, read one at a time.
+
+    Raises:
+        CheckpointError: a file is damaged, or a key that was asked for is missing.
+    """
+
+    def __init__(self, folder: Path, state: State) -> None:
+        self._folder = folder
+        self._places: dict[str, Any] = {}
+        for name in state["files"]:
+            try:
+                file = safe_open(folder / name, framework="pt")
+            except (SafetensorError, OSError):
+                raise CheckpointError(f"{folder} is damaged: {name} is no readable safetensors file") from None
+            self._places |= dict.fromkeys(file.keys(), file)
+
+    def names(self) -> list[str]:
+        """All keys."""
+        return list(self._places)
+
+    def get(self, key: str) -> Tensor:
+        """One tensor."""
+        if key not in self._places:
+            raise CheckpointError(f"{self._folder} lacks {key}; it belongs to another model or configuration")
+        return self._places[key].get_tensor(key)
+
+    def stacked(self, key: str, experts: Collection[int]) -> Tensor:
+        """The tensors of some experts, stacked along a new first dimension."""
+        return torch.stack([self.get(f"{key}/{expert}") for expert in experts])
+
+
+def _check_files(folder: Path, state: State, hashes: Mapping[str, str]) -> None:
+    by = state.get("written_by", {})
+    written_by = f"written by {by.get('world')} ranks, ep_size {by.get('ep_size')}"
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is incomplete: {name} is missing ({written_by}){_another(folder)}")
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}{_another(folder)}"
+            )
+        if hashes and file_sha256(path) != hashes[name]:
+            raise CheckpointError(
+                f"{folder} is damaged: the content of {name} has changed since it was written{_another(folder)}"
+            )
+
+
+def _another(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    others = [step for step in stored_steps(folder.parent) if folder.name != f"step-{step}"]
+    return f"; move it away to go on from step {others[-1]}" if others else "; restore it from a copy"
+
+
+def _check_latest(folder: Path) -> None:
+    """Check the file ``latest``. Only people read it, but what it says must be true."""
+    latest = folder.with_name("latest")
+    if not latest.is_file():
+        return
+    said = latest.read_bytes()
+    if not re.fullmatch(rb"step-\d+\n", said):
+        raise CheckpointError(
+            f"{latest} is damaged: it does not name a checkpoint; remove it, or write the line {folder.name} there"
+        )
+    newest = f"step-{max(stored_steps(folder.parent), default=0)}"
+    if said.decode().strip() != newest:
+        warnings.warn(
+            f"{latest} names {said.decode().strip()}, but the newest checkpoint there is {newest}", stacklevel=3
+        )
+
+
+def _refuse_deepspeed(folder: Path) -> None:
+    """DeepSpeed's own files may hold fragments of a sharded frozen backbone, which load without complaint and to wrong weights."""
+    for file in sorted(folder.glob("*_states.pt")):
+        raise CheckpointError(
+            f"{folder} was written by DeepSpeed itself ({file.name}) and may hold fragments of a sharded frozen backbone; "
+            "it is not resumed from: move it away, or give this run another run.name"
+        )

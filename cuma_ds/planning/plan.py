@@ -1,0 +1,146 @@
+"""What a run will need on a cluster: memory per GPU, bytes on the wire, tokens per second; from shapes alone, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from cuma_ds.adapters import CumaModel
+from cuma_ds.config import RunConfig
+from cuma_ds.errors import TopologyError
+from cuma_ds.parallel.dispatch import expert_shapes
+from cuma_ds.parallel.ds_config import read_deepspeed_config
+from cuma_ds.planning.activations import ActivationPeak, activation_peak
+from cuma_ds.planning.cost import Hardware, Placement, Sizes, Work
+from cuma_ds.planning.skeleton import Setup, gathered_parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction for one cluster size.
+
+    memory: bytes per GPU by purpose.  host_memory: bytes per rank that offloading puts into CPU memory.  wire: bytes one rank sends
+    per optimizer step, by purpose and collective.  dispatch: what ``parallel.dispatch`` comes to.  seconds: of one step, by part.
+    max_micro_batch: most sequences of this length per forward that fit; 0 when not even one does.
+    """
+
+    gpus: int
+    memory: dict[str, int]
+    host_memory: dict[str, int]
+    wire: dict[str, int]
+    dispatch: str
+    seconds: dict[str, float]
+    tokens_per_second: float
+    max_micro_batch: int
+    fits: bool
+    trained_parameters: int
+    backbone_parameters: int
+    work: dict[str, int]
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes per GPU at the peak."""
+        return sum(self.memory.values())
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything, ready for JSON."""
+        return {**asdict(self), "total_memory": self.total_memory, "total_wire": sum(self.wire.values())}
+
+
+class Planner:
+    """Predicts runs of one recipe on one backbone shape. Shapes are traced once; any number of cluster sizes follow.
+
+    Args:
+        config: the recipe; its ``model.path`` is not read.
+        model_config: the backbone's configuration.
+        profile_dim: P, width of the profile embeddings.
+
+    Raises:
+        ModelError: no causal language model has this configuration, or the recipe's targets match nothing.
+    """
+
+    def __init__(self, config: RunConfig, model_config: PretrainedConfig, profile_dim: int) -> None:
+        self.config = config
+        adapters = config.adapters.model_copy(
+            update={"profile_dim": profile_dim if config.adapters.uses_profiles else 0}
+        )
+        dtype = getattr(torch, config.model.dtype)
+        self.setup = Setup(model_config, adapters, dtype, config.model.gradient_checkpointing)
+        self.sizes = _sizes(self.setup)
+        self._peaks: dict[tuple[int, int], ActivationPeak] = {}
+
+    def plan(self, gpus: int, work: Work, hardware: Hardware) -> Plan:
+        """Memory, bytes and speed on ``gpus`` ranks.
+
+        Raises:
+            TopologyError: ``ep_size`` does not divide the number of GPUs.
+            ConfigError: the DeepSpeed configuration cannot be read or cannot hold the combination.
+        """
+        ep_size = self.config.parallel.ep_size
+        if gpus < 1 or gpus % ep_size:
+            raise TopologyError(
+                f"parallel.ep_size is {ep_size}, which does not divide {gpus} GPUs; allowed: multiples of {ep_size}"
+            )
+        settings = read_deepspeed_config(self.config, work.sequences, work.accumulation, gpus)
+        placement = Placement(self.sizes, self.config, settings, gpus, work)
+        held = placement.held()
+        host = {name: held.pop(name) for name in placement.on_host()}
+        peak, extra = self._peak(work), placement.dispatch_memory()
+        memory = {**held, "activations": peak.bytes(work.sequences) + extra * work.sequences}
+        room = hardware.memory - hardware.reserved - sum(held.values()) - peak.fixed
+        per_sequence = peak.per_sequence + extra
+        seconds = placement.seconds(hardware)
+        return Plan(
+            gpus=gpus,
+            memory=memory,
+            host_memory=host,
+            wire=placement.wire(),
+            dispatch=placement.dispatch,
+            seconds=seconds,
+            tokens_per_second=work.tokens * work.accumulation * gpus / sum(seconds.values()),
+            max_micro_batch=max(0, int(room // per_sequence)) if per_sequence > 0 else 0,
+            fits=sum(memory.values()) + hardware.reserved <= hardware.memory,
+            trained_parameters=self.sizes.shared + self.sizes.expert,
+            backbone_parameters=sum(self.sizes.backbone),
+            work=asdict(work),
+        )
+
+    def _peak(self, work: Work) -> ActivationPeak:
+        key = (work.length, work.kept)
+        if key not in self._peaks:
+            self._peaks[key] = activation_peak(self.setup, *key)
+        return self._peaks[key]
+
+
+def _sizes(setup: Setup) -> Sizes:
+    """Count a model's parameters."""
+    model, adapters = setup.build(), setup.adapters
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    layers = [layer for _, layer in model.adapted_layers()]
+    expert = sum(p.numel() for layer in layers for p in layer.experts.sharded_parameters().values())
+    return Sizes(
+        backbone=_counts(frozen),
+        gathered=_counts(gathered_parameters(setup)),
+        itemsize=setup.dtype.itemsize,
+        shared=sum(p.numel() for _, p in model.adapter_parameters()) - expert,
+        expert=expert,
+        layers=tuple(expert_shapes(layer.experts) for layer in layers),
+        active=adapters.num_experts if adapters.gate_norm == "softmax" else adapters.top_k,
+        multiplied=sum(p.numel() for p in frozen if p.dim() >= 2) - _embedding_numbers(model),
+        # Causal: half of 4 S D per token and layer.
+        attention=2 * setup.text.num_hidden_layers * setup.text.hidden_size,
+    )
+
+
+def _counts(parameters: list[nn.Parameter]) -> tuple[int, ...]:
+    return tuple(parameter.numel() for parameter in parameters)
+
+
+def _embedding_numbers(model: CumaModel) -> int:
+    """Numbers of an input embedding that is looked up, not multiplied. A tied one is multiplied as the head."""
+    embedding = model.base_model.get_input_embeddings()  # type: ignore[operator]
+    head = model.base_model.get_output_embeddings()  # type: ignore[operator]
+    return 0 if head is not None and head.weight is embedding.weight else embedding.weight.numel()

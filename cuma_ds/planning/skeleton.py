@@ -1,0 +1,148 @@
+"""The model of a recipe without weights: its shapes, and which of its frozen parameters a micro step gathers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
+from cuma_ds.errors import ModelError
+from cuma_ds.files import first_line
+
+_ATTENTION = "counted_attention"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides the shapes of a model and of its activations.
+
+    backbone: its configuration.  adapters: with ``profile_dim`` set.  dtype: of the backbone.  checkpointing: whether activations are
+    recomputed in the backward pass.
+    """
+
+    backbone: PretrainedConfig
+    adapters: CumaConfig
+    dtype: torch.dtype
+    checkpointing: bool
+
+    @property
+    def text(self) -> PretrainedConfig:
+        """The part of the backbone's configuration that describes the language model."""
+        return self.backbone.get_text_config()
+
+    def build(self) -> CumaModel:
+        """The adapted model on the meta device, with an attention that computes shapes alone.
+
+        Raises:
+            ModelError: no causal language model has this configuration, or the targets match nothing.
+        """
+        AttentionInterface.register(_ATTENTION, _attention)
+        with torch.device("meta"):
+            try:
+                base = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(self.backbone), dtype=self.dtype, attn_implementation=_ATTENTION
+                )
+            except (ValueError, KeyError) as error:
+                raise ModelError(f"no causal language model has this configuration: {first_line(error)}") from None
+            return inject_adapters(base, self.adapters).train()
+
+
+def read_model_config(path: str | Path) -> PretrainedConfig:
+    """A ``config.json`` (or the folder it is in) as transformers reads it.
+
+    Raises:
+        ModelError: it is missing, broken, or of a kind transformers does not know.
+    """
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError):
+        raise ModelError(f"cannot read the model configuration {path}") from None
+    kind = values.pop("model_type", None) if isinstance(values, dict) else None
+    if not isinstance(kind, str):
+        raise ModelError(
+            f"{path}: a model configuration is a JSON object with a model_type, as in a Hugging Face model's config.json"
+        )
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: {first_line(error)}") from None
+
+
+def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
+    """Frozen parameters in the order in which one micro step gathers them when they are sharded, each as often as it is gathered.
+
+    The rules are those of ZeRO-3 with nothing kept for reuse: a module's parameters are gathered before its forward and its backward, and
+    released after each. They are followed on a run without storage, because recomputation stops early and layers below the first trained
+    one have no backward.
+    """
+    gathered: list[nn.Parameter] = []
+    live: set[nn.Parameter] = set()
+    in_backward: list[nn.Parameter] = []
+
+    def need(own: list[nn.Parameter]) -> None:
+        gathered.extend(parameter for parameter in own if parameter not in live)
+        live.update(own)
+
+    def watch(module: nn.Module, own: list[nn.Parameter]) -> None:
+        def before_backward(_: Tensor) -> None:
+            live.difference_update(in_backward)
+            need(own)
+            in_backward[:] = own
+
+        def after_forward(_: nn.Module, __: object, out: object) -> None:
+            live.difference_update(own)
+            first = out[0] if isinstance(out, tuple) else out
+            if isinstance(first, Tensor) and first.requires_grad:
+                first.register_hook(before_backward)
+
+        module.register_forward_pre_hook(lambda *_: need(own))
+        module.register_forward_hook(after_forward)
+
+    model = setup.build()
+    for module in model.modules():
+        if own := [p for p in module.parameters(recurse=False) if not p.requires_grad]:
+            watch(module, own)
+    if setup.checkpointing:
+        model.enable_gradient_checkpointing()  # after the hooks, as in the engine: it may register hooks of its own
+    width = setup.adapters.profile_dim
+    profiles_NP = torch.zeros(1, width, device="meta") if width else None
+    ids_BS = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    model(input_ids=ids_BS, profile_embeddings=profiles_NP, use_cache=False).logits.sum().backward()
+    return gathered
+
+
+class _FlashAttention(torch.autograd.Function):
+    """What a fused attention keeps: its inputs, its output and one float32 per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BHSC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor) -> Tensor:
+        out_BHSC = torch.empty_like(query_BHSC)
+        log_sum_BHS = query_BHSC.new_empty(query_BHSC.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query_BHSC, key_BHSC, value_BHSC, out_BHSC, log_sum_BHS)
+        return out_BHSC
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        query_BHSC, key_BHSC, value_BHSC, *_ = ctx.saved_tensors
+        return torch.empty_like(query_BHSC), torch.empty_like(key_BHSC), torch.empty_like(value_BHSC)
+
+
+def _attention(
+    module: nn.Module, query_BHSC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, *_: object, **__: object
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [B, H, S, C] -> [B, S, H, C]. With a mask, grouped keys and values are repeated."""
+    groups = query_BHSC.shape[1] // key_BHSC.shape[1]
+    if groups > 1:
+        key_BHSC, value_BHSC = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_BHSC, value_BHSC))
+    return _FlashAttention.apply(query_BHSC, key_BHSC, value_BHSC).transpose(1, 2).contiguous(), None
