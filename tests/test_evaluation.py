@@ -34,6 +34,7 @@ from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.forward import forward_batches
 from cuma_ds.evaluation.report.markdown import markdown
+from cuma_ds.evaluation.report.model import ChoiceReport
 from cuma_ds.evaluation.report.pictures import _mean_answer, expert_picture
 from cuma_ds.evaluation.report.plots import (
     discriminating_routers,
@@ -735,8 +736,9 @@ def test_markdown_of_an_unknown_value_is_a_dash() -> None:
         }
     ]
     subgroups = {"age": {"shown": shown, "left_out": 2}}
-    split = {**size, "distance": "TV", "rows": rows, "subgroups": subgroups}
-    text = markdown({**about, "splits": {"test": split}}, {})
+    nothing = {"differences": {}, "reliability": {}, "questions": {}, "cells": []}
+    split = {**size, **nothing, "distance": "TV", "rows": rows, "subgroups": subgroups}
+    text = markdown(ChoiceReport.model_validate({**about, "splits": {"test": split}}), {})
     # Nobody knows how many people gave these answers.
     assert "| | answers | accuracy, trained | TV, trained |" in text
     assert "| old | 40 | 0.500 | – |" in text
