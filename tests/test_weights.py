@@ -200,7 +200,7 @@ def test_a_report_says_that_answers_are_weighted(tmp_path, tiny_llama, tiny_enco
             sums = members[asked].groupby("option")["weight"].sum()
             assert shares == pytest.approx((sums / sums.sum()).reindex(range(3), fill_value=0.0).tolist(), abs=1e-5)
     assert split["rows"]["trained"]["interval"]["accuracy"]
-    text = (report.folder / "report.md").read_text()
+    text = (tmp_path / "evaluation" / "report.md").read_text()
     assert f"{split['answers']:,} answers ({split['effective_answers']:,} effective);" in text
     assert "Answers count by their survey weights" in text
 

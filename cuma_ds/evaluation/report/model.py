@@ -318,6 +318,7 @@ class _Report(BaseModel):
     format_version: int = FORMAT_VERSION
     run: str
     checkpoint: str
+    kind: str
     main: str
     min_answers: int
     min_subgroup: int
