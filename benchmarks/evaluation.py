@@ -22,7 +22,7 @@ from cuma_ds.config import DataSection, ModelSection
 from cuma_ds.data.batch import encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.evaluation.choice import predict_choices
-from cuma_ds.evaluation.forward import pad_id_of
+from cuma_ds.inference.forward import pad_id_of
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 
 OPTIONS = ["Let anyone come", "Let people come while there are jobs", "Set strict limits", "Let nobody come"]

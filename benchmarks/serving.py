@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import socket
 import statistics
 import threading
@@ -18,15 +19,14 @@ import torch
 import uvicorn
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.config import ModelSection
-from cuma_ds.evaluation.talk import Decoding, Talker
-from cuma_ds.export.hf import Trained, describe
-from cuma_ds.export.modeling import CumaForCausalLM
+from cuma_ds.inference.modeling import ProfileReader
+from cuma_ds.inference.open import open_model
+from cuma_ds.inference.sampling import Sampling
+from cuma_ds.inference.talk import Talker
 from cuma_ds.serving.app import make_app
-from cuma_ds.serving.engine import Engine, Limits
+from cuma_ds.serving.scheduler import Limits, scheduler_of
 
 COUNTRIES = ["Norway", "Ghana", "Japan", "Peru", "Jordan", "Chile", "Kenya", "Nepal"]
 QUESTIONS = [
@@ -39,13 +39,10 @@ QUESTIONS = [
 def load(arguments: argparse.Namespace) -> Talker:
     """The backbone with 8 untrained experts of rank 8, top 2, on q and v: as fast as trained ones."""
     config = CumaConfig(num_experts=8, top_k=2, lora_r=8, profile_dim=384, target_modules=("q_proj", "v_proj"))
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
-    state = dict(inject_adapters(base, config).adapter_state())
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
-    section = ModelSection(path=arguments.model, dtype=arguments.dtype)
-    export = describe(Trained(config, state, section, {"encoder": arguments.encoder, "template": "wvs"}), base.config)
-    model = CumaForCausalLM.of(base, export, state).to(arguments.device)
-    return Talker(model, AutoTokenizer.from_pretrained(arguments.model), Decoding())
+    opened = open_model(arguments.model, [f"model.dtype={arguments.dtype}", "profiles.template=wvs"])
+    model = inject_adapters(opened.model, config).to(arguments.device).eval()
+    reader = ProfileReader({"encoder": arguments.encoder, "template": "wvs"}, config.profile_dim)
+    return Talker(dataclasses.replace(opened, model=model, reader=reader), Sampling())
 
 
 async def tokens_per_second(client: openai.AsyncOpenAI, requests: int, together: bool, max_tokens: int) -> float:
@@ -101,10 +98,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     talker = load(arguments)
-    engine = Engine(
-        talker.model, [], talker.pad_id, Limits(max_batch=arguments.requests)
-    )  # without an end token all answers are long
-    app = make_app(talker, engine, "bench", arguments.max_tokens, 2048, 100_000)
+    scheduler = scheduler_of(talker, Limits(max_batch=arguments.requests), [])  # all answers are long
+    app = make_app(talker, scheduler, "bench", arguments.max_tokens, 2048, 100_000)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from transformers.utils import cached_file
 
@@ -179,6 +179,12 @@ def model_fingerprint(path: str | Path) -> dict[str, str]:
         for name, digest in {**digests, "tokenizer": content_sha256(parts) if parts else ""}.items()
         if digest
     }
+
+
+def base_fact(config: object, name: str) -> Any:
+    """What a transformers configuration says (its text part, for models with several), e.g. ``vocab_size``; else None."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config if name == "model_type" else text, name, None)
 
 
 def changed_part(path: str | Path, known: Mapping[str, str], now: Mapping[str, str]) -> str | None:

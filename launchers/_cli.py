@@ -25,7 +25,8 @@ _LAUNCHERS = (*_DEEPSPEED, "torchrun", "torch.distributed.run")
 _WATCH_SECONDS = 1.0
 
 if TYPE_CHECKING:
-    from cuma_ds.evaluation.talk import Decoding, Talker
+    from cuma_ds.inference.sampling import Sampling
+    from cuma_ds.inference.talk import Talker
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -162,17 +163,14 @@ def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
         raise ConfigError("--base and --encoder belong to --export; a run names its own")
 
 
-def load_talker(arguments: argparse.Namespace, decoding: Decoding) -> Talker:
+def load_talker(arguments: argparse.Namespace, sampling: Sampling) -> Talker:
     """The model that :func:`add_model_arguments` names, ready to be asked."""
     import torch
 
     quiet_transformers()
 
-    from cuma_ds.config import ModelSection
-    from cuma_ds.evaluation.talk import Talker
-    from cuma_ds.export.hf import load_run
-    from cuma_ds.export.modeling import load_exported
-    from cuma_ds.parallel.backbone import load_tokenizer
+    from cuma_ds.inference.open import open_export, open_run
+    from cuma_ds.inference.talk import Talker
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -180,12 +178,9 @@ def load_talker(arguments: argparse.Namespace, decoding: Decoding) -> Talker:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from None
     if arguments.run is not None:
-        model = load_run(arguments.run, arguments.step)
-        place = model.export["base_model_name_or_path"]
+        opened = open_run(arguments.run, arguments.step)
     else:
-        place = arguments.export
-        model = load_exported(
-            place, base_model=arguments.base, encoder=arguments.encoder, trust_remote_code=arguments.trust_remote_code
-        )
-    tokenizer = load_tokenizer(ModelSection(path=place, trust_remote_code=arguments.trust_remote_code))
-    return Talker(model.to(device), tokenizer, decoding)
+        trust = arguments.trust_remote_code
+        opened = open_export(arguments.export, arguments.base, arguments.encoder, trust_remote_code=trust)
+    opened.model.to(device)
+    return Talker(opened, sampling)

@@ -91,7 +91,7 @@ def _extras(arguments: argparse.Namespace) -> list[Extra]:
     from cuma_ds.evaluation.generation import Generation
     from cuma_ds.evaluation.gradients import Interference
     from cuma_ds.evaluation.judge import JudgeSettings
-    from cuma_ds.evaluation.talk import Decoding
+    from cuma_ds.inference.sampling import Sampling
 
     judge = None
     if arguments.judge_url is not None:
@@ -106,25 +106,28 @@ def _extras(arguments: argparse.Namespace) -> list[Extra]:
         )
     extras: list[Extra] = []
     if arguments.generate is not None:
-        extras.append(Generation(arguments.generate, Decoding(arguments.max_new_tokens, arguments.temperature), judge))
+        extras.append(Generation(arguments.generate, Sampling(arguments.max_new_tokens, arguments.temperature), judge))
     if arguments.gradients:
         extras.append(Interference())
     return extras
 
 
 def _open(arguments: argparse.Namespace) -> Subject:
-    from cuma_ds.evaluation.subject import open_export, open_model, open_peft, open_run
+    from cuma_ds.evaluation.subject import run_subject, subject
+    from cuma_ds.inference.open import open_export, open_model, open_peft
 
     overrides = list(arguments.set)
     if arguments.batch_size is not None:
         overrides.append(f"evaluation.batch_size={arguments.batch_size}")
     if arguments.run is not None:
-        return open_run(arguments.run, arguments.step, arguments.data, overrides)
+        return run_subject(arguments.run, arguments.step, arguments.data, overrides)
     if arguments.export is not None:
-        return open_export(arguments.export, arguments.data, arguments.base, arguments.encoder, overrides)
-    if arguments.adapter is not None:
-        return open_peft(arguments.adapter, arguments.data, arguments.base, overrides)
-    return open_model(arguments.model, arguments.data, overrides)
+        opened = open_export(arguments.export, arguments.base, arguments.encoder, overrides)
+    elif arguments.adapter is not None:
+        opened = open_peft(arguments.adapter, arguments.base, overrides)
+    else:
+        opened = open_model(arguments.model, overrides)
+    return subject(opened, arguments.data)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ from cuma_ds.errors import ConfigError, CumaError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cuma_ds.evaluation.talk import Talker
+    from cuma_ds.inference.talk import Talker
 
 _EXAMPLES = """\
 examples
@@ -61,11 +61,11 @@ def main() -> None:
 
     from rich.console import Console
 
-    from cuma_ds.evaluation.talk import Decoding
+    from cuma_ds.inference.sampling import Sampling
 
     console = Console(highlight=False)
-    decoding = Decoding(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    talker = load_talker(arguments, decoding)
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
+    talker = load_talker(arguments, sampling)
     if arguments.prompt is None:
         _chat(talker, profiles, console)
     elif arguments.compare:
@@ -90,7 +90,7 @@ def _compare(talker: Talker, profiles: Sequence[Any], prompt: str, options: Sequ
     from rich.markup import escape
     from rich.table import Table
 
-    from cuma_ds.evaluation.talk import experts_of
+    from cuma_ds.inference.talk import experts_of
 
     messages = [{"role": "user", "content": prompt}]
     table = Table(show_lines=not options)
@@ -105,7 +105,7 @@ def _compare(talker: Talker, profiles: Sequence[Any], prompt: str, options: Sequ
     else:
         table.add_row("answer", *(escape(answer) for answer in talker.answers(messages, profiles)))
     gates_BRE = talker.gates(messages, profiles)
-    for name, shares in [] if gates_BRE is None else experts_of(gates_BRE, talker.model.router_names):
+    for name, shares in [] if gates_BRE is None else experts_of(gates_BRE, talker.router_names):
         table.add_row(f"experts, {name}" if "." in name else name, *shares)
     console.print(table)
 
@@ -171,8 +171,8 @@ def _switch(talker: Talker, text: str, given: Sequence[Any]) -> Any:
             raise ConfigError(f"there is no profile {text}; the command line gave {len(given)}")
         return given[int(text) - 1]
     profile = read_profile(text)
-    if talker.model.config.profile_dim:
-        talker.model.embed_profiles([profile])  # a mistake shows now, not with the next message
+    if talker.opened.reader is not None:
+        talker.opened.reader([profile])  # a mistake shows now, not with the next message
     return profile
 
 

@@ -51,18 +51,18 @@ def main() -> None:
 
     import uvicorn
 
-    from cuma_ds.evaluation.talk import Decoding
+    from cuma_ds.inference.sampling import Sampling
     from cuma_ds.serving.app import make_app
-    from cuma_ds.serving.engine import Engine, Limits
     from cuma_ds.serving.logs import configure_logs
     from cuma_ds.serving.patience import Patience
+    from cuma_ds.serving.scheduler import Limits, scheduler_of
 
-    talker = load_talker(arguments, Decoding())
-    max_tokens, max_length = _lengths(arguments, talker.longest)
-    engine = Engine(talker.model, talker.end_ids, talker.pad_id, Limits(arguments.max_batch, arguments.max_queue))
-    engine.check()
+    talker = load_talker(arguments, Sampling())
+    max_tokens, max_length = _lengths(arguments, talker.opened.longest)
+    scheduler = scheduler_of(talker, Limits(arguments.max_batch, arguments.max_queue))
+    scheduler.check()
     name = arguments.name or Path(arguments.run or arguments.export).resolve().name
-    app = make_app(talker, engine, name, max_tokens, max_length, arguments.max_body, api_key)
+    app = make_app(talker, scheduler, name, max_tokens, max_length, arguments.max_body, api_key)
     host, port = listener.getsockname()[:2]
     print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     configure_logs()

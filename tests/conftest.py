@@ -68,47 +68,6 @@ def tiny_llama(tmp_path_factory) -> Path:
     return folder
 
 
-_WIDE = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5}
-# Configuration class, its settings, and the linear to adapt: one model for each way of counting positions.
-POSITIONS = {
-    "gpt2": ("GPT2Config", {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}, "c_attn"),
-    "opt": ("OPTConfig", _WIDE | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 512}, "v_proj"),
-    "gpt_neox": ("GPTNeoXConfig", _WIDE | {"max_position_embeddings": 512}, "query_key_value"),
-    "llama": ("LlamaConfig", _WIDE | {"max_position_embeddings": 512}, "v_proj"),
-    "bloom": ("BloomConfig", {"vocab_size": 128, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "query_key_value"),
-    "mpt": ("MptConfig", {"vocab_size": 128, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}, "Wqkv"),
-    "roberta": ("RobertaConfig", _WIDE | {"is_decoder": True, "max_position_embeddings": 512}, "value"),
-    "bart": (
-        "BartConfig",
-        {"vocab_size": 128, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64,
-         "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "max_position_embeddings": 512},
-        "self_attn.v_proj",
-    ),
-    "mamba": ("MambaConfig", {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "in_proj"),
-}  # fmt: skip
-
-
-def positions_model(kind: str):
-    """A random float32 model of ``POSITIONS`` whose answers depend strongly on every token, its positions included."""
-    import transformers
-
-    name, settings, _ = POSITIONS[kind]
-    config = getattr(transformers, name)(**settings, **_ENDS)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.3, generator=generator)
-    return model
-
-
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory) -> Path:
     """Folder of a random 1-layer BERT sentence encoder (P = 16, mean pooling)."""

@@ -5,46 +5,62 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from conftest import character_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+_ENDS = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5}
 _USUAL = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5,
+    **_ENDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 512,
 }  # fmt: skip
-_OPENAI = {
-    "vocab_size": 128,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 5,
-}
-_ALIBI = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 5}
-# What each family knows positions by, its sizes, and one of its linears.
-POSITIONS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gpt2": ("absolute", _OPENAI, "c_attn"),
-    "opt": ("absolute", {**_USUAL, "ffn_dim": 48, "word_embed_proj_dim": 32}, "q_proj"),
-    "llama": ("rotary", {**_USUAL, "num_key_value_heads": 2}, "q_proj"),
-    "gpt_neox": ("rotary", _USUAL, "query_key_value"),
-    "bloom": ("ALiBi", {**_ALIBI, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "query_key_value"),
-    "mpt": ("ALiBi", {**_ALIBI, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}, "Wqkv"),
-}
+_BART = {
+    **_ENDS, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_layers": 1,
+    "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "max_position_embeddings": 512,
+}  # fmt: skip
 
 
-def random_model(family: str, seed: int = 0) -> Any:
-    """A model of one of :data:`POSITIONS` whose positions matter."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **POSITIONS[family][1]))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name and "ln_" not in name:
-                parameter.normal_(0, 0.5 if "wpe" in name or "embed_positions" in name else 0.2)
-    return model.eval()
+class Family(NamedTuple):
+    """A kind of model: what it knows positions by, its sizes, and one of its linears."""
+
+    positions: str
+    sizes: dict[str, object]
+    linear: str
+
+
+FAMILIES = {
+    "gpt2": Family("absolute", {**_ENDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}, "c_attn"),
+    "opt": Family("absolute", {**_USUAL, "ffn_dim": 64, "word_embed_proj_dim": 32}, "v_proj"),
+    "llama": Family("rotary", {**_USUAL, "num_key_value_heads": 2}, "v_proj"),
+    "gpt_neox": Family("rotary", _USUAL, "query_key_value"),
+    "bloom": Family("ALiBi", {**_ENDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "query_key_value"),
+    "mpt": Family("ALiBi", {**_ENDS, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}, "Wqkv"),
+    "roberta": Family("absolute, from 2 on", {**_USUAL, "is_decoder": True}, "value"),
+    "bart": Family("absolute", _BART, "self_attn.v_proj"),
+    "mamba": Family(
+        "a recurrent state", {**_ENDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "in_proj"
+    ),
+}
+# Families that take position_ids or read positions off the mask, so that rows of a batch may be padded at their start.
+PADDED_AT_START = ("gpt2", "opt", "llama", "gpt_neox", "bloom", "mpt")
+
+
+def random_model(family: str, **options: object) -> PreTrainedModel:
+    """A random float32 model whose answers depend strongly on every token, its position included.
+
+    Args:
+        family: one of :data:`FAMILIES`.
+        options: of ``AutoModelForCausalLM.from_config``.
+    """
+    config = AutoConfig.for_model(family, **FAMILIES[family].sizes)
+    model = AutoModelForCausalLM.from_config(config, **options).float().eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    return model
 
 
 def save_family(folder: Path, family: str) -> Path:

@@ -24,14 +24,14 @@ from cuma_ds.config import ModelSection  # noqa: E402
 from cuma_ds.data.batch import EncodedExample, collate  # noqa: E402
 from cuma_ds.evaluation.gradients import Interference  # noqa: E402
 from cuma_ds.evaluation.run import evaluate  # noqa: E402
-from cuma_ds.evaluation.subject import open_run  # noqa: E402
-from cuma_ds.evaluation.talk import Decoding, Talker  # noqa: E402
-from cuma_ds.export.hf import load_run  # noqa: E402
+from cuma_ds.evaluation.subject import run_subject  # noqa: E402
 from cuma_ds.export.lora import write_lora  # noqa: E402
-from cuma_ds.parallel.backbone import load_backbone, load_tokenizer  # noqa: E402
+from cuma_ds.inference.open import open_run  # noqa: E402
+from cuma_ds.inference.running import ModelForward, RunningBatch  # noqa: E402
+from cuma_ds.inference.sampling import Sampler, Sampling, next_tokens  # noqa: E402
+from cuma_ds.inference.talk import Talker  # noqa: E402
+from cuma_ds.parallel.backbone import load_backbone  # noqa: E402
 from cuma_ds.profiles import ProfileTable  # noqa: E402
-from cuma_ds.serving.batch import Batch  # noqa: E402
-from cuma_ds.serving.sampling import Sampler, next_tokens  # noqa: E402
 from cuma_ds.training.loop import model_inputs  # noqa: E402
 from cuma_ds.training.objectives.sft import sft_loss  # noqa: E402
 
@@ -79,10 +79,8 @@ def gradients(base: ModelSection, options: dict[str, Any], dtype: torch.dtype, d
 
 def asked(run: Path) -> list[Any]:
     """Answers, choices and routing of three people, then the same people in the server's batch."""
-    model = load_run(run)
-    talker = Talker(
-        model, load_tokenizer(ModelSection(path=model.export["base_model_name_or_path"])), Decoding(max_new_tokens=6)
-    )
+    opened = open_run(run)
+    talker = Talker(opened, Sampling(max_new_tokens=6))
     people = [{"country": country} for country in ("Norway", "Ghana", "Japan")]
     messages = [{"role": "user", "content": "Can people be trusted?"}]
     found: list[Any] = [
@@ -90,8 +88,8 @@ def asked(run: Path) -> list[Any]:
         talker.choose("Which?", ["this", "that"], people),
         talker.gates(messages, people),
     ]
-    profiles = model.embed_profiles([f"A person from {country}." for country in ("Norway", "Ghana", "Japan")])
-    batch = Batch(model, 0)
+    profiles = opened.reader([f"A person from {country}." for country in ("Norway", "Ghana", "Japan")])
+    batch = RunningBatch(ModelForward(opened.model), 0)
     samplers = [Sampler(), Sampler(temperature=0.7, seed=5), Sampler(temperature=1.1, top_p=0.9, seed=6)]
     tokens = next_tokens(batch.join([[5, 6, 7], [8, 9]], profiles[:2]), samplers[:2])
     tokens += next_tokens(batch.join([[10]], profiles[2:]), samplers[2:])
@@ -102,7 +100,7 @@ def asked(run: Path) -> list[Any]:
 
 def judged(run: Path, out: Path) -> list[list[float]]:
     """The numbers of a report with gradients, by split and row."""
-    report = evaluate(open_run(run), out / "report", extras=[Interference(groups=3, examples=4)])
+    report = evaluate(run_subject(run), out / "report", extras=[Interference(groups=3, examples=4)])
     splits = content(report)["splits"]
     rows = [row for split in sorted(splits) for _, row in sorted(splits[split]["rows"].items())]
     numbers = [[value for _, value in sorted(row.items()) if isinstance(value, float)] for row in rows]
@@ -133,8 +131,7 @@ def main() -> None:
     def on_device(model: ModelSection, device: torch.device | None = None) -> Any:
         return plain(model, DEVICE)
 
-    places = ("cuma_ds.evaluation.subject", "cuma_ds.export.hf")
-    with mock.patch(f"{places[0]}.load_backbone", on_device), mock.patch(f"{places[1]}.load_backbone", on_device):
+    with mock.patch("cuma_ds.inference.open.load_backbone", on_device):
         there = {"asked": asked(run), "judged": judged(run, folder / "device")}
     for number, (one, other) in enumerate(zip(there["asked"], here["asked"], strict=True)):
         if isinstance(one, Tensor) or isinstance(one[0], list):

@@ -12,6 +12,8 @@ from cuma_ds.adapters import CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
 from cuma_ds.data import prepare
 from cuma_ds.identity import file_sha256
+from cuma_ds.inference.modeling import Profile
+from cuma_ds.inference.open import Opened
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.backbone import load_backbone
 from cuma_ds.parallel.stored import write_state
@@ -33,6 +35,13 @@ def lively(model: CumaModel, seed: int = 3) -> CumaModel:
 def content(part: BaseModel) -> dict:
     """A report, or a part of one, as report.json holds it."""
     return part.model_dump(mode="json", exclude_unset=True)
+
+
+@torch.no_grad()
+def next_logits(opened: Opened, ids: list[int], profile: Profile | None = None) -> torch.Tensor:
+    """Logits [V] of the token after ``ids``: one whole forward, no cache, no batch, no padding."""
+    who = {} if profile is None else {"profile_embeddings": opened.reader([profile])}
+    return opened.model(torch.tensor([ids]), **who).logits[0, -1]
 
 
 def make_run(

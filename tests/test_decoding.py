@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from models import save_disagreeing
-from run_folder import make_run
+from run_folder import make_run, next_logits
 from test_serving import ask, served
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cuma_ds.config import ModelSection
 from cuma_ds.data.rendering import Renderer
-from cuma_ds.evaluation.decoding import settle_generation, settled_generation
-from cuma_ds.evaluation.generation import generate
-from cuma_ds.evaluation.subject import open_export, open_model, open_run
-from cuma_ds.evaluation.talk import Decoding, Talker
-from cuma_ds.export.hf import load_run, read_run, write_hf
+from cuma_ds.evaluation.generation import answers
+from cuma_ds.evaluation.subject import run_subject, subject
+from cuma_ds.export.hf import read_run, write_hf
+from cuma_ds.inference.decoding import settle_generation, settled_generation
+from cuma_ds.inference.open import open_export, open_model, open_run
+from cuma_ds.inference.sampling import Sampling
+from cuma_ds.inference.talk import Talker
 from cuma_ds.parallel.backbone import load_backbone
 
 QUESTIONS = [
@@ -49,15 +51,14 @@ def exported(run, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def expected(run) -> dict[str, list[int]]:
     """The most probable token after each whole forward, until one that ends an answer."""
-    model = load_run(run)
-    tokenizer = AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"])
+    opened = open_run(run)
+    tokenizer = opened.renderer.tokenizer
     found = {}
     for question in QUESTIONS:
         ids = prompt(tokenizer, question)
         start = len(ids)
         while len(ids) - start < LONGEST and (len(ids) == start or ids[-1] not in ENDS):
-            with torch.no_grad():
-                logits = model(torch.tensor([ids]), profiles=[NORWAY]).logits[0, -1]
+            logits = next_logits(opened, ids, NORWAY)
             best, second = logits.topk(2).values.tolist()
             assert best - second > 1e-4, "a tie would make this comparison a matter of rounding; choose another seed"
             ids.append(int(logits.argmax()))
@@ -81,10 +82,10 @@ def words(tokenizer, tokens: list[int]) -> str:
 
 
 def test_talking_and_serving(run, expected, launch) -> None:
-    model = load_run(run)
-    tokenizer = AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"])
+    opened = open_run(run)
+    tokenizer = opened.renderer.tokenizer
     with pytest.warns(UserWarning, match="repetition_penalty"):
-        talker = Talker(model, tokenizer, Decoding(max_new_tokens=LONGEST))
+        talker = Talker(opened, Sampling(max_new_tokens=LONGEST))
     assert set(talker.end_ids) == ENDS
     for question, tokens in expected.items():
         assert talker.answers([{"role": "user", "content": question}], [NORWAY]) == [words(tokenizer, tokens).strip()]
@@ -102,11 +103,11 @@ def test_talking_and_serving(run, expected, launch) -> None:
 
 
 def test_evaluating_a_run_and_its_export(run, exported, expected) -> None:
-    for subject in (open_run(run), open_export(exported, run / "data")):
-        rows = [prompt(subject.renderer.tokenizer, question) for question in QUESTIONS]
-        embeddings = load_run(run).embed_profiles([NORWAY])
-        found = generate(subject, rows, [0] * len(rows), embeddings, Decoding(max_new_tokens=LONGEST))
-        assert found == [words(subject.renderer.tokenizer, expected[question]).strip() for question in QUESTIONS]
+    for asked in (run_subject(run), subject(open_export(exported), run / "data")):
+        prompts = [prompt(asked.renderer.tokenizer, question) for question in QUESTIONS]
+        profiles = asked.reader([NORWAY] * len(prompts))
+        found = answers(asked, prompts, profiles, Sampling(max_new_tokens=LONGEST))
+        assert found == [words(asked.renderer.tokenizer, expected[question]).strip() for question in QUESTIONS]
 
 
 def test_an_exported_model_alone_and_in_a_padded_batch(exported, expected) -> None:
@@ -136,7 +137,7 @@ def test_exports_without_generation_settings_still_load(exported, expected, tmp_
     assert model.generation_config.repetition_penalty == 1.5  # as released
     tokenizer = AutoTokenizer.from_pretrained(old)
     with pytest.warns(UserWarning, match="repetition_penalty"):
-        talker = Talker(model, tokenizer, Decoding(max_new_tokens=LONGEST))
+        talker = Talker(open_export(old), Sampling(max_new_tokens=LONGEST))
     assert talker.answers([{"role": "user", "content": QUESTIONS[0]}], [NORWAY]) == [
         words(tokenizer, expected[QUESTIONS[0]]).strip()
     ]
@@ -145,7 +146,7 @@ def test_exports_without_generation_settings_still_load(exported, expected, tmp_
 def test_a_bare_model_and_one_in_peft_are_settled_too(run, tmp_path, expected) -> None:
     from peft import LoraConfig, get_peft_model
 
-    place = str(load_run(run).export["base_model_name_or_path"])
+    place = open_run(run).config.model.path
     renderer = Renderer(AutoTokenizer.from_pretrained(place), 512)
     ids = torch.tensor([prompt(renderer.tokenizer, QUESTIONS[0])])
     bare = load_backbone(ModelSection(path=place, dtype="float32"))
@@ -157,13 +158,10 @@ def test_a_bare_model_and_one_in_peft_are_settled_too(run, tmp_path, expected) -
     for model in (bare, peft):
         with pytest.warns(UserWarning, match="repetition_penalty"):
             assert set(settle_generation(model, renderer)) == ENDS
-        tokens = [
-            model.generate(input_ids=ids, **Decoding(max_new_tokens=LONGEST).options())[0, ids.shape[1] :].tolist()
-            for _ in range(2)
-        ]
+        tokens = [model.generate(input_ids=ids, max_new_tokens=LONGEST)[0, ids.shape[1] :].tolist() for _ in range(2)]
         assert tokens[0] == tokens[1]
         assert tokens[0][0] == first
-    assert open_model(place, run / "data").model.generation_config.repetition_penalty == 1.5
+    assert open_model(place).model.generation_config.repetition_penalty == 1.5
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,15 @@ from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection
 from cuma_ds.data.batch import EncodedExample
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
-from cuma_ds.evaluation.generation import Generation, generate, sample_requests
+from cuma_ds.evaluation.generation import Generation, answers, sample_requests
 from cuma_ds.evaluation.gradients import Interference, averaged, cosines, group_gradients, truncate
 from cuma_ds.evaluation.judge import JudgeSettings
 from cuma_ds.evaluation.metrics import distinct
 from cuma_ds.evaluation.run import evaluate
-from cuma_ds.evaluation.subject import open_export, open_model, open_peft, open_run
-from cuma_ds.evaluation.talk import Decoding
+from cuma_ds.evaluation.subject import run_subject, subject
 from cuma_ds.export.hf import read_run, write_hf
+from cuma_ds.inference.open import open_export, open_model, open_peft
+from cuma_ds.inference.sampling import Sampling
 from cuma_ds.parallel.backbone import load_backbone
 
 CHATS = OPINIONS.with_name("chats.jsonl")
@@ -55,8 +56,8 @@ def numbers(report, row: str) -> dict[str, float]:
 def test_an_export_is_judged_as_the_run_it_came_from(run, tmp_path, tiny_encoder) -> None:
     write_hf(read_run(run), tmp_path / "exported")
     # The prepared folder inside the run is the same split of the same people.
-    subject = open_export(tmp_path / "exported", run / "data", encoder=str(tiny_encoder), overrides=FEW)
-    there, here = evaluate(subject, tmp_path / "there"), evaluate(open_run(run), tmp_path / "here")
+    exported = subject(open_export(tmp_path / "exported", encoder=str(tiny_encoder), overrides=FEW), run / "data")
+    there, here = evaluate(exported, tmp_path / "there"), evaluate(run_subject(run), tmp_path / "here")
     assert list(rows(there)["test"]) == list(rows(here)["test"])
     for row in rows(here)["test"]:
         assert numbers(there, row) == pytest.approx(numbers(here, row), abs=1e-5)
@@ -66,11 +67,11 @@ def test_an_export_is_judged_as_the_run_it_came_from(run, tmp_path, tiny_encoder
 def test_a_run_on_other_data(run, tmp_path) -> None:
     lines = [json.loads(line) for line in OPINIONS.read_text().splitlines()]
     (tmp_path / "half.jsonl").write_text("\n".join(json.dumps(line) for line in lines[::2]))
-    report = evaluate(open_run(run, data=tmp_path / "half.jsonl"), tmp_path / "out")
+    report = evaluate(run_subject(run, data=tmp_path / "half.jsonl"), tmp_path / "out")
     assert (
         0
         < content(report)["splits"]["test"]["answers"]
-        < content(evaluate(open_run(run), tmp_path / "own"))["splits"]["test"]["answers"]
+        < content(evaluate(run_subject(run), tmp_path / "own"))["splits"]["test"]["answers"]
     )
 
 
@@ -81,20 +82,22 @@ def test_a_peft_adapter_is_judged_before_and_after(run, tmp_path, tiny_llama) ->
         LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(str(tmp_path / "adapter"))
-    subject = open_peft(
-        tmp_path / "adapter", run / "data", base=str(tiny_llama), overrides=[*FEW, "model.dtype=float32"]
+    opened = open_peft(tmp_path / "adapter", base=str(tiny_llama), overrides=[*FEW, "model.dtype=float32"])
+    assert isinstance(opened.model, PeftModel)
+    report = evaluate(subject(opened, run / "data"), tmp_path / "out")
+    bare = evaluate(
+        subject(open_model(str(tiny_llama), [*FEW, "model.dtype=float32"]), run / "data"), tmp_path / "bare"
     )
-    assert isinstance(subject.model, PeftModel)
-    report = evaluate(subject, tmp_path / "out")
-    bare = evaluate(open_model(str(tiny_llama), run / "data", [*FEW, "model.dtype=float32"]), tmp_path / "bare")
     assert list(rows(report)["test"]) == ["collapse", "oracle", "before", "trained"]
     assert numbers(report, "before") == pytest.approx(numbers(bare, "before"), abs=1e-5)
     assert numbers(report, "trained")["emd"] != pytest.approx(numbers(report, "before")["emd"], abs=1e-4)
 
 
 def test_a_bare_model_has_one_row_of_its_own(run, tmp_path, tiny_llama) -> None:
-    report = evaluate(open_model(str(tiny_llama), run / "data", [*FEW, "model.dtype=float32"]), tmp_path / "out")
-    trained = evaluate(open_run(run), tmp_path / "run")
+    report = evaluate(
+        subject(open_model(str(tiny_llama), [*FEW, "model.dtype=float32"]), run / "data"), tmp_path / "out"
+    )
+    trained = evaluate(run_subject(run), tmp_path / "run")
     assert list(rows(report)["test"]) == ["collapse", "oracle", "before"]
     assert content(report)["main"] == "before"
     assert numbers(report, "before") == pytest.approx(numbers(trained, "before"), abs=1e-5)
@@ -127,37 +130,34 @@ def test_wrong_combinations_are_one_line(launch, arguments, message, tmp_path, m
 
 def test_data_that_is_missing_and_folders_of_another_kind(run, tmp_path, tiny_llama) -> None:
     with pytest.raises(CheckpointError, match="no PEFT adapter"):
-        open_peft(tmp_path, run / "data")
+        open_peft(tmp_path)
     write_hf(read_run(run), tmp_path / "exported")
     with pytest.raises(CheckpointError, match="--export"):
-        open_peft(tmp_path / "exported", run / "data")
+        open_peft(tmp_path / "exported")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
     with pytest.raises(ModelError, match="does not load"):
-        open_peft(tmp_path / "adapter", run / "data", base=str(tiny_llama))
+        open_peft(tmp_path / "adapter", base=str(tiny_llama))
 
 
 # --- generated answers
 
 
 def test_answers_equal_single_unpadded_generations(chat_run) -> None:
-    subject = open_run(chat_run)
-    requests = sample_requests(subject.data.splits["test"], 5)
-    rows = [subject.renderer.encode_prompt(request.messages, "") for request in requests]
-    decoding = Decoding(max_new_tokens=6)
-    found = generate(subject, rows, [request.profile for request in requests], subject.embeddings_NP, decoding)
-    for row, request, text in zip(rows, requests, found, strict=True):
-        tokens = subject.model.generate(
-            input_ids=torch.tensor([row]),
-            profile_embeddings=subject.embeddings_NP[[request.profile]],
-            max_new_tokens=6,
-            do_sample=False,
+    asked = run_subject(chat_run)
+    requests = sample_requests(asked.data.splits["test"], 5)
+    prompts = [asked.renderer.encode_prompt(request.messages, "") for request in requests]
+    profiles = asked.embeddings_NP[[request.profile for request in requests]]
+    found = answers(asked, prompts, profiles, Sampling(max_new_tokens=6))
+    for row, (prompt, text) in enumerate(zip(prompts, found, strict=True)):
+        tokens = asked.model.generate(
+            input_ids=torch.tensor([prompt]), profile_embeddings=profiles[[row]], max_new_tokens=6, do_sample=False
         )
-        assert text == subject.renderer.tokenizer.decode(tokens[0, len(row) :], skip_special_tokens=True).strip()
+        assert text == asked.renderer.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
 
 
 def test_requests_end_before_the_last_answer_and_know_who_asks(chat_run) -> None:
-    split = open_run(chat_run).data.splits["test"]
+    split = run_subject(chat_run).data.splits["test"]
     requests = sample_requests(split, 1000)
     assert len(requests) == len(split)
     for request, row in zip(requests, split, strict=True):
@@ -172,7 +172,7 @@ def test_a_report_with_answers_and_a_judge_over_http(chat_run, tmp_path, server,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     server.script = lambda *_: verdict("A")
     report = evaluate(
-        open_run(chat_run), tmp_path / "out", extras=[Generation(3, Decoding(8), JudgeSettings(server.url, "m"))]
+        run_subject(chat_run), tmp_path / "out", extras=[Generation(3, Sampling(8), JudgeSettings(server.url, "m"))]
     )
     section = content(report)["generation"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
@@ -185,15 +185,15 @@ def test_a_report_with_answers_and_a_judge_over_http(chat_run, tmp_path, server,
     assert (section["judge"]["tie"], section["judge"]["disagreed"]) == (3, 3)
     text = (tmp_path / "out" / "report.md").read_text()
     assert "Win rate of the trained model against its backbone, by m: **50.0%" in text
-    profiles = open_run(chat_run).data.sentences
+    profiles = run_subject(chat_run).data.sentences
     assert not any(sentence in (tmp_path / "out" / "answers.jsonl").read_text() for sentence in profiles)
 
 
 def test_answers_need_conversations_and_gradients_need_questions(run, chat_run, tmp_path) -> None:
     with pytest.raises(ConfigError, match="--generate needs data of kind chat"):
-        evaluate(open_run(run), tmp_path / "a", extras=[Generation(2, Decoding(4))])
+        evaluate(run_subject(run), tmp_path / "a", extras=[Generation(2, Sampling(4))])
     with pytest.raises(ConfigError, match="--gradients needs data of kind choice"):
-        evaluate(open_run(chat_run), tmp_path / "b", extras=[Interference()])
+        evaluate(run_subject(chat_run), tmp_path / "b", extras=[Interference()])
 
 
 # --- interference of gradients
@@ -265,7 +265,7 @@ def test_the_dense_adapter_is_the_best_of_its_rank_and_the_mixture_comes_back(mo
 
 
 def test_a_report_with_gradients(run, tmp_path) -> None:
-    report = evaluate(open_run(run), tmp_path / "out", extras=[Interference(groups=3)])
+    report = evaluate(run_subject(run), tmp_path / "out", extras=[Interference(groups=3)])
     section = content(report)["gradients"]
     assert len(section["groups"]) == 3
     assert list(section["rows"]) == ["dense LoRA, rank 4", "CuMA, top 2 of 4"]

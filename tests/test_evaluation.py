@@ -32,7 +32,6 @@ from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples
-from cuma_ds.evaluation.forward import forward_batches
 from cuma_ds.evaluation.report.markdown import markdown
 from cuma_ds.evaluation.report.model import ChoiceReport
 from cuma_ds.evaluation.report.pictures import _mean_answer, expert_picture
@@ -45,7 +44,8 @@ from cuma_ds.evaluation.report.plots import (
 )
 from cuma_ds.evaluation.report.tables import terminal_tables
 from cuma_ds.evaluation.run import evaluate_run
-from cuma_ds.evaluation.subject import load_trained
+from cuma_ds.inference.forward import forward_batches
+from cuma_ds.inference.open import load_trained
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 from cuma_ds.parallel.stored import read_adapters
 from cuma_ds.profiles import ProfileEncoder, ProfileTable

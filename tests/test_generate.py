@@ -6,13 +6,14 @@ import re
 
 import pytest
 import torch
-from run_folder import make_run
+from run_folder import make_run, next_logits
 
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.choice import predict_choices
-from cuma_ds.evaluation.talk import Decoding, Talker, experts_of
-from cuma_ds.export import load_exported
-from cuma_ds.export.hf import load_run, read_run, write_hf
+from cuma_ds.export.hf import read_run, write_hf
+from cuma_ds.inference.open import open_export, open_run
+from cuma_ds.inference.sampling import Sampler, Sampling
+from cuma_ds.inference.talk import Talker, experts_of
 
 NORWAY, GHANA = '{"country": "Norway", "age": 38}', '{"country": "Ghana"}'
 ASK = ["--prompt", "Can people be trusted?"]
@@ -26,12 +27,7 @@ def run(tmp_path_factory, tiny_llama, tiny_encoder):
 
 @pytest.fixture(scope="module")
 def talker(run) -> Talker:
-    from transformers import AutoTokenizer
-
-    model = load_run(run[0])
-    return Talker(
-        model, AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"]), Decoding(max_new_tokens=9)
-    )
+    return Talker(open_run(run[0]), Sampling(max_new_tokens=9))
 
 
 def expected_answer(talker: Talker, text: str, profile, new_tokens: int = 9) -> str:
@@ -41,8 +37,7 @@ def expected_answer(talker: Talker, text: str, profile, new_tokens: int = 9) -> 
     )["input_ids"]
     start = len(ids)
     for _ in range(new_tokens):
-        with torch.no_grad():
-            token = int(talker.model(torch.tensor([ids]), profiles=[profile]).logits[0, -1].argmax())
+        token = int(next_logits(talker.opened, ids, profile).argmax())
         ids.append(token)
         if token == talker.tokenizer.eos_token_id:
             break
@@ -75,7 +70,7 @@ def test_several_people_in_one_batch_get_the_answers_they_get_alone(talker) -> N
     together = talker.answers(messages, people)
     assert together == [talker.answers(messages, [person])[0] for person in people]
     gates = talker.gates(messages, people)
-    assert gates.shape == (3, len(talker.model.router_names), 4)
+    assert gates.shape == (3, len(talker.router_names), 4)
     torch.testing.assert_close(gates[1], talker.gates(messages, people[1:2])[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gates.sum(dim=-1), torch.ones(gates.shape[:2]), rtol=1e-4, atol=1e-4)
 
@@ -210,12 +205,9 @@ def test_sampling_is_repeatable_by_its_seed(run, launch) -> None:
 
 
 def test_the_system_prompt_and_the_profile_in_it_are_those_of_training(tmp_path, tiny_llama, tiny_encoder) -> None:
-    from transformers import AutoTokenizer
-
     written = {"source": "jsonl", "profile_in_prompt": True, "system_prompt": "Be kind."}
     folder, _, _ = make_run(tmp_path / "runs" / "told", tiny_llama, tiny_encoder, {}, data=written)
-    model = load_exported(write_hf(read_run(folder), tmp_path / "hf"))
-    talker = Talker(model, AutoTokenizer.from_pretrained(tiny_llama), Decoding())
+    talker = Talker(open_export(write_hf(read_run(folder), tmp_path / "hf")), Sampling())
     text = talker.tokenizer.decode(
         talker.renderer.encode_prompt([{"role": "user", "content": "Hello"}], "Country: Ghana.")
     )
@@ -279,12 +271,11 @@ def test_terminals_without_utf8_show_question_marks(run, launch, monkeypatch) ->
     assert b"Tr?s" in screen.getvalue()
 
 
-def test_decoding_checks_its_numbers() -> None:
+def test_sampling_checks_its_numbers() -> None:
     with pytest.raises(ConfigError, match="--temperature -1"):
-        Decoding(temperature=-1)
+        Sampling(temperature=-1)
     for odd in (float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="--temperature"):
-            Decoding(temperature=odd)
-    assert Decoding(temperature=0.7).options()["do_sample"]
-    assert not Decoding(temperature=1e-300).options()["do_sample"]
-    assert not Decoding().options()["do_sample"]
+            Sampling(temperature=odd)
+    assert Sampler(0.7).temperature == 0.7
+    assert Sampler(1e-300).temperature == 0.0

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from fresh import link_packages, run_fresh
 from safetensors.torch import load_file
 
 from cuma_ds.evaluation.run import evaluate_run
-from cuma_ds.export.hf import load_run, read_run, write_hf
-from cuma_ds.export.modeling import load_exported
+from cuma_ds.export.hf import read_run, write_hf
+from cuma_ds.inference.modeling import load_exported
+from cuma_ds.inference.open import open_run
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
 from cuma_ds.runs import Run
 
@@ -73,11 +75,38 @@ def test_an_export_of_0_1_0_answers_as_it_did(expected) -> None:
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
 
 
+FRESH = """
+import json, sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+golden, out, prompts, profiles = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+places = {"base_model": golden + "/model", "encoder": golden + "/encoder"}
+model = AutoModelForCausalLM.from_pretrained(golden + "/export", trust_remote_code=True, **places)
+with torch.no_grad():
+    save_file({"logits": model(input_ids=torch.tensor(prompts), profiles=profiles).logits}, out)
+assert "cuma_ds" not in sys.modules
+"""
+
+
+def test_an_export_of_0_1_0_answers_with_its_own_code_as_it_did(tmp_path, expected) -> None:
+    """The folder's modeling_cuma.py, in a Python that has torch and transformers alone."""
+    (tmp_path / "ask.py").write_text(FRESH)
+    asked = (json.dumps(PROMPTS.tolist()), json.dumps(PROFILES))
+    packages = link_packages(tmp_path / "packages")
+    done = run_fresh(packages, tmp_path / "ask.py", str(GOLDEN), str(tmp_path / "out"), *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(load_file(tmp_path / "out")["logits"], expected["logits"], rtol=1e-5, atol=1e-5)
+
+
 def test_a_run_of_0_1_0_is_exported(tmp_path, places, expected) -> None:
     recipe = tmp_path / "run" / "config.yaml"
     recipe.write_text(recipe.read_text().replace("tests/golden/0.1.0", str(GOLDEN)))
     write_hf(read_run(tmp_path / "run"), tmp_path / "export")
-    for model in (load_run(tmp_path / "run"), load_exported(tmp_path / "export")):
-        with torch.no_grad():
-            logits = model.eval()(input_ids=PROMPTS, profiles=PROFILES).logits
+    opened, exported = open_run(tmp_path / "run"), load_exported(tmp_path / "export")
+    with torch.no_grad():
+        found = [
+            opened.model(input_ids=PROMPTS, profile_embeddings=opened.reader(PROFILES)).logits,
+            exported(input_ids=PROMPTS, profiles=PROFILES).logits,
+        ]
+    for logits in found:
         torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)

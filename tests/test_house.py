@@ -35,15 +35,9 @@ EVERYWHERE = {"cuma_ds", "cuma_ds.adapters.config"}
 
 # Arrows that still go up or sideways: (importing module, imported package). Remove a line when its arrow is gone.
 KNOWN: set[tuple[str, str]] = {
-    ("cuma_ds.evaluation.decoding", "export"),
-    ("cuma_ds.evaluation.generation", "export"),
     ("cuma_ds.evaluation.gradients", "export"),
-    ("cuma_ds.evaluation.subject", "export"),
-    ("cuma_ds.evaluation.talk", "export"),
     ("cuma_ds.export.card", "evaluation"),
-    ("cuma_ds.export.hf", "evaluation"),
     ("cuma_ds.export.lora", "evaluation"),
-    ("cuma_ds.training.loop", "export"),
 }
 
 # Names of files and folders that one module alone may spell, as a string of its code.

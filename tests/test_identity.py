@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from cuma_ds import identity, load_exported
 from cuma_ds.config import ModelSection, RunConfig, load_config
 from cuma_ds.errors import CheckpointError, ModelError
-from cuma_ds.evaluation.subject import open_run
-from cuma_ds.export.hf import load_run, read_run, write_hf
+from cuma_ds.evaluation.subject import run_subject
+from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.export.weights import copy_weights
 from cuma_ds.identity import model_fingerprint
+from cuma_ds.inference.open import open_run
 from cuma_ds.parallel.streaming import plan_streaming
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.training.loop import prepare_run
@@ -56,9 +57,9 @@ def other_weights(folder: Path, seed: int = 99) -> None:
 
 READERS = {
     "train": prepare_run,
-    "evaluate": lambda config: open_run(config.run_dir),
+    "evaluate": lambda config: run_subject(config.run_dir),
     "export": lambda config: read_run(config.run_dir),
-    "generate and serve": lambda config: load_run(config.run_dir),
+    "generate and serve": lambda config: open_run(config.run_dir),
 }
 
 

@@ -20,9 +20,10 @@ from test_parallel_training import recipe
 
 from cuma_ds.config import RunConfig, load_config
 from cuma_ds.errors import CheckpointError, CumaError
-from cuma_ds.evaluation.subject import open_run
-from cuma_ds.export.hf import load_run, read_run
+from cuma_ds.evaluation.subject import run_subject
+from cuma_ds.export.hf import read_run
 from cuma_ds.export.lora import write_lora
+from cuma_ds.inference.open import open_run
 from cuma_ds.learned_settings import learned_settings
 from cuma_ds.parallel.stored import check_checkpoint, find_checkpoint, read_state
 from cuma_ds.profiles import ProfileTable
@@ -62,12 +63,12 @@ def resume(config: RunConfig) -> None:
 
 READERS: dict[str, Callable[[RunConfig], object]] = {
     "train": resume,
-    "evaluate": lambda config: open_run(config.run_dir),
+    "evaluate": lambda config: run_subject(config.run_dir),
     "export": lambda config: read_run(config.run_dir),
     "export as LoRA": lambda config: write_lora(
         config.run_dir, [{"country": "Norway"}], config.run_dir.parent / "lora"
     ),
-    "generate and serve": lambda config: load_run(config.run_dir),
+    "generate and serve": lambda config: open_run(config.run_dir),
 }
 
 

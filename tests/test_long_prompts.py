@@ -21,7 +21,7 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.run import Evaluator, evaluate_run
-from cuma_ds.evaluation.subject import open_run
+from cuma_ds.evaluation.subject import run_subject
 from cuma_ds.learned_settings import learned_settings
 from cuma_ds.runs import Run
 from cuma_ds.training.loop import check_prompts
@@ -187,7 +187,7 @@ def test_average_asks_in_both_orders_and_takes_the_mean(tmp_path, tiny_llama, ti
     folder, *_ = make_run(tmp_path / "runs" / "both", tiny_llama, tiny_encoder, {})
     found = {}
     for order in ("fixed", "reversed", "average"):
-        evaluator = Evaluator(open_run(folder, overrides=[f"data.option_order={order}"]), tmp_path)
+        evaluator = Evaluator(run_subject(folder, overrides=[f"data.option_order={order}"]), tmp_path)
         names = [str(index) for index in range(len(evaluator.subject.data.splits["test"]))]
         found[order] = evaluator._passes(predict_choices, "test", names, names)["trained"]
     row = evaluator.subject.data.splits["test"][0]

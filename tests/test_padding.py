@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import POSITIONS, character_tokenizer, positions_model
+from models import FAMILIES, random_model, save_family
 from ranks import run
 from test_parallel_training import recipe
 
@@ -28,15 +28,15 @@ PACKABLE = {"gpt2", "gpt_neox", "llama"}
 
 
 def adapted(kind: str) -> CumaModel:
-    config = CumaConfig(num_experts=4, top_k=2, lora_r=4, profile_dim=WIDTH, target_modules=[POSITIONS[kind][2]])
-    model = inject_adapters(positions_model(kind), config)
+    config = CumaConfig(num_experts=4, top_k=2, lora_r=4, profile_dim=WIDTH, target_modules=[FAMILIES[kind].linear])
+    model = inject_adapters(random_model(kind, attn_implementation="eager"), config)
     generator = torch.Generator().manual_seed(3)
     for _, parameter in model.adapter_parameters():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
-@pytest.fixture(scope="module", params=list(POSITIONS))
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def model(request) -> CumaModel:
     return adapted(request.param).eval()
 
@@ -118,9 +118,7 @@ def test_packing_is_refused_for_models_that_do_not_tell_examples_apart(request, 
 
 @pytest.mark.multirank
 def test_a_packed_run_of_such_a_model_stops_before_its_first_step(tmp_path: Path, tiny_encoder) -> None:
-    folder = tmp_path / "opt"
-    positions_model("opt").save_pretrained(folder)
-    character_tokenizer().save_pretrained(folder)
+    folder = save_family(tmp_path / "opt", "opt")
     data, adapters = {"packing": True, "max_length": 400}, {"target_modules": ["v_proj"]}
     path = recipe(tmp_path, folder, tiny_encoder, "packed", data=data, adapters=adapters)
     for code, output in run(2, ["launchers/train.py", "--config", str(path)]):

@@ -10,7 +10,6 @@ from matplotlib.image import imread
 from scipy.spatial.distance import pdist
 from sklearn.metrics import mutual_info_score
 
-from cuma_ds.evaluation.forward import RoutingTally
 from cuma_ds.evaluation.report.routing_plots import plot_information, plot_interference, plot_load, plot_map
 from cuma_ds.evaluation.routing import (
     comparable_means,
@@ -19,6 +18,7 @@ from cuma_ds.evaluation.routing import (
     field_information,
     mutual_information,
 )
+from cuma_ds.inference.forward import RoutingTally
 
 
 def test_mutual_information_is_scikit_learns() -> None:

@@ -25,20 +25,19 @@ import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import ROOT, environment, free_port
-from run_folder import lively, make_run
-from transformers import AutoTokenizer
+from run_folder import lively, make_run, next_logits
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.errors import ConfigError, ModelError
-from cuma_ds.evaluation.talk import Decoding, Talker
-from cuma_ds.export.hf import load_run
+from cuma_ds.inference.open import open_run
+from cuma_ds.inference.running import ModelForward, RunningBatch
+from cuma_ds.inference.sampling import Sampler, Sampling, next_tokens
+from cuma_ds.inference.talk import Talker
+from cuma_ds.inference.text import TextStream
 from cuma_ds.serving.app import make_app
-from cuma_ds.serving.batch import Batch
-from cuma_ds.serving.engine import Engine, Job, Limits, Piece
 from cuma_ds.serving.logs import JsonFormatter
 from cuma_ds.serving.patience import Patience
-from cuma_ds.serving.sampling import Sampler, next_tokens
-from cuma_ds.serving.text import TextStream
+from cuma_ds.serving.scheduler import Job, Limits, Piece, Scheduler, scheduler_of
 
 QUESTIONS = [
     "Can people be trusted?",
@@ -59,8 +58,7 @@ def run(tmp_path_factory, tiny_llama, tiny_encoder) -> Path:
 
 @pytest.fixture(scope="module")
 def talker(run) -> Talker:
-    model = load_run(run)
-    return Talker(model, AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"]), Decoding())
+    return Talker(open_run(run), Sampling())
 
 
 def alone(talker: Talker, text: str, profile: Any, new_tokens: int = 12) -> list[int]:
@@ -69,8 +67,7 @@ def alone(talker: Talker, text: str, profile: Any, new_tokens: int = 12) -> list
     ids = talker.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True)["input_ids"]
     start = len(ids)
     while len(ids) - start < new_tokens and (len(ids) == start or ids[-1] != talker.tokenizer.eos_token_id):
-        with torch.no_grad():
-            logits = talker.model(torch.tensor([ids]), profiles=[profile]).logits[0, -1]
+        logits = next_logits(talker.opened, ids, profile)
         best, second = logits.topk(2).values.tolist()
         assert best - second > 1e-4, "a tie would make this comparison a matter of rounding; choose another seed"
         ids.append(int(logits.argmax()))
@@ -92,11 +89,11 @@ def until(condition: Callable[[], bool]) -> None:
 @contextlib.contextmanager
 def served(
     talker: Talker, limits: Limits | None = None, ends: list[int] | None = None, **options: Any
-) -> Iterator[tuple[openai.OpenAI, Engine]]:
+) -> Iterator[tuple[openai.OpenAI, Scheduler]]:
     """The application behind a real socket, and a client that does not try again."""
-    engine = Engine(talker.model, talker.end_ids if ends is None else ends, talker.pad_id, limits or Limits())
+    scheduler = scheduler_of(talker, limits or Limits(), ends)
     sizes = {"max_tokens": 100, "max_length": 200, "max_body": 20_000}
-    app = make_app(talker, engine, "opinions", **{**sizes, **options})
+    app = make_app(talker, scheduler, "opinions", **{**sizes, **options})
     with socket.create_server(("127.0.0.1", free_port())) as listener:
         server = uvicorn.Server(
             uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=1)
@@ -107,14 +104,14 @@ def served(
             until(lambda: server.started)
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             with openai.OpenAI(base_url=url, api_key=options.get("api_key") or "none", max_retries=0) as client:
-                yield client, engine
+                yield client, scheduler
         finally:
             server.should_exit = True
             thread.join()
 
 
 @pytest.fixture(scope="module")
-def server(talker) -> Iterator[tuple[openai.OpenAI, Engine]]:
+def server(talker) -> Iterator[tuple[openai.OpenAI, Scheduler]]:
     with served(talker) as both:
         yield both
 
@@ -130,14 +127,14 @@ def ask(client: openai.OpenAI, text: str = "Hi", profile: Any = PEOPLE[0], **opt
 @contextlib.contextmanager
 def gated(monkeypatch: pytest.MonkeyPatch, talker: Talker) -> Iterator[threading.Semaphore]:
     """The model computes one forward per permit; what waits goes on at the end."""
-    permits, forward = threading.Semaphore(0), talker.model.forward
+    permits, forward = threading.Semaphore(0), talker.opened.model.forward
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         permits.acquire()
         return forward(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(talker.model, "forward", slow)
+        patch.setattr(talker.opened.model, "forward", slow)
         try:
             yield permits
         finally:
@@ -236,8 +233,7 @@ def test_conversations_with_system_prompts_and_parts_are_those_of_the_chat_templ
     turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "What now?")]
     messages = [{"role": role, "content": content} for role, content in turns]
     ids = talker.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
-    with torch.no_grad():
-        first = int(talker.model(torch.tensor([ids]), profiles=[PEOPLE[1]]).logits[0, -1].argmax())
+    first = int(next_logits(talker.opened, ids, PEOPLE[1]).argmax())
     parts = [{"type": "text", "text": "What"}, {"type": "text", "text": " now?"}]
     for variant in (
         messages,
@@ -343,7 +339,7 @@ def test_sequences_join_and_leave_between_any_two_steps(family) -> None:
     )
     chance = random.Random(1)
     profiles = torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
-    batch, running, started = Batch(model, 0), [], 0
+    batch, running, started = RunningBatch(ModelForward(model), 0), [], 0
 
     def check(numbers: list[int], ids: list[list[int]], logits_BV: torch.Tensor) -> None:
         for number, sequence, found_V in zip(numbers, ids, logits_BV, strict=True):
@@ -383,7 +379,7 @@ def test_models_without_a_key_value_cache_are_refused_before_anybody_asks(talker
     )
     model = inject_adapters(base, CumaConfig(num_experts=2, top_k=1, target_modules=("in_proj",), method="mixlora"))
     with pytest.raises(ModelError, match="cannot be served in batches"):
-        Engine(model.eval(), [1], 0, Limits()).check()
+        Scheduler(ModelForward(model.eval()), [1], 0, Limits()).check()
 
 
 @given(st.text(alphabet="abcx", max_size=30), st.lists(st.text(alphabet="abx", min_size=1, max_size=4), max_size=3))
@@ -434,13 +430,13 @@ def test_characters_of_several_tokens_come_whole() -> None:
 
 
 def test_full_queues_refuse_and_cancelled_streams_make_room(talker, monkeypatch) -> None:
-    with served(talker, Limits(max_batch=1, max_queue=1)) as (client, engine), gated(monkeypatch, talker) as permits:
+    with served(talker, Limits(max_batch=1, max_queue=1)) as (client, scheduler), gated(monkeypatch, talker) as permits:
         stream = ask(client, max_tokens=100, stream=True)
-        until(lambda: engine.load() == (0, 0))
+        until(lambda: scheduler.load() == (0, 0))
         waiting = threading.Thread(target=lambda: results.append(ask(client, "Hi", PEOPLE[1])))
         results: list[Any] = []
         waiting.start()
-        until(lambda: engine.load()[1] == 1)
+        until(lambda: scheduler.load()[1] == 1)
         with pytest.raises(openai.RateLimitError) as refused:
             ask(client)
         assert refused.value.response.headers["retry-after"] == "1"
@@ -448,22 +444,22 @@ def test_full_queues_refuse_and_cancelled_streams_make_room(talker, monkeypatch)
         permits.release(3)
         chunks = iter(stream)
         next(chunks)
-        (running,) = [engine._running[0]] if engine._running else [None]
+        (running,) = scheduler._decoder.running[:1] or [None]
         stream.close()
         until(lambda: running is None or running.cancelled)
         permits.release(1000)
         waiting.join()
         assert results[0].choices[0].message.content == words(talker, alone(talker, "Hi", PEOPLE[1]))
-        until(lambda: engine.load() == (0, 0))
+        until(lambda: scheduler.load() == (0, 0))
         assert running is None or len(running.tokens) < 20
 
 
 def test_an_abandoned_request_frees_its_place(talker, monkeypatch) -> None:
-    with served(talker, Limits(max_batch=1)) as (client, engine), gated(monkeypatch, talker) as permits:
+    with served(talker, Limits(max_batch=1)) as (client, scheduler), gated(monkeypatch, talker) as permits:
         with pytest.raises(openai.APITimeoutError):
             ask(client.with_options(timeout=0.3), max_tokens=100)
         permits.release(1)
-        until(lambda: engine.load() == (0, 0))
+        until(lambda: scheduler.load() == (0, 0))
         permits.release(1000)
         assert ask(client).choices[0].finish_reason
 
@@ -542,13 +538,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_done_is_refused_in_openais_format(name, server) -> None:
     options, error, param, part = REFUSED[name]
-    client, engine = server
+    client, scheduler = server
     with pytest.raises(error) as refused:
         ask(client, **options)
     assert part in refused.value.message
     assert param is None or refused.value.param == param
     assert refused.value.type == "invalid_request_error"
-    assert engine.load() == (0, 0)
+    assert scheduler.load() == (0, 0)
 
 
 def test_what_clients_write_out_without_meaning_anything_changes_nothing(server) -> None:
@@ -725,15 +721,15 @@ def test_unknown_profile_fields_are_told_to_the_client(server) -> None:
 def test_a_prompt_that_cannot_be_read_fails_alone(talker, monkeypatch) -> None:
     """Its neighbours, those that joined with it and those that were running, get the answers they get alone."""
     expected = {person: words(talker, alone(talker, "Hi", PEOPLE[person])) for person in range(4)}
-    forward = talker.model.forward
+    forward = talker.opened.model.forward
 
     def picky(*args: Any, **kwargs: Any) -> Any:
         if kwargs["input_ids"].shape[1] > 1 and (kwargs["input_ids"] == 101).any():
             raise RuntimeError("this token has no row")
         return forward(*args, **kwargs)
 
-    with served(talker) as (client, engine), monkeypatch.context() as patch:
-        patch.setattr(talker.model, "forward", picky)
+    with served(talker) as (client, scheduler), monkeypatch.context() as patch:
+        patch.setattr(talker.opened.model, "forward", picky)
         results: dict[Any, Any] = {}
 
         def go(who: Any, text: str) -> None:
@@ -749,7 +745,7 @@ def test_a_prompt_that_cannot_be_read_fails_alone(talker, monkeypatch) -> None:
             threading.Thread(target=go, args=(f"bad {number}", f"{number} {talker.tokenizer.decode([101])}"))
             for number in range(2)
         ]
-        with engine._changed:  # so that they join together
+        with scheduler._changed:  # so that they join together
             for thread in threads:
                 thread.start()
             time.sleep(0.5)
@@ -792,10 +788,12 @@ def log() -> Iterator[list[str]]:
 
 
 def test_a_failing_forward_fails_its_requests_alone_and_says_nothing_about_them(talker, monkeypatch, log) -> None:
-    with served(talker) as (client, engine):
+    with served(talker) as (client, scheduler):
         with monkeypatch.context() as patch:
             patch.setattr(
-                talker.model, "forward", lambda **_: (_ for _ in ()).throw(RuntimeError(f"no memory for {SECRET}"))
+                talker.opened.model,
+                "forward",
+                lambda **_: (_ for _ in ()).throw(RuntimeError(f"no memory for {SECRET}")),
             )
             with pytest.raises(openai.InternalServerError) as failed:
                 ask(client, f"I am {SECRET}", {"country": SECRET})
@@ -809,7 +807,7 @@ def test_a_failing_forward_fails_its_requests_alone_and_says_nothing_about_them(
             client.models.retrieve(SECRET)
         assert raw(client, "GET", f"/{SECRET}?{SECRET}")[0] == 404
         assert ask(client).choices[0].finish_reason == "length"
-        assert engine.alive
+        assert scheduler.alive
     rows = [json.loads(line) for line in log]
     statuses = Counter(row["status"] for row in rows if row["event"] == "request")
     assert Counter([200, 200, 400, 404, 404, 500]) <= statuses  # a request that another test gave up may be told late
@@ -820,7 +818,7 @@ def test_a_failing_forward_fails_its_requests_alone_and_says_nothing_about_them(
 def test_models_without_profiles_serve_without(tmp_path, tiny_llama, tiny_encoder) -> None:
     lora = {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0}
     folder, trained, _ = make_run(tmp_path / "runs" / "lora", tiny_llama, tiny_encoder, lora)
-    talker = Talker(load_run(folder), AutoTokenizer.from_pretrained(tiny_llama), Decoding())
+    talker = Talker(open_run(folder), Sampling())
     with served(talker) as (client, _):
         ids = talker.renderer.encode_prompt([{"role": "user", "content": "Hi"}], "")
         with torch.no_grad():
@@ -831,20 +829,20 @@ def test_models_without_profiles_serve_without(tmp_path, tiny_llama, tiny_encode
 
 
 def test_a_cancelled_job_is_never_begun(talker) -> None:
-    engine = Engine(talker.model, [5], 0, Limits())
+    scheduler = scheduler_of(talker, Limits(), [5])
     pieces: list[Piece] = []
     jobs = [
-        Job([1, 2, 3], "A person.", 3, Sampler(), TextStream(talker.tokenizer), pieces.append),
-        Job([4, 2, 3], "A person.", 3, Sampler(), TextStream(talker.tokenizer), lambda _: done.set()),
+        Job([1, 2, 3], "A person.", Sampling(3), TextStream(talker.tokenizer), pieces.append),
+        Job([4, 2, 3], "A person.", Sampling(3), TextStream(talker.tokenizer), lambda _: done.set()),
     ]
     done = threading.Event()
     jobs[0].cancel()
     for job in jobs:
-        engine.submit(job)
-    engine.start()
+        scheduler.submit(job)
+    scheduler.start()
     assert done.wait(60)
-    engine.stop()
-    assert not engine.alive
+    scheduler.stop()
+    assert not scheduler.alive
     assert not pieces
     assert not jobs[0].tokens
 

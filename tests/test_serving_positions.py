@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from models import POSITIONS, random_model, save_family
+from models import FAMILIES, PADDED_AT_START, random_model, save_family
 from run_folder import lively, make_run
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.errors import ModelError
-from cuma_ds.evaluation.generation import generate
-from cuma_ds.evaluation.subject import open_run
-from cuma_ds.evaluation.talk import Decoding, Talker
-from cuma_ds.export.hf import load_run, read_run, write_hf
-from cuma_ds.serving.batch import Batch
-from cuma_ds.serving.engine import Engine, Limits
+from cuma_ds.evaluation.generation import answers
+from cuma_ds.evaluation.subject import run_subject
+from cuma_ds.export.hf import read_run, write_hf
+from cuma_ds.inference.open import open_run
+from cuma_ds.inference.running import ModelForward, RunningBatch
+from cuma_ds.inference.sampling import Sampling
+from cuma_ds.inference.talk import Talker
+from cuma_ds.serving.scheduler import Limits, Scheduler
 
 PROMPTS = [[9, 10, 11, 12, 13], list(range(20, 50)), [60], list(range(70, 80))]
 PROFILES = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
@@ -36,14 +38,14 @@ def adapted(base: Any, target: str, profile_dim: int = 6) -> CumaModel:
     )
 
 
-@pytest.fixture(params=POSITIONS)
+@pytest.fixture(params=PADDED_AT_START)
 def family(request) -> str:
     return request.param
 
 
 @pytest.fixture
 def model(family) -> CumaModel:
-    return adapted(random_model(family), POSITIONS[family][2])
+    return adapted(random_model(family), FAMILIES[family].linear)
 
 
 def padded(side: str = "left") -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ def test_generating_from_a_padded_batch(model) -> None:
 
 def test_the_running_batch(model) -> None:
     """Prompts join one after another, and one leaves, with a step after each."""
-    batch, running = Batch(model, 0), []
+    batch, running = RunningBatch(ModelForward(model), 0), []
 
     def check(rows: list[int], logits_BV: Tensor) -> None:
         for row, found_V in zip(rows, logits_BV, strict=True):
@@ -125,7 +127,7 @@ PEOPLE = [{"country": "Norway"}, {"country": "Ghana"}, "Somebody who has always 
 @pytest.fixture(scope="module", params=["gpt2", "opt", "bloom"])
 def run(request, tmp_path_factory, tiny_encoder) -> Path:
     folder, family = tmp_path_factory.mktemp(request.param), request.param
-    adapters = {"target_modules": [POSITIONS[family][2]]}
+    adapters = {"target_modules": [FAMILIES[family].linear]}
     eager = {"attention": "eager"}  # BLOOM has no other
     return make_run(
         folder / "runs" / "opinions", save_family(folder / "model", family), tiny_encoder, adapters, model=eager
@@ -133,11 +135,8 @@ def run(request, tmp_path_factory, tiny_encoder) -> Path:
 
 
 def test_people_side_by_side_answer_and_choose_as_alone(run) -> None:
-    model = load_run(run)
-    talker = Talker(
-        model, AutoTokenizer.from_pretrained(model.export["base_model_name_or_path"]), Decoding(max_new_tokens=6)
-    )
-    # Prompts of a person's own length, in the 128 positions of these models.
+    talker = Talker(open_run(run), Sampling(max_new_tokens=6))
+    # Prompts of a person's own length.
     talker.renderer.encode_prompt = lambda messages, sentence: talker.tokenizer(
         f"{sentence[:30]} {messages[0]['content']}"
     )["input_ids"]
@@ -156,13 +155,13 @@ def test_people_side_by_side_answer_and_choose_as_alone(run) -> None:
 
 
 def test_evaluation_generates_in_batches_as_alone(run) -> None:
-    subject = open_run(run)
-    rows = [subject.renderer.tokenizer(question)["input_ids"] for question in QUESTIONS]
-    embeddings = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
-    together = generate(subject, rows, [0, 1, 2], embeddings, Decoding(max_new_tokens=6))
-    assert together == [
-        generate(subject, [row], [index], embeddings, Decoding(max_new_tokens=6))[0] for index, row in enumerate(rows)
-    ]
+    subject = run_subject(run)
+    prompts = [subject.renderer.tokenizer(question)["input_ids"] for question in QUESTIONS]
+    profiles = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    sampling = Sampling(max_new_tokens=6)
+    together = answers(subject, prompts, profiles, sampling)
+    alone = [answers(subject, [prompt], profiles[[row]], sampling) for row, prompt in enumerate(prompts)]
+    assert together == [answer for (answer,) in alone]
 
 
 def test_an_exported_model_called_with_a_padded_batch_and_its_mask(run, tmp_path) -> None:
@@ -209,13 +208,13 @@ def test_the_server_measures_whether_a_model_can_answer_in_batches() -> None:
     adapters = adapted(random_model("gpt2"), "c_attn", profile_dim=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        engine = Engine(adapters, [1], 0, Limits(max_batch=8))
-        engine.check()
-    assert engine.limits.max_batch == 8
-    engine = Engine(as_class(WithoutPositions), [1], 0, Limits(max_batch=8, max_queue=9))
+        scheduler = Scheduler(ModelForward(adapters), [1], 0, Limits(max_batch=8))
+        scheduler.check()
+    assert scheduler.limits.max_batch == 8
+    scheduler = Scheduler(ModelForward(as_class(WithoutPositions)), [1], 0, Limits(max_batch=8, max_queue=9))
     with pytest.warns(UserWarning, match="one at a time"):
-        engine.check()
-    assert engine.limits == Limits(max_batch=1, max_queue=9)
+        scheduler.check()
+    assert scheduler.limits == Limits(max_batch=1, max_queue=9)
     for kind, message in ((Forgetful, "continues a prompt differently"), (WithoutCache, "cannot be served in batches")):
         with pytest.raises(ModelError, match=message):
-            Engine(as_class(kind), [1], 0, Limits()).check()
+            Scheduler(ModelForward(as_class(kind)), [1], 0, Limits()).check()

@@ -18,7 +18,7 @@ from cuma_ds.data.batch import Batch, collate, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.run import evaluate
-from cuma_ds.evaluation.subject import open_run
+from cuma_ds.evaluation.subject import run_subject
 
 OPTIONS = ["Yes", "No", "Maybe"]
 KEYS = ["country", "question", "option"]
@@ -182,7 +182,7 @@ def test_a_report_says_that_answers_are_weighted(tmp_path, tiny_llama, tiny_enco
     file = write_jsonl(tmp_path / "a.jsonl", answers())
     settings = {"data": {"weights": True, "heldout_fraction": 0}, "evaluation": {"min_answers": 2, "bootstrap": 20}}
     folder, _, _ = make_run(tmp_path / "runs" / "weighted", tiny_llama, tiny_encoder, {}, source=file, **settings)
-    report = evaluate(open_run(folder), tmp_path / "evaluation")
+    report = evaluate(run_subject(folder), tmp_path / "evaluation")
     split = content(report)["splits"]["test"]
     expected = by_hand(answers())
     # People are numbered by their sorted ids.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cuma_ds.data.batch import EncodedExample
-from cuma_ds.evaluation.forward import ForwardOptions, RoutingTally, forward_batches
+from cuma_ds.inference.forward import ForwardOptions, RoutingTally, forward_batches
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def chat_losses(
     pad_id: int,
     **options: Unpack[ForwardOptions],
 ) -> ChatLosses:
-    """Loss of each conversation's target tokens (arguments as in :func:`cuma_ds.evaluation.forward.forward_batches`)."""
+    """Loss of each conversation's target tokens (arguments as in :func:`cuma_ds.inference.forward.forward_batches`)."""
     nll, tokens = np.zeros(len(examples)), np.zeros(len(examples))
     routing = RoutingTally()
     for indices, batch, logits, gates_BRE in forward_batches(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cuma_ds.data.batch import EncodedExample
-from cuma_ds.evaluation.forward import ForwardOptions, RoutingTally, asked_as, forward_batches
+from cuma_ds.inference.forward import ForwardOptions, RoutingTally, asked_as, forward_batches
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def predict_choices(
 ) -> ChoicePredictions:
     """Softmax over the option letters' logits at the last position, float32; equal prompts of equal profiles run once.
 
-    Arguments as in :func:`cuma_ds.evaluation.forward.forward_batches`; ``examples`` have one target (a letter) per option.
+    Arguments as in :func:`cuma_ds.inference.forward.forward_batches`; ``examples`` have one target (a letter) per option.
     """
     first: dict[tuple, int] = {}
     distinct: list[EncodedExample] = []

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from cuma_ds.adapters.model import CumaModel
 from cuma_ds.data.rendering import Message
 from cuma_ds.errors import ConfigError
-from cuma_ds.evaluation.decoding import AS_WRITTEN, settle_generation
-from cuma_ds.evaluation.forward import pad_id_of
 from cuma_ds.evaluation.judge import JudgeSettings, Pair, compare
 from cuma_ds.evaluation.metrics import distinct
 from cuma_ds.evaluation.report.model import Diversity, Report, number
 from cuma_ds.evaluation.report.model import Generation as GenerationSection
 from cuma_ds.evaluation.run import Evaluator, Pictures, check_kind
 from cuma_ds.evaluation.subject import Subject
-from cuma_ds.evaluation.talk import Decoding
-from cuma_ds.export.modeling import base_fact
+from cuma_ds.inference.generate import Completion, generate
+from cuma_ds.inference.sampling import Sampling, mixed_seed
+from cuma_ds.inference.text import AS_WRITTEN
 
 
 @dataclass(frozen=True)
@@ -47,13 +44,13 @@ class Generation:
 
     Attributes:
         count: most conversations.
-        decoding: how answers are generated.
-        judge: who compares the trained model's answers with those of its backbone; None for nobody.
+        sampling: how answers are generated.
+        judge: which model compares the trained model's answers with those of its backbone; None compares nothing.
         seed: of the sample.
     """
 
     count: int
-    decoding: Decoding
+    sampling: Sampling
     judge: JudgeSettings | None = None
     seed: int = 0
 
@@ -70,12 +67,11 @@ class Generation:
         rows: dict[str, list[str]] = {}
         if subject.untrained is not None:
             with subject.untrained():
-                rows["before"] = self._answers(
-                    subject, requests, None, evaluator.tell(f"{split}: answers before training")
-                )
-        embeddings_NP = subject.embeddings_NP
+                told = evaluator.tell(f"{split}: answers before training")
+                rows["before"] = self._answers(subject, requests, None, told)
         label = "answers" if subject.untrained is None else "answers, trained"
-        rows[evaluator.main] = self._answers(subject, requests, embeddings_NP, evaluator.tell(f"{split}: {label}"))
+        told = evaluator.tell(f"{split}: {label}")
+        rows[evaluator.main] = self._answers(subject, requests, subject.embeddings_NP, told)
         with (evaluator.folder / "answers.jsonl").open("w", encoding="utf-8") as file:
             for index, request in enumerate(requests):
                 line = {"messages": list(request.messages), **{name: texts[index] for name, texts in rows.items()}}
@@ -100,13 +96,14 @@ class Generation:
         embeddings_NP: Tensor | None,
         progress: Callable[[int, int], None] | None,
     ) -> list[str]:
-        longest, sentences = longest_prompt(subject, self.decoding), subject.data.sentences
-        rows = [
+        longest, sentences = longest_prompt(subject, self.sampling), subject.data.sentences
+        prompts = [
             subject.renderer.encode_prompt(request.messages, sentences[request.profile], longest)
             for request in requests
         ]
         profiles = [request.profile for request in requests]
-        return generate(subject, rows, profiles, embeddings_NP, self.decoding, progress)
+        profiles_MP = None if embeddings_NP is None else embeddings_NP[profiles]
+        return answers(subject, prompts, profiles_MP, self.sampling, progress)
 
 
 def sample_requests(split: Any, count: int, seed: int = 0) -> list[Request]:
@@ -122,60 +119,43 @@ def sample_requests(split: Any, count: int, seed: int = 0) -> list[Request]:
     return found
 
 
-def longest_prompt(subject: Subject, decoding: Decoding) -> int:
+def longest_prompt(subject: Subject, sampling: Sampling) -> int:
     """Tokens that a prompt may have, so that the model can look back over it and a whole answer.
 
     Raises:
         ConfigError: none are left.
     """
-    backbone = subject.model.base_model if isinstance(subject.model, CumaModel) else subject.model
-    longest = int(base_fact(backbone.config, "max_position_embeddings") or 2048) - decoding.max_new_tokens
+    longest = subject.longest - sampling.max_new_tokens
     if longest < 1:
-        raise ConfigError(f"--max-new-tokens {decoding.max_new_tokens} leaves no room for a prompt; lower it")
+        raise ConfigError(f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt; lower it")
     return longest
 
 
-@torch.no_grad()
-def generate(
+def answers(
     subject: Subject,
-    rows: Sequence[Sequence[int]],
-    profiles: Sequence[int],
-    embeddings_NP: Tensor | None,
-    decoding: Decoding,
+    prompts: Sequence[Sequence[int]],
+    profiles_MP: Tensor | None,
+    sampling: Sampling,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """The model's continuation of each prompt, in batches of similar length.
+    """The model's continuation of each of M prompts. With several ranks each writes a share of them.
 
     Args:
-        rows: token ids, each at most :func:`longest_prompt` long.
-        profiles: row of ``embeddings_NP`` that asks each.
-        embeddings_NP: None for a model that takes none.
+        subject: the model.
+        prompts: token ids, each at most :func:`longest_prompt` long.
+        profiles_MP: raw embedding for each; None for a model that takes none.
+        sampling: how tokens are chosen; each prompt's seed is made of its seed and the prompt's number.
+        progress: called with (answers done, in all) of this rank.
     """
-    tokenizer = subject.renderer.tokenizer
-    pad_id = pad_id_of(tokenizer)
-    settle_generation(subject.model, subject.renderer)
-    torch.manual_seed(decoding.seed)
-    texts = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    size = subject.config.evaluation.batch_size
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
-        asked = [list(rows[index]) for index in indices]
-        width = max(map(len, asked))
-        inputs = {
-            "input_ids": torch.tensor([[pad_id] * (width - len(row)) + row for row in asked], device=subject.device),
-            "attention_mask": torch.tensor(
-                [[0] * (width - len(row)) + [1] * len(row) for row in asked], device=subject.device
-            ),
-        }
-        if embeddings_NP is not None:
-            inputs["profile_embeddings"] = embeddings_NP[[profiles[index] for index in indices]].to(subject.device)
-        tokens = subject.model.generate(**inputs, **decoding.options(), pad_token_id=pad_id)
-        for index, text in zip(indices, tokenizer.batch_decode(tokens[:, width:], **AS_WRITTEN), strict=True):
-            texts[index] = text.strip()
-        if progress is not None:
-            progress(start + len(indices), len(order))
-    return texts
+    completions = []
+    for place, prompt in enumerate(prompts):
+        own = replace(sampling, seed=mixed_seed(sampling.seed, place))
+        completions.append(Completion(prompt, own, None if profiles_MP is None else profiles_MP[place]))
+    decoder, ranks = subject.decoder(subject.config.evaluation.batch_size), subject.ranks
+    share = ranks.share(completions)
+    generate(decoder, share, ranks.all_done, progress)
+    decode = subject.renderer.tokenizer.decode
+    return ranks.joined([decode(completion.tokens, **AS_WRITTEN).strip() for completion in share])
 
 
 def diversity(texts: Sequence[str]) -> Diversity:

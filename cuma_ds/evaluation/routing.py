@@ -17,9 +17,9 @@ from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.manifold import MDS
 
-from cuma_ds.evaluation.forward import RoutingTally
 from cuma_ds.evaluation.metrics import entropy, mean_by_group
 from cuma_ds.evaluation.report.model import RouterLoad
+from cuma_ds.inference.forward import RoutingTally
 
 Array = NDArray[np.float64]
 

@@ -19,7 +19,6 @@ from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import ChatLosses, chat_losses
 from cuma_ds.evaluation.choice import ChoicePredictions, predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
-from cuma_ds.evaluation.forward import ForwardOptions, pad_id_of
 from cuma_ds.evaluation.metrics import gather_cells
 from cuma_ds.evaluation.predictions import PREDICTIONS_FILE, Predictions, collect, collect_talks, write_predictions
 from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference
@@ -38,8 +37,9 @@ from cuma_ds.evaluation.report.model import (
 from cuma_ds.evaluation.report.pictures import choice_pictures, expert_picture, routing_pictures, subgroup_picture
 from cuma_ds.evaluation.sections import chat_split, choice_split
 from cuma_ds.evaluation.subgroups import subgroups
-from cuma_ds.evaluation.subject import Subject, open_run
+from cuma_ds.evaluation.subject import Subject, run_subject
 from cuma_ds.files import write_atomically
+from cuma_ds.inference.forward import ForwardOptions, pad_id_of
 from cuma_ds.runs import Run
 
 Array = NDArray[np.float64]
@@ -79,8 +79,8 @@ class _About(TypedDict):
 def evaluate_run(
     run_dir: str | Path, step: int | None = None, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Report:
-    """Evaluate one checkpoint of a run and write its report (arguments as in :func:`cuma_ds.evaluation.subject.open_run`)."""
-    return evaluate(open_run(run_dir, step, overrides=overrides), Run(run_dir).report_folder, progress)
+    """Evaluate one checkpoint of a run and write its report (arguments as in :func:`cuma_ds.evaluation.subject.run_subject`)."""
+    return evaluate(run_subject(run_dir, step, overrides=overrides), Run(run_dir).report_folder, progress)
 
 
 def evaluate(

@@ -1,5 +1,5 @@
 """What was trained, for people without DeepSpeed: self-contained folders, plain LoRA, and the authors' checkpoints read in."""
 
-from cuma_ds.export.modeling import CumaForCausalLM, load_exported
+from cuma_ds.inference.modeling import CumaForCausalLM, load_exported
 
 __all__ = ["CumaForCausalLM", "load_exported"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,23 +26,24 @@ from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection
 from cuma_ds.data.rendering import PROMPT_KEYS, Renderer
 from cuma_ds.errors import CheckpointError, ModelError
-from cuma_ds.evaluation.decoding import folder_generation, settled_generation
 from cuma_ds.export.card import model_card, run_section
-from cuma_ds.export.modeling import (
+from cuma_ds.export.source import modeling_source
+from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
+from cuma_ds.files import atomic_folder, first_line, full_path
+from cuma_ds.identity import base_fact, file_sha256
+from cuma_ds.inference.decoding import folder_generation, settled_generation
+from cuma_ds.inference.modeling import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_FACTS,
     BASE_FOLDER,
     EXPORT_FORMAT,
-    CumaForCausalLM,
-    base_fact,
+    Export,
+    ProfileFacts,
     settings_sha256,
 )
-from cuma_ds.export.source import modeling_source
-from cuma_ds.export.weights import copy_model_files, copy_weights, save_tensors
-from cuma_ds.files import atomic_folder, first_line, full_path
-from cuma_ds.identity import file_sha256
-from cuma_ds.parallel.backbone import backbone_fingerprint, load_backbone, load_tokenizer, skeleton
+from cuma_ds.inference.open import profile_facts
+from cuma_ds.parallel.backbone import backbone_fingerprint, load_tokenizer, skeleton
 from cuma_ds.runs import Run
 
 
@@ -63,7 +64,7 @@ class Trained:
     adapters: CumaConfig
     state: dict[str, Tensor]
     base: ModelSection
-    profiles: dict[str, Any]
+    profiles: ProfileFacts
     prompt: dict[str, Any] = field(default_factory=dict)
     story: str = ""
     backbone: dict[str, str] = field(default_factory=dict)
@@ -82,21 +83,14 @@ def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
     run = Run.open(run_dir)
     config = run.config()
     trained = run.trained(config, step)
-    data, table = trained.data, trained.table
-    profiles: dict[str, Any] = {"encoder": None, "template": config.profiles.template, "fields": []}
-    width = 0
-    if table is not None:
-        width = table.embeddings.shape[1]
-        profiles["encoder"] = full_path(str(config.profiles.encoder))
-        profiles["fingerprint"] = table.fingerprint
-        profiles["fields"] = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
+    width = 0 if trained.table is None else trained.table.embeddings.shape[1]
     return Trained(
         adapters=config.adapters.model_copy(update={"profile_dim": width}),
         state=trained.adapters,
         base=config.model,
-        profiles=profiles,
+        profiles=profile_facts(config, trained.data, trained.table),
         prompt={key: getattr(config.data, key) for key in PROMPT_KEYS},
-        story=run_section(run.report_folder, config, data, trained.checkpoint.name),
+        story=run_section(run.report_folder, config, trained.data, trained.checkpoint.name),
         backbone=trained.identity.get("backbone", {}),
     )
 
@@ -123,7 +117,8 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
         )
         place = Path(trained.base.path).expanduser()
         export = describe(trained, bare.config)
-        export |= {"sha256": file_sha256(folder / ADAPTER_WEIGHTS), "settings_sha256": settings_sha256(export)}
+        export["sha256"] = file_sha256(folder / ADAPTER_WEIGHTS)
+        export["settings_sha256"] = settings_sha256(export)
         _dump(folder / ADAPTER_CONFIG, export)
         auto_map = {
             "AutoConfig": "modeling_cuma.CumaExportConfig",
@@ -149,7 +144,7 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
     return Path(out)
 
 
-def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
+def describe(trained: Trained, base_config: object) -> Export:
     """The content of ``adapter_config.json``, without the hash of the weights."""
     facts = {name: base_fact(base_config, name) for name in BASE_FACTS}
     fingerprint = trained.backbone or backbone_fingerprint(trained.base)
@@ -164,13 +159,6 @@ def describe(trained: Trained, base_config: Any) -> dict[str, Any]:
         "prompt": trained.prompt,
         "base": {**facts, "dtype": trained.base.dtype, "trust_remote_code": trained.base.trust_remote_code},
     }
-
-
-def load_run(run_dir: str | Path, step: int | None = None) -> CumaForCausalLM:
-    """One checkpoint of a run, ready to be called with profiles as an exported model is (arguments as in :func:`read_run`)."""
-    trained = read_run(run_dir, step)
-    base = load_backbone(trained.base)
-    return CumaForCausalLM.of(base, describe(trained, base.config), trained.state)
 
 
 @contextlib.contextmanager
@@ -199,5 +187,5 @@ def _from_hub(name: str) -> Path:
         raise ModelError(f"the base model {name} cannot be brought from the hub: {first_line(error)}") from None
 
 
-def _dump(path: Path, values: dict[str, Any]) -> None:
+def _dump(path: Path, values: Mapping[str, object]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -24,13 +24,13 @@ from cuma_ds.adapters.router import Router
 from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
-from cuma_ds.evaluation.forward import forward_batches, pad_id_of
 from cuma_ds.evaluation.metrics import distance, distance_name
-from cuma_ds.evaluation.subject import load_trained
 from cuma_ds.export.hf import output_folder
-from cuma_ds.export.modeling import Profile, unknown_fields
 from cuma_ds.export.weights import save_tensors
 from cuma_ds.files import full_path
+from cuma_ds.inference.forward import forward_batches, pad_id_of
+from cuma_ds.inference.modeling import Profile, unknown_fields
+from cuma_ds.inference.open import load_trained
 from cuma_ds.ops import demographic_gate, dense_gate
 from cuma_ds.parallel.backbone import load_tokenizer
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize

@@ -19,6 +19,7 @@ from cuma_ds.config import ModelSection
 from cuma_ds.errors import CheckpointError, ModelError
 from cuma_ds.export.hf import Trained
 from cuma_ds.files import first_line, full_path
+from cuma_ds.inference.modeling import ProfileFacts
 from cuma_ds.parallel.backbone import skeleton
 from cuma_ds.profiles import ProfileEncoder
 from cuma_ds.profiles.linearize import AUTHORS_FIELDS
@@ -26,8 +27,6 @@ from cuma_ds.profiles.linearize import AUTHORS_FIELDS
 # Their sharing flags, and the linears that share a router where the flag is set.
 _SHARING = {"share_router_for_qkv": ("q_proj", "k_proj", "v_proj"), "share_router_for_w_i": ("gate_proj", "up_proj")}
 _NEEDED = ("lora_r", "lora_alpha", "num_experts", "top_k", "target_modules")
-# How the authors' code makes a vector of a profile's sentence.
-_ENCODER_SETTINGS: dict[str, Any] = {"pooling": "mean-all", "normalise": False, "max_tokens": 128}
 _STORY = """\
 ## Origin
 
@@ -80,19 +79,15 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
             f"{folder}: {unused[0]} belongs to no adapted linear of {base}; the two do not belong together"
         )
     model.load_adapter_state(state)  # on no memory; checks every name and shape
-    profiles: dict[str, Any] = {
-        "encoder": None,
-        "template": "authors",
-        "fields": [*AUTHORS_FIELDS, "age"],
-        **_ENCODER_SETTINGS,
-    }
+    profiles: ProfileFacts = {"encoder": None, "template": "authors", "fields": [*AUTHORS_FIELDS, "age"]}
+    profiles |= {"pooling": "mean-all", "normalise": False, "max_tokens": 128}  # as the authors' code does it
     if encoder is not None:
         if theirs.get("num_encoder_proj_mlp_layers"):
             raise ModelError(
                 f"{folder} was trained with a projection after the encoder, which the checkpoint does not hold; leave --encoder out "
                 "and give profile_embeddings"
             )
-        made_by = ProfileEncoder(encoder, **_ENCODER_SETTINGS)
+        made_by = ProfileEncoder(encoder, pooling="mean-all", normalise=False, max_tokens=128)
         if made_by.dim != config.profile_dim:
             raise ModelError(
                 f"--encoder {encoder} has width {made_by.dim}; the checkpoint's adapters take {config.profile_dim}"

@@ -27,7 +27,7 @@ _MODULES = (
     "cuma_ds.strict_json",
     "cuma_ds.profiles.linearize",
     "cuma_ds.profiles.encoder",
-    "cuma_ds.export.modeling",
+    "cuma_ds.inference.modeling",
 )
 _HEAD = '''"""CuMA: a frozen language model with a mixture of LoRA experts routed by what is asked and who is asking (arXiv 2601.04885).
 

@@ -16,30 +16,29 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from cuma_ds.errors import CumaError
-from cuma_ds.evaluation.talk import Talker
-from cuma_ds.export.modeling import unknown_fields
-from cuma_ds.profiles import linearize
-from cuma_ds.serving.engine import Engine, Job, Piece, QueueFullError
+from cuma_ds.inference.modeling import unknown_fields
+from cuma_ds.inference.sampling import Sampling
+from cuma_ds.inference.talk import Talker
+from cuma_ds.inference.text import TextStream
 from cuma_ds.serving.guard import Guard
 from cuma_ds.serving.protocol import ChatRequest, ServingError, chunk, completion, error_content, usage
-from cuma_ds.serving.sampling import Sampler
-from cuma_ds.serving.text import TextStream
+from cuma_ds.serving.scheduler import Job, Piece, QueueFullError, Scheduler
 
 
 def make_app(
     talker: Talker,
-    engine: Engine,
+    scheduler: Scheduler,
     name: str,
     max_tokens: int,
     max_length: int,
     max_body: int,
     api_key: str | None = None,
 ) -> FastAPI:
-    """The application; it starts and stops the engine.
+    """The application; it starts and stops the scheduler.
 
     Args:
         talker: model, tokenizer and how prompts are written.
-        engine: of the same model, not yet started.
+        scheduler: of the same model, not yet started.
         name: what clients call the model.
         max_tokens: longest answer anybody may ask for, and what they get who ask for none.
         max_length: tokens of prompt and answer together.
@@ -49,23 +48,23 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        scheduler.start()
         try:
             yield
         finally:
-            engine.stop()
+            scheduler.stop()
 
     app = FastAPI(title="cuma-ds", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, api_key=api_key, max_body=max_body)
     for mistake in (ServingError, HTTPException, RequestValidationError):
         app.add_exception_handler(mistake, _refuse)
-    desk = Desk(talker, engine, name, max_tokens, max_length)
+    desk = Desk(talker, scheduler, name, max_tokens, max_length)
 
     @app.get("/health")
     async def health() -> Response:
-        running, waiting = engine.load()
-        status = "ok" if engine.alive else "stopped"
-        return JSONResponse({"status": status, "running": running, "waiting": waiting}, 200 if engine.alive else 503)
+        running, waiting = scheduler.load()
+        status = "ok" if scheduler.alive else "stopped"
+        return JSONResponse({"status": status, "running": running, "waiting": waiting}, 200 if scheduler.alive else 503)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -86,8 +85,8 @@ def make_app(
 class Desk:
     """Turns requests into jobs and their pieces into responses (arguments as in :func:`make_app`)."""
 
-    def __init__(self, talker: Talker, engine: Engine, name: str, max_tokens: int, max_length: int) -> None:
-        self.talker, self.engine, self.name = talker, engine, name
+    def __init__(self, talker: Talker, scheduler: Scheduler, name: str, max_tokens: int, max_length: int) -> None:
+        self.talker, self.scheduler, self.name = talker, scheduler, name
         self.max_tokens, self.max_length = max_tokens, max_length
         self._created = int(time.time())
 
@@ -109,21 +108,21 @@ class Desk:
         sentence, warnings = self._who(body)
         prompt = self._prompt(body, sentence or "")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
-        sampler = Sampler(body.temperature, body.top_p, secrets.randbits(63) if body.seed is None else body.seed)
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        sampling = Sampling(self._longest_answer(body, len(prompt)), body.temperature, body.top_p, seed)
         job = Job(
             prompt,
-            sentence if self.talker.model.config.profile_dim else None,
-            self._longest_answer(body, len(prompt)),
-            sampler,
+            sentence,
+            sampling,
             TextStream(self.talker.tokenizer, [stop for stop in body.stop or [] if stop]),
             lambda piece: _hand_over(loop, pieces, piece),
         )
         try:
-            self.engine.submit(job)
+            self.scheduler.submit(job)
         except QueueFullError:
             raise ServingError(
                 429,
-                f"{self.engine.limits.max_queue} requests are waiting already; try again later",
+                f"{self.scheduler.limits.max_queue} requests are waiting already; try again later",
                 None,
                 "queue_full",
                 "rate_limit_error",
@@ -156,11 +155,10 @@ class Desk:
             return None, []
         if not self.talker.takes_profiles:
             raise ServingError(400, "a profile was given, but this model takes none", "profile", "profile_unknown")
-        about = self.talker.model.export["profiles"]
+        reader = self.talker.opened.reader
+        known = () if reader is None else reader.facts.get("fields") or ()
         try:
-            return _text(linearize(body.profile, about["template"]), "profile"), unknown_fields(
-                body.profile, about.get("fields") or ()
-            )
+            return _text(self.talker.sentence(body.profile), "profile"), unknown_fields(body.profile, known)
         except CumaError as error:
             raise ServingError(400, str(error), "profile", "profile_empty") from None
 

@@ -26,8 +26,8 @@ from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError, CumaError, DataError
-from cuma_ds.export.modeling import base_fact
 from cuma_ds.files import write_atomically
+from cuma_ds.identity import base_fact
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, load_tokenizer, resident_bytes, skeleton

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from cuma_ds.config import load_config
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.export.hf import read_run, write_hf
-from cuma_ds.export.modeling import load_exported
+from cuma_ds.inference.modeling import load_exported
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
 from cuma_ds.training.loop import train

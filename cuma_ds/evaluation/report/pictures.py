@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuma_ds.evaluation.examples import ChoiceExamples
-from cuma_ds.evaluation.forward import RoutingTally
 from cuma_ds.evaluation.metrics import mean_by_group
 from cuma_ds.evaluation.report.model import (
     Cell,
@@ -31,6 +30,7 @@ from cuma_ds.evaluation.report.plots import (
 )
 from cuma_ds.evaluation.report.routing_plots import PALETTE, plot_information, plot_load, plot_map
 from cuma_ds.evaluation.routing import comparable_means, cultural_map, expert_load, field_information
+from cuma_ds.inference.forward import RoutingTally
 
 Array = NDArray[np.floating]
 

@@ -10,12 +10,12 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from cuma_ds.adapters.config import CumaConfig
@@ -23,7 +23,7 @@ from cuma_ds.adapters.inject import inject_adapters
 from cuma_ds.adapters.model import CumaModel
 from cuma_ds.errors import CheckpointError, ModelError, nearest
 from cuma_ds.files import first_line, full_path, is_hub_id
-from cuma_ds.identity import changed_part, content_sha256, file_sha256, model_fingerprint
+from cuma_ds.identity import base_fact, changed_part, content_sha256, file_sha256, model_fingerprint
 from cuma_ds.profiles.encoder import ProfileEncoder
 from cuma_ds.profiles.linearize import linearize
 
@@ -33,12 +33,110 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FOLDER = "adapter_config.json", "adapter_m
 BASE_FACTS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 # Profiles whose embeddings are kept.
 _REMEMBERED = 4096
+_ENCODER_SETTINGS = ("pooling", "normalise", "max_tokens")
 
-Profile = Mapping[str, Any] | str
+Profile = Mapping[str, object] | str
+
+
+class ProfileFacts(TypedDict, total=False):
+    """How a profile becomes a vector: ``profiles`` of ``adapter_config.json``.
+
+    encoder: folder or hub id of the sentence encoder, None where only embeddings are taken.  fingerprint: of the encoder.
+    template: how fields become a sentence.  fields: names that training profiles had.  pooling, normalise, max_tokens:
+    arguments of :class:`ProfileEncoder` where they are not the usual ones.
+    """
+
+    encoder: str | None
+    fingerprint: str
+    template: str
+    fields: list[str]
+    pooling: str
+    normalise: bool
+    max_tokens: int
+
+
+class Export(TypedDict, total=False):
+    """The content of ``adapter_config.json``.
+
+    base: facts and fingerprint of the base model, its ``dtype`` and ``trust_remote_code``.  adapters: values of
+    :class:`CumaConfig`.  prompt: how training wrote prompts.  sha256: of the weights.  settings_sha256: of what decides
+    the answers beside them; exports of release 0.1.0 have none.
+    """
+
+    peft_type: str
+    format_version: int
+    base_model_name_or_path: str
+    base: dict[str, Any]
+    adapters: dict[str, Any]
+    profiles: ProfileFacts
+    prompt: dict[str, Any]
+    sha256: str
+    settings_sha256: str
+
+
+class ProfileReader:
+    """Turns profiles, as text or fields, into the raw embeddings that adapters were trained with.
+
+    Args:
+        facts: how it is done.
+        width: P, what the adapters take.
+        encoder: folder or hub id of the sentence encoder, loaded at the first use; None takes the one of ``facts``.
+    """
+
+    def __init__(self, facts: ProfileFacts, width: int, encoder: str | None = None) -> None:
+        self.facts, self.width = facts, width
+        self.encoder_path = encoder or facts.get("encoder")
+        self._encoder: ProfileEncoder | None = None
+        self._embedded: dict[str, Tensor] = {}
+
+    def __call__(self, profiles: Sequence[Profile]) -> Tensor:
+        """Raw embeddings [N, P] float32; a sentence seen lately is not embedded again.
+
+        A field that no training profile had is a warning: the model cannot know what it means.
+
+        Raises:
+            ModelError: the adapters take no profiles, or the encoder is missing or another one.
+            DataError: a profile without any answer.
+        """
+        if not self.width:
+            raise ModelError("profiles were given, but these adapters take none (profile_dim is 0)")
+        if isinstance(profiles, str | Mapping):
+            raise ModelError(
+                "profiles is a list with one profile per sequence, not a single profile; write profiles=[...]"
+            )
+        for profile in profiles:
+            for message in unknown_fields(profile, self.facts.get("fields") or ()):
+                warnings.warn(message, UserWarning, stacklevel=3)
+        sentences = [linearize(profile, self.facts["template"]) for profile in profiles]
+        missing = sorted(set(sentences) - self._embedded.keys())
+        if missing:
+            encoder = self._load()
+            encoder.check_lengths(missing, apart=False)  # profiles of one call need not belong to one data set
+            self._embedded.update(zip(missing, encoder(missing), strict=True))
+        rows_NP = torch.stack([self._embedded[sentence] for sentence in sentences])
+        for oldest in list(self._embedded)[: max(0, len(self._embedded) - _REMEMBERED)]:
+            del self._embedded[oldest]
+        return rows_NP
+
+    def _load(self) -> ProfileEncoder:
+        if self._encoder is None:
+            if self.encoder_path is None:
+                raise ModelError(
+                    "this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER"
+                )
+            settings: dict[str, Any] = {key: value for key, value in self.facts.items() if key in _ENCODER_SETTINGS}
+            encoder, known = ProfileEncoder(self.encoder_path, **settings), self.facts.get("fingerprint")
+            what = f"the sentence encoder {encoder.folder}"
+            if encoder.dim != self.width:
+                raise ModelError(f"{what} has width {encoder.dim}; the adapters take {self.width}")
+            if known and encoder.fingerprint != known:
+                raise ModelError(f"{what} is not the one these adapters were trained with (its fingerprint differs)")
+            self._encoder = encoder
+        return self._encoder
 
 
 class CumaExportConfig(PreTrainedConfig):
-    """``config.json`` of an exported folder; what the adapters are stands in ``adapter_config.json``."""
+    """``config.json`` of an exported folder. What the adapters are is in ``adapter_config.json``."""
 
     model_type = "cuma"
 
@@ -50,16 +148,14 @@ class CumaForCausalLM(CumaModel):
 
     Attributes:
         export: the content of ``adapter_config.json``.
-        folder: the exported folder it was loaded from; None for a model out of a run.
-        encoder_path: sentence encoder for ``profiles``; loaded at the first use.
+        folder: the exported folder it was loaded from.
+        embed_profiles: raw embeddings [N, P] of profiles.
     """
 
     config_class = CumaExportConfig
-    export: dict[str, Any]
-    folder: Path | None
-    encoder_path: str | None
-    _encoder: ProfileEncoder | None
-    _embedded: dict[str, Tensor]
+    export: Export
+    folder: Path
+    embed_profiles: ProfileReader
 
     @classmethod
     def from_pretrained(
@@ -122,26 +218,14 @@ class CumaForCausalLM(CumaModel):
         if "generation_config" not in kwargs and (place / "generation_config.json").is_file():
             base.generation_config = GenerationConfig.from_pretrained(place)
         named = export["profiles"].get("encoder")
-        model = cls.of(base, export, state, encoder or (named and _moved(named, place)))
-        model.folder = place
         if not inside:
-            model.export = {
-                **export,
-                "base_model_name_or_path": full_path(str(path)),
-            }
-        return model
-
-    @classmethod
-    def of(
-        cls, base: nn.Module, export: dict[str, Any], state: dict[str, Tensor], encoder: str | None = None
-    ) -> CumaForCausalLM:
-        """Put the adapters that ``export`` describes into a loaded backbone, in eval mode and frozen."""
+            export["base_model_name_or_path"] = full_path(str(path))
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
         model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
         model.load_adapter_state(state)
-        model.export, model.folder = export, None
-        model.encoder_path = encoder or export["profiles"].get("encoder")
-        model._encoder, model._embedded = None, {}
+        model.export, model.folder = export, place
+        encoder = encoder or (_moved(named, place) if named else None)
+        model.embed_profiles = ProfileReader(export["profiles"], model.config.profile_dim, encoder)
         return model.eval().requires_grad_(False)
 
     def forward(
@@ -172,55 +256,6 @@ class CumaForCausalLM(CumaModel):
         profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
         return super().generate(*args, profile_embeddings=profile_embeddings, **kwargs)
 
-    def embed_profiles(self, profiles: Sequence[Profile]) -> Tensor:
-        """Raw embeddings [N, P] float32 of profiles; a sentence seen lately is not embedded again.
-
-        A field that no training profile had is a warning: the model cannot know what it means.
-
-        Raises:
-            ModelError: the adapters take no profiles, or the encoder is missing or another one.
-            DataError: a profile without any answer.
-        """
-        about = self.export["profiles"]
-        if not self.config.profile_dim:
-            raise ModelError("profiles were given, but these adapters take none (profile_dim is 0)")
-        if isinstance(profiles, str | Mapping):
-            raise ModelError(
-                "profiles is a list with one profile per sequence, not a single profile; write profiles=[...]"
-            )
-        for profile in profiles:
-            for message in unknown_fields(profile, about.get("fields") or ()):
-                warnings.warn(message, UserWarning, stacklevel=2)
-        sentences = [linearize(profile, about["template"]) for profile in profiles]
-        missing = sorted(set(sentences) - self._embedded.keys())
-        if missing:
-            encoder = self._load_encoder()
-            encoder.check_lengths(
-                missing, apart=False
-            )  # who is asked as together here need not have to do with one another
-            self._embedded.update(zip(missing, encoder(missing), strict=True))
-        rows_NP = torch.stack([self._embedded[sentence] for sentence in sentences])
-        for oldest in list(self._embedded)[: max(0, len(self._embedded) - _REMEMBERED)]:
-            del self._embedded[oldest]
-        return rows_NP
-
-    def _load_encoder(self) -> ProfileEncoder:
-        if self._encoder is None:
-            if self.encoder_path is None:
-                raise ModelError(
-                    "this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER"
-                )
-            about = self.export["profiles"]
-            settings = {key: about[key] for key in ("pooling", "normalise", "max_tokens") if key in about}
-            encoder, known = ProfileEncoder(self.encoder_path, **settings), about.get("fingerprint")
-            what = f"the sentence encoder {encoder.folder}"
-            if encoder.dim != self.config.profile_dim:
-                raise ModelError(f"{what} has width {encoder.dim}; the adapters take {self.config.profile_dim}")
-            if known and encoder.fingerprint != known:
-                raise ModelError(f"{what} is not the one these adapters were trained with (its fingerprint differs)")
-            self._encoder = encoder
-        return self._encoder
-
     def _one_per_row(self, rows: int, profiles: Sequence[Profile] | None, embeddings: Tensor | None) -> Tensor | None:
         if profiles is not None:
             if embeddings is not None:
@@ -250,15 +285,11 @@ class CumaForCausalLM(CumaModel):
             kwargs: of transformers; ``push_to_hub`` and ``state_dict`` are refused, the others decide nothing here.
 
         Raises:
-            ModelError: the model was loaded from a run, or something is asked for that is not done here.
+            ModelError: something is asked for that is not done here.
         """
         if refused := [name for name in ("push_to_hub", "state_dict") if kwargs.get(name)]:
             raise ModelError(
                 f"save_pretrained takes no {refused[0]} here: it writes an exported folder, which can be uploaded as it is"
-            )
-        if self.folder is None:
-            raise ModelError(
-                "this model was loaded from a run, not from an exported folder; write it with launchers/export.py --format hf"
             )
         target = Path(save_directory).expanduser()
         if not target.exists() or not target.samefile(self.folder):
@@ -267,7 +298,7 @@ class CumaForCausalLM(CumaModel):
             name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in self.adapter_state().items()
         }
         save_file(state, target / ADAPTER_WEIGHTS, {"format": "pt"})
-        profiles = {**self.export["profiles"], "encoder": self.encoder_path}
+        profiles = {**self.export["profiles"], "encoder": self.embed_profiles.encoder_path}
         export = {**self.export, "profiles": profiles, "sha256": file_sha256(target / ADAPTER_WEIGHTS)}
         (target / ADAPTER_CONFIG).write_text(json.dumps(export, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -305,7 +336,7 @@ def unknown_fields(profile: Profile, known: Sequence[str]) -> list[str]:
     return messages
 
 
-def read_export(folder: Path) -> dict[str, Any]:
+def read_export(folder: Path) -> Export:
     """``adapter_config.json`` of an exported folder.
 
     Raises:
@@ -330,7 +361,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     return export
 
 
-def settings_sha256(export: Mapping[str, Any]) -> str:
+def settings_sha256(export: Export) -> str:
     """Hash of what decides the answers of an export beside its weights; places of base model and encoder are left out."""
     profiles = {key: value for key, value in export["profiles"].items() if key != "encoder"}
     return content_sha256([export["adapters"], profiles, export.get("prompt")])
@@ -360,7 +391,7 @@ def _moved(path: str, export: Path) -> str:
     return str(beside) if Path(path).is_absolute() and not Path(path).exists() and beside.is_dir() else path
 
 
-def _read_weights(folder: Path, export: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_weights(folder: Path, export: Export) -> dict[str, Tensor]:
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{folder} is incomplete: {ADAPTER_WEIGHTS} is missing")
@@ -390,9 +421,3 @@ def _check_base(path: str, config: Any, facts: Mapping[str, Any]) -> None:
         raise ModelError(
             f"{change} than the base model these adapters were trained on; name the right one (base_model=, --base)"
         )
-
-
-def base_fact(config: Any, name: str) -> Any:
-    """One of :data:`BASE_FACTS` from a transformers configuration (of its text part, for models with several)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config if name == "model_type" else text, name, None)

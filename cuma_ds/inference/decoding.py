@@ -10,13 +10,8 @@ from transformers import GenerationConfig
 
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CumaError
-from cuma_ds.export.modeling import base_fact
+from cuma_ds.identity import base_fact
 
-# How tokens become text. Some tokenizer folders ask for "cleaned up" spaces.
-# They would change whole answers and not streamed ones.
-AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-# Logits divided by less than this overflow float32. What would be drawn there is the most probable token.
-COLDEST = 1e-5
 _PROBE = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Qx7"})
 _LENGTHS = ("max_length", "max_new_tokens")
 # Entries of generation_config.json that our own options replace, or that do not change which token is chosen.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
 
-from cuma_ds.evaluation.decoding import AS_WRITTEN
+# How tokens become text. Some tokenizer folders ask for "cleaned up" spaces.
+# They would change whole answers and not streamed ones.
+AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 class TextStream:
@@ -21,7 +23,7 @@ class TextStream:
         stopped: whether a stop string was written.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
@@ -37,7 +39,7 @@ class TextStream:
 
     def finish(self) -> str:
         """What was still waiting."""
-        whole = self._tokenizer.decode(self._ids, **AS_WRITTEN)
+        whole = str(self._tokenizer.decode(self._ids, **AS_WRITTEN))
         if whole.startswith(self._decoded):  # bytes of a character that never became whole
             self._decoded = whole
         return self._release(final=True)

@@ -1,0 +1,230 @@
+"""A model ready to be asked, opened from a run, an exported folder, a PEFT adapter or a bare model folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cuma_ds.adapters import CumaModel, inject_adapters
+from cuma_ds.config import ModelSection, RunConfig, make_config
+from cuma_ds.data.prepared import PreparedData
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.errors import CheckpointError, ConfigError, ModelError
+from cuma_ds.files import first_line, full_path
+from cuma_ds.identity import base_fact
+from cuma_ds.inference.decoding import settle_generation
+from cuma_ds.inference.forward import pad_id_of
+from cuma_ds.inference.generate import Decoder
+from cuma_ds.inference.modeling import ProfileFacts, ProfileReader, load_exported
+from cuma_ds.inference.ranks import ALONE, Ranks
+from cuma_ds.inference.running import ModelForward, measured_batch
+from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
+from cuma_ds.profiles import ProfileTable
+from cuma_ds.runs import Run, TrainedRun
+
+# Where a model does not say how far it can look back.
+_LONGEST = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model with its tokenizer, and how it is asked.
+
+    Attributes:
+        name: of the run or the folder.
+        checkpoint: which state of it.
+        model: in eval mode; called like a backbone, and a :class:`CumaModel` where it has adapters of this package.
+        renderer: of its tokenizer, with the prompts it was trained with.
+        config: how it was trained, or what is known of that.
+        reader: makes raw embeddings of profiles; None for a model that takes none.
+        untrained: makes the model its own backbone for a while; None for a model that has nothing added.
+        ranks: that hold the model together.
+    """
+
+    name: str
+    checkpoint: str
+    model: nn.Module
+    renderer: Renderer
+    config: RunConfig
+    reader: ProfileReader | None = None
+    untrained: Callable[[], AbstractContextManager[None]] | None = None
+    ranks: Ranks = ALONE
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model that transformers made, or PEFT's wrapper of it, which answers for it."""
+        return cast("PreTrainedModel", self.model.base_model if isinstance(self.model, CumaModel) else self.model)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer together that the model can look back over."""
+        return int(base_fact(self.backbone.config, "max_position_embeddings") or _LONGEST)
+
+    @property
+    def embedded_tokens(self) -> int:
+        """Number of tokens that the model has an embedding for."""
+        weight = cast("Tensor", self.backbone.get_input_embeddings().weight)
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed's shape of a sharded parameter
+
+    def decoder(self, most: int) -> Decoder:
+        """What continues prompts of this model, at most ``most`` at once."""
+        end_ids, pad_id = settle_generation(self.model, self.renderer), pad_id_of(self.renderer.tokenizer)
+        batch, most = measured_batch(ModelForward(self.model, self.ranks.announce), pad_id, most)
+        return Decoder(batch, most, end_ids)
+
+
+def open_run(folder: str | Path, step: int | None = None, overrides: Sequence[str] = ()) -> Opened:
+    """One checkpoint of a run.
+
+    Args:
+        folder: a run folder as training leaves it.
+        step: which checkpoint; the newest complete one by default.
+        overrides: ``section.key=value`` on top of the run's recipe.
+
+    Raises:
+        CumaError: the folder, its checkpoint, data or model cannot be used; says which and why.
+    """
+    run = Run.open(folder)
+    config = run.config(overrides)
+    return open_trained(config, run.trained(config, step))
+
+
+def open_trained(config: RunConfig, trained: TrainedRun) -> Opened:
+    """One checkpoint of a run that was read already."""
+    model = load_trained(config, trained.adapters, trained.table)
+    width = model.config.profile_dim
+    return Opened(
+        name=config.run.name,
+        checkpoint=trained.checkpoint.name,
+        model=model,
+        renderer=Renderer.of(load_tokenizer(config.model), config.data),
+        config=config,
+        reader=ProfileReader(profile_facts(config, trained.data, trained.table), width) if width else None,
+        untrained=model.adapters_disabled,
+    )
+
+
+def open_export(
+    folder: str | Path,
+    base: str | None = None,
+    encoder: str | None = None,
+    overrides: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> Opened:
+    """A folder made by ``launchers/export.py --format hf``.
+
+    Args:
+        folder: the export.
+        base, encoder: its base model and sentence encoder, if they have moved.
+        overrides: of the sections ``data`` and ``evaluation``.
+        trust_remote_code: allow code that comes with the base model.
+    """
+    model = load_exported(folder, base_model=base, encoder=encoder, trust_remote_code=trust_remote_code)
+    export, reader = model.export, model.embed_profiles
+    # What an export does not say about prompts is as it was in release 0.1.0.
+    prompt = {"prompt_style": "metadata", "max_length": _LONGEST} | {
+        key: one for key, one in export["prompt"].items() if one is not None
+    }
+    adapters = {key: value for key, value in export["adapters"].items() if key != "profile_dim"}
+    profiles = {"encoder": reader.encoder_path or "", "template": export["profiles"]["template"]}
+    place = str(base or export["base_model_name_or_path"])
+    values = {"model": {"path": place}, "data": prompt, "adapters": adapters, "profiles": profiles}
+    config = make_config(values, list(overrides))
+    tokenizer = load_tokenizer(ModelSection(path=str(folder), trust_remote_code=trust_remote_code))
+    return Opened(
+        name=Path(folder).name,
+        checkpoint="export",
+        model=model,
+        renderer=Renderer.of(tokenizer, config.data),
+        config=config,
+        reader=reader if model.config.profile_dim else None,
+        untrained=model.adapters_disabled,
+    )
+
+
+def open_peft(folder: str | Path, base: str | None = None, overrides: Sequence[str] = ()) -> Opened:
+    """An adapter in the format of the ``peft`` library, e.g. one profile exported as plain LoRA.
+
+    Args:
+        folder: the adapter.
+        base: its base model, if it has moved.
+        overrides: as in :func:`open_export`.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ConfigError("--adapter needs the package peft, which is not installed; pip install peft") from None
+
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        place = base or about["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{folder} is no PEFT adapter: adapter_config.json is missing or names no base model"
+        ) from None
+    if str(about.get("peft_type")).upper() == "CUMA":
+        raise CheckpointError(f"{folder} is an export of cuma-ds, not a PEFT adapter; evaluate it with --export")
+    bare = open_model(place, overrides)
+    try:
+        model = PeftModel.from_pretrained(bare.model, str(folder)).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"the adapter {folder} does not load on {place}: {first_line(error)}") from None
+    return dataclasses.replace(
+        bare, name=folder.name, checkpoint="adapter", model=model, untrained=model.disable_adapter
+    )
+
+
+def open_model(path: str, overrides: Sequence[str] = ()) -> Opened:
+    """A causal language model as it is.
+
+    Args:
+        path: a folder or a hub id.
+        overrides: as in :func:`open_export`.
+    """
+    # A method without profiles: no encoder is asked for.
+    config = make_config({"model": {"path": str(path)}, "adapters": {"method": "lora"}}, list(overrides))
+    renderer = Renderer.of(load_tokenizer(config.model), config.data)
+    model = load_backbone(config.model)
+    return Opened(name=Path(path).name, checkpoint="as it is", model=model, renderer=renderer, config=config)
+
+
+def load_trained(config: RunConfig, adapters: dict[str, Tensor], table: ProfileTable | None) -> CumaModel:
+    """The backbone with trained adapters, in eval mode.
+
+    Args:
+        config: the recipe.
+        adapters: as :func:`cuma_ds.parallel.stored.read_adapters` returns them.
+        table: embedded profiles; None for methods without profiles.
+    """
+    width = table.embeddings.shape[1] if table is not None else 0
+    model = inject_adapters(load_backbone(config.model), config.adapters.model_copy(update={"profile_dim": width}))
+    model.load_adapter_state(adapters)
+    return model.eval()
+
+
+def profile_facts(config: RunConfig, data: PreparedData, table: ProfileTable | None) -> ProfileFacts:
+    """How a run makes embeddings of profiles."""
+    facts: ProfileFacts = {"encoder": None, "template": config.profiles.template, "fields": []}
+    if table is not None:
+        fields = dict.fromkeys(name for profile in data.profiles for name in profile["fields"])
+        facts |= {
+            "encoder": full_path(str(config.profiles.encoder)),
+            "fingerprint": table.fingerprint,
+            "fields": list(fields),
+        }
+    return facts

@@ -1,0 +1,53 @@
+"""The ranks that ask one model together, each with its own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this rank among them.
+
+    Attributes:
+        rank: of this process.
+        world: number of ranks.
+        device: of this rank's tensors.
+        announce: called before each forward with the number of its real tokens, see :class:`ModelForward`.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device | None = None
+    announce: Callable[[Tensor], None] | None = None
+
+    def all_done(self, done: bool) -> bool:
+        """Whether every rank says that it is done."""
+        if self.world == 1:
+            return done
+        flag = torch.tensor(int(done), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's share: items rank, rank + world, ..."""
+        return items[self.rank :: self.world]
+
+    def joined(self, own: Sequence[T]) -> list[T]:
+        """The shares of all ranks, put together in order."""
+        if self.world == 1:
+            return list(own)
+        shares: list[list[T]] = [[]] * self.world
+        dist.all_gather_object(shares, list(own))
+        return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
+
+
+ALONE = Ranks()
