@@ -32,7 +32,7 @@ from cuma_ds.inference.sampling import Sampler, Sampling, next_tokens  # noqa: E
 from cuma_ds.inference.talk import Talker  # noqa: E402
 from cuma_ds.parallel.backbone import load_backbone  # noqa: E402
 from cuma_ds.profiles import ProfileTable  # noqa: E402
-from cuma_ds.training.loop import model_inputs  # noqa: E402
+from cuma_ds.training.inputs import model_inputs  # noqa: E402
 from cuma_ds.training.objectives.sft import sft_loss  # noqa: E402
 
 CPU = torch.device("cpu")
