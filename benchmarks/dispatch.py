@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 4 benchmarks/dispatch.py --ep 2 4
 
-All variants of a case take turns within one run, so that a drifting machine hurts them alike. A round's time is that of the slowest
-rank; medians are printed, and ratios to the fastest fixed kind of the case. Bytes are what one rank sends to others in one step.
+All variants of a case take turns within one run, so that a drifting machine hurts them alike. A round's time is that of
+the slowest rank. Medians are printed, and ratios to the fastest fixed kind of the case. Bytes are what one rank sends
+to others in one step.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from transformers import AutoConfig
 
 from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.experts import Experts
+from cuma_ds.adapters.mixture import Routes
 from cuma_ds.config import RunConfig
 from cuma_ds.ops import demographic_gate
-from cuma_ds.parallel.dispatch import DispatchKind, ExpertParallelDispatcher
+from cuma_ds.parallel.dispatch import DispatchKind, ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology, leave_processes, start_processes, with_expert_groups
@@ -51,18 +53,19 @@ def layer_steps(case: str, topology: Topology) -> dict[str, tuple[Step, ExpertPa
     layer.reset_parameters(torch.Generator().manual_seed(0))
     layer.keep(*topology.experts(experts))
     torch.manual_seed(topology.rank)
-    x_TD, frozen_TO = torch.randn(tokens, width, requires_grad=True), torch.zeros(tokens, width)
+    x_TD = torch.randn(tokens, width, requires_grad=True)
     gate = demographic_gate(
         torch.randn(tokens, experts), None, torch.zeros(tokens, dtype=torch.long), top_k, "topk_softmax"
     )
     assert topology.ep_group is not None
     steps: dict[str, tuple[Step, ExpertParallelDispatcher]] = {}
     for kind in KINDS:
-        dispatcher = ExpertParallelDispatcher(kind, topology.ep_group, top_k)
+        dispatcher = make_dispatcher(kind, ExpertGroup(topology.ep_group), top_k)
 
         def step(dispatcher: ExpertParallelDispatcher = dispatcher) -> None:
             dispatcher.agree_on_tokens(torch.tensor(float(tokens)))
-            layer(x_TD, gate, dispatcher, None, None, frozen_TO).sum().backward()
+            sent = dispatcher.dispatch(x_TD, Routes(gate.weight_TK, gate.expert_TK), layer)
+            dispatcher.combine(layer(*sent.arrive()), sent).sum().backward()
 
         steps[kind] = (step, dispatcher)
     return steps
@@ -100,9 +103,12 @@ def dispatch_turns(step: Step, engine: AdapterEngine) -> tuple[dict[str, Step], 
     """The step by kind of dispatch, and a count of the bytes each sends."""
     dispatcher, sent = engine.dispatcher, Counter[str]()
     assert dispatcher is not None
+    dispatchers = {kind: make_dispatcher(kind, dispatcher.ranks, engine.model.config.top_k) for kind in KINDS}
 
     def run(kind: DispatchKind) -> None:
-        dispatcher.kind = kind
+        engine.dispatcher = dispatchers[kind]
+        for _, layer in engine.model.adapted_layers():
+            layer.dispatcher = dispatchers[kind]
         step()
         sent[kind] += sum(dispatcher.take_bytes_sent().values())
 
@@ -110,7 +116,7 @@ def dispatch_turns(step: Step, engine: AdapterEngine) -> tuple[dict[str, Step], 
 
 
 def with_linear(step: Step, engine: AdapterEngine, plain: Callable[..., torch.Tensor]) -> Step:
-    """The step with the linear it would have in a run of its own: DeepSpeed replaces it for good once anything is sharded."""
+    """The step with the ``F.linear`` of a run of its own. DeepSpeed replaces it for good once anything is sharded."""
     linear = F.linear if engine.sharded else plain
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""One rank that trains a small backbone while every collective is counted; prints that and what the planner predicts."""
+"""One rank that trains a small backbone while every collective is counted; prints the counts and the planner's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 import torch
 from counting import sent
 
+from cuma_ds.adapters.experts import Dispatched, Experts
+from cuma_ds.adapters.mixture import Routes
 from cuma_ds.config import load_config
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
@@ -45,11 +47,16 @@ def count(path: str, work: Work) -> dict:
 
     step()  # ZeRO learns the order of the modules in its first step
     sent.clear()
+    chosen_LE: list[list[int]] = []  # tokens that each adapted linear sends to each expert, forward by forward
     if engine.dispatcher is not None:
         engine.dispatcher.take_bytes_sent()
-    chosen_LE: list[list[int]] = []  # tokens that each adapted linear sends to each expert, forward by forward
-    for _, layer in engine.model.adapted_layers():
-        layer.experts.register_forward_pre_hook(lambda _, inputs: chosen_LE.append(inputs[1].load_E.long().tolist()))
+        dispatch = engine.dispatcher.dispatch
+
+        def counting(x_TI: torch.Tensor, routes: Routes, experts: Experts) -> Dispatched:
+            chosen_LE.append(routes.expert_TK.flatten().bincount(minlength=experts.num_experts).tolist())
+            return dispatch(x_TI, routes, experts)
+
+        engine.dispatcher.dispatch = counting  # type: ignore[method-assign]
     step()
     planner = Planner(config, read_model_config(config.model.path), WIDTH)
     return {

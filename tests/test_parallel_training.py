@@ -68,12 +68,13 @@ def placements(world: int) -> dict[str, dict]:
     if world == 2:
         for special in ("zero2_sharded_offload_optimizer", "zero2_sharded_offload_backbone", "zero2_sharded_overlap"):
             cases[special] = {"deepspeed_config": special, "ep_size": 2}
-        cases["beside"] = {
-            "deepspeed_config": "zero2_sharded_backbone",
-            "ep_size": 2,
-            "dispatch": "all_to_all",
-            "overlap_dispatch": True,
-        }
+        for dispatch in ("all_to_all", "gather_experts"):
+            cases[f"beside-{dispatch}"] = {
+                "deepspeed_config": "zero2_sharded_backbone",
+                "ep_size": 2,
+                "dispatch": dispatch,
+                "overlap_dispatch": True,
+            }
     for stage in ("zero2", "zero2_sharded_backbone", "zero1", "zero1_sharded_backbone")[: 3 if world == 4 else 4]:
         for ep_size in (size for size in (1, 2, 4) if world % size == 0):
             for dispatch in ("all_to_all", "gather_experts", "auto") if ep_size > 1 else ("auto",):

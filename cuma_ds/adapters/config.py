@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 GateNorm = Literal["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
 Method = Literal["cuma", "mixlora", "hydralora", "lora"]
 
 # What each method fixes; a recipe that asks for something else under the same name is refused.
-_METHOD_FIXES: dict[str, dict[str, Any]] = {
+_METHOD_FIXES: dict[str, dict[str, object]] = {
     "cuma": {},
     "mixlora": {"shared_a": False},
     "hydralora": {"shared_a": True},
@@ -46,28 +47,30 @@ class CumaConfig(BaseModel):
     router_bias: bool | None = Field(None, description="bias in the router's linears; by default only in the MLP")
     gate_norm: GateNorm = Field(
         "topk_softmax",
-        description="topk_softmax (paper) | softmax (all experts) | softmax_topk (not renormalised) | softmax_topk_softmax",
+        description="topk_softmax (paper) | softmax (all experts) | softmax_topk (not renormalised) | "
+        "softmax_topk_softmax",
     )
     shared_a: bool = Field(False, description="one A for all experts of a linear (HydraLoRA style)")
     share_router: bool = Field(True, description="one router for q,k,v of a layer and one for gate,up")
     balance_weight: float = Field(0.01, ge=0, description="lambda of the load-balance loss; 0 switches it off")
     balance_probability: Literal["softmax", "gate"] = Field(
         "softmax",
-        description="p_i of the load-balance loss: softmax, over all experts, so that unused ones are revived | gate, after the "
-        "top-k (the authors' code and release 0.1.0), whose gradient vanishes for unused experts",
+        description="p_i of the load-balance loss: softmax, over all experts, so that unused ones are revived | gate, "
+        "after the top-k (the authors' code and release 0.1.0), whose gradient vanishes for unused experts",
     )
     balance_scope: Literal["run", "micro_batch"] = Field(
         "run",
         description="f_i of the load-balance loss: run, a running share over whole optimizer steps, the same for any "
-        "micro_batch_size and number of ranks | micro_batch, the shares of each forward (the authors' code and release 0.1.0)",
+        "micro_batch_size and number of ranks | micro_batch, the shares of each forward (the authors' code and "
+        "release 0.1.0)",
     )
     balance_decay: float = Field(
         0.5, ge=0, lt=1, description="with balance_scope: run, weight of the shares before this step"
     )
     gradient_mask: Literal["none", "dominant", "groups"] = Field(
         "none",
-        description="which experts learn from whom: none, all that answer (paper) | dominant, only a profile's main expert | "
-        "groups, those that gradient_groups names",
+        description="which experts learn from whom: none, all that answer (paper) | dominant, only a profile's main "
+        "expert | groups, those that gradient_groups names",
     )
     gradient_groups: dict[str, dict[str, tuple[int, ...]]] | None = Field(
         None,
@@ -81,13 +84,13 @@ class CumaConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_method(cls, values: Any) -> Any:
+    def _apply_method(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
         method = values.get("method", "cuma")
         fixes = _METHOD_FIXES.get(method, {}) if isinstance(method, str) else {}
         for key, fixed in fixes.items():
-            if key in values and _typed(cls.model_fields[key].annotation, values[key]) != fixed:
+            if key in values and _typed(cls.model_fields[key], values[key]) != fixed:
                 raise ValueError(f"method {method!r} means {key}: {fixed}, but {key}: {values[key]} was asked for")
         return {**values, **fixes}
 
@@ -131,9 +134,9 @@ class CumaConfig(BaseModel):
         return self.method == "cuma"
 
 
-def _typed(annotation: Any, value: Any) -> Any:
+def _typed(field: FieldInfo, value: object) -> object:
     """A value as the field reads it, e.g. the text "false" of a recipe as False; as it is where the field cannot."""
     try:
-        return TypeAdapter(annotation).validate_python(value)
+        return TypeAdapter(field.rebuild_annotation()).validate_python(value)
     except ValidationError:
         return value

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.adapters.layer import AdaptedLinear
 from cuma_ds.adapters.router import Router
 from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.rendering import Renderer
@@ -92,7 +91,7 @@ def write_lora(
         nominal = [row["scale"] == "nominal" for row in chosen(split)] if data.kind == "choice" else None
         found = []
         for sentence, embedding in zip(sentences or [""], embeddings, strict=True):
-            exact = all(fixed_gate(router) for router in _routers(model))
+            exact = all(fixed_gate(router) for router in model.context.routers)
             gate_RE = (
                 constant_gates(model, embedding)
                 if exact
@@ -136,10 +135,10 @@ def constant_gates(model: CumaModel, embedding_P: Tensor | None) -> Tensor:
         else ((embedding_P.to(model.profile_mean) - model.profile_mean) * model.profile_scale)[None]
     )
     gates = []
-    for router in _routers(model):
+    for router in model.context.routers:
         nothing_TD = torch.zeros_like(router.weight_h[:1])
         profile_T = torch.zeros(1, dtype=torch.long, device=nothing_TD.device)
-        hidden_TE, profile_NE, _ = router.logits(nothing_TD, profiles_NP, profile_T)
+        hidden_TE, profile_NE = router.logits(nothing_TD, profiles_NP, profile_T)
         gate = demographic_gate(hidden_TE, profile_NE, profile_T, model.config.top_k, model.config.gate_norm)
         gates.append(dense_gate(gate.weight_TK, gate.expert_TK, model.config.num_experts)[0].cpu())
     return torch.stack(gates) if gates else torch.zeros(0, 1)
@@ -155,9 +154,9 @@ def fold(model: CumaModel, gate_RE: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     order_RK = gate_RE.abs().argsort(dim=1, descending=True, stable=True)[:, :count]
     factors = {}
     for name, layer in model.adapted_layers():
-        (router,) = layer._router_ref
-        gate_E = torch.ones(1) if router is None else gate_RE[router.index].float()
-        kept_K = torch.zeros(1, dtype=torch.long) if router is None else order_RK[router.index]
+        index = layer.router_index
+        gate_E = torch.ones(1) if index is None else gate_RE[index].float()
+        kept_K = torch.zeros(1, dtype=torch.long) if index is None else order_RK[index]
         a = layer.experts.lora_a.detach().float().cpu()
         b = layer.experts.lora_b.detach().float().cpu() * gate_E[:, None, None]
         if model.config.shared_a:
@@ -281,14 +280,6 @@ class _Measure:
         embeddings = None if embedding_P is None else embedding_P[None]
         device = next(model.parameters()).device
         return forward_batches(model, examples, embeddings, self.batch_size, self.pad_id, device=device, record=record)
-
-
-def _routers(model: CumaModel) -> list[Router]:
-    return [
-        layer.router
-        for _, layer in model.adapted_layers()
-        if layer.owns_router and isinstance(layer, AdaptedLinear) and layer.router
-    ]
 
 
 def _embed(sentences: Sequence[str], table: ProfileTable, encoder: str) -> Tensor:

@@ -1,14 +1,13 @@
-"""The compiled operators as torch sees them: loaded, with shapes for tracing and gradients.
+"""Loads the compiled operators and tells torch their result shapes (for tracing) and their gradients.
 
-Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K assignments, W features; J narrow and I wide
-ones.
+Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K pairs, W features.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +20,20 @@ reason = ""
 # CUDA architectures they were built for.
 architectures: tuple[str, ...] = ()
 BUILD = "python setup.py build_ext --inplace"
+
+
+class _Context(Protocol):
+    """What torch gives to the gradient functions below."""
+
+    saved_tensors: tuple[Tensor, ...]
+    norm: object
+    scale: object
+
+    def save_for_backward(self, *tensors: object) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 def _load() -> str:
@@ -49,7 +62,7 @@ def _load() -> str:
 
 
 def supports(dtype: torch.dtype, device: str) -> bool:
-    """Whether the compiled operators take such tensors: float32, bfloat16 or float16 on the CPU, or on CUDA if built for it."""
+    """Whether the compiled operators take such tensors: 16 or 32 bits, on the CPU, or on CUDA if built for it."""
     if reason or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return device in ("cpu", "meta") or (device == "cuda" and bool(architectures))
@@ -74,27 +87,18 @@ def _register() -> None:
         )
 
     @torch.library.register_fake("cuma_ds::gate_backward")
-    def gate_backward_shapes(
-        hidden: Tensor,
-        profile: Tensor | None,
-        index: Tensor,
-        weight: Tensor,
-        expert: Tensor,
-        d_weight: Tensor | None,
-        d_weight_sum: Tensor | None,
-        norm: int,
-    ) -> tuple[Tensor, ...]:
+    def gate_backward_shapes(hidden: Tensor, profile: Tensor | None, *_: object) -> tuple[Tensor, ...]:
         profiles = 0 if profile is None else profile.shape[0]
         return torch.empty_like(hidden), hidden.new_empty(profiles, hidden.shape[1], dtype=torch.float32)
 
-    def gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def gate_context(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
         hidden, profile, index, _, ctx.norm = inputs
         weight, expert, load, _, entropy, invalid = output
         ctx.mark_non_differentiable(expert, load, entropy, invalid)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, profile, index, weight, expert)
 
-    def gate_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def gate_gradient(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_weight, d_weight_sum = grads[0], grads[3]
         hidden, profile, index, weight, expert = ctx.saved_tensors
         if d_weight is None and d_weight_sum is None:
@@ -112,28 +116,16 @@ def _register() -> None:
 
     @torch.library.register_fake("cuma_ds::gate_scale_backward")
     def scale_backward_shapes(
-        d_out: Tensor,
-        z: Tensor,
-        weight: Tensor,
-        expert: Tensor,
-        scale: float,
-        mask: Tensor | None,
-        profile_index: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        masked = (0,) if mask is None else z.shape
-        return (
-            z.new_empty(z.shape),
-            torch.empty_like(weight),
-            z.new_empty(masked),
-            z.new_empty((0,) if mask is None else d_out.shape),
-        )
+        d_out: Tensor, z: Tensor, weight: Tensor, expert: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return z.new_empty(z.shape), torch.empty_like(weight)
 
-    def scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def scale_context(ctx: _Context, inputs: tuple[object, ...], output: Tensor) -> None:
         z, weight, expert, _, ctx.scale = inputs
         ctx.save_for_backward(z, weight, expert)
 
-    def scale_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-        d_z, d_weight, _, _ = ops.gate_scale_backward(d_out, *ctx.saved_tensors, ctx.scale, None, None)
+    def scale_gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        d_z, d_weight = ops.gate_scale_backward(d_out, *ctx.saved_tensors, ctx.scale)
         return d_z, d_weight, None, None, None
 
     torch.library.register_autograd("cuma_ds::gate_scale", scale_gradient, setup_context=scale_context)
@@ -154,29 +146,15 @@ def _register() -> None:
     def products_shape(d: Tensor, y: Tensor, position: Tensor) -> Tensor:
         return d.new_empty(position.shape, dtype=torch.float32)
 
-    @torch.library.register_fake("cuma_ds::grouped_shrink")
-    def shrink_shape(x: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor) -> Tensor:
-        return x.new_empty(order.shape[0], weight.shape[1])
-
-    @torch.library.register_fake("cuma_ds::grouped_expand")
-    def expand_shape(
-        z: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor, onto: Tensor | None
-    ) -> Tensor:
-        return z.new_empty(position.shape[0], weight.shape[2])
-
-    @torch.library.register_fake("cuma_ds::grouped_outer")
-    def outer_shape(z: Tensor, x: Tensor, order: Tensor, position: Tensor, end: Tensor) -> Tensor:
-        return z.new_empty(end.shape[0], z.shape[1], x.shape[1])
-
-    def permute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def permute_context(ctx: _Context, inputs: tuple[object, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
-    def gather_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    def gather_gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, order, position, weight = ctx.saved_tensors
         d_weight = None if weight is None else ops.permute_products(x, d_out, position)
         return ops.permute_scatter(d_out, order, position, weight), None, None, d_weight
 
-    def scatter_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    def scatter_gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
         y, order, position, weight = ctx.saved_tensors
         d_weight = None if weight is None else ops.permute_products(d_out, y, position)
         return ops.permute_gather(d_out, order, position, weight), None, None, d_weight

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.adapters.experts import LocalDispatcher
 from cuma_ds.config import RunConfig
 from cuma_ds.methods.model import Trained
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, load_sharded, stage3_config
-from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
+from cuma_ds.parallel.dispatch import ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.topology import Topology
 
@@ -82,15 +81,12 @@ class AdapterEngine:
             adapters = self.model.config
             active = adapters.num_experts if adapters.gate_norm == "softmax" else adapters.top_k
             forwards = 2 if config.model.gradient_checkpointing else 1
-            dispatcher = ExpertParallelDispatcher(config.parallel.dispatch, topology.ep_group, active, forwards)
-            if config.parallel.overlap_dispatch:
-                dispatcher.stream = torch.get_device_module(topology.device).Stream()
+            ranks = ExpertGroup(topology.ep_group, config.parallel.overlap_dispatch)
+            dispatcher = make_dispatcher(config.parallel.dispatch, ranks, active, forwards)
         for _, layer in self.model.adapted_layers():
             if dispatcher is not None:
                 layer.experts.keep(*topology.experts(layer.experts.num_experts))
                 layer.dispatcher = dispatcher
-            elif self.stage == 3:
-                layer.dispatcher = LocalDispatcher(stacked=False)
             if expert_parallel:
                 for parameter in layer.experts.sharded_parameters().values():
                     compat.mark_expert(parameter, topology.ep_size)
@@ -173,7 +169,7 @@ class _TrainedPart(nn.Module):
         self._model = (model,)  # a tuple keeps the backbone out of this module's parameters
         for index, (_, layer) in enumerate(model.adapted_layers()):
             setattr(self, f"experts_{index}", layer.experts)
-            if layer.owns_router:
+            if layer.router is not None:
                 setattr(self, f"router_{index}", layer.router)
         self.mark = compat.ExpertMark(model.config.num_experts, ep_size)
 
