@@ -39,7 +39,8 @@ def main() -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from cuma_ds.evaluation.run import evaluate
+    from cuma_ds.evaluation.report.tables import terminal_tables
+    from cuma_ds.evaluation.run import evaluate, written_files
     from cuma_ds.runs import Run
 
     quiet_transformers()
@@ -56,10 +57,11 @@ def main() -> None:
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        report = evaluate(_open(arguments), arguments.out or Run(arguments.run).report_folder, progress, extras)
-    for table in report.tables():
+        folder = Path(arguments.out) if arguments.out else Run(arguments.run).report_folder
+        report = evaluate(_open(arguments), folder, progress, extras)
+    for table in terminal_tables(report):
         console.print(table)
-    for file in report.files:
+    for file in written_files(folder, report):
         console.print(str(file), highlight=False, soft_wrap=True)
 
 
