@@ -142,7 +142,9 @@ def test_a_mistake_in_one_of_several_files_is_named_with_its_own_place(tmp_path,
 
 def test_recipes_that_come_with_the_package_go_by_their_names(tmp_path):
     by_name = load_config(["quickstart"], ["training.steps=30"])
-    assert by_name == load_config(Path(__file__).parents[1] / "launchers/recipes/quickstart.yaml", ["training.steps=30"])
+    assert by_name == load_config(
+        Path(__file__).parents[1] / "launchers/recipes/quickstart.yaml", ["training.steps=30"]
+    )
     with pytest.raises(ConfigError, match=r"cannot read the recipe quickstrat: .*quickstart.*; recipes that come with"):
         load_config("quickstrat")
 
