@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from _cli import (
     add_model_arguments,
     check_model_arguments,
     check_text,
+    joined_ranks,
     load_talker,
     read_profile,
     run_main,
@@ -21,6 +22,7 @@ from cuma_ds.errors import ConfigError, CumaError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cuma_ds.inference.modeling import Profile
     from cuma_ds.inference.talk import Talker
 
 _EXAMPLES = """\
@@ -59,13 +61,19 @@ def main() -> None:
     if arguments.compare and len(profiles) < 2:
         raise ConfigError("--compare needs at least two --profile")
 
-    from rich.console import Console
-
     from cuma_ds.inference.sampling import Sampling
 
-    console = Console(highlight=False)
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    talker = load_talker(arguments, sampling)
+    with joined_ranks(arguments.run) as topology:
+        if topology is not None and arguments.prompt is None:
+            raise ConfigError("a chat is for one process; with several ranks give --prompt")
+        _answer(arguments, load_talker(arguments, sampling, topology), profiles)
+
+
+def _answer(arguments: argparse.Namespace, talker: Talker, profiles: Sequence[Profile]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
     if arguments.prompt is None:
         _chat(talker, profiles, console)
     elif arguments.compare:
@@ -80,13 +88,15 @@ def main() -> None:
                 _stream(talker, [{"role": "user", "content": arguments.prompt}], who)
 
 
-def _stream(talker: Talker, messages: Sequence[dict[str, str]], who: Sequence[Any]) -> str:
+def _stream(talker: Talker, messages: Sequence[dict[str, str]], who: Sequence[Profile]) -> str:
     answer = talker.answers(messages, who, write=lambda text: print(text, end="", flush=True))[0]
     print(flush=True)
     return answer
 
 
-def _compare(talker: Talker, profiles: Sequence[Any], prompt: str, options: Sequence[str], console: Console) -> None:
+def _compare(
+    talker: Talker, profiles: Sequence[Profile], prompt: str, options: Sequence[str], console: Console
+) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -123,8 +133,8 @@ def _bar(share: float, width: int) -> str:
     return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).rstrip().ljust(width)
 
 
-def _chat(talker: Talker, given: Sequence[Any], console: Console) -> None:
-    who = list(given[:1])
+def _chat(talker: Talker, given: Sequence[Profile], console: Console) -> None:
+    who: list[Profile] = list(given[:1])
     messages: list[dict[str, str]] = []
     console.print("Type a message; /help lists the commands.")
     if talker.takes_profiles and not who:
@@ -163,7 +173,7 @@ def _chat(talker: Talker, given: Sequence[Any], console: Console) -> None:
             console.print(f"error: {error}", markup=False, soft_wrap=True)
 
 
-def _switch(talker: Talker, text: str, given: Sequence[Any]) -> Any:
+def _switch(talker: Talker, text: str, given: Sequence[Profile]) -> Profile:
     if not text:
         raise ConfigError("/profile needs fields, a sentence, or the number of a --profile")
     if text.isdigit():
@@ -195,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, metavar="P", help="sample from this share of the probability"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from cuma_ds.data.batch import EncodedExample
 from cuma_ds.inference.forward import ForwardOptions, RoutingTally, asked_as, forward_batches
@@ -45,7 +45,7 @@ class ChoicePredictions:
 
 
 def predict_choices(
-    model: Any,
+    model: nn.Module,
     examples: Sequence[EncodedExample],
     embeddings_NP: Tensor | None,
     batch_size: int,

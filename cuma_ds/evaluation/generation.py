@@ -151,11 +151,11 @@ def answers(
     for place, prompt in enumerate(prompts):
         own = replace(sampling, seed=mixed_seed(sampling.seed, place))
         completions.append(Completion(prompt, own, None if profiles_MP is None else profiles_MP[place]))
-    decoder, ranks = subject.decoder(subject.config.evaluation.batch_size), subject.ranks
-    share = ranks.share(completions)
-    generate(decoder, share, ranks.all_done, progress)
+    decoder, peers = subject.decoder(subject.config.evaluation.batch_size), subject.peers
+    share = peers.share(completions)
+    generate(decoder, share, peers.all_done, progress)
     decode = subject.renderer.tokenizer.decode
-    return ranks.joined([decode(completion.tokens, **AS_WRITTEN).strip() for completion in share])
+    return peers.joined([decode(completion.tokens, **AS_WRITTEN).strip() for completion in share])
 
 
 def diversity(texts: Sequence[str]) -> dict[str, float | None]:

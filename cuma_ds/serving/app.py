@@ -8,7 +8,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -67,11 +66,11 @@ def make_app(
         return JSONResponse({"status": status, "running": running, "waiting": waiting}, 200 if scheduler.alive else 503)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         return {"object": "list", "data": [desk.model_card()]}
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
+    async def model(model: str) -> dict[str, object]:
         desk.check_model(model)
         return desk.model_card()
 
@@ -90,7 +89,7 @@ class Desk:
         self.max_tokens, self.max_length = max_tokens, max_length
         self._created = int(time.time())
 
-    def model_card(self) -> dict[str, Any]:
+    def model_card(self) -> dict[str, object]:
         """The model as ``/v1/models`` shows it."""
         card = {"id": self.name, "object": "model", "created": self._created, "owned_by": "cuma-ds"}
         return card | {"max_model_len": self.max_length, "takes_profiles": self.talker.takes_profiles}
@@ -193,9 +192,9 @@ class Desk:
     async def _stream(
         self, identity: str, job: Job, pieces: asyncio.Queue[Piece], include_usage: bool, warnings: list[str]
     ) -> AsyncIterator[str]:
-        more: dict[str, Any] = {"usage": None} if include_usage else {}
+        more: dict[str, object] = {"usage": None} if include_usage else {}
         first = more | ({"warnings": warnings} if warnings else {})
-        yield _event(chunk(identity, self.name, {"role": "assistant", "content": ""}, **first))
+        yield _event(chunk(identity, self.name, {"role": "assistant", "content": ""}, more=first))
         while True:
             piece = await pieces.get()
             if piece.error is not None:
@@ -204,12 +203,12 @@ class Desk:
                 )
                 return
             if piece.text:
-                yield _event(chunk(identity, self.name, {"content": piece.text}, **more))
+                yield _event(chunk(identity, self.name, {"content": piece.text}, more=more))
             if piece.finish:
                 break
-        yield _event(chunk(identity, self.name, {}, piece.finish, **more))
+        yield _event(chunk(identity, self.name, {}, piece.finish, more))
         if include_usage:
-            yield _event(chunk(identity, self.name, None, usage=usage(len(job.prompt), len(job.tokens))))
+            yield _event(chunk(identity, self.name, None, more={"usage": usage(len(job.prompt), len(job.tokens))}))
         yield "data: [DONE]\n\n"
 
 
@@ -233,7 +232,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _event(content: dict[str, Any]) -> str:
+def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Peers:
     """The place of this rank among them.
 
     Attributes:
@@ -50,4 +50,4 @@ class Ranks:
         return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
 
 
-ALONE = Ranks()
+ALONE = Peers()
