@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 4 benchmarks/dispatch.py --ep 2 4
 
-All variants of a case take turns within one run, so that a drifting machine hurts them alike. A round's time is that of the slowest
-rank; medians are printed, and ratios to the fastest fixed kind of the case. Bytes are what one rank sends to others in one step.
+All variants of a case take turns within one run, so that a drifting machine hurts them alike. A round's time is that of
+the slowest rank. Medians are printed, and ratios to the fastest fixed kind of the case. Bytes are what one rank sends
+to others in one step.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ from transformers import AutoConfig
 
 from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.experts import Experts
+from cuma_ds.adapters.mixture import Routes
 from cuma_ds.config import RunConfig
+from cuma_ds.data.batch import EncodedExample, collate
+from cuma_ds.methods.cuma import CumaMethod
 from cuma_ds.ops import demographic_gate
-from cuma_ds.parallel.dispatch import DispatchKind, ExpertParallelDispatcher
+from cuma_ds.parallel.deepspeed_compat import is_partitioned
+from cuma_ds.parallel.dispatch import DispatchKind, ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology, leave_processes, start_processes, with_expert_groups
+from cuma_ds.profiles import ProfileTable
 
 KINDS: tuple[DispatchKind, ...] = ("all_to_all", "gather_experts", "auto")
 # name: tokens per rank, features in and out, experts, active, rank, shared A
@@ -51,18 +57,19 @@ def layer_steps(case: str, topology: Topology) -> dict[str, tuple[Step, ExpertPa
     layer.reset_parameters(torch.Generator().manual_seed(0))
     layer.keep(*topology.experts(experts))
     torch.manual_seed(topology.rank)
-    x_TD, frozen_TO = torch.randn(tokens, width, requires_grad=True), torch.zeros(tokens, width)
+    x_TD = torch.randn(tokens, width, requires_grad=True)
     gate = demographic_gate(
         torch.randn(tokens, experts), None, torch.zeros(tokens, dtype=torch.long), top_k, "topk_softmax"
     )
     assert topology.ep_group is not None
     steps: dict[str, tuple[Step, ExpertParallelDispatcher]] = {}
     for kind in KINDS:
-        dispatcher = ExpertParallelDispatcher(kind, topology.ep_group, top_k)
+        dispatcher = make_dispatcher(kind, ExpertGroup(topology.ep_group), top_k)
 
         def step(dispatcher: ExpertParallelDispatcher = dispatcher) -> None:
             dispatcher.agree_on_tokens(torch.tensor(float(tokens)))
-            layer(x_TD, gate, dispatcher, None, None, frozen_TO).sum().backward()
+            sent = dispatcher.dispatch(x_TD, Routes(gate.weight_TK, gate.expert_TK), layer)
+            dispatcher.combine(layer(*sent.arrive()), sent).sum().backward()
 
         steps[kind] = (step, dispatcher)
     return steps
@@ -78,18 +85,19 @@ def model_step(arguments: argparse.Namespace, topology: Topology, deepspeed_conf
         }
     )
     settings = read_deepspeed_config(config, 1, 1, topology.world)
-    engine = AdapterEngine(
-        config, config.adapters.model_copy(update={"profile_dim": 8}), settings, topology, torch.optim.AdamW
-    )
+    config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": 8})})
+    engine = AdapterEngine(config, settings, topology, torch.optim.AdamW)
     torch.manual_seed(topology.rank)
-    engine.model.set_profile_standardisation(torch.randn(9, 8), 3.0)
+    engine.model.prepare(torch.randn(9, 8), None)
     vocabulary = AutoConfig.from_pretrained(arguments.model).vocab_size
-    ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), device=topology.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1}
-    profiles = torch.randn(arguments.batch, 8, device=topology.device)
+    ids_BS, last = torch.randint(0, vocabulary, (arguments.batch, arguments.length)).tolist(), [arguments.length - 1]
+    examples = [EncodedExample(ids, last, [0], [1.0], row) for row, ids in enumerate(ids_BS)]
+    batch = collate(examples, 0).to(topology.device)
+    table = ProfileTable([""] * arguments.batch, torch.randn(arguments.batch, 8))
 
     def step() -> None:
-        out = engine.forward(**inputs, profile_embeddings=profiles)
+        out = engine.forward(batch, table)
+        assert out.balance_loss is not None
         engine.backward(out.logits.float().logsumexp(-1).mean() + 0.01 * out.balance_loss)
         engine.step(1e-4)
 
@@ -98,11 +106,15 @@ def model_step(arguments: argparse.Namespace, topology: Topology, deepspeed_conf
 
 def dispatch_turns(step: Step, engine: AdapterEngine) -> tuple[dict[str, Step], Counter[str]]:
     """The step by kind of dispatch, and a count of the bytes each sends."""
-    dispatcher, sent = engine.dispatcher, Counter[str]()
+    dispatcher, model, sent = engine.dispatcher, engine.model, Counter[str]()
     assert dispatcher is not None
+    assert isinstance(model, CumaMethod)
+    dispatchers = {kind: make_dispatcher(kind, dispatcher.ranks, model.cuma.config.top_k) for kind in KINDS}
 
     def run(kind: DispatchKind) -> None:
-        dispatcher.kind = kind
+        engine.dispatcher = dispatchers[kind]
+        for _, layer in model.cuma.adapted_layers():
+            layer.dispatcher = dispatchers[kind]
         step()
         sent[kind] += sum(dispatcher.take_bytes_sent().values())
 
@@ -110,8 +122,8 @@ def dispatch_turns(step: Step, engine: AdapterEngine) -> tuple[dict[str, Step], 
 
 
 def with_linear(step: Step, engine: AdapterEngine, plain: Callable[..., torch.Tensor]) -> Step:
-    """The step with the linear it would have in a run of its own: DeepSpeed replaces it for good once anything is sharded."""
-    linear = F.linear if engine.sharded else plain
+    """The step with the ``F.linear`` of a run of its own. DeepSpeed replaces it for good once anything is sharded."""
+    linear = F.linear if any(map(is_partitioned, engine.model.backbone.parameters())) else plain
 
     def run() -> None:
         F.linear, before = linear, F.linear

@@ -1,4 +1,4 @@
-"""The demographic gate: the compiled operator against the same in PyTorch operations, written as one would without it."""
+"""The demographic gate: the compiled operator against the same in PyTorch operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate scale with per-expert gradient mask: the compiled operator against broadcasting and against a loop over experts."""
+"""The gate scale: the compiled operator against broadcasting and against a loop over experts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from measure import parser, report, size_of, with_backward
 from torch import Tensor
 
-from cuma_ds.ops import dense_gate, gate_scale, gate_scale_backward, reference
+from cuma_ds.ops import dense_gate, gate_scale
 
 
 def main() -> None:
-    """Measure and print three tables."""
+    """Measure and print two tables."""
     arguments_parser = parser(__doc__)
     arguments_parser.add_argument("--tokens", type=int, default=8192, help="T")
     arguments_parser.add_argument("--experts", type=int, default=8, help="E")
@@ -25,7 +25,6 @@ def main() -> None:
     )
     expert_TK = torch.rand(tokens, experts, device=device).argsort(dim=1)[:, :top_k].int()
     weight_TK = torch.rand(tokens, top_k, device=device, requires_grad=True)
-    mask_NE, index_T = torch.rand(16, experts, device=device), torch.arange(tokens, device=device) % 16
 
     def ours() -> Tensor:
         return gate_scale(z_TER, weight_TK, expert_TK, experts, 2.0)
@@ -51,12 +50,6 @@ def main() -> None:
     leaves = [z_TER, weight_TK]
     both = {name: with_backward(call, leaves, d_TER) for name, call in variants.items()}
     report(f"{title}, forward + backward", both, 2 * size_of(z_TER) + 3 * chosen, arguments)
-    inputs = (d_TER, z_TER.detach(), weight_TK.detach(), expert_TK, 2.0, mask_NE, index_T)
-    masked = {
-        "cuma-ds": lambda: gate_scale_backward(*inputs),
-        "broadcasting": lambda: reference.gate_scale_backward(*inputs),
-    }
-    report(f"{title}, backward with a gradient mask", masked, 3 * size_of(z_TER) + 2 * chosen, arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One adapted linear: the time the mixture adds to the frozen product, against other ways to compute the same.
 
-Reported is the median difference to the frozen product, which runs right before each variant: a machine that drifts hurts both.
-``--fit`` instead times the dense and the grouped strategy over many sizes and prints the constant of the cost rule in
-cuma_ds/adapters/mixture.py.
+Reported is the median difference to the frozen product, which runs right before each variant, so that a drifting
+machine hurts both. ``--fit`` instead times the dense and the grouped strategy over many sizes and prints the constant
+of the cost rule in cuma_ds/adapters/mixture.py.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.adapters.mixture import Strategy, cheaper_strategy, mixture
-from cuma_ds.ops import grouped_way, library
+from cuma_ds.adapters.mixture import MixtureSizes, Routes, Strategy, cheaper_strategy, mixture
+from cuma_ds.ops import library
 
 PROFILE = 384
 
@@ -45,7 +45,7 @@ class OneLinear(nn.Module):
 
 
 class NaiveLayer(nn.Module):
-    """What a research script does: routes on the concatenation of token and profile, then loops over K choices and E experts."""
+    """What a research script does: a router on the concatenation of token and profile, and a K x E loop over experts."""
 
     def __init__(self, base: nn.Linear, config: CumaConfig) -> None:
         super().__init__()
@@ -96,9 +96,13 @@ def compare(
     torch.manual_seed(0)
     width, device, batch = arguments.width, arguments.device, 8
     config = CumaConfig(
-        num_experts=arguments.experts, top_k=arguments.top_k, lora_r=rank, router=arguments.router, target_modules=("q_proj",),
+        num_experts=arguments.experts,
+        top_k=arguments.top_k,
+        lora_r=rank,
+        router=arguments.router,
+        target_modules=("q_proj",),
         profile_dim=PROFILE,
-    )  # fmt: skip
+    )
     base = OneLinear(width, dtype, device)
     x = torch.randn(batch, arguments.tokens // batch, width, dtype=dtype, device=device, requires_grad=backward)
     profiles = torch.randn(batch, PROFILE, device=device)
@@ -152,9 +156,11 @@ def tables(arguments: argparse.Namespace) -> None:
         seconds, frozen = compare(arguments, rank, getattr(torch, dtype), backward)
         base = statistics.median(itertools.chain(*frozen.values()))
         where = f"{arguments.device}, {arguments.threads} threads" if arguments.device == "cpu" else arguments.device
+        passes = "forward + backward" if backward else "forward"
+        sizes = f"d {arguments.width}, T {arguments.tokens}, E {arguments.experts}, K {arguments.top_k}"
         table = Table(
-            title=f"added to a frozen linear ({base * 1e3:.1f} ms): {'forward + backward' if backward else 'forward'}, r {rank}, {dtype}, "
-            f"d {arguments.width}, T {arguments.tokens}, E {arguments.experts}, K {arguments.top_k}, {arguments.router} router, {where}"
+            title=f"added to a frozen linear ({base * 1e3:.1f} ms): {passes}, r {rank}, {dtype}, {sizes}, "
+            f"{arguments.router} router, {where}"
         )
         for heading in ("variant", "added ms", "naive / this", "this / PEFT LoRA"):
             table.add_column(heading, justify="left" if heading == "variant" else "right")
@@ -172,7 +178,6 @@ def fit(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     measured = []
     dtype, device = getattr(torch, arguments.dtypes[0]), torch.device(arguments.device).type
-    constant = "compiled" if grouped_way(dtype, device) == "compiled" else device
     for width, tokens, (experts, top_k), rank in itertools.product(
         (576, 2048), (256, 1024), ((4, 1), (4, 2), (8, 2), (8, 4), (8, 6), (16, 2), (64, 4)), (4, 16, 64)
     ):
@@ -183,30 +188,30 @@ def fit(arguments: argparse.Namespace) -> None:
         weight_TK = torch.rand(tokens, top_k, device=arguments.device, requires_grad=True)
         d_out = torch.randn(tokens, width, dtype=dtype, device=arguments.device)
 
-        def run(strategy: Strategy, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], d_out: Tensor) -> None:
+        def run(strategy: Strategy, inputs: tuple[Tensor, Routes, Tensor, Tensor], d_out: Tensor) -> None:
             mixture(*inputs, strategy=strategy).backward(d_out)
 
-        inputs = (x_TD, weight_TK, expert_TK, lora_a, lora_b)
+        inputs = (x_TD, Routes(weight_TK, expert_TK), lora_a, lora_b)
         variants = {name: partial(run, name, inputs, d_out) for name in get_args(Strategy)}
         times = {
             name: statistics.median(seconds)
             for name, seconds in turns(variants, arguments.rounds, arguments.device).items()
         }
-        measured.append((experts, top_k, rank, width, times))
+        measured.append((MixtureSizes(experts, top_k, rank, width, width), times))
         dense, grouped = (times[name] * 1e3 for name in ("dense", "grouped"))
         print(f"E {experts} K {top_k} r {rank} d {width} T {tokens}: dense {dense:.2f} ms, grouped {grouped:.2f} ms")
 
     def lost(moved: float) -> float:
         """Mean ratio of the chosen strategy's time to the better one's."""
         ratios = []
-        for experts, top_k, rank, width, times in measured:
-            with mock.patch.dict("cuma_ds.adapters.mixture.MOVED_COLUMNS", {constant: moved}):
-                chosen = times[cheaper_strategy(experts, top_k, rank, width, width, dtype, device)]
+        for sizes, times in measured:
+            with mock.patch.dict("cuma_ds.adapters.mixture.MOVED_COLUMNS", {device: moved}):
+                chosen = times[cheaper_strategy(sizes, dtype, device)]
             ratios.append(chosen / min(times.values()))
         return statistics.mean(ratios)
 
     best = min((2 ** (step / 2) for step in range(0, 20)), key=lost)
-    print(f"MOVED_COLUMNS[{constant!r}] = {best:.0f}: {lost(best):.3f} of the best choice's time on average")
+    print(f"MOVED_COLUMNS[{device!r}] = {best:.0f}: {lost(best):.3f} of the best choice's time on average")
     print(f"always dense {lost(math.inf):.3f}, always grouped {lost(-1e9):.3f}")
 
 

@@ -1,4 +1,4 @@
-"""What the operator benchmarks share: variants that take turns, medians, one table, and a measured copy to hold bandwidth against."""
+"""What the operator benchmarks share: variants that take turns, medians, one table, and the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def turns(variants: Mapping[str, Run], rounds: int, device: str) -> dict[str, li
 
 
 def report(title: str, variants: Mapping[str, Run], moved: int, arguments: argparse.Namespace) -> None:
-    """Time the variants, the first being ours, and print medians and ratios; on CUDA also the bandwidth reached against a copy.
+    """Time the variants (the first is ours) and print medians and ratios, on CUDA also bandwidth against that of a copy.
 
     Args:
         title: above the table.
@@ -84,7 +84,10 @@ def _cpu_seconds(run: Run) -> float:
 
 
 def _cuda_seconds(run: Run) -> float:
-    """Time on the GPU: it starts late, so that launches are queued by then, unless the call itself waits for the GPU."""
+    """Seconds on the GPU.
+
+    It starts late, so that launches are queued by then, unless the call itself waits for the GPU.
+    """
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(4_000_000)  # clock cycles, about 2 ms

@@ -1,4 +1,4 @@
-"""The expert permutation, tokens sorted by expert and summed back: the compiled operators against PyTorch indexing and a loop."""
+"""The expert permutation and its way back: the compiled operators against PyTorch indexing and a loop."""
 
 from __future__ import annotations
 

@@ -18,40 +18,24 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.adapters.experts import Experts
-from cuma_ds.adapters.mixture import GradientMask
-from cuma_ds.ops import GateOutput
+from cuma_ds.adapters.experts import Experts, ExpertWeights
+from cuma_ds.adapters.mixture import Routes
 
 
-class NaiveDispatcher:
-    """What a research script does: for each of the K choices and each expert, the tokens that chose it, one small product at a time."""
+class NaiveExperts(Experts):
+    """What a research script does: one small product for each of the K choices and each expert."""
 
-    def first_rows(self, x_TD: Tensor, experts: Experts, top_k: int) -> Tensor | None:
-        """See ``cuma_ds.adapters.experts.Dispatcher``."""
-        return None
-
-    def begin(self, x_TD: Tensor) -> None:
-        """See ``cuma_ds.adapters.experts.Dispatcher``."""
-
-    def mix(
-        self,
-        x_TD: Tensor,
-        gate: GateOutput,
-        experts: Experts,
-        mask: GradientMask | None,
-        z_TC: Tensor | None,
-        frozen_TO: Tensor,
-    ) -> Tensor:
-        """See ``cuma_ds.adapters.experts.Dispatcher``."""
-        out_TO = x_TD.new_zeros(x_TD.shape[0], experts.lora_b.shape[1])
-        for k in range(gate.expert_TK.shape[1]):
-            for expert in range(experts.num_experts):
-                mask_T = gate.expert_TK[:, k] == expert
-                if mask_T.any():
-                    z = x_TD[mask_T] @ experts.lora_a[expert].to(x_TD.dtype).T
-                    y = z @ experts.lora_b[expert].to(x_TD.dtype).T
-                    out_TO[mask_T] = out_TO[mask_T] + gate.weight_TK[mask_T, k, None].to(x_TD.dtype) * y
-        return frozen_TO + experts.scaling * out_TO
+    def forward(self, x_MI: Tensor, routes: Routes, weights: ExpertWeights | None = None) -> Tensor:
+        """See ``cuma_ds.adapters.experts.Experts``."""
+        out_MO = x_MI.new_zeros(x_MI.shape[0], self.lora_b.shape[1])
+        for k in range(routes.expert_TK.shape[1]):
+            for expert in range(self.num_experts):
+                mask_M = routes.expert_TK[:, k] == expert
+                if mask_M.any():
+                    z = x_MI[mask_M] @ self.lora_a[expert].to(x_MI.dtype).T
+                    y = z @ self.lora_b[expert].to(x_MI.dtype).T
+                    out_MO[mask_M] = out_MO[mask_M] + routes.weight_TK[mask_M, k, None].to(x_MI.dtype) * y
+        return self.scaling * out_MO
 
 
 def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaModel:
@@ -62,7 +46,7 @@ def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaMo
     adapted.set_profile_standardisation(torch.randn(64, 384), 3.0)
     if naive:
         for _, layer in adapted.adapted_layers():
-            layer.dispatcher = NaiveDispatcher()
+            layer.experts.__class__ = NaiveExperts
     return adapted
 
 

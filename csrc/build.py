@@ -1,4 +1,4 @@
-"""How the operators are built: one C++ file against torch's stable ABI, and the CUDA kernels where nvcc is at hand."""
+"""How the operators are built: the C++ files against torch's stable ABI, and the CUDA kernels where nvcc is at hand."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ CPU_FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trap
 
 
 def cpu_flags() -> list[str]:
-    """Compiler flags of the CPU kernels; on x86 they need AVX2, FMA and F16C, which is checked before they are loaded."""
+    """Compiler flags of the CPU kernels. On x86 they need AVX2, FMA and F16C, which library.py checks before it loads them."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return CPU_FLAGS + (["-mavx2", "-mfma", "-mf16c"] if x86 else [])
 
 
 def find_torch() -> Path | None:
-    """The folder of the environment's torch, also from within pip's isolated build; None if it is missing or older than 2.11."""
+    """The folder of the environment's torch, also from within pip's isolated build;
+
+    None if it is missing or older than 2.11.
+    """
     spec = importlib.util.find_spec("torch")
     places = (
         list(spec.submodule_search_locations or ()) if spec else [str(Path(sysconfig.get_path("purelib")) / "torch")]
@@ -42,7 +45,7 @@ def find_torch() -> Path | None:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, of the toolkit's usual folders (versioned ones first), then of PATH (which may be a wrapper)."""
+    """nvcc of CUDA_HOME, of the toolkit's usual folders (versioned first), then of PATH, where it may be a wrapper."""
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     versioned = sorted(
         Path("/usr/local").glob("cuda-[0-9]*"), key=lambda p: [int(x) for x in re.findall(r"\d+", p.name)], reverse=True
@@ -75,7 +78,7 @@ def operators() -> Extension:
     ]
     return Extension(
         "cuma_ds.ops._C",
-        sources=["csrc/ops.cpp"],
+        sources=[str(path.relative_to(CSRC.parent)) for path in sorted(CSRC.glob("*.cpp"))],
         depends=[
             str(path.relative_to(CSRC.parent))
             for path in sorted(CSRC.rglob("*"))

@@ -54,7 +54,7 @@ def main() -> None:
         if config is not None:
             check_ep_size(topology, config.parallel.ep_size)
     assert config is not None
-    from cuma_ds.training.loop import train
+    from cuma_ds.training.run import train
 
     with peers_must_answer(topology, config.parallel.timeout_seconds):
         train(config, with_expert_groups(topology, config.parallel.ep_size))

@@ -27,7 +27,7 @@ import uvicorn  # noqa: F401
 import cuma_ds.evaluation.run
 import cuma_ds.export.lora
 import cuma_ds.serving.app
-import cuma_ds.training.loop  # noqa: F401
+import cuma_ds.training.run  # noqa: F401
 
 
 def child(request: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""One rank that trains a small backbone while every collective is counted; prints that and what the planner predicts."""
+"""One rank that trains a small backbone while every collective is counted; prints the counts and the planner's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import sys
 
 import torch
 from counting import sent
+from random_batch import random_batch
 
+from cuma_ds.adapters.experts import Dispatched, Experts
+from cuma_ds.adapters.mixture import Routes
 from cuma_ds.config import load_config
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
@@ -27,29 +30,28 @@ def count(path: str, work: Work) -> dict:
     config = load_config(path)
     placed = with_expert_groups(topology, config.parallel.ep_size)
     settings = read_deepspeed_config(config, work.sequences, work.accumulation, placed.world)
-    adapters = config.adapters.model_copy(update={"profile_dim": WIDTH})
-    engine = AdapterEngine(config, adapters, settings, placed, lambda groups: make_optimizer(groups, config.training))
-    generator = torch.Generator().manual_seed(placed.rank)
+    sized = config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": WIDTH})})
+    engine = AdapterEngine(sized, settings, placed, lambda groups: make_optimizer(groups, config.training))
+    torch.manual_seed(placed.rank)
 
     def step() -> None:
         for _ in range(work.accumulation):
-            ids_BS = torch.randint(6, 100, (work.sequences, work.length), generator=generator)
-            out = engine.forward(
-                input_ids=ids_BS,
-                attention_mask=torch.ones_like(ids_BS),
-                logits_to_keep=work.kept,
-                profile_embeddings=torch.randn(work.sequences, WIDTH, generator=generator),
-            )
-            engine.backward(out.logits.logsumexp(-1).mean() + getattr(out, "balance_loss", 0.0))
+            out = engine.forward(*random_batch(work.sequences, work.length, work.kept, WIDTH))
+            engine.backward(out.logits.logsumexp(-1).mean() + (0.0 if out.balance_loss is None else out.balance_loss))
             engine.step(1e-3)
 
     step()  # ZeRO learns the order of the modules in its first step
     sent.clear()
+    chosen_LE: list[list[int]] = []  # tokens that each adapted linear sends to each expert, forward by forward
     if engine.dispatcher is not None:
         engine.dispatcher.take_bytes_sent()
-    chosen_LE: list[list[int]] = []  # tokens that each adapted linear sends to each expert, forward by forward
-    for _, layer in engine.model.adapted_layers():
-        layer.experts.register_forward_pre_hook(lambda _, inputs: chosen_LE.append(inputs[1].load_E.long().tolist()))
+        dispatch = engine.dispatcher.dispatch
+
+        def counting(x_TI: torch.Tensor, routes: Routes, experts: Experts) -> Dispatched:
+            chosen_LE.append(routes.expert_TK.flatten().bincount(minlength=experts.num_experts).tolist())
+            return dispatch(x_TI, routes, experts)
+
+        engine.dispatcher.dispatch = counting  # type: ignore[method-assign]
     step()
     planner = Planner(config, read_model_config(config.model.path), WIDTH)
     return {

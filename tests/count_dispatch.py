@@ -11,8 +11,8 @@ from counting import sent
 
 from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.experts import Experts
-from cuma_ds.ops import GateOutput
-from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
+from cuma_ds.adapters.mixture import Routes
+from cuma_ds.parallel.dispatch import ExpertGroup, make_dispatcher
 
 cases = json.loads(sys.argv[1])
 dist.init_process_group("gloo")
@@ -26,27 +26,22 @@ for case in cases:
     tokens, top_k = case["tokens"], case["top_k"]
     # Balanced routing: the pairs walk around the experts.
     pairs = torch.arange(tokens * top_k).view(tokens, top_k) % config.num_experts
-    nothing = torch.zeros(())
     counted = {}
     for kind in ("all_to_all", "gather_experts", "auto"):
         experts = Experts(config, case["in_features"], case["out_features"])
         experts.reset_parameters(torch.Generator().manual_seed(0))
         experts.keep(rank * config.num_experts // world, config.num_experts // world)
-        dispatcher = ExpertParallelDispatcher(kind, dist.group.WORLD, top_k)
+        dispatcher = make_dispatcher(kind, ExpertGroup(dist.group.WORLD), top_k)
         dispatcher.agree_on_tokens(torch.tensor(tokens))
         x_TD = torch.randn(tokens, case["in_features"], dtype=dtype, requires_grad=True)
         weight_TK = torch.full(pairs.shape, 1 / top_k, requires_grad=True)
-        gate = GateOutput(weight_TK, pairs.int(), nothing, nothing, nothing, nothing)
         sent.clear()
-        frozen_TO = x_TD.new_zeros(tokens, case["out_features"])
-        experts(x_TD, gate, dispatcher, None, None, frozen_TO).float().square().sum().backward()
+        on_its_way = dispatcher.dispatch(x_TD, Routes(weight_TK, pairs.int()), experts)
+        out_TO = dispatcher.combine(experts(*on_its_way.arrive()), on_its_way)
+        out_TO.float().square().sum().backward()
         counted[kind] = {name: count for name, count in sent.items() if count}
-        assert sum(dispatcher.bytes_sent.values()) == sum(counted[kind].values()), (
-            case,
-            kind,
-            dispatcher.bytes_sent,
-            counted[kind],
-        )
+        told = {name: count for name, count in dispatcher.take_bytes_sent().items() if count}
+        assert told == counted[kind], (case, kind, told, counted[kind])
     results.append(counted)
 print(f"counted {rank} " + json.dumps(results), flush=True)
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Compile every CUDA kernel for every architecture, warnings as errors, and print what each uses; a spill is an error too.
+"""Compile every CUDA kernel for every architecture and print what each uses. Warnings and spills are errors.
 
 ``make test-cuda-compile`` runs this where nvcc is; no GPU is needed.
 """
@@ -18,7 +18,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 _USED = re.compile(
-    r"Compiling entry function '(?P<name>\S+)' for 'sm_\d+'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"Compiling entry function '(?P<name>\S+)' for 'sm_\d+'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )

@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/ compiled for the host by g++ and held against plain PyTorch; see emulator/emulator.h for what that covers.
+"""The CUDA kernels of csrc/, compiled for the host by g++ and compared with plain PyTorch (emulator/emulator.h).
 
 ``python tests/emulation.py LIBRARY [START]`` runs the comparisons (those whose names begin so) on a library built here.
 """
@@ -40,7 +40,10 @@ def translate(source: str) -> str:
 
 
 def build(folder: Path, flags: Sequence[str] = (), change: tuple[str, str, str] | None = None) -> Path:
-    """The library in `folder`, from the objects that are there and new ones; `change` = (kernel file, its text, other text)."""
+    """Build the library in `folder`; objects that are there are kept.
+
+    `change` = (kernel file, its text, other text).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     compiler = [
         "g++",
@@ -133,14 +136,14 @@ def same(name: str, one: Tensor, other: Tensor) -> None:
 
 
 # T, E, K, N: one of all; odd sizes; tokens in several chunks; each number of lanes a token and experts a lane
-GATES = [(1, 1, 1, 1), (7, 5, 3, 2), (130, 8, 2, 3), (9, 13, 4, 2), (9, 16, 5, 2), (5, 33, 8, 9), (5, 20, 20, 2), (21, 30, 8, 2),
-         (5, 60, 9, 2), (4, 100, 2, 1), (4, 100, 20, 1), (3, 130, 3, 2), (2, 257, 2, 2), (3, 512, 8, 3)]  # fmt: skip
+GATES = [(1, 1, 1, 1), (7, 5, 3, 2), (130, 8, 2, 3), (9, 13, 4, 2), (9, 16, 5, 2), (5, 33, 8, 9), (5, 20, 20, 2),
+         (21, 30, 8, 2), (5, 60, 9, 2), (4, 100, 2, 1), (4, 100, 20, 1), (3, 130, 3, 2), (2, 257, 2, 2), (3, 512, 8, 3)]  # fmt: skip
 
 
 def compare_gate(
     emulator: Emulator, shape: tuple[int, int, int, int], norm: str, profiles: bool, dtype: torch.dtype
 ) -> None:
-    """Forward and backward, with ties, padding, and where there are enough tokens one that is not finite and one index out of range."""
+    """Forward and backward, with ties and padding; with enough tokens also a NaN and an index out of range."""
     tokens, experts, top_k, rows = shape
     top_k = experts if norm == "softmax" else top_k
     generator = torch.Generator().manual_seed(tokens + experts)
@@ -210,7 +213,7 @@ SCALES = [(1, 1, 1, 1), (9, 8, 2, 8), (31, 5, 5, 3), (3, 70, 8, 4), (40, 8, 2, 6
 def compare_scale(
     emulator: Emulator, shape: tuple[int, int, int, int], shared: bool, aligned: bool, dtype: torch.dtype
 ) -> None:
-    """Forward and backward, with and without a mask; `aligned` or one element past where 16 bytes can be read at once."""
+    """Forward and backward; `aligned`, or one element past where 16 bytes can be read at once."""
     tokens, experts, top_k, rank = shape
     generator = torch.Generator().manual_seed(tokens + experts)
     rows = 1 if shared else experts
@@ -223,7 +226,6 @@ def compare_scale(
     weight = torch.rand(tokens, top_k, generator=generator)
     expert = torch.rand(tokens, experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
     expert[torch.rand(tokens, generator=generator) < 0.2] = -1
-    mask, index = torch.rand(3, experts, generator=generator), torch.randint(-1, 3, (tokens,), generator=generator)
     exact = (z.double(), weight.double(), expert)
 
     def forward() -> list[Tensor]:
@@ -233,22 +235,17 @@ def compare_scale(
 
     if rank:
         close("scaled", emulator.in_both_orders(forward)[0], reference.gate_scale(*exact, experts, 1.5), dtype)
-    for masks in ((None, None), (mask, index)):
 
-        def backward(masks: tuple[Tensor | None, Tensor | None] = masks) -> list[Tensor]:
-            outs = [unwritten(*z.shape, dtype=dtype), unwritten(tokens, top_k)]
-            if masks[0] is not None:
-                outs += [unwritten(*z.shape, dtype=dtype), unwritten(tokens, experts, rank, dtype=dtype)]
-            sizes = (tokens, 3, experts, top_k, rank, shared, 1.5)
-            emulator(
-                "gate_scale_backward", dtype, d_out, z, weight, expert, *masks, *sizes, *outs, *[None] * (4 - len(outs))
-            )
-            return outs
+    def backward() -> list[Tensor]:
+        outs = [unwritten(*z.shape, dtype=dtype), unwritten(tokens, top_k)]
+        sizes = (tokens, experts, top_k, rank, shared, 1.5)
+        emulator("gate_scale_backward", dtype, d_out, z, weight, expert, *sizes, *outs)
+        return outs
 
-        ours = emulator.in_both_orders(backward)
-        theirs = reference.gate_scale_backward(d_out.double(), *exact, 1.5, *masks)
-        for name, one, other in zip(("d_z", "d_weight", "masked d_z", "masked out"), ours, theirs, strict=False):
-            close(name, one, other, dtype)
+    leaves = [exact[0].requires_grad_(), exact[1].requires_grad_()]
+    theirs = torch.autograd.grad(reference.gate_scale(*leaves, expert, experts, 1.5), leaves, d_out.double())
+    for name, one, other in zip(("d_z", "d_weight"), emulator.in_both_orders(backward), theirs, strict=True):
+        close(name, one, other, dtype)
 
 
 # T, K, E, W
@@ -305,7 +302,10 @@ def compare_permutation(
 
 
 def comparisons(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Emulator], None]]]:
-    """All of them with their names; for the 16-bit types, which differ in how elements are read and written alone, fewer shapes."""
+    """All comparisons by name.
+
+    The 16-bit types differ in how elements are read and written, so fewer shapes are enough.
+    """
     shapes = slice(None) if dtype == torch.float32 else slice(1, 3)
     for shape in GATES[shapes]:
         for norm in GATE_NORMS:

@@ -30,9 +30,9 @@ from cuma_ds.inference.open import open_run  # noqa: E402
 from cuma_ds.inference.running import ModelForward, RunningBatch  # noqa: E402
 from cuma_ds.inference.sampling import Sampler, Sampling, next_tokens  # noqa: E402
 from cuma_ds.inference.talk import Talker  # noqa: E402
+from cuma_ds.methods.cuma import model_inputs  # noqa: E402
 from cuma_ds.parallel.backbone import load_backbone  # noqa: E402
 from cuma_ds.profiles import ProfileTable  # noqa: E402
-from cuma_ds.training.loop import model_inputs  # noqa: E402
 from cuma_ds.training.objectives.sft import sft_loss  # noqa: E402
 
 CPU = torch.device("cpu")

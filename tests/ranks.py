@@ -28,7 +28,7 @@ from units import force_units
 ROOT = Path(__file__).parents[1]
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["cuma_ds.training.loop", "cuma_ds.evaluation.run", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    ["cuma_ds.training.run", "cuma_ds.evaluation.run", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
 
 

@@ -44,11 +44,6 @@ def test_operators(name, sizes, peer, dtype, table) -> None:
 
 
 @pytest.mark.skipif(bool(library.reason), reason="compares the compiled operators with others")
-def test_grouped(table) -> None:
-    sizes = ["--tokens", "40", "--width", "24", "--ranks", "4"]
-    assert table("grouped", *sizes, *QUICK).count("expert after expert") == 3
-
-
 @pytest.mark.sixteen_bit
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layer(dtype, table) -> None:

@@ -115,7 +115,7 @@ for folder in sys.argv[2:]:
         results[folder + "/exact"] = exact(**inputs, profile_embeddings=embeddings).logits
         brain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
         for units in (False, True):  # mixed in float32, and in bfloat16 as on CPUs that multiply it
-            with mock.patch.multiple(torch.cpu, _is_amx_tile_supported=lambda: units, _is_avx512_bf16_supported=lambda: units):
+            with mock.patch('torch.cpu.get_capabilities', return_value={'avx512_bf16': units}):
                 results[folder + f"/bf16 {units}"] = brain(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
     results[folder + "/words"] = model.generate(
         **inputs, profile_embeddings=embeddings, max_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -163,8 +163,7 @@ def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(
             brain = inject_adapters(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16), config)
             brain.load_adapter_state(model.adapter_state())
             for units in (False, True):
-                for unit in ("amx_tile", "avx512_bf16"):
-                    monkeypatch.setattr(torch.cpu, f"_is_{unit}_supported", lambda there=units: there)
+                monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=units: {"avx512_bf16": there})
                 expected[f"{out}/bf16 {units}"] = brain.eval()(**BATCH, profile_embeddings=embeddings).logits.float()
     script = tmp_path / "script.py"
     script.write_text(FRESH)

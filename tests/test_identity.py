@@ -26,7 +26,7 @@ from cuma_ds.identity import model_fingerprint
 from cuma_ds.inference.open import open_run
 from cuma_ds.parallel.streaming import plan_streaming
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
-from cuma_ds.training.loop import prepare_run
+from cuma_ds.training.inputs import prepare_run
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from cuma_ds.learned_settings import learned_settings
 from cuma_ds.parallel.stored import check_checkpoint, find_checkpoint, read_state
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
-from cuma_ds.training.loop import prepare_run
+from cuma_ds.training.inputs import prepare_run
 
 pytestmark = pytest.mark.multirank
 SHARDED = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}

@@ -24,7 +24,7 @@ from cuma_ds.evaluation.run import Evaluator, evaluate_run
 from cuma_ds.evaluation.subject import run_subject
 from cuma_ds.learned_settings import learned_settings
 from cuma_ds.runs import Run
-from cuma_ds.training.loop import check_prompts
+from cuma_ds.training.inputs import check_prompts
 
 PEOPLE = 24
 

@@ -14,7 +14,8 @@ import yaml
 
 from cuma_ds.config import load_config
 from cuma_ds.errors import ModelError, TopologyError
-from cuma_ds.parallel.wire import ExpertShapes, all_to_all_bytes, balanced_pairs, gather_experts_bytes
+from cuma_ds.methods.model import ExpertShapes
+from cuma_ds.parallel.wire import Payload, all_to_all_bytes, balanced_pairs, gather_experts_bytes
 from cuma_ds.planning.cost import Hardware, Work
 from cuma_ds.planning.plan import Planner
 from cuma_ds.planning.skeleton import read_model_config
@@ -107,7 +108,7 @@ def exchanged(rank: int, ranks_said: list[dict], config) -> int:
         shape = ExpertShapes(experts, config.adapters.lora_r, in_features, out_features, config.adapters.shared_a)
         # The first layer's q and v read the frozen embeddings, which need no gradient.
         first = call % 6 < 2
-        total += all_to_all_bytes(shape, ep_size, 4, sent, received, input_gradient=not first)["all_to_all"]
+        total += all_to_all_bytes(shape, Payload(ep_size, 4), sent, received, input_gradient=not first)["all_to_all"]
     return total
 
 
@@ -136,10 +137,10 @@ def test_auto_sends_no_more_than_either_dispatch_and_both_are_predicted_exactly(
             shape = ExpertShapes(
                 case["experts"], case["rank"], case["in_features"], case["out_features"], case["shared_a"]
             )
-            width = getattr(torch, case["dtype"]).itemsize
+            payload = Payload(world, getattr(torch, case["dtype"]).itemsize)
             pairs = balanced_pairs(case["tokens"], case["top_k"], world)
-            assert counted["gather_experts"] == gather_experts_bytes(shape, world, width), case
-            assert counted["all_to_all"] == all_to_all_bytes(shape, world, width, pairs, pairs), case
+            assert counted["gather_experts"] == gather_experts_bytes(shape, payload), case
+            assert counted["all_to_all"] == all_to_all_bytes(shape, payload, pairs, pairs), case
             cheapest = min(("all_to_all", "gather_experts"), key=lambda kind: sum(counted[kind].values()))
             assert sum(counted["auto"].values()) == sum(counted[cheapest].values()), case
             chosen.add(cheapest)

@@ -40,7 +40,9 @@ def extension(tmp_path_factory) -> Path:
         *includes,
     ]
     done = subprocess.run(
-        [*command, str(ROOT / "csrc" / "ops.cpp"), "-o", str(out), *links], capture_output=True, text=True
+        [*command, *map(str, sorted((ROOT / "csrc").glob("*.cpp"))), "-o", str(out), *links],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out

@@ -34,7 +34,7 @@ def write_steps(
     folder: Path, steps: range, total: int, start: int = 0, config: TelemetrySection = QUIET, loss: float = 1.0
 ) -> None:
     with writer_in(folder, config, range(start, total)) as writer:
-        for step in steps:
+        for step in filter(writer.is_due, steps):
             writer.log(step, {"loss": loss / step, "lr": 0.1})
 
 
@@ -185,17 +185,22 @@ def test_on_a_terminal_there_is_a_bar_with_the_loss(tmp_path: Path) -> None:
     console = Console(file=text, width=120, force_terminal=True, color_system=None)
     with writer_in(tmp_path, config, range(4), console=console) as writer:
         for step in range(1, 5):
+            writer.advance(step)
             writer.log(step, {"loss": 0.125})
     assert "4/4" in text.getvalue()
     assert "loss 0.1250" in text.getvalue()
 
 
-def test_throughput_divides_by_the_time_since_the_last_step() -> None:
-    times = iter([10.0, 12.0, 12.5])
+def test_throughput_divides_by_the_time_since_the_last_row() -> None:
+    times = iter([10.0, 12.0, 13.0])
     throughput = Throughput(clock=lambda: next(times))
-    first, second = throughput.step(tokens=100, people=8), throughput.step(tokens=100, people=8)
+    throughput.add(tokens=100, people=8)
+    first = throughput.row()
+    throughput.add(tokens=100, people=8)
+    throughput.add(tokens=50, people=2)
+    second = throughput.row()
     assert (first["seconds"], first["tokens_per_second"], first["people_per_second"]) == (2.0, 50.0, 4.0)
-    assert (second["seconds"], second["tokens_per_second"], second["people_per_second"]) == (0.5, 200.0, 16.0)
+    assert (second["seconds"], second["tokens_per_second"], second["people_per_second"]) == (0.5, 150.0, 10.0)
 
 
 def test_memory_is_the_peak_and_has_no_gpu_entry_on_cpu() -> None:

@@ -7,7 +7,7 @@ import sys
 
 from cuma_ds.config import load_config
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
-from cuma_ds.training.loop import train
+from cuma_ds.training.run import train
 
 topology = start_processes(120)
 for recipe in json.loads(sys.argv[1]):

@@ -12,10 +12,13 @@ constexpr int kMaxExperts = 512;
 constexpr int kMaxTopK = 32;
 
 // Whether a token prefers expert `a` to expert `b`: larger logit first, ties to the lower index.
-CUMA_INLINE bool goes_first(float logit_a, int a, float logit_b, int b) { return logit_a > logit_b || (logit_a == logit_b && a < b); }
+CUMA_INLINE bool goes_first(float logit_a, int a, float logit_b, int b) {
+  return logit_a > logit_b || (logit_a == logit_b && a < b);
+}
 
 // Softmax value of one logit, given the maximum and the sum of exponentials around it.
-CUMA_INLINE float softmax_value(float logit, float largest, float total) { return exp_nonpositive(logit - largest) / total; }
+CUMA_INLINE float softmax_value(float logit, float largest,
+                                float total) { return exp_nonpositive(logit - largest) / total; }
 
 // Gradient of a softmax with values p for an incoming gradient g, where `dot` = sum_i p_i g_i.
 CUMA_INLINE float softmax_gradient(float p, float g, float dot) { return p * (g - dot); }

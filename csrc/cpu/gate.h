@@ -71,9 +71,9 @@ inline int first_of(const float* values, int count, float wanted) {
   return first;
 }
 
-// In descending order, ties by index: `top_K` logits, all finite, and their experts. The largest of every block of experts is kept, so
-// that a choice costs one look at those and one at a block; no branch depends on a logit, mispredicted ones would cost more.
-// `logits_E` (kMaxExperts long) is changed in between.
+// In descending order, ties by index: `top_K` logits, all finite, and their experts. The largest of every block of
+// experts is kept, so that a choice costs one look at those and one at a block; no branch depends on a logit,
+// mispredicted ones would cost more. `logits_E` (kMaxExperts long) is changed in between.
 inline void choose(float* logits_E, int experts, int top_k, float* top_K, int* expert_K) {
   float largest_B[kMaxExperts / kBlock];
   const int blocks = (experts + kBlock - 1) / kBlock;
@@ -93,8 +93,8 @@ inline void choose(float* logits_E, int experts, int top_k, float* top_K, int* e
 
 // Gate of the tokens [begin, end); adds to weight_sum_E, load_E and totals.
 template <typename T>
-void gate_forward(const GateArguments<T>& a, int64_t begin, int64_t end, float* weight_TK, int32_t* expert_TK, float* load_E,
-                  float* weight_sum_E, GateTotals& totals) {
+void gate_forward(const GateArguments<T>& a, int64_t begin, int64_t end, float* weight_TK, int32_t* expert_TK,
+                  float* load_E, float* weight_sum_E, GateTotals& totals) {
   float logits_E[kMaxExperts];
   float top_K[kMaxTopK];
   int chosen_K[kMaxTopK];
@@ -160,8 +160,9 @@ void gate_forward(const GateArguments<T>& a, int64_t begin, int64_t end, float* 
 // Logit gradients of the tokens [begin, end); adds the profiles' share to d_profile_NE (may be null).
 // d_weight_TK and d_weight_sum_E may be null (zero).
 template <typename T>
-void gate_backward(const GateArguments<T>& a, int64_t begin, int64_t end, const float* weight_TK, const int32_t* expert_TK,
-                   const float* d_weight_TK, const float* d_weight_sum_E, T* d_hidden_TE, float* d_profile_NE) {
+void gate_backward(const GateArguments<T>& a, int64_t begin, int64_t end, const float* weight_TK,
+                   const int32_t* expert_TK, const float* d_weight_TK, const float* d_weight_sum_E, T* d_hidden_TE,
+                   float* d_profile_NE) {
   float logits_E[kMaxExperts];
   float gradient_E[kMaxExperts];
   float incoming_K[kMaxExperts];

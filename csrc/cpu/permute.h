@@ -1,4 +1,5 @@
-// Sorting token-to-expert assignments on the CPU. Shapes: T tokens, K active, M = T * K assignments, E experts, W features.
+// Sorting token-to-expert assignments on the CPU. Shapes: T tokens, K active, M = T * K assignments, E experts, W
+// features.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +23,8 @@ inline bool count_experts(const int32_t* expert_M, int64_t begin, int64_t end, i
 }
 
 // Stable placement of the assignments [begin, end): next_E holds where each expert's next one goes.
-inline void place_experts(const int32_t* expert_M, int64_t begin, int64_t end, int experts, int32_t* next_E, int32_t* order_M,
-                          int32_t* position_M) {
+inline void place_experts(const int32_t* expert_M, int64_t begin, int64_t end, int experts, int32_t* next_E,
+                          int32_t* order_M, int32_t* position_M) {
   for (int64_t m = begin; m < end; ++m) {
     const int32_t expert = expert_M[m];
     if (expert < 0 || expert >= experts) {
@@ -36,10 +37,11 @@ inline void place_experts(const int32_t* expert_M, int64_t begin, int64_t end, i
   }
 }
 
-// out[m, :] = x[order[m] / top_k, :], times weight[order[m]] if given; zero where order is -1. False at an index out of range.
+// out[m, :] = x[order[m] / top_k, :], times weight[order[m]] if given; zero where order is -1. False at an index out of
+// range.
 template <typename T>
-bool gather_rows(const T* x_TW, const int32_t* order_M, const float* weight_M, int64_t begin, int64_t end, int64_t assignments, int top_k,
-                 int64_t width, T* out_MW) {
+bool gather_rows(const T* x_TW, const int32_t* order_M, const float* weight_M, int64_t begin, int64_t end,
+                 int64_t assignments, int top_k, int64_t width, T* out_MW) {
   bool good = true;
   for (int64_t m = begin; m < end; ++m) {
     T* __restrict out_W = out_MW + m * width;
@@ -60,10 +62,11 @@ bool gather_rows(const T* x_TW, const int32_t* order_M, const float* weight_M, i
   return good;
 }
 
-// out[t, :] = sum_k weight[t, k] * y[position[t, k], :], in the order of k; weight 1 if null. False at an index out of range.
+// out[t, :] = sum_k weight[t, k] * y[position[t, k], :], in the order of k; weight 1 if null. False at an index out of
+// range.
 template <typename T>
-bool scatter_rows(const T* y_MW, const int32_t* position_TK, const float* weight_TK, int64_t begin, int64_t end, int64_t rows, int top_k,
-                  int64_t width, T* out_TW) {
+bool scatter_rows(const T* y_MW, const int32_t* position_TK, const float* weight_TK, int64_t begin, int64_t end,
+                  int64_t rows, int top_k, int64_t width, T* out_TW) {
   constexpr int64_t kBlock = 512;
   float sum[kBlock];
   bool good = true;
@@ -90,8 +93,8 @@ bool scatter_rows(const T* y_MW, const int32_t* position_TK, const float* weight
 
 // out[t, k] = <d[t, :], y[position[t, k], :]>, zero where position is -1. False at an index out of range.
 template <typename T>
-bool row_products(const T* d_TW, const T* y_MW, const int32_t* position_TK, int64_t begin, int64_t end, int64_t rows, int top_k,
-                  int64_t width, float* out_TK) {
+bool row_products(const T* d_TW, const T* y_MW, const int32_t* position_TK, int64_t begin, int64_t end, int64_t rows,
+                  int top_k, int64_t width, float* out_TK) {
   bool good = true;
   for (int64_t t = begin; t < end; ++t) {
     for (int k = 0; k < top_k; ++k) {

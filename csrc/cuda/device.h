@@ -13,7 +13,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 
-// Over the kGroup neighbouring lanes of a warp (a power of two); every lane gets the result, in one fixed order of additions.
+// Over the kGroup neighbouring lanes of a warp (a power of two); every lane gets the result, in one fixed order of
+// additions.
 template <int kGroup>
 __device__ __forceinline__ float group_sum(float x) {
 #pragma unroll

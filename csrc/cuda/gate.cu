@@ -13,18 +13,19 @@ struct GateShape {
   GateNorm norm;
 };
 
-// The token's logits, kPer a lane (expert i * kGroup + lane), -inf past the last expert and for those that are not finite; whether all
-// are finite.
+// The token's logits, kPer a lane (expert i * kGroup + lane), -inf past the last expert and for those that are not
+// finite; whether all are finite.
 template <typename T, int kGroup, int kPer>
-__device__ bool load_logits(const T* hidden_TE, const float* profile_NE, int64_t t, int64_t row, int experts, int lane, bool real,
-                            float (&logit)[kPer]) {
+__device__ bool load_logits(const T* hidden_TE, const float* profile_NE, int64_t t, int64_t row, int experts, int lane,
+                            bool real, float (&logit)[kPer]) {
   float bad = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int e = i * kGroup + lane;
     logit[i] = kMinusInfinity;
     if (real && e < experts) {
-      const float x = to_float(hidden_TE[t * experts + e]) + (profile_NE != nullptr ? profile_NE[row * experts + e] : 0.0f);
+      const float profile = profile_NE != nullptr ? profile_NE[row * experts + e] : 0.0f;
+      const float x = to_float(hidden_TE[t * experts + e]) + profile;
       if (is_finite(x)) {
         logit[i] = x;
       } else {
@@ -52,8 +53,8 @@ __device__ float largest_of(const float (&logit)[kPer]) {
 }
 
 template <typename T, int kGroup, int kPer>
-__global__ void gate_rows(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, GateShape s, float* weight_TK,
-                          int32_t* expert_TK) {
+__global__ void gate_rows(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, GateShape s,
+                          float* weight_TK, int32_t* expert_TK) {
   const int lane = static_cast<int>(threadIdx.x) % kGroup;
   const int64_t t = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kGroup;
   const bool inside = t < s.tokens;
@@ -120,10 +121,11 @@ __global__ void gate_rows(const T* hidden_TE, const float* profile_NE, const int
 }
 
 // One warp per chunk of tokens: load, weight sums, entropy and invalid tokens into partial [2 E + 2, C].
-__global__ void gate_totals(const int64_t* profile_index_T, const float* weight_TK, const int32_t* expert_TK, GateShape s, int64_t step,
-                            float* partial) {
+__global__ void gate_totals(const int64_t* profile_index_T, const float* weight_TK, const int32_t* expert_TK,
+                            GateShape s, int64_t step, float* partial) {
   extern __shared__ float sums_2E[];
-  const int lane = static_cast<int>(threadIdx.x), chunk = static_cast<int>(blockIdx.x), chunks = static_cast<int>(gridDim.x);
+  const int lane = static_cast<int>(threadIdx.x);
+  const int chunk = static_cast<int>(blockIdx.x), chunks = static_cast<int>(gridDim.x);
   for (int i = lane; i < 2 * s.experts; i += kWarp) sums_2E[i] = 0.0f;
   float entropy = 0.0f, invalid = 0.0f;
   const int64_t begin = chunk * step, end = begin + step < s.tokens ? begin + step : s.tokens;
@@ -138,7 +140,8 @@ __global__ void gate_totals(const int64_t* profile_index_T, const float* weight_
       const int64_t row = profile_index_T[t];
       if (row != -1 && expert_TK[t * s.top_k] < 0) invalid += 1.0f;
     }
-    for (int k = my_choice; k - my_choice < s.top_k; k += kWarp) {  // more than one round with `softmax` over many experts only
+    // more than one round with `softmax` over many experts only
+    for (int k = my_choice; k - my_choice < s.top_k; k += kWarp) {
       int expert = -1;
       float weight = 0.0f;
       if (inside && k < s.top_k) {
@@ -171,8 +174,8 @@ __device__ float row_total(const float* partial, int64_t row, int chunks, int la
   return group_sum<kWarp>(sum);
 }
 
-__global__ void gate_reduce(const float* partial, int chunks, int experts, float* load_E, float* weight_sum_E, float* entropy,
-                            float* invalid) {
+__global__ void gate_reduce(const float* partial, int chunks, int experts, float* load_E, float* weight_sum_E,
+                            float* entropy, float* invalid) {
   const int row = static_cast<int>(blockIdx.x), lane = static_cast<int>(threadIdx.x);
   const float sum = row_total(partial, row, chunks, lane);
   if (lane != 0) return;
@@ -186,9 +189,10 @@ __global__ void gate_reduce(const float* partial, int chunks, int experts, float
 }
 
 template <typename T, int kGroup, int kPer>
-__global__ void gate_backward_rows(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, GateShape s,
-                                   const float* weight_TK, const int32_t* expert_TK, const float* d_weight_TK, const float* d_weight_sum_E,
-                                   T* d_hidden_TE, float* gradient_TE) {
+__global__ void gate_backward_rows(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T,
+                                   GateShape s, const float* weight_TK, const int32_t* expert_TK,
+                                   const float* d_weight_TK, const float* d_weight_sum_E, T* d_hidden_TE,
+                                   float* gradient_TE) {
   const int lane = static_cast<int>(threadIdx.x) % kGroup;
   const int64_t t = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kGroup;
   const bool inside = t < s.tokens;
@@ -266,8 +270,8 @@ __global__ void gate_backward_rows(const T* hidden_TE, const float* profile_NE, 
 }
 
 // One thread per chunk and expert walks its tokens in order, adding to partial [N, E, C] whenever the profile changes.
-__global__ void profile_partials(const float* gradient_TE, const int64_t* profile_index_T, GateShape s, int64_t step, int chunks,
-                                 float* partial) {
+__global__ void profile_partials(const float* gradient_TE, const int64_t* profile_index_T, GateShape s, int64_t step,
+                                 int chunks, float* partial) {
   const int64_t place = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (place >= static_cast<int64_t>(chunks) * s.experts) return;
   const int64_t chunk = place / s.experts;
@@ -295,12 +299,14 @@ __global__ void profile_reduce(const float* partial, int64_t rows, int chunks, f
   if (lane == 0) d_profile_NE[row] = sum;
 }
 
-// Calls `launch` with the lanes per token and experts per lane that fit: few lanes, which share less work, but one for each of `choices`.
+// Calls `launch` with the lanes per token and experts per lane that fit: few lanes, which share less work, but one for
+// each of `choices`.
 template <typename Launch>
 void by_experts(int experts, int choices, const Launch& launch) {
   using std::integral_constant;
 #define CUMA_CASE(group, per) \
-  if (experts <= group * per && choices <= group) return launch(integral_constant<int, group>{}, integral_constant<int, per>{})
+  if (experts <= group * per && choices <= group) \
+  return launch(integral_constant<int, group>{}, integral_constant<int, per>{})
   CUMA_CASE(2, 4);
   CUMA_CASE(8, 1);
   CUMA_CASE(4, 4);
@@ -330,42 +336,46 @@ int gate_chunks(int64_t tokens, int64_t floats) {
 }
 
 template <typename T>
-void gate_forward(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, int64_t tokens, int64_t profiles,
-                  int experts, int top_k, GateNorm norm, float* weight_TK, int32_t* expert_TK, float* load_E, float* weight_sum_E,
-                  float* entropy, float* invalid, float* partial, int chunks, cudaStream_t stream) {
+void gate_forward(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, int64_t tokens,
+                  int64_t profiles, int experts, int top_k, GateNorm norm, float* weight_TK, int32_t* expert_TK,
+                  float* load_E, float* weight_sum_E, float* entropy, float* invalid, float* partial, int chunks,
+                  cudaStream_t stream) {
   const GateShape s{tokens, profiles, experts, top_k, norm};
   by_experts(experts, lanes_for(s), [&](auto group, auto per) {
-    gate_rows<T, group.value, per.value><<<blocks_for(tokens * group.value), kThreads, 0, stream>>>(hidden_TE, profile_NE, profile_index_T,
-                                                                                                  s, weight_TK, expert_TK);
+    gate_rows<T, group.value, per.value><<<blocks_for(tokens * group.value), kThreads, 0, stream>>>(
+        hidden_TE, profile_NE, profile_index_T, s, weight_TK, expert_TK);
   });
   const int64_t step = (tokens + chunks - 1) / chunks;
-  gate_totals<<<chunks, kWarp, 2 * experts * sizeof(float), stream>>>(profile_index_T, weight_TK, expert_TK, s, step, partial);
+  gate_totals<<<chunks, kWarp, 2 * experts * sizeof(float), stream>>>(profile_index_T, weight_TK, expert_TK, s, step,
+                                                                      partial);
   gate_reduce<<<2 * experts + 2, kWarp, 0, stream>>>(partial, chunks, experts, load_E, weight_sum_E, entropy, invalid);
 }
 
 template <typename T>
-void gate_backward(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, int64_t tokens, int64_t profiles,
-                   int experts, int top_k, GateNorm norm, const float* weight_TK, const int32_t* expert_TK, const float* d_weight_TK,
-                   const float* d_weight_sum_E, T* d_hidden_TE, float* d_profile_NE, float* gradient_TE, float* partial_NEC, int chunks,
-                   cudaStream_t stream) {
+void gate_backward(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, int64_t tokens,
+                   int64_t profiles, int experts, int top_k, GateNorm norm, const float* weight_TK,
+                   const int32_t* expert_TK, const float* d_weight_TK, const float* d_weight_sum_E, T* d_hidden_TE,
+                   float* d_profile_NE, float* gradient_TE, float* partial_NEC, int chunks, cudaStream_t stream) {
   const GateShape s{tokens, profiles, experts, top_k, norm};
   by_experts(experts, lanes_for(s), [&](auto group, auto per) {
     gate_backward_rows<T, group.value, per.value><<<blocks_for(tokens * group.value), kThreads, 0, stream>>>(
-        hidden_TE, profile_NE, profile_index_T, s, weight_TK, expert_TK, d_weight_TK, d_weight_sum_E, d_hidden_TE, gradient_TE);
+        hidden_TE, profile_NE, profile_index_T, s, weight_TK, expert_TK, d_weight_TK, d_weight_sum_E, d_hidden_TE,
+        gradient_TE);
   });
   if (d_profile_NE == nullptr || profiles == 0) return;
   const int64_t step = (tokens + chunks - 1) / chunks, rows = profiles * experts;
   cudaMemsetAsync(partial_NEC, 0, rows * chunks * sizeof(float), stream);
-  profile_partials<<<blocks_for(static_cast<int64_t>(chunks) * experts), kThreads, 0, stream>>>(gradient_TE, profile_index_T, s, step,
-                                                                                               chunks, partial_NEC);
+  profile_partials<<<blocks_for(static_cast<int64_t>(chunks) * experts), kThreads, 0, stream>>>(
+      gradient_TE, profile_index_T, s, step, chunks, partial_NEC);
   profile_reduce<<<blocks_for(rows * kWarp), kThreads, 0, stream>>>(partial_NEC, rows, chunks, d_profile_NE);
 }
 
-#define CUMA_BUILD(T)                                                                                                                   \
-  template void gate_forward<T>(const T*, const float*, const int64_t*, int64_t, int64_t, int, int, GateNorm, float*, int32_t*, float*, \
-                                float*, float*, float*, float*, int, cudaStream_t);                                                     \
-  template void gate_backward<T>(const T*, const float*, const int64_t*, int64_t, int64_t, int, int, GateNorm, const float*,            \
-                                 const int32_t*, const float*, const float*, T*, float*, float*, float*, int, cudaStream_t);
+#define CUMA_BUILD(T)                                                                                                \
+  template void gate_forward<T>(const T*, const float*, const int64_t*, int64_t, int64_t, int, int, GateNorm,        \
+                                float*, int32_t*, float*, float*, float*, float*, float*, int, cudaStream_t);        \
+  template void gate_backward<T>(const T*, const float*, const int64_t*, int64_t, int64_t, int, int, GateNorm,       \
+                                 const float*, const int32_t*, const float*, const float*, T*, float*, float*,       \
+                                 float*, int, cudaStream_t);
 CUMA_FOR_EACH_TYPE(CUMA_BUILD)
 
 }  // namespace cuma::cuda

@@ -1,5 +1,6 @@
-// The launchers of the CUDA kernels: raw pointers, sizes and a stream. T is float, BFloat16 or Float16; all arrays are contiguous.
-// Shapes: T tokens, E experts, K active, N profiles, r rank, M = T * K assignments, W features, C chunks of tokens.
+// The launchers of the CUDA kernels: raw pointers, sizes and a stream. T is float, BFloat16 or Float16; all arrays are
+// contiguous. Shapes: T tokens, E experts, K active, N profiles, r rank, M = T * K assignments, W features, C chunks of
+// tokens.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,47 +9,48 @@
 
 namespace cuma::cuda {
 
-// Chunks that partial sums are kept for, so that sums have one order whatever the device; `floats` is what one chunk holds.
+// Chunks that partial sums are kept for, so that sums have one order whatever the device; `floats` is what one chunk
+// holds.
 int gate_chunks(int64_t tokens, int64_t floats);
 
 // partial [2 E + 2, C] is scratch. Indices out of range and logits that are not finite count as invalid.
 template <typename T>
-void gate_forward(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, int64_t tokens, int64_t profiles,
-                  int experts, int top_k, GateNorm norm, float* weight_TK, int32_t* expert_TK, float* load_E, float* weight_sum_E,
-                  float* entropy, float* invalid, float* partial, int chunks, cudaStream_t stream);
+void gate_forward(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, int64_t tokens,
+                  int64_t profiles, int experts, int top_k, GateNorm norm, float* weight_TK, int32_t* expert_TK,
+                  float* load_E, float* weight_sum_E, float* entropy, float* invalid, float* partial, int chunks,
+                  cudaStream_t stream);
 
 // d_weight_TK, d_weight_sum_E may be null; partial_NEC [N, E, C] and d_profile_NE are null without profile logits.
 template <typename T>
-void gate_backward(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, int64_t tokens, int64_t profiles,
-                   int experts, int top_k, GateNorm norm, const float* weight_TK, const int32_t* expert_TK, const float* d_weight_TK,
-                   const float* d_weight_sum_E, T* d_hidden_TE, float* d_profile_NE, float* gradient_TE, float* partial_NEC, int chunks,
-                   cudaStream_t stream);
+void gate_backward(const T* hidden_TE, const float* profile_NE, const int64_t* profile_index_T, int64_t tokens,
+                   int64_t profiles, int experts, int top_k, GateNorm norm, const float* weight_TK,
+                   const int32_t* expert_TK, const float* d_weight_TK, const float* d_weight_sum_E, T* d_hidden_TE,
+                   float* d_profile_NE, float* gradient_TE, float* partial_NEC, int chunks, cudaStream_t stream);
 
 template <typename T>
-void scale_forward(const T* z, const float* weight_TK, const int32_t* expert_TK, int64_t tokens, int experts, int top_k, int rank,
-                   bool shared, float scale, T* out_TER, cudaStream_t stream);
+void scale_forward(const T* z, const float* weight_TK, const int32_t* expert_TK, int64_t tokens, int experts, int top_k,
+                   int rank, bool shared, float scale, T* out_TER, cudaStream_t stream);
 
-// mask_NE, masked_d_z and masked_out_TER are null without a mask.
 template <typename T>
-void scale_backward(const T* d_out_TER, const T* z, const float* weight_TK, const int32_t* expert_TK, const float* mask_NE,
-                    const int64_t* profile_index_T, int64_t tokens, int64_t profiles, int experts, int top_k, int rank, bool shared,
-                    float scale, T* d_z, float* d_weight_TK, T* masked_d_z, T* masked_out_TER, cudaStream_t stream);
+void scale_backward(const T* d_out_TER, const T* z, const float* weight_TK, const int32_t* expert_TK, int64_t tokens,
+                    int experts, int top_k, int rank, bool shared, float scale, T* d_z, float* d_weight_TK,
+                    cudaStream_t stream);
 
 // counts_EC [E, C] scratch; order_M is -1 past the last assignment; end_E [E] is where each expert's rows end.
 int sort_chunks(int64_t assignments);
-void sort_assignments(const int32_t* expert_M, int64_t assignments, int experts, int32_t* order_M, int32_t* position_M, int32_t* end_E,
-                      int32_t* counts_EC, int chunks, cudaStream_t stream);
+void sort_assignments(const int32_t* expert_M, int64_t assignments, int experts, int32_t* order_M, int32_t* position_M,
+                      int32_t* end_E, int32_t* counts_EC, int chunks, cudaStream_t stream);
 
 template <typename T>
-void gather_rows(const T* x_TW, const int32_t* order_M, const float* weight_M, int64_t assignments, int top_k, int64_t width, T* out_MW,
-                 cudaStream_t stream);
+void gather_rows(const T* x_TW, const int32_t* order_M, const float* weight_M, int64_t assignments, int top_k,
+                 int64_t width, T* out_MW, cudaStream_t stream);
 
 template <typename T>
-void scatter_rows(const T* y_MW, const int32_t* position_TK, const float* weight_TK, int64_t tokens, int64_t rows, int top_k,
-                  int64_t width, T* out_TW, cudaStream_t stream);
+void scatter_rows(const T* y_MW, const int32_t* position_TK, const float* weight_TK, int64_t tokens, int64_t rows,
+                  int top_k, int64_t width, T* out_TW, cudaStream_t stream);
 
 template <typename T>
-void row_products(const T* d_TW, const T* y_MW, const int32_t* position_TK, int64_t tokens, int64_t rows, int top_k, int64_t width,
-                  float* out_TK, cudaStream_t stream);
+void row_products(const T* d_TW, const T* y_MW, const int32_t* position_TK, int64_t tokens, int64_t rows, int top_k,
+                  int64_t width, float* out_TK, cudaStream_t stream);
 
 }  // namespace cuma::cuda

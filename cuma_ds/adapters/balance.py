@@ -19,7 +19,8 @@ class RoutingStatistics:
     """All routers' statistics of one forward, over real tokens.
 
     load_RE: [R, E] top-k assignments.  probability_sum_RE: [R, E] summed p_i of the balance loss (differentiable).
-    entropy_R: [R] summed gate entropy, nats.  tokens: [] number of real tokens.  gate_RBE: mean gate per sequence, only when recorded.
+    entropy_R: [R] summed gate entropy, nats.  tokens: [] number of real tokens.  gate_RBE: mean gate per sequence, only
+    when recorded.
     """
 
     load_RE: Tensor
@@ -52,15 +53,17 @@ def balance_loss(
 ) -> Tensor:
     """L_balance = sum over routers of E * sum_i f_i p_i, over real tokens only (method, step 5).
 
-    f_i is the share of the top-k assignments that went to expert i; it carries no gradient. p_i is the mean probability of expert i.
+    f_i is the share of the top-k assignments that went to expert i; it carries no gradient. p_i is the mean probability
+    of expert i.
 
     Args:
         statistics: of one forward.
-        share_RE: [R, E] f_i of the run so far (:func:`follow_shares`). The loss is then a mean over the tokens of this forward, so that the
-            mean over several forwards, weighted by their tokens, does not depend on how a step was cut into micro batches and ranks.
-            None takes f_i of this forward alone (``balance_scope: micro_batch``).
-        sum_over_ranks: without ``share_RE``, sums a detached tensor over the data-parallel ranks. f_i and the token count are then those
-            of all ranks, and the *mean over ranks* of the returned value is the loss of the joined batch.
+        share_RE: [R, E] f_i of the run so far (:func:`follow_shares`). The loss is then a mean over the tokens of this
+            forward, so that the mean over several forwards, weighted by their tokens, does not depend on how a step was
+            cut into micro batches and ranks. None takes f_i of this forward alone (``balance_scope: micro_batch``).
+        sum_over_ranks: without ``share_RE``, sums a detached tensor over the data-parallel ranks. f_i and the token
+            count are then those of all ranks, and the *mean over ranks* of the returned value is the loss of the joined
+            batch.
 
     Returns:
         A scalar; 1 per router at perfect balance. Zero when there is no real token.
@@ -82,7 +85,8 @@ def follow_shares(share_RE: Tensor, load_RE: Tensor, decay: float) -> Tensor:
 
     Args:
         share_RE: [R, E] running shares; 1 / E each at the start of a run.
-        load_RE: [R, E] top-k assignments of the whole step, of all ranks and micro batches. A router without any keeps its shares.
+        load_RE: [R, E] top-k assignments of the whole step, of all ranks and micro batches. A router without any keeps
+            its shares.
         decay: weight of what was, in [0, 1).
     """
     total_R1 = load_RE.sum(dim=1, keepdim=True)

@@ -46,28 +46,30 @@ class CumaConfig(BaseModel):
     router_bias: bool | None = Field(None, description="bias in the router's linears; by default only in the MLP")
     gate_norm: GateNorm = Field(
         "topk_softmax",
-        description="topk_softmax (paper) | softmax (all experts) | softmax_topk (not renormalised) | softmax_topk_softmax",
+        description="topk_softmax (paper) | softmax (all experts) | softmax_topk (not renormalised) | "
+        "softmax_topk_softmax",
     )
     shared_a: bool = Field(False, description="one A for all experts of a linear (HydraLoRA style)")
     share_router: bool = Field(True, description="one router for q,k,v of a layer and one for gate,up")
     balance_weight: float = Field(0.01, ge=0, description="lambda of the load-balance loss; 0 switches it off")
     balance_probability: Literal["softmax", "gate"] = Field(
         "softmax",
-        description="p_i of the load-balance loss: softmax, over all experts, so that unused ones are revived | gate, after the "
-        "top-k (the authors' code and release 0.1.0), whose gradient vanishes for unused experts",
+        description="p_i of the load-balance loss: softmax, over all experts, so that unused ones are revived | gate, "
+        "after the top-k (the authors' code and release 0.1.0), whose gradient vanishes for unused experts",
     )
     balance_scope: Literal["run", "micro_batch"] = Field(
         "run",
         description="f_i of the load-balance loss: run, a running share over whole optimizer steps, the same for any "
-        "micro_batch_size and number of ranks | micro_batch, the shares of each forward (the authors' code and release 0.1.0)",
+        "micro_batch_size and number of ranks | micro_batch, the shares of each forward (the authors' code and "
+        "release 0.1.0)",
     )
     balance_decay: float = Field(
         0.5, ge=0, lt=1, description="with balance_scope: run, weight of the shares before this step"
     )
     gradient_mask: Literal["none", "dominant", "groups"] = Field(
         "none",
-        description="which experts learn from whom: none, all that answer (paper) | dominant, only a profile's main expert | "
-        "groups, those that gradient_groups names",
+        description="which experts learn from whom: none, all that answer (paper) | dominant, only a profile's main "
+        "expert | groups, those that gradient_groups names",
     )
     gradient_groups: dict[str, dict[str, tuple[int, ...]]] | None = Field(
         None,
@@ -124,6 +126,11 @@ class CumaConfig(BaseModel):
     def has_router(self) -> bool:
         """False for plain LoRA: one expert, gate 1."""
         return self.method != "lora"
+
+    @property
+    def active_experts(self) -> int:
+        """Experts that answer for one token: all of them without a top-k."""
+        return self.num_experts if self.gate_norm == "softmax" else self.top_k
 
     @property
     def uses_profiles(self) -> bool:

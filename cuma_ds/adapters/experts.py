@@ -1,27 +1,46 @@
-"""The LoRA experts of one linear layer, and the mixture they make.
+"""The LoRA experts of one linear layer, and how tokens and experts come together.
 
-Shapes: T tokens, D input features, O output features, E experts, r rank (R in names), N profiles.
+Shapes: T tokens, I input features, O output features, E experts, K active experts, r rank, M rows that the experts of
+this rank answer.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cuma_ds.adapters.config import CumaConfig
-from cuma_ds.adapters.mixture import GradientMask, all_a, mixture
-from cuma_ds.ops import GateOutput
+from cuma_ds.adapters.mixture import Routes, mixture
+
+
+class ExpertWeights(NamedTuple):
+    """The weights of one mixture: see ``lora_a`` and ``lora_b`` of :func:`cuma_ds.adapters.mixture.mixture`."""
+
+    lora_a: Tensor | None
+    lora_b: Tensor
+
+
+class MixtureInputs(NamedTuple):
+    """What :class:`Experts` takes.
+
+    x_MI: [M, I] rows.  routes: their experts.  weights: None for the module's own.
+    """
+
+    x_MI: Tensor
+    routes: Routes
+    weights: ExpertWeights | None = None
 
 
 class Experts(nn.Module):
-    """E low-rank experts: A_i [r, D] and B_i [O, r]; A may be one for all (HydraLoRA style).
+    """E low-rank experts: A_i [r, I] and B_i [O, r]. One A may serve all of them (HydraLoRA).
 
     Under expert parallelism this module holds the experts ``first .. first + E_local`` of ``num_experts``.
 
-    lora_a: [E_local, r, D], or [r, D] when shared.  lora_b: [E_local, O, r].  Both float32 unless an engine casts them.
+    lora_a: [E_local, r, I], or [r, I] when shared.  lora_b: [E_local, O, r].  Both float32 unless an engine casts them.
     """
 
     def __init__(
@@ -40,26 +59,22 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """A as LoRA initialises it (Kaiming uniform, a = sqrt 5), B at zero: the adapted model starts as the backbone."""
+        """A as in LoRA (Kaiming uniform, a = sqrt 5), B at zero, so that the adapted model starts as the backbone."""
         bound = 1 / math.sqrt(self.lora_a.shape[-1])
         self.lora_a.copy_((torch.rand(self.lora_a.shape, generator=generator, dtype=torch.float32) * 2 - 1) * bound)
         self.lora_b.zero_()
 
     def sharded_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters with an expert dimension (dimension 0), by name; a shared A has none."""
+        """The parameters with an expert dimension (dimension 0), by name. A shared A has none."""
         return {"lora_b": self.lora_b} if self.shared_a else {"lora_a": self.lora_a, "lora_b": self.lora_b}
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        gate: GateOutput,
-        dispatcher: Dispatcher,
-        mask: GradientMask | None,
-        z_TC: Tensor | None,
-        frozen_TO: Tensor,
-    ) -> Tensor:
-        """W0 x + (alpha / r) * sum_i g_i B_i A_i x, [T, O]; run as a module so that parameter-sharding hooks see it."""
-        return dispatcher.mix(x_TD, gate, self, mask, z_TC, frozen_TO)
+    def forward(self, x_MI: Tensor, routes: Routes, weights: ExpertWeights | None = None) -> Tensor:
+        """(alpha / r) * sum_i g_i B_i A_i x, [M, O].
+
+        A module reads its own weights here only: ZeRO-3 gathers them for this call.
+        """
+        lora_a, lora_b = weights or ExpertWeights(self.lora_a, self.lora_b)
+        return mixture(x_MI, routes, lora_a, lora_b, self.scaling)
 
     def keep(self, first: int, count: int) -> None:
         """Hold only the experts ``first .. first + count`` from now on (expert parallelism)."""
@@ -68,56 +83,44 @@ class Experts(nn.Module):
         self.first = first
 
 
+class Dispatched(Protocol):
+    """Rows and weights on their way to the experts, and what :meth:`Dispatcher.combine` needs."""
+
+    def arrive(self) -> MixtureInputs:
+        """Wait for what is on its way."""
+        ...
+
+
 class Dispatcher(Protocol):
-    """Brings tokens and experts together; the expert-parallel ones live in cuma_ds.parallel."""
+    """Brings tokens and experts together. The classes that cross ranks are in cuma_ds.parallel.dispatch."""
 
-    def first_rows(self, x_TD: Tensor, experts: Experts, top_k: int) -> Tensor | None:
-        """What multiplies every token of the next :meth:`mix` first, [C, D], so that the router's product can do it; None to keep it."""
+    def dispatch(self, x_TI: Tensor, routes: Routes, experts: Experts) -> Dispatched:
+        """Start whatever must be sent so that the tokens meet their experts."""
         ...
 
-    def begin(self, x_TD: Tensor) -> None:
-        """What the next :meth:`mix` reads is on its way; the work given to the device from here on may run beside that mix."""
-        ...
-
-    def mix(
-        self,
-        x_TD: Tensor,
-        gate: GateOutput,
-        experts: Experts,
-        mask: GradientMask | None,
-        z_TC: Tensor | None,
-        frozen_TO: Tensor,
-    ) -> Tensor:
-        """The frozen part [T, O] + (alpha / r) * sum_i g_i B_i A_i x for every token; z [T, C] is x times :meth:`first_rows`, if made."""
+    def combine(self, y_MO: Tensor, sent: Dispatched) -> Tensor:
+        """The sum over the experts of each token, [T, O], from the experts' answers to ``sent``."""
         ...
 
 
-class LocalDispatcher:
-    """All experts are here.
+@dataclass(frozen=True)
+class Arrived:
+    """Rows that are where their experts are."""
 
-    Args:
-        stacked: whether A can be read before the experts run; not where parameters come and go with their module (ZeRO-3).
-    """
+    inputs: MixtureInputs
 
-    def __init__(self, stacked: bool = True) -> None:
-        self.stacked = stacked
+    def arrive(self) -> MixtureInputs:
+        """See :class:`Dispatched`."""
+        return self.inputs
 
-    def first_rows(self, x_TD: Tensor, experts: Experts, top_k: int) -> Tensor | None:
+
+class Local:
+    """The dispatcher of a model whose experts are all on this rank: nothing is sent."""
+
+    def dispatch(self, x_TI: Tensor, routes: Routes, experts: Experts) -> Dispatched:
         """See :class:`Dispatcher`."""
-        return all_a(x_TD, experts.lora_a, experts.lora_b, top_k) if self.stacked else None
+        return Arrived(MixtureInputs(x_TI, routes))
 
-    def begin(self, x_TD: Tensor) -> None:
+    def combine(self, y_MO: Tensor, sent: Dispatched) -> Tensor:
         """See :class:`Dispatcher`."""
-
-    def mix(
-        self,
-        x_TD: Tensor,
-        gate: GateOutput,
-        experts: Experts,
-        mask: GradientMask | None,
-        z_TC: Tensor | None,
-        frozen_TO: Tensor,
-    ) -> Tensor:
-        """See :class:`Dispatcher`."""
-        a, b, scale = experts.lora_a, experts.lora_b, experts.scaling
-        return mixture(x_TD, gate.weight_TK, gate.expert_TK, a, b, scale, mask, z_TC=z_TC, onto_TO=frozen_TO)
+        return y_MO

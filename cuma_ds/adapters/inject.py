@@ -29,8 +29,9 @@ _SHARING = (
 def inject_adapters(base: nn.Module, config: CumaConfig, seed: int = 0) -> CumaModel:
     """Freeze ``base`` and put a mixture of LoRA experts beside every linear that ``config.target_modules`` names.
 
-    The base is changed in place (its linears are wrapped, not copied). Adapters are float32, on the device of the linear they
-    adapt, and initialised from ``seed`` and the module's name alone, so that every rank and every topology starts equal.
+    The base is changed in place (its linears are wrapped, not copied). Adapters are float32, on the device of the
+    linear they adapt, and initialised from ``seed`` and the module's name alone, so that every rank and every topology
+    starts equal.
 
     Args:
         base: a causal language model of transformers (any module with named linears works).
@@ -47,8 +48,7 @@ def inject_adapters(base: nn.Module, config: CumaConfig, seed: int = 0) -> CumaM
         raise ModelError("this model already has adapters; load a fresh backbone before injecting again")
     base.requires_grad_(False)
     context = RoutingContext()
-    routers: dict[tuple[str, object], Router] = {}
-    names: list[str] = []
+    index_of: dict[tuple[str, object], int] = {}
     for name in find_targets(base, config.target_modules):
         parent_name, _, leaf = name.rpartition(".")
         parent = base.get_submodule(parent_name)
@@ -57,23 +57,22 @@ def inject_adapters(base: nn.Module, config: CumaConfig, seed: int = 0) -> CumaM
         device = next(linear.parameters()).device
         experts = Experts(config, in_features, out_features, device)
         experts.reset_parameters(_generator(seed, name, "experts"))
-        router, owns_router = None, False
-        if config.has_router:
-            key = (parent_name, _sharing_key(leaf) if config.share_router else leaf)
-            owns_router = key not in routers
-            if owns_router:
-                routers[key] = Router(config, in_features, len(routers), device)
-                routers[key].reset_parameters(_generator(seed, name, "router"))
-                names.append(name)
-            else:
-                routers[key].sharers += 1
-            router = routers[key]
-            if router.weight_h.shape[1] != in_features:
-                raise ModelError(
-                    f"{name} reads {in_features} features but its router {router.weight_h.shape[1]}; set adapters.share_router: false"
-                )
-        setattr(parent, leaf, AdaptedLinear(linear, config, context, experts, router, owns_router))
-    return CumaModel(base, config, context, names)
+        key = (parent_name, _sharing_key(leaf) if config.share_router else leaf)
+        router = None
+        if config.has_router and key not in index_of:
+            router = Router(config, in_features, device)
+            router.reset_parameters(_generator(seed, name, "router"))
+            index_of[key] = len(context.routers)
+            context.routers.append(router)
+        index = index_of.get(key)
+        if index is not None and (reads := context.routers[index].weight_h.shape[1]) != in_features:
+            raise ModelError(
+                f"{name} reads {in_features} features but its router {reads}; set adapters.share_router: false"
+            )
+        layer = AdaptedLinear(linear, config, context, experts, index)
+        layer.router = router
+        setattr(parent, leaf, layer)
+    return CumaModel(base, config, context)
 
 
 def find_targets(base: nn.Module, target_modules: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A frozen backbone with adapters, called with the profile of whoever is asking.
+"""A frozen backbone with adapters, called with the profile of every sequence.
 
 Shapes: B sequences, S positions, N profiles of the batch, P profile width, E experts, R routers.
 """
@@ -21,7 +21,7 @@ from cuma_ds.errors import ModelError
 
 
 class RoutingRecord:
-    """What the routers did while recording: one [R, B, E] float32 tensor (mean gate over real tokens) per forward."""
+    """What the routers did while recording. gates: [R, B, E] float32 mean gates over real tokens, one per forward."""
 
     def __init__(self, router_names: list[str]) -> None:
         self.router_names = router_names
@@ -37,27 +37,26 @@ class CumaModel(nn.Module):
         router_names: the first adapted linear of each router, in module order.
         profile_mean, profile_scale: [P] and [] float32 buffers; e_d goes to the routers as ``(e_d - mean) * scale``.
         expert_share: [R, E] float32 buffer, the running shares f_i of the balance loss (``config.balance_scope: run``).
-        shares_per_forward: whether each training forward moves ``expert_share``. An engine that knows where optimizer steps end sets it
-            to False and calls :meth:`update_shares`.
-        sum_over_ranks: set by a distributed engine, so that shares and ``balance_loss`` are those of all ranks' batches joined.
+        shares_per_forward: whether each training forward moves ``expert_share``. An engine that knows where optimizer
+            steps end sets it to False and calls :meth:`update_shares`.
+        sum_over_ranks: set by a distributed engine, so that shares and ``balance_loss`` are those of all ranks' batches
+            joined.
     """
 
     profile_mean: Tensor
     profile_scale: Tensor
     expert_share: Tensor
 
-    def __init__(
-        self, base_model: nn.Module, config: CumaConfig, context: RoutingContext, router_names: list[str]
-    ) -> None:
+    def __init__(self, base_model: nn.Module, config: CumaConfig, context: RoutingContext) -> None:
         super().__init__()
         self.base_model = base_model
         self.config = config
         self.context = context
-        self.router_names = router_names
+        self.router_names = [name for name, layer in self.adapted_layers() if layer.router is not None]
         device = next(base_model.parameters()).device
         self.register_buffer("profile_mean", torch.zeros(config.profile_dim, device=device))
         self.register_buffer("profile_scale", torch.ones((), device=device))
-        share_RE = torch.full((len(router_names), config.num_experts), 1 / config.num_experts, device=device)
+        share_RE = torch.full((len(self.router_names), config.num_experts), 1 / config.num_experts, device=device)
         self.register_buffer("expert_share", share_RE, persistent=False)
         self.shares_per_forward = True
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -75,7 +74,7 @@ class CumaModel(nn.Module):
         gradient_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the backbone's own forward with the routers seeing who is asking.
+        """Run the backbone's own forward, with each token routed by its profile too.
 
         Args:
             attention_mask: [B, S_total]; zeros are padding and are never routed. Without ``position_ids``, left-padded
@@ -85,17 +84,16 @@ class CumaModel(nn.Module):
             gradient_mask: [N, E] in [0, 1], share of the weight gradients each profile may send to each expert.
 
         Returns:
-            The backbone's output. While training it also carries ``balance_loss`` (a scalar, summed over routers) unless
-            ``config.balance_weight`` is 0.
+            The backbone's output. While training it also carries ``balance_loss`` (a scalar, summed over routers)
+            unless ``config.balance_weight`` is 0.
 
         Raises:
             ModelError: profiles missing, of the wrong width or number.
         """
-        rows = self._rows(args, kwargs)
-        self._open(rows, attention_mask, profile_embeddings, profile_index, gradient_mask, collect=True)
+        profile_BS = self._profile_BS(self._inputs(args, kwargs), profile_index)
+        self._open(profile_BS, profile_embeddings, attention_mask, gradient_mask, collect=True)
         if kwargs.get("position_ids") is None and self.takes_positions and _left_padded(attention_mask):
-            length = self._inputs(args, kwargs).shape[1]
-            kwargs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+            kwargs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -profile_BS.shape[1] :]
         out = self.base_model(*args, attention_mask=attention_mask, **kwargs)
         statistics = self.routing_statistics()
         if self._recording is not None and statistics is not None and statistics.gate_RBE is not None:
@@ -123,7 +121,8 @@ class CumaModel(nn.Module):
         Args:
             profile_embeddings: [B, P], one raw embedding per prompt.
         """
-        self._open(self._rows(args, kwargs), None, profile_embeddings, None, None, collect=False)
+        profile_BS = self._profile_BS(self._inputs(args, kwargs), None)
+        self._open(profile_BS, profile_embeddings, None, None, collect=False)
         return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     @property
@@ -135,24 +134,30 @@ class CumaModel(nn.Module):
         """Statistics of the last forward (None without routers)."""
         return RoutingStatistics.stack(self.context.state.statistics)
 
-    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        return self._inputs(args, kwargs).shape[0]
-
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         for value in (kwargs.get("input_ids"), kwargs.get("inputs"), kwargs.get("inputs_embeds"), *args):
             if isinstance(value, Tensor):
                 return value
         raise ModelError("the model was called without input_ids or inputs_embeds")
 
+    def _profile_BS(self, inputs: Tensor, profile_index: Tensor | None) -> Tensor:
+        """[B, S] profile row of every input position, from [B], [B, S] or None (sequence b has row b)."""
+        rows, length = inputs.shape[:2]
+        if profile_index is None:
+            profile_index = torch.arange(rows, device=self.profile_scale.device)
+        if profile_index.shape[0] != rows:
+            raise ModelError(f"profile_index has {profile_index.shape[0]} rows for {rows} sequences")
+        return profile_index[:, None].expand(-1, length) if profile_index.dim() == 1 else profile_index
+
     def _open(
         self,
-        rows: int,
-        attention_mask: Tensor | None,
+        profile_BS: Tensor,
         profile_embeddings: Tensor | None,
-        profile_index: Tensor | None,
+        attention_mask: Tensor | None,
         gradient_mask: Tensor | None,
         collect: bool,
     ) -> None:
+        """Start a forward: check the profiles and put them into the routing context."""
         width = self.config.profile_dim
         if profile_embeddings is not None and not width:
             raise ModelError("profile_embeddings were given, but these adapters take none (profile_dim is 0)")
@@ -165,31 +170,24 @@ class CumaModel(nn.Module):
                 raise ModelError(
                     f"profile_embeddings have shape {tuple(profile_embeddings.shape)}; expected [sequences, {width}]"
                 )
-        device = self.profile_scale.device
-        if profile_index is None:
-            profile_index = torch.arange(rows, device=device)
-        if profile_index.shape[0] != rows:
-            raise ModelError(f"profile_index has {profile_index.shape[0]} rows for {rows} sequences")
-        num_profiles = rows if profile_embeddings is None else profile_embeddings.shape[0]
-        if profile_index.device.type == "cpu" and profile_index.numel() and int(profile_index.max()) >= num_profiles:
+        num_profiles = profile_BS.shape[0] if profile_embeddings is None else profile_embeddings.shape[0]
+        if profile_BS.device.type == "cpu" and profile_BS.numel() and int(profile_BS.max()) >= num_profiles:
             raise ModelError(
-                f"profile_index reaches {int(profile_index.max())}, but only {num_profiles} profile embeddings were given"
+                f"profile_index reaches {int(profile_BS.max())}, but only {num_profiles} profile embeddings were given"
             )
         profiles_NP = None
         if width and profile_embeddings is not None:
             mean = self.profile_mean
             profiles_NP = (profile_embeddings.to(mean.device, mean.dtype) - mean) * self.profile_scale
+        by_softmax = self.config.balance_weight > 0 and self.config.balance_probability == "softmax"
         self.context.state = RoutingState(
             profiles_NP=profiles_NP,
-            profile_index=profile_index,
+            profile_BS=profile_BS,
             attention_mask_BS=attention_mask,
             gradient_mask_NE=gradient_mask,
-            rows=rows,
             num_profiles=num_profiles,
             collect=collect,
-            full_softmax=self.training
-            and self.config.balance_weight > 0
-            and self.config.balance_probability == "softmax",
+            full_softmax=self.training and by_softmax,
             record_sequences=self._recording is not None,
         )
 
@@ -253,25 +251,22 @@ class CumaModel(nn.Module):
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that trains, by name: ``<linear>.experts.lora_a`` and the like."""
         for name, layer in self.adapted_layers():
-            parts: dict[str, nn.Module] = {"experts": layer.experts}
-            if layer.owns_router and layer.router is not None:
-                parts["router"] = layer.router
-            for part, module in parts.items():
-                for inner, parameter in module.named_parameters():
+            for part, module in (("experts", layer.experts), ("router", layer.router)):
+                for inner, parameter in [] if module is None else module.named_parameters():
                     yield f"{name}.{part}.{inner}", parameter
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Everything the backbone does not have: trained parameters and the profile standardisation (detached, not copied)."""
+        """Trained parameters and the profile standardisation by name, detached and not copied."""
         return {name: parameter.detach() for name, parameter in self.adapter_parameters()} | self.standardisation()
 
     def standardisation(self) -> dict[str, Tensor]:
-        """The buffers that centre and scale profile embeddings; none when routing knows no profiles."""
+        """The buffers that centre and scale profile embeddings. Empty when the routers take no profiles."""
         return (
             {"profile_mean": self.profile_mean, "profile_scale": self.profile_scale} if self.config.profile_dim else {}
         )
 
     def balance_state(self) -> dict[str, Tensor]:
-        """What the balance loss remembers between optimizer steps; nothing where it remembers nothing."""
+        """The running shares of the balance loss, which a checkpoint must keep. Empty where the loss has none."""
         remembers = self.config.balance_weight > 0 and self.config.balance_scope == "run" and len(self.router_names) > 0
         return {"expert_share": self.expert_share} if remembers else {}
 
@@ -291,7 +286,8 @@ class CumaModel(nn.Module):
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ModelError(
-                    f"adapter tensor {name} has shape {tuple(state[name].shape)}; this model needs {tuple(tensor.shape)}"
+                    f"adapter tensor {name} has shape {tuple(state[name].shape)}; "
+                    f"this model needs {tuple(tensor.shape)}"
                 )
             tensor.copy_(state[name])
 
@@ -302,5 +298,5 @@ def _left_padded(mask: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _contiguous_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``logits_to_keep`` hands the head a strided slice, for which torch copies the whole vocabulary matrix once per sequence."""
+    """``logits_to_keep`` gives the head a strided slice. torch would copy the whole vocabulary matrix per sequence for it."""
     return (args[0].contiguous(), *args[1:])

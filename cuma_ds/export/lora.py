@@ -139,7 +139,7 @@ def constant_gates(model: CumaModel, embedding_P: Tensor | None) -> Tensor:
     for router in _routers(model):
         nothing_TD = torch.zeros_like(router.weight_h[:1])
         profile_T = torch.zeros(1, dtype=torch.long, device=nothing_TD.device)
-        hidden_TE, profile_NE, _ = router.logits(nothing_TD, profiles_NP, profile_T)
+        hidden_TE, profile_NE = router.logits(nothing_TD, profiles_NP, profile_T)
         gate = demographic_gate(hidden_TE, profile_NE, profile_T, model.config.top_k, model.config.gate_norm)
         gates.append(dense_gate(gate.weight_TK, gate.expert_TK, model.config.num_experts)[0].cpu())
     return torch.stack(gates) if gates else torch.zeros(0, 1)
@@ -155,9 +155,9 @@ def fold(model: CumaModel, gate_RE: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     order_RK = gate_RE.abs().argsort(dim=1, descending=True, stable=True)[:, :count]
     factors = {}
     for name, layer in model.adapted_layers():
-        (router,) = layer._router_ref
-        gate_E = torch.ones(1) if router is None else gate_RE[router.index].float()
-        kept_K = torch.zeros(1, dtype=torch.long) if router is None else order_RK[router.index]
+        index = layer.router_index
+        gate_E = torch.ones(1) if index is None else gate_RE[index].float()
+        kept_K = torch.zeros(1, dtype=torch.long) if index is None else order_RK[index]
         a = layer.experts.lora_a.detach().float().cpu()
         b = layer.experts.lora_b.detach().float().cpu() * gate_E[:, None, None]
         if model.config.shared_a:

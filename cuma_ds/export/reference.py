@@ -194,11 +194,11 @@ def _routers(
         )
     state: dict[str, Tensor] = {}
     for name, layer in model.adapted_layers():
-        if not layer.owns_router:
+        if layer.router is None:
             continue
         assert isinstance(layer, AdaptedLinear)
         first, *later = routers[numbers[name]]
-        width = layer.router.weight_h.shape[1]  # type: ignore[union-attr]
+        width = layer.router.weight_h.shape[1]
         if first["weight"].shape[1] != width + model.config.profile_dim:
             raise ModelError(
                 f"{folder}: the router of {name} reads {first['weight'].shape[1]} features; with this base model and "

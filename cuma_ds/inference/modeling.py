@@ -221,7 +221,7 @@ class CumaForCausalLM(CumaModel):
         if not inside:
             export["base_model_name_or_path"] = full_path(str(path))
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
-        model = cls(injected.base_model, injected.config, injected.context, injected.router_names)
+        model = cls(injected.base_model, injected.config, injected.context)
         model.load_adapter_state(state)
         model.export, model.folder = export, place
         encoder = encoder or (_moved(named, place) if named else None)
@@ -242,7 +242,7 @@ class CumaForCausalLM(CumaModel):
             profile_embeddings: [B, P] (or [1, P]) raw sentence embeddings instead of ``profiles``.
         """
         if kwargs.get("profile_index") is None:
-            profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
+            profile_embeddings = self._one_per_row(self._inputs(args, kwargs).shape[0], profiles, profile_embeddings)
         return super().forward(*args, profile_embeddings=profile_embeddings, **kwargs)
 
     def generate(
@@ -253,7 +253,7 @@ class CumaForCausalLM(CumaModel):
         **kwargs: Any,
     ) -> Any:
         """The backbone's ``generate``, every prompt with its own profile (arguments as in :meth:`forward`)."""
-        profile_embeddings = self._one_per_row(self._rows(args, kwargs), profiles, profile_embeddings)
+        profile_embeddings = self._one_per_row(self._inputs(args, kwargs).shape[0], profiles, profile_embeddings)
         return super().generate(*args, profile_embeddings=profile_embeddings, **kwargs)
 
     def _one_per_row(self, rows: int, profiles: Sequence[Profile] | None, embeddings: Tensor | None) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""The operators of the mixture: compiled where they were built (csrc/), plain PyTorch elsewhere; the same results from both.
+"""The operators of the mixture: compiled where they were built (csrc/), plain PyTorch elsewhere, with the same results.
 
-Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K assignments, W features; J narrow and I wide ones.
-Compiled: float32, bfloat16 and float16 with float32 arithmetic, on the CPU and on CUDA, deterministic; float64 takes plain PyTorch.
-The grouped products are for CPUs alone (GPUs have torch's own) and compiled in float32 alone: 16-bit ones are left to the CPU's own units.
+Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K pairs, W features.
+Compiled: float32, bfloat16 and float16 with float32 arithmetic, on the CPU and on CUDA, deterministic. float64 takes
+plain PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cuma_ds.errors import ModelError
 from cuma_ds.ops import library, reference
-from cuma_ds.ops.reference import GATE_NORMS, GateOutput, GroupedWay, Pairs, dense_gate
+from cuma_ds.ops.reference import GATE_NORMS, GateOutput, Pairs, dense_gate
 from cuma_ds.torch_compat import is_fake
 
 __all__ = [
@@ -25,11 +25,6 @@ __all__ = [
     "dense_gate",
     "describe",
     "gate_scale",
-    "gate_scale_backward",
-    "grouped_expand",
-    "grouped_outer",
-    "grouped_shrink",
-    "grouped_way",
     "permute_gather",
     "permute_scatter",
     "sort_by_expert",
@@ -43,22 +38,25 @@ _MOST_CHOICES = 32
 def demographic_gate(
     hidden_logits_TE: Tensor, profile_logits_NE: Tensor | None, profile_index_T: Tensor, top_k: int, norm: str
 ) -> GateOutput:
-    """From router logits s = hidden + profile[index] to mixture weights (method, step 3, and its variants), in one pass.
+    """Mixture weights of the router logits s = hidden + profile[index] (method, step 3, and its variants), in one pass.
 
     Args:
-        hidden_logits_TE: [T, E] float32, bfloat16, float16 or float64; what the tokens say. E is at most 512.
-        profile_logits_NE: [N, E]; what the profiles say, one row for all tokens of a profile. None: the hidden part is all.
-        profile_index_T: [T] int64, each token's row of ``profile_logits_NE``; -1 marks padding, which is counted nowhere.
-        top_k: K; ties go to the lower expert index. With ``softmax`` all experts are kept and K = E.
-        norm: ``topk_softmax`` softmax over the top-k logits | ``softmax`` over all | ``softmax_topk`` top-k of the softmax,
-            not renormalised | ``softmax_topk_softmax`` softmax of the top-k values of the softmax.
+        hidden_logits_TE: [T, E] float32, bfloat16, float16 or float64, the logits of the tokens. E is at most 512.
+        profile_logits_NE: [N, E], the logits of the profiles. None stands for zeros.
+        profile_index_T: [T] int64, each token's row of ``profile_logits_NE``. -1 marks padding, which is counted
+            nowhere.
+        top_k: K. Ties go to the lower expert index. With ``softmax`` all experts are kept and K = E.
+        norm: ``topk_softmax`` softmax over the top-k logits | ``softmax`` over all | ``softmax_topk`` top-k of the
+            softmax, not renormalised | ``softmax_topk_softmax`` softmax of the top-k values of the softmax.
 
     Returns:
-        A :class:`GateOutput`; gradients flow through ``weight_TK`` and ``weight_sum_E``. float32 (float64 for float64 logits).
+        A :class:`GateOutput`; gradients flow through ``weight_TK`` and ``weight_sum_E``. float32 (float64 for float64
+        logits).
 
     Raises:
-        ModelError: shapes, dtypes or devices that do not fit; on the CPU also NaN or inf logits and indices out of range. (On CUDA
-            nobody waits for the check: such tokens are not routed and ``invalid`` counts them.)
+        ModelError: shapes, dtypes or devices that do not fit. On the CPU also NaN or inf logits and indices out of
+            range. On CUDA such tokens are not routed, and ``invalid`` counts them, because a check would wait for the
+            device.
     """
     tokens, experts = _matrix("hidden_logits_TE", hidden_logits_TE, _FLOATS)
     if norm not in GATE_NORMS:
@@ -88,7 +86,9 @@ def demographic_gate(
 
 
 def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts: int, scale: float = 1.0) -> Tensor:
-    """scale * g_i * z_i for the chosen experts, zero for the others: what one dense product with all B then sums.
+    """scale * g_i * z_i for the chosen experts, zero for the others.
+
+    One dense product with all B then sums over the experts.
 
     Args:
         z_TER: [T, E, r], or [T, 1, r] when one A serves all experts.
@@ -108,50 +108,11 @@ def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts:
     return reference.gate_scale(z_TER, weight_TK, expert_TK, num_experts, scale)
 
 
-def gate_scale_backward(
-    d_out_TER: Tensor,
-    z_TER: Tensor,
-    weight_TK: Tensor,
-    expert_TK: Tensor,
-    scale: float = 1.0,
-    mask_NE: Tensor | None = None,
-    profile_index_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`gate_scale`, and what the weights of A and B may learn from under a gradient mask.
-
-    Args:
-        d_out_TER: [T, E, r] gradient of the result.
-        z_TER, weight_TK, expert_TK, scale: as given to :func:`gate_scale`.
-        mask_NE: [N, E] in [0, 1], share of its weight gradients that a profile sends to an expert; None for all.
-        profile_index_T: [T] int64 rows of ``mask_NE``, -1 for padding; given with ``mask_NE``.
-
-    Returns:
-        d_z (shape of z) and d_weight [T, K], both blind to the mask, so that inputs and gates learn as without it; then d_z times the mask,
-        for the gradient of A, and the scaled z times the mask, [T, E, r], for the gradient of B. The last two are empty without a mask.
-
-    Raises:
-        ModelError: shapes, dtypes or devices that do not fit.
-    """
-    _check_scale(z_TER, weight_TK, expert_TK, d_out_TER.shape[1])
-    _check("d_out_TER", d_out_TER, (z_TER.dtype,), (z_TER.shape[0], None, z_TER.shape[2]), z_TER)
-    if (mask_NE is None) != (profile_index_T is None):
-        raise ModelError("mask_NE and profile_index_T must be given together")
-    if mask_NE is not None and profile_index_T is not None:
-        _check("mask_NE", mask_NE, _FLOATS, (None, d_out_TER.shape[1]), z_TER)
-        _check("profile_index_T", profile_index_T, (torch.int64,), (z_TER.shape[0],), z_TER)
-    if _compiled(z_TER):
-        mask_NE = None if mask_NE is None else mask_NE.float()
-        return torch.ops.cuma_ds.gate_scale_backward(
-            d_out_TER, z_TER, weight_TK.float(), expert_TK, scale, mask_NE, profile_index_T
-        )
-    return reference.gate_scale_backward(d_out_TER, z_TER, weight_TK, expert_TK, scale, mask_NE, profile_index_T)
-
-
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
-    """Sort the assignments of tokens to experts by expert, stably, without a device sync.
+    """Sort the pairs of a token and an expert by expert, stably, without waiting for the device.
 
     Args:
-        expert_TK: [T, K] int32; -1 for what is sent nowhere.
+        expert_TK: [T, K] int32, -1 for padding.
         num_experts: E.
 
     Returns:
@@ -167,7 +128,9 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
 
 
 def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """The tokens' rows in the order of :func:`sort_by_expert`, times their weight if given; zero where there is none.
+    """The tokens' rows in the order of :func:`sort_by_expert`, times their weight if given.
+
+    Rows after the last pair are zero.
 
     Args:
         x_TW: [T, W].
@@ -192,7 +155,7 @@ def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK
 
 
 def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """Back from the order of :func:`sort_by_expert` to the tokens: each token's K rows, times their weights if given, summed.
+    """The sum of each token's K rows, times their weights if given, from the order of :func:`sort_by_expert`.
 
     Args:
         y_MW: [M, W].
@@ -214,87 +177,6 @@ def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_T
             y_MW, order_M, position_TK, None if weight_TK is None else weight_TK.float()
         )
     return reference.permute_scatter(y_MW, order_M, position_TK, weight_TK)
-
-
-def grouped_way(dtype: torch.dtype, device: str) -> GroupedWay:
-    """How the grouped products below are computed: by compiled operators, with one expert after the other, or not at all.
-
-    Not at all on GPUs, where torch multiplies all experts at once (torch.nn.functional.grouped_mm), and where torch.compile would have to
-    trace turns.
-    """
-    if device == "cpu" and dtype == torch.float32 and library.supports(dtype, device):
-        return "compiled"
-    return reference.grouped_way(dtype, device)
-
-
-def grouped_shrink(x_TI: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
-    """Each pair's row of ``x_TI`` times the matrix of its expert, W_e x: from wide to narrow. (Shrink and expand as in Punica's SGMV.)
-
-    Args:
-        x_TI: [T, I].
-        weight_EJI: [E, J, I].
-        pairs: of :func:`sort_by_expert`.
-
-    Returns:
-        [M, J] in the dtype of ``x_TI``, in the order of the pairs; what follows the last pair is not written. Not differentiable by itself:
-        its gradients are :func:`grouped_expand` and :func:`grouped_outer`.
-
-    Raises:
-        ModelError: shapes, dtypes or devices that do not fit.
-    """
-    tokens, wide = _check_grouped("x_TI", x_TI, pairs)
-    _check("weight_EJI", weight_EJI, (x_TI.dtype,), (len(pairs.end_E), None, wide), x_TI)
-    _check("position_TK", pairs.position_TK, (torch.int32,), (tokens, None), x_TI)
-    if grouped_way(x_TI.dtype, x_TI.device.type) == "compiled":
-        return torch.ops.cuma_ds.grouped_shrink(x_TI, weight_EJI, *pairs)
-    return reference.grouped_shrink(x_TI, weight_EJI, pairs)
-
-
-def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs, onto_TI: Tensor | None = None) -> Tensor:
-    """Each pair's row of ``z_MJ`` times the matrix of its expert, z W_e, summed per token: from narrow to wide.
-
-    Args:
-        z_MJ: [M, J] in the order of the pairs; what follows the last pair is not read.
-        weight_EJI: [E, J, I].
-        pairs: of :func:`sort_by_expert`.
-        onto_TI: [T, I] to add to, itself left as it is; None for zeros.
-
-    Returns:
-        [T, I] in the dtype of ``z_MJ``. Gradients as for :func:`grouped_shrink`.
-
-    Raises:
-        ModelError: shapes, dtypes or devices that do not fit.
-    """
-    _, narrow = _check_grouped("z_MJ", z_MJ, pairs)
-    _check("z_MJ", z_MJ, _FLOATS, (len(pairs.order_M), None), z_MJ)
-    _check("weight_EJI", weight_EJI, (z_MJ.dtype,), (len(pairs.end_E), narrow, None), z_MJ)
-    if onto_TI is not None:
-        _check("onto_TI", onto_TI, (z_MJ.dtype,), (pairs.position_TK.shape[0], weight_EJI.shape[2]), z_MJ)
-    if grouped_way(z_MJ.dtype, z_MJ.device.type) == "compiled":
-        return torch.ops.cuma_ds.grouped_expand(z_MJ, weight_EJI, *pairs, onto_TI)
-    return reference.grouped_expand(z_MJ, weight_EJI, pairs, onto_TI)
-
-
-def grouped_outer(z_MJ: Tensor, x_TI: Tensor, pairs: Pairs) -> Tensor:
-    """The sum of z x^T over the pairs of each expert: what its matrix learns in :func:`grouped_shrink` and :func:`grouped_expand`.
-
-    Args:
-        z_MJ: [M, J] in the order of the pairs; what follows the last pair is not read.
-        x_TI: [T, I].
-        pairs: of :func:`sort_by_expert`.
-
-    Returns:
-        [E, J, I] in the dtype of ``x_TI``; zero for experts that nobody asks.
-
-    Raises:
-        ModelError: shapes, dtypes or devices that do not fit.
-    """
-    tokens, _ = _check_grouped("x_TI", x_TI, pairs)
-    _check("z_MJ", z_MJ, (x_TI.dtype,), (len(pairs.order_M), None), x_TI)
-    _check("position_TK", pairs.position_TK, (torch.int32,), (tokens, None), x_TI)
-    if grouped_way(x_TI.dtype, x_TI.device.type) == "compiled":
-        return torch.ops.cuma_ds.grouped_outer(z_MJ, x_TI, *pairs)
-    return reference.grouped_outer(z_MJ, x_TI, pairs)
 
 
 def describe() -> str:
@@ -346,14 +228,6 @@ def _check_permutation(beside: Tensor, order_M: Tensor, position_TK: Tensor, wei
     _check("order_M", order_M, (torch.int32,), (position_TK.numel(),), beside)
     if weight_TK is not None:
         _check("weight_TK", weight_TK, _FLOATS, tuple(position_TK.shape), beside)
-
-
-def _check_grouped(name: str, rows: Tensor, pairs: Pairs) -> tuple[int, int]:
-    if rows.device.type != "cpu":
-        raise ModelError(f"{name} is on {rows.device}; grouped products are for the CPU")
-    _check_permutation(rows, pairs.order_M, pairs.position_TK, None)
-    _check("end_E", pairs.end_E, (torch.int32,), (None,), rows)
-    return _matrix(name, rows, _FLOATS)
 
 
 def _compiled(tensor: Tensor) -> bool:

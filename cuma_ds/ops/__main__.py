@@ -23,9 +23,8 @@ def main() -> None:
             if wanted in library.architectures
             else "kernels of a neighbouring architecture or from PTX"
         )
-        print(
-            f"CUDA {index}: {torch.cuda.get_device_name(index)} ({wanted}): {used if library.architectures else 'plain PyTorch'}"
-        )
+        used = used if library.architectures else "plain PyTorch"
+        print(f"CUDA {index}: {torch.cuda.get_device_name(index)} ({wanted}): {used}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The compiled operators as torch sees them: loaded, with shapes for tracing and gradients.
+"""Loads the compiled operators and tells torch their result shapes (for tracing) and their gradients.
 
-Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K assignments, W features; J narrow and I wide
-ones.
+Shapes: T tokens, E experts, K active experts, N profiles, r rank, M = T * K pairs, W features.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _load() -> str:
 
 
 def supports(dtype: torch.dtype, device: str) -> bool:
-    """Whether the compiled operators take such tensors: float32, bfloat16 or float16 on the CPU, or on CUDA if built for it."""
+    """Whether the compiled operators take such tensors: 16 or 32 bits, on the CPU, or on CUDA if built for it."""
     if reason or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return device in ("cpu", "meta") or (device == "cuda" and bool(architectures))
@@ -112,28 +111,16 @@ def _register() -> None:
 
     @torch.library.register_fake("cuma_ds::gate_scale_backward")
     def scale_backward_shapes(
-        d_out: Tensor,
-        z: Tensor,
-        weight: Tensor,
-        expert: Tensor,
-        scale: float,
-        mask: Tensor | None,
-        profile_index: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        masked = (0,) if mask is None else z.shape
-        return (
-            z.new_empty(z.shape),
-            torch.empty_like(weight),
-            z.new_empty(masked),
-            z.new_empty((0,) if mask is None else d_out.shape),
-        )
+        d_out: Tensor, z: Tensor, weight: Tensor, expert: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return z.new_empty(z.shape), torch.empty_like(weight)
 
     def scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         z, weight, expert, _, ctx.scale = inputs
         ctx.save_for_backward(z, weight, expert)
 
     def scale_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
-        d_z, d_weight, _, _ = ops.gate_scale_backward(d_out, *ctx.saved_tensors, ctx.scale, None, None)
+        d_z, d_weight = ops.gate_scale_backward(d_out, *ctx.saved_tensors, ctx.scale)
         return d_z, d_weight, None, None, None
 
     torch.library.register_autograd("cuma_ds::gate_scale", scale_gradient, setup_context=scale_context)
@@ -153,20 +140,6 @@ def _register() -> None:
     @torch.library.register_fake("cuma_ds::permute_products")
     def products_shape(d: Tensor, y: Tensor, position: Tensor) -> Tensor:
         return d.new_empty(position.shape, dtype=torch.float32)
-
-    @torch.library.register_fake("cuma_ds::grouped_shrink")
-    def shrink_shape(x: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor) -> Tensor:
-        return x.new_empty(order.shape[0], weight.shape[1])
-
-    @torch.library.register_fake("cuma_ds::grouped_expand")
-    def expand_shape(
-        z: Tensor, weight: Tensor, order: Tensor, position: Tensor, end: Tensor, onto: Tensor | None
-    ) -> Tensor:
-        return z.new_empty(position.shape[0], weight.shape[2])
-
-    @torch.library.register_fake("cuma_ds::grouped_outer")
-    def outer_shape(z: Tensor, x: Tensor, order: Tensor, position: Tensor, end: Tensor) -> Tensor:
-        return z.new_empty(end.shape[0], z.shape[1], x.shape[1])
 
     def permute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)

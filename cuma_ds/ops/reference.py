@@ -1,26 +1,24 @@
-"""The operators in plain PyTorch: what the compiled ones must equal, and what runs where those are missing.
+"""The operators in plain PyTorch. The compiled ones must equal them, and they run where the compiled ones are missing.
 
-Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K assignments, W features; J narrow and I wide ones.
+Shapes: T tokens, E experts, K active experts, N profiles, r rank (R in names), M = T * K pairs, W features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 GATE_NORMS = ("topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax")
-GroupedWay = Literal["compiled", "turns", "no"]
 
 
 class GateOutput(NamedTuple):
     """What :func:`demographic_gate` returns.
 
     weight_TK: [T, K] mixture weights, zero for padding.  expert_TK: [T, K] int32, largest weight first, -1 for padding.
-    load_E: [E] assignments per expert.  weight_sum_E: [E] summed weights, differentiable.  entropy: [] summed entropy of the gate, nats.
-    invalid: [] real tokens left unrouted because a logit is NaN or inf.
+    load_E: [E] assignments per expert.  weight_sum_E: [E] summed weights, differentiable.  entropy: [] summed entropy
+    of the gate, nats. invalid: [] real tokens left unrouted because a logit is NaN or inf.
     """
 
     weight_TK: Tensor
@@ -32,10 +30,11 @@ class GateOutput(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The pairs of a token and one of its experts, sorted by expert: what :func:`sort_by_expert` returns.
+    """The pairs of a token and one of its experts, sorted by expert, as :func:`sort_by_expert` returns them.
 
-    order_M: [M] int32, the pair (t * K + k) at each sorted place, -1 past the last one.  position_TK: [T, K] int32, the place of each pair,
-    -1 if it has none.  end_E: [E] int32, where each expert's places end (the offsets grouped products take).
+    order_M: [M] int32, the pair (t * K + k) at each sorted place, -1 after the last one.  position_TK: [T, K] int32,
+    the place of each pair, -1 for padding.  end_E: [E] int32, where each expert's places end (the offsets that grouped
+    products take).
     """
 
     order_M: Tensor
@@ -92,31 +91,6 @@ def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts:
     return _scaled(z_TER, (scale * dense_gate(weight_TK, expert_TK, num_experts))[:, :, None])
 
 
-def gate_scale_backward(
-    d_out_TER: Tensor,
-    z_TER: Tensor,
-    weight_TK: Tensor,
-    expert_TK: Tensor,
-    scale: float = 1.0,
-    mask_NE: Tensor | None = None,
-    profile_index_T: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`cuma_ds.ops.gate_scale_backward`."""
-    gate_TE = scale * dense_gate(weight_TK, expert_TK, d_out_TER.shape[1])
-    d_gate_TE = scale * (d_out_TER.to(weight_TK.dtype) * z_TER.to(weight_TK.dtype)).sum(dim=-1)
-    d_weight_TK = d_gate_TE.gather(1, expert_TK.clamp(min=0).long()) * (expert_TK >= 0)
-
-    def d_z(share_TE: Tensor) -> Tensor:
-        d = d_out_TER * share_TE[:, :, None]
-        return (d.sum(dim=1, keepdim=True) if z_TER.shape[1] == 1 else d).to(z_TER.dtype)
-
-    if mask_NE is None or profile_index_T is None:
-        nothing = z_TER.new_empty(0)
-        return d_z(gate_TE), d_weight_TK, nothing, nothing
-    allowed_TE = gate_TE * mask_NE.to(gate_TE.dtype)[profile_index_T.clamp(min=0)] * (profile_index_T >= 0)[:, None]
-    return d_z(gate_TE), d_weight_TK, d_z(allowed_TE), _scaled(z_TER, allowed_TE[:, :, None])
-
-
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
     """See :func:`cuma_ds.ops.sort_by_expert`."""
     expert_M = expert_TK.reshape(-1).long()
@@ -149,47 +123,6 @@ def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_T
     if weight_TK is None:
         return y_TKW.sum(dim=1)
     return (y_TKW * weight_TK[:, :, None]).sum(dim=1).to(y_MW.dtype)
-
-
-def grouped_way(dtype: torch.dtype, device: str) -> GroupedWay:
-    """See :func:`cuma_ds.ops.grouped_way`."""
-    return "turns" if device == "cpu" and not torch.compiler.is_compiling() else "no"
-
-
-def grouped_shrink(x_TI: Tensor, weight_EJI: Tensor, pairs: Pairs) -> Tensor:
-    """See :func:`cuma_ds.ops.grouped_shrink`. Experts take turns, so that their rows stay in the cache."""
-    z_MJ = x_TI.new_empty(len(pairs.order_M), weight_EJI.shape[1])
-    for expert, place, token_P in _turns(pairs):
-        torch.mm(x_TI.index_select(0, token_P), weight_EJI[expert].T, out=z_MJ[place])
-    return z_MJ
-
-
-def grouped_expand(z_MJ: Tensor, weight_EJI: Tensor, pairs: Pairs, onto_TI: Tensor | None = None) -> Tensor:
-    """See :func:`cuma_ds.ops.grouped_expand`."""
-    wide = torch.promote_types(z_MJ.dtype, torch.float32)
-    shape = (pairs.position_TK.shape[0], weight_EJI.shape[2])
-    y_TI = z_MJ.new_zeros(shape, dtype=wide) if onto_TI is None else onto_TI.to(wide, copy=True)
-    for expert, place, token_P in _turns(pairs):
-        y_TI.index_add_(0, token_P, (z_MJ[place] @ weight_EJI[expert]).to(wide))
-    return y_TI.to(z_MJ.dtype)
-
-
-def grouped_outer(z_MJ: Tensor, x_TI: Tensor, pairs: Pairs) -> Tensor:
-    """See :func:`cuma_ds.ops.grouped_outer`."""
-    sum_EJI = x_TI.new_zeros(len(pairs.end_E), z_MJ.shape[1], x_TI.shape[1])
-    for expert, place, token_P in _turns(pairs):
-        torch.mm(z_MJ[place].T, x_TI.index_select(0, token_P), out=sum_EJI[expert])
-    return sum_EJI
-
-
-def _turns(pairs: Pairs) -> Iterator[tuple[int, slice, Tensor]]:
-    """Every expert that somebody asks, where its pairs stand, and the tokens they are of."""
-    token_M = pairs.order_M.long() // pairs.position_TK.shape[1]
-    begin = 0
-    for expert, end in enumerate(pairs.end_E.tolist()):
-        if end > begin:
-            yield expert, slice(begin, end), token_M[begin:end]
-        begin = end
 
 
 def _scaled(rows: Tensor, weight: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
@@ -99,9 +98,7 @@ def load_checkpoint(engine: AdapterEngine, folder: Path) -> int:
             if value.shape != shape:
                 raise CheckpointError(f"{folder}: {name} has shape {tuple(value.shape)}; this run needs {tuple(shape)}")
             compat.set_whole_value(parameter, moment, value.to(engine.topology.device))
-    with torch.no_grad():
-        for key, buffer in engine.untrained_state().items():
-            buffer.copy_(stored.get(key))
+    engine.model.load_state({key: stored.get(key) for key in engine.model.state()})
     return int(state["step"])
 
 
@@ -117,7 +114,7 @@ def _tensors(engine: AdapterEngine) -> tuple[dict[str, Tensor], dict[str, Tensor
             elif engine.topology.holds_first_copy:
                 numbered = zip(_experts(engine, trained), value, strict=True)
                 experts |= {f"{kind}/{trained.name}/{number}": expert.contiguous() for number, expert in numbered}
-    shared |= {key: buffer.cpu().contiguous() for key, buffer in engine.untrained_state().items()}
+    shared |= {key: buffer.cpu().contiguous() for key, buffer in engine.model.state().items()}
     return shared, experts
 
 

@@ -15,6 +15,7 @@ from cuma_ds.config import RunConfig
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.wire import (
     ExpertShapes,
+    Payload,
     all_gather_bytes,
     all_reduce_bytes,
     all_to_all_bytes,
@@ -97,11 +98,6 @@ class Placement:
         """Whether the backbone is partitioned over all ranks."""
         return self.settings.backbone.sharded or self.settings.stage == 3
 
-    @property
-    def forwards(self) -> int:
-        """How often a micro step runs each forward."""
-        return 2 if self.config.model.gradient_checkpointing else 1
-
     def held(self) -> dict[str, int]:
         """Bytes one rank holds while training, besides activations, by purpose."""
         sizes, parts = self.sizes, self.gpus if self.is_sharded else 1
@@ -157,9 +153,13 @@ class Placement:
         choices = {self._cheaper(shape) for shape in self.sizes.layers}
         return choices.pop() if len(choices) == 1 else "auto (differs by layer)"
 
+    @property
+    def _payload(self) -> Payload:
+        forwards = 2 if self.config.model.gradient_checkpointing else 1
+        return Payload(self.ep_size, self.sizes.itemsize, forwards=forwards)
+
     def _cheaper(self, shape: ExpertShapes) -> str:
-        tokens, active, itemsize = self.work.tokens, self.sizes.active, self.sizes.itemsize
-        return cheaper_dispatch(shape, self.ep_size, tokens, active, itemsize, forwards=self.forwards)
+        return cheaper_dispatch(shape, self._payload, self.work.tokens, self.sizes.active)
 
     def dispatch_memory(self) -> int:
         """Bytes per sequence that moving tokens keeps for the backward pass: what was sent, arrived, answered and returned."""
@@ -194,15 +194,15 @@ class Placement:
         return {name: count for name, count in sent.items() if count}
 
     def _layer_wire(self, shape: ExpertShapes) -> dict[str, int]:
-        dispatch, ep_size, itemsize = self.dispatch, self.ep_size, self.sizes.itemsize
+        dispatch = self.dispatch
         if dispatch == "local":
             return {}
         if dispatch.startswith("auto"):
             dispatch = self._cheaper(shape)
         if dispatch == "gather_experts":
-            return gather_experts_bytes(shape, ep_size, itemsize, forwards=self.forwards)
-        pairs = balanced_pairs(self.work.tokens, self.sizes.active, ep_size)
-        return all_to_all_bytes(shape, ep_size, itemsize, pairs, pairs, forwards=self.forwards)
+            return gather_experts_bytes(shape, self._payload)
+        pairs = balanced_pairs(self.work.tokens, self.sizes.active, self.ep_size)
+        return all_to_all_bytes(shape, self._payload, pairs, pairs)
 
     def seconds(self, hardware: Hardware) -> dict[str, float]:
         """Compute and wire time of one step. Nothing overlaps, which is what the default configuration promises."""

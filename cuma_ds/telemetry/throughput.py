@@ -13,7 +13,7 @@ GIB = 2.0**30
 
 
 class Throughput:
-    """Turns what one optimizer step processed into rates; the clock starts when this is made.
+    """Turns what optimizer steps processed into rates; the clock starts when this is made.
 
     Args:
         device: where the model runs; GPU memory is measured only on CUDA.
@@ -24,22 +24,32 @@ class Throughput:
         self._device = torch.device(device)
         self._clock = clock
         self._last = clock()
+        self._steps, self._tokens, self._people = 0, 0.0, 0.0
 
-    def step(self, tokens: float, people: float) -> dict[str, float]:
-        """Rates since the last call (or since this was made).
+    def add(self, tokens: float, people: float) -> None:
+        """Count one step.
 
         Args:
             tokens: real tokens of the step, over all ranks.
             people: people whose answers the step learned from, over all ranks.
+        """
+        self._steps, self._tokens, self._people = self._steps + 1, self._tokens + tokens, self._people + people
+
+    def row(self) -> dict[str, float]:
+        """Rates of the steps since the last row (or since this was made).
 
         Returns:
-            ``seconds``, ``tokens_per_second``, ``people_per_second``, ``memory_gib`` (peak resident)
+            ``seconds`` (of one step, their mean), ``tokens_per_second``, ``people_per_second``, ``memory_gib`` (peak resident)
             and, on CUDA, ``gpu_memory_gib`` (peak allocated).
         """
         now = self._clock()
         seconds = max(now - self._last, 1e-9)
-        self._last = now
-        rates = {"seconds": seconds, "tokens_per_second": tokens / seconds, "people_per_second": people / seconds}
+        rates = {
+            "seconds": seconds / max(self._steps, 1),
+            "tokens_per_second": self._tokens / seconds,
+            "people_per_second": self._people / seconds,
+        }
+        self._last, self._steps, self._tokens, self._people = now, 0, 0.0, 0.0
         return rates | memory(self._device)
 
 

@@ -83,8 +83,13 @@ class MetricsWriter:
             self._task = self._progress.add_task("", total=steps.stop, completed=start_step)
             self._progress.start()
 
+    def advance(self, step: int) -> None:
+        """Move the progress bar to ``step`` finished steps."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record the scalars of one optimizer step.
+        """Record the scalars of one optimizer step; for steps that are due.
 
         Args:
             step: 1-based.
@@ -95,8 +100,6 @@ class MetricsWriter:
             return
         values = {name: float(value) for name, value in scalars.items()}
         self._show(step, values)
-        if not self._is_due(step):
-            return
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._rows.write(json.dumps(row) + "\n")
         self._rows.flush()
@@ -115,7 +118,7 @@ class MetricsWriter:
             load_RE: share of the routing that went to each expert, float [R, E], rows sum to 1.
             entropy_R: gate entropy of each router in nats, float [R].
         """
-        if self._tensorboard is None or not self._is_due(step):
+        if self._tensorboard is None:
             return
         loads, entropies = _to_numpy(load_RE), _to_numpy(entropy_R)
         for router, name in enumerate(names):
@@ -143,7 +146,8 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
+        """Whether step ``step`` (from 1) gets a row: every ``log_every``-th and the last one. The same on every rank."""
         return step % self._config.log_every == 0 or step == self._total_steps
 
     def _show(self, step: int, values: dict[str, float]) -> None:
@@ -151,7 +155,7 @@ class MetricsWriter:
             return
         text = "  ".join(form.format(values[name]) for name, form in _SHOWN.items() if name in values)
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=text)
+            self._progress.update(self._task, description=text)
         elif step * 10 >= self._next_tenth * self._total_steps:
             self._next_tenth = 10 * step // self._total_steps + 1
             self._console.print(f"step {step}/{self._total_steps}  {text}", highlight=False, soft_wrap=True)

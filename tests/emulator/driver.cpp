@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda behind plain C functions, with the scratch memory that csrc/ops.cpp gives them.
+// The launchers of csrc/cuda behind plain C functions, with the scratch memory that csrc/*.cpp give them.
 // `type` is 0 float32, 1 bfloat16, 2 float16. Each returns a null pointer, or what went wrong.
 
 #include <stdexcept>
@@ -43,85 +43,91 @@ EMULATED set_backwards(int64_t on) {
   return nullptr;
 }
 
-EMULATED gate(int64_t type, const void* hidden, const void* profile, const void* index, int64_t tokens, int64_t profiles, int64_t experts,
-              int64_t top_k, int64_t norm, void* weight, void* expert, void* load, void* weight_sum, void* entropy, void* invalid) {
+EMULATED gate(int64_t type, const void* hidden, const void* profile, const void* index, int64_t tokens,
+              int64_t profiles, int64_t experts, int64_t top_k, int64_t norm, void* weight, void* expert, void* load,
+              void* weight_sum, void* entropy, void* invalid) {
   return run(type, [&](auto sample) {
     using T = decltype(sample);
     const int chunks = cuda::gate_chunks(tokens, 2 * experts + 2);
     std::vector<float> partial(chunks * (2 * experts + 2), NAN);
-    cuda::gate_forward<T>(in<T>(hidden), in<float>(profile), in<int64_t>(index), tokens, profiles, static_cast<int>(experts),
-                          static_cast<int>(top_k), static_cast<GateNorm>(norm), out<float>(weight), out<int32_t>(expert), out<float>(load),
-                          out<float>(weight_sum), out<float>(entropy), out<float>(invalid), partial.data(), chunks, nullptr);
+    cuda::gate_forward<T>(in<T>(hidden), in<float>(profile), in<int64_t>(index), tokens, profiles,
+                          static_cast<int>(experts), static_cast<int>(top_k), static_cast<GateNorm>(norm),
+                          out<float>(weight), out<int32_t>(expert), out<float>(load), out<float>(weight_sum),
+                          out<float>(entropy), out<float>(invalid), partial.data(), chunks, nullptr);
   });
 }
 
-EMULATED gate_backward(int64_t type, const void* hidden, const void* profile, const void* index, int64_t tokens, int64_t profiles,
-                       int64_t experts, int64_t top_k, int64_t norm, const void* weight, const void* expert, const void* d_weight,
-                       const void* d_weight_sum, void* d_hidden, void* d_profile) {
+EMULATED gate_backward(int64_t type, const void* hidden, const void* profile, const void* index, int64_t tokens,
+                       int64_t profiles, int64_t experts, int64_t top_k, int64_t norm, const void* weight,
+                       const void* expert, const void* d_weight, const void* d_weight_sum, void* d_hidden,
+                       void* d_profile) {
   return run(type, [&](auto sample) {
     using T = decltype(sample);
     const bool sums = profile != nullptr;
     const int chunks = cuda::gate_chunks(tokens, profiles * experts);
     std::vector<float> gradient(sums ? tokens * experts : 0, NAN), partial(sums ? chunks * profiles * experts : 0, NAN);
-    cuda::gate_backward<T>(in<T>(hidden), in<float>(profile), in<int64_t>(index), tokens, profiles, static_cast<int>(experts),
-                           static_cast<int>(top_k), static_cast<GateNorm>(norm), in<float>(weight), in<int32_t>(expert),
-                           in<float>(d_weight), in<float>(d_weight_sum), out<T>(d_hidden), sums ? out<float>(d_profile) : nullptr,
-                           sums ? gradient.data() : nullptr, sums ? partial.data() : nullptr, chunks, nullptr);
+    cuda::gate_backward<T>(in<T>(hidden), in<float>(profile), in<int64_t>(index), tokens, profiles,
+                           static_cast<int>(experts), static_cast<int>(top_k), static_cast<GateNorm>(norm),
+                           in<float>(weight), in<int32_t>(expert), in<float>(d_weight), in<float>(d_weight_sum),
+                           out<T>(d_hidden), sums ? out<float>(d_profile) : nullptr, sums ? gradient.data() : nullptr,
+                           sums ? partial.data() : nullptr, chunks, nullptr);
   });
 }
 
-EMULATED gate_scale(int64_t type, const void* z, const void* weight, const void* expert, int64_t tokens, int64_t experts, int64_t top_k,
-                    int64_t rank, int64_t shared, double scale, void* result) {
+EMULATED gate_scale(int64_t type, const void* z, const void* weight, const void* expert, int64_t tokens,
+                    int64_t experts, int64_t top_k, int64_t rank, int64_t shared, double scale, void* result) {
   return run(type, [&](auto sample) {
     using T = decltype(sample);
-    cuda::scale_forward<T>(in<T>(z), in<float>(weight), in<int32_t>(expert), tokens, static_cast<int>(experts), static_cast<int>(top_k),
-                           static_cast<int>(rank), shared != 0, static_cast<float>(scale), out<T>(result), nullptr);
+    cuda::scale_forward<T>(in<T>(z), in<float>(weight), in<int32_t>(expert), tokens, static_cast<int>(experts),
+                           static_cast<int>(top_k), static_cast<int>(rank), shared != 0, static_cast<float>(scale),
+                           out<T>(result), nullptr);
   });
 }
 
-EMULATED gate_scale_backward(int64_t type, const void* d_out, const void* z, const void* weight, const void* expert, const void* mask,
-                             const void* index, int64_t tokens, int64_t profiles, int64_t experts, int64_t top_k, int64_t rank,
-                             int64_t shared, double scale, void* d_z, void* d_weight, void* masked_d_z, void* masked_out) {
+EMULATED gate_scale_backward(int64_t type, const void* d_out, const void* z, const void* weight, const void* expert,
+                             int64_t tokens, int64_t experts, int64_t top_k, int64_t rank, int64_t shared, double scale,
+                             void* d_z, void* d_weight) {
   return run(type, [&](auto sample) {
     using T = decltype(sample);
-    cuda::scale_backward<T>(in<T>(d_out), in<T>(z), in<float>(weight), in<int32_t>(expert), in<float>(mask), in<int64_t>(index), tokens,
-                            profiles, static_cast<int>(experts), static_cast<int>(top_k), static_cast<int>(rank), shared != 0,
-                            static_cast<float>(scale), out<T>(d_z), out<float>(d_weight), out<T>(masked_d_z), out<T>(masked_out), nullptr);
+    cuda::scale_backward<T>(in<T>(d_out), in<T>(z), in<float>(weight), in<int32_t>(expert), tokens,
+                            static_cast<int>(experts), static_cast<int>(top_k), static_cast<int>(rank), shared != 0,
+                            static_cast<float>(scale), out<T>(d_z), out<float>(d_weight), nullptr);
   });
 }
 
-EMULATED sort_by_expert(const void* expert, int64_t assignments, int64_t experts, void* order, void* position, void* end) {
+EMULATED sort_by_expert(const void* expert, int64_t assignments, int64_t experts, void* order, void* position,
+                        void* end) {
   return run(0, [&](auto) {
     const int chunks = cuda::sort_chunks(assignments);
     std::vector<int32_t> counts(experts * chunks, -1);
-    cuda::sort_assignments(in<int32_t>(expert), assignments, static_cast<int>(experts), out<int32_t>(order), out<int32_t>(position),
-                           out<int32_t>(end), counts.data(), chunks, nullptr);
+    cuda::sort_assignments(in<int32_t>(expert), assignments, static_cast<int>(experts), out<int32_t>(order),
+                           out<int32_t>(position), out<int32_t>(end), counts.data(), chunks, nullptr);
   });
 }
 
-EMULATED permute_gather(int64_t type, const void* x, const void* order, const void* weight, int64_t assignments, int64_t top_k,
-                        int64_t width, void* result) {
+EMULATED permute_gather(int64_t type, const void* x, const void* order, const void* weight, int64_t assignments,
+                        int64_t top_k, int64_t width, void* result) {
   return run(type, [&](auto sample) {
     using T = decltype(sample);
-    cuda::gather_rows<T>(in<T>(x), in<int32_t>(order), in<float>(weight), assignments, static_cast<int>(top_k), width, out<T>(result),
-                         nullptr);
+    cuda::gather_rows<T>(in<T>(x), in<int32_t>(order), in<float>(weight), assignments, static_cast<int>(top_k), width,
+                         out<T>(result), nullptr);
   });
 }
 
-EMULATED permute_scatter(int64_t type, const void* y, const void* position, const void* weight, int64_t tokens, int64_t rows,
-                         int64_t top_k, int64_t width, void* result) {
+EMULATED permute_scatter(int64_t type, const void* y, const void* position, const void* weight, int64_t tokens,
+                         int64_t rows, int64_t top_k, int64_t width, void* result) {
   return run(type, [&](auto sample) {
     using T = decltype(sample);
-    cuda::scatter_rows<T>(in<T>(y), in<int32_t>(position), in<float>(weight), tokens, rows, static_cast<int>(top_k), width, out<T>(result),
-                          nullptr);
+    cuda::scatter_rows<T>(in<T>(y), in<int32_t>(position), in<float>(weight), tokens, rows, static_cast<int>(top_k),
+                          width, out<T>(result), nullptr);
   });
 }
 
-EMULATED permute_products(int64_t type, const void* d, const void* y, const void* position, int64_t tokens, int64_t rows, int64_t top_k,
-                          int64_t width, void* result) {
+EMULATED permute_products(int64_t type, const void* d, const void* y, const void* position, int64_t tokens,
+                          int64_t rows, int64_t top_k, int64_t width, void* result) {
   return run(type, [&](auto sample) {
     using T = decltype(sample);
-    cuda::row_products<T>(in<T>(d), in<T>(y), in<int32_t>(position), tokens, rows, static_cast<int>(top_k), width, out<float>(result),
-                          nullptr);
+    cuda::row_products<T>(in<T>(d), in<T>(y), in<int32_t>(position), tokens, rows, static_cast<int>(top_k), width,
+                          out<float>(result), nullptr);
   });
 }

@@ -1,6 +1,6 @@
-// CUDA on the host, as much of it as the kernels use. The lanes of a warp run one after the other until each waits at a warp
-// instruction, then go on together; a lane that waits at another instruction than its neighbours, or reads a lane that left, is an error.
-// Not here: __syncthreads (so no kernel may use it), atomics, the memory model, time.
+// CUDA on the host, as much of it as the kernels use. The lanes of a warp run one after the other until each waits at a
+// warp instruction, then go on together; a lane that waits at another instruction than its neighbours, or reads a lane
+// that left, is an error. Not here: __syncthreads (so no kernel may use it), atomics, the memory model, time.
 #pragma once
 
 #include <ucontext.h>
@@ -166,7 +166,8 @@ inline void run_warp(int first_thread, int count) {
       seen[i] = lanes[i].value;
       if (lanes[i].done) continue;
       if (waiting != nullptr && std::strcmp(waiting->waits_at, lanes[i].waits_at) != 0) {
-        failure = std::string("lanes of a warp part: some wait at ") + waiting->waits_at + ", some at " + lanes[i].waits_at;
+        failure =
+            std::string("lanes of a warp part: some wait at ") + waiting->waits_at + ", some at " + lanes[i].waits_at;
         return;
       }
       waiting = &lanes[i];
@@ -179,7 +180,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, std
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024) throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
   if (blocks == 0 || grid.y > 65535 || grid.z > 65535 || blocks * threads > kMostThreads) {
-    throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads");
+    throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
+                             " threads");
   }
   blockDim = block;
   gridDim = grid;
@@ -187,7 +189,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, std
   failure.clear();
   for (uint64_t turn = 0; turn < blocks; ++turn) {
     const uint64_t b = backwards ? blocks - 1 - turn : turn;
-    blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y), static_cast<unsigned>(b / grid.x / grid.y));
+    blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                    static_cast<unsigned>(b / grid.x / grid.y));
     shared_memory = std::vector<char>(shared_bytes, static_cast<char>(0x7f));
     for (uint64_t first = 0; first < threads; first += kLanes) {
       run_warp(static_cast<int>(first), static_cast<int>(std::min<uint64_t>(kLanes, threads - first)));
@@ -208,13 +211,15 @@ T __shfl_sync(unsigned mask, T x, int source, int width = emulator::kLanes) {
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T x, int bits, int width = emulator::kLanes) {
   const int source = emulator::current ^ bits;
-  return emulator::shuffle("__shfl_xor_sync", mask, x, source < emulator::first_of_segment(width) + width ? source : emulator::current);
+  const bool inside = source < emulator::first_of_segment(width) + width;
+  return emulator::shuffle("__shfl_xor_sync", mask, x, inside ? source : emulator::current);
 }
 
 template <typename T>
 T __shfl_up_sync(unsigned mask, T x, unsigned delta, int width = emulator::kLanes) {
   const int source = emulator::current - static_cast<int>(delta);
-  return emulator::shuffle("__shfl_up_sync", mask, x, source >= emulator::first_of_segment(width) ? source : emulator::current);
+  const bool inside = source >= emulator::first_of_segment(width);
+  return emulator::shuffle("__shfl_up_sync", mask, x, inside ? source : emulator::current);
 }
 
 template <typename T>

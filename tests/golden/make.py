@@ -24,7 +24,7 @@ from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.inference.modeling import load_exported
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
-from cuma_ds.training.loop import train
+from cuma_ds.training.run import train
 
 PROFILES = [{"country": "Norway", "age": 38}, {"country": "Ghana", "age": 51}]
 PROMPTS = [[4, 30, 31, 5, 40, 41], [4, 60, 61, 62, 5, 40]]

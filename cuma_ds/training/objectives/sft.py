@@ -5,9 +5,36 @@ Shapes: B sequences, K kept positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import Tensor
 
-from cuma_ds.data.batch import Targets
+from cuma_ds.config import RunConfig
+from cuma_ds.data.batch import Batch, Targets, Unit, encode_example
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.training.objectives.protocol import Loss
+
+
+class Sft:
+    """Learns from the answers and conversations of people; a unit is one example."""
+
+    reads: Sequence[str] = ("choice", "chat")
+
+    def __init__(self, config: RunConfig) -> None:
+        self._data = config.data
+
+    def unit(self, row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str]) -> Unit:
+        """One example, see :func:`~cuma_ds.data.batch.encode_example`."""
+        return (encode_example(row, renderer, sentences, self._data),)
+
+    def weight(self, batch: Batch) -> float:
+        """Sum of the label weights."""
+        return batch.weight_sum
+
+    def loss(self, logits_BKV: Tensor, batch: Batch) -> Loss:
+        """See :func:`sft_loss`."""
+        return Loss(sft_loss(logits_BKV, batch.targets), {})
 
 
 def sft_loss(logits_BKV: Tensor, targets: Targets) -> Tensor:

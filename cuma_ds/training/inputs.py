@@ -1,0 +1,170 @@
+"""What a run trains on: the data and the embedded profiles in its folder, as this rank's batches.
+
+Shapes: N examples of a micro batch, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from cuma_ds.config import RunConfig
+from cuma_ds.data import PreparedData, load_data
+from cuma_ds.data.batch import Batch, EncodedExample
+from cuma_ds.data.lengths import fitting
+from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.stream import Draw, Stream
+from cuma_ds.errors import ConfigError, DataError
+from cuma_ds.parallel.backbone import load_tokenizer, skeleton
+from cuma_ds.parallel.topology import Topology
+from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.profiles.groups import group_mask
+from cuma_ds.runs import Run
+from cuma_ds.training.objectives import OBJECTIVES, Objective
+
+# In the manifest of a run's own data: the max_length that all its prompts are known to fit.
+PROMPTS_CHECKED = "prompts_fit"
+_WHAT_ROWS_HOLD = {"choice": "answers", "chat": "conversations", "preference": "preferences"}
+
+
+class BatchSource(Protocol):
+    """Where micro batches come from. A stream of rows is one; rollouts of the model itself are another."""
+
+    def step(self, number: int) -> list[Batch]:
+        """This rank's micro batches of step ``number`` (from 0), equally many on every rank."""
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a run trains on.
+
+    Attributes:
+        objective: what is learned.
+        batches: this rank's micro batches.
+        draw: how the rows of the split are dealt out to steps and ranks.
+        table: the run's profiles; None for methods without profiles.
+        profiles: rows of the table that training examples have.
+        people: [rows] answers (choice) or conversations (chat) behind each row of the split.
+        group_mask: [profiles, E] of ``gradient_mask: groups``, or None.
+        probe: any example, to measure on the model what packing does.
+        pad_id: token id of padding.
+    """
+
+    objective: Objective
+    batches: BatchSource
+    draw: Draw
+    table: ProfileTable | None
+    profiles: np.ndarray
+    people: np.ndarray
+    group_mask: Tensor | None
+    probe: EncodedExample
+    pad_id: int
+
+
+def prepare_run(config: RunConfig) -> None:
+    """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
+    run, source = Run(config.run_dir), None
+    if not run.has_data:
+        # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
+        source = check_prompts(load_data(config.data, config.profiles.template), config, started=False)
+    Run.create(config)
+    data = run.data() if source is None else source.save(run.data_folder)
+    if source is None and PROMPTS_CHECKED not in data.manifest:
+        check_prompts(data, config, started=True)
+    table = None
+    if config.adapters.uses_profiles and run.profiles_file.is_file():
+        table = run.profiles(config)
+    elif config.adapters.uses_profiles:
+        assert config.profiles.encoder is not None
+        encoder = ProfileEncoder(config.profiles.encoder, batch_size=config.profiles.batch_size)
+        # A prepared folder may hold the embeddings already; the run's copy of its data does not.
+        table = (source or data).profile_table(encoder, config.profiles.cache_dir)
+        table.save(run.profiles_file)
+    run.check_own_data(data, table, run.identity())
+    run.record_identity(config, data, table)
+
+
+def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:
+    """The data without rows that are too long to be read whole, as ``data.on_long_prompt`` says; see :func:`fitting`.
+
+    Args:
+        data: all splits.
+        config: the recipe.
+        started: the run has been started by release 0.1.0, which cut such rows. It cannot leave them out now.
+
+    Raises:
+        CumaError: rows are too long and are not to be skipped, or ``data.max_length`` is more than the model can read.
+    """
+
+    def advice(needed: int) -> str:
+        skip = "data.on_long_prompt: skip"
+        if started:
+            return f"release 0.1.0 cut them; start a new run (run.name) with data.max_length {needed}, or {skip}"
+        return f"raise data.max_length to {needed}, or leave them out with {skip}"
+
+    section = config.data
+    if section.option_order == "average":
+        raise ConfigError(
+            "data.option_order: average is for evaluation; "
+            "train with fixed or reversed, and evaluate with --set data.option_order=average"
+        )
+    text: PreTrainedConfig = skeleton(config.model).config.get_text_config()  # type: ignore[operator, union-attr]
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest and section.max_length > longest and not started:
+        raise ConfigError(
+            f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it"
+        )
+    renderer = Renderer.of(load_tokenizer(config.model), section)
+    section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
+    fits = fitting(data, renderer, section, ["train", *data.evaluation_splits], advice)
+    return dataclasses.replace(fits, manifest={**fits.manifest, PROMPTS_CHECKED: section.max_length})
+
+
+def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
+    """Read the run folder and make this rank's stream of batches.
+
+    Raises:
+        DataError: the objective does not learn from this kind of data, or something is missing or damaged.
+    """
+    run, training = Run(config.run_dir), config.training
+    data, table, objective = run.data(), run.profiles(config), OBJECTIVES[training.objective](config)
+    if data.kind not in objective.reads:
+        wanted = " or ".join(_WHAT_ROWS_HOLD[kind] for kind in objective.reads)
+        raise DataError(
+            f"the data holds {_WHAT_ROWS_HOLD[data.kind]}, but objective {training.objective} learns from {wanted}; "
+            f"prepare it with --kind {objective.reads[-1]}"
+        )
+    tokenizer, rows = load_tokenizer(config.model), data.splits["train"]
+    renderer = Renderer.of(tokenizer, config.data)
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    draw = Draw(
+        len(rows),
+        training.global_batch_size,
+        training.micro_batch_size,
+        config.run.seed,
+        topology.rank,
+        topology.world,
+    )
+    stream = Stream(
+        draw,
+        lambda row: objective.unit(rows[row], renderer, data.sentences),
+        pad_id,
+        pack_length=config.data.max_length if config.data.packing else None,
+    )
+    fields, groups = [profile["fields"] for profile in data.profiles], config.adapters.gradient_groups
+    return TrainingInputs(
+        objective,
+        stream,
+        draw,
+        table,
+        profiles=np.unique(rows.numbers("profile")),
+        people=rows.answers(),
+        group_mask=None if groups is None else group_mask(fields, groups, config.adapters.num_experts),
+        probe=stream.unit_of(0)[0],
+        pad_id=pad_id,
+    )

@@ -1,0 +1,193 @@
+"""One training run, from a recipe to checkpoints: the only loop."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cuma_ds.adapters.inject import find_targets
+from cuma_ds.config import RunConfig
+from cuma_ds.data.batch import Batch
+from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.files import write_atomically
+from cuma_ds.learned_settings import fingerprint
+from cuma_ds.parallel.agreement import agreement
+from cuma_ds.parallel.backbone import full_bytes, resident_bytes, skeleton
+from cuma_ds.parallel.checkpoint import load_checkpoint, save_checkpoint
+from cuma_ds.parallel.ds_config import read_deepspeed_config
+from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.stored import State, check_checkpoint, find_checkpoint, has_checkpoint
+from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
+from cuma_ds.profiles import ProfileTable
+from cuma_ds.runs import Run
+from cuma_ds.telemetry.throughput import Throughput
+from cuma_ds.telemetry.writer import MetricsWriter
+from cuma_ds.training.inputs import TrainingInputs, load_inputs, prepare_run
+from cuma_ds.training.optimizer import make_optimizer
+from cuma_ds.training.packing import tells_examples_apart
+from cuma_ds.training.step import StepResult, run_step
+
+Say = Callable[[str], None]
+
+
+def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
+    """Run (or resume) what the recipe says, on all ranks together.
+
+    Args:
+        config: the recipe.
+        topology: of this rank, with expert-parallel groups.
+        say: prints a line; called on the main rank alone.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        CumaError: the same one line on every rank.
+    """
+    tell = say if topology.is_main else (lambda _: None)
+    run = Run(config.run_dir)
+    config = run.as_started(config)
+    with agreement():
+        if topology.is_main:
+            prepare_run(config)
+    with agreement():
+        if topology.local_rank == 0 and not topology.is_main:
+            run.check_backbone(config, run.identity())  # each machine may hold a copy of its own
+        inputs = load_inputs(config, topology)
+        settings = read_deepspeed_config(config, inputs.draw.micro, inputs.draw.accumulation, topology.world)
+        sized = with_profile_width(config, inputs.table)
+        find_targets(skeleton(config.model), config.adapters.target_modules)
+        if has_checkpoint(run.checkpoints):
+            newest, known = find_checkpoint(run.checkpoints), run.known_fingerprints(config)
+            check_checkpoint(newest, known, run.identity(), content=topology.is_main)
+        if topology.is_main:
+            write_atomically(run.deepspeed, json.dumps(settings.engine, indent=2) + "\n")
+    engine = AdapterEngine(sized, settings, topology, lambda groups: make_optimizer(groups, config.training))
+    wait_for_peers_at_most(config.parallel.timeout_seconds)
+    profiles_NP = None if inputs.table is None else inputs.table.embeddings[inputs.profiles]
+    engine.model.prepare(profiles_NP, inputs.group_mask)
+    start = _resume(run, engine, tell)
+    if config.data.packing:
+        _check_packing(config, engine, inputs)
+    _describe(engine, inputs, tell)
+    if start < config.training.steps:
+        _steps(config, engine, inputs, range(start, config.training.steps), tell)
+    else:
+        tell(f"{run.folder} is complete at step {start}; nothing to do (raise training.steps to go on)")
+    return run.folder
+
+
+def with_profile_width(config: RunConfig, table: ProfileTable | None) -> RunConfig:
+    """The recipe with ``adapters.profile_dim`` taken from the encoder.
+
+    Raises:
+        ConfigError: the recipe asks for another width.
+    """
+    width = 0 if table is None else table.embeddings.shape[1]
+    if config.adapters.profile_dim not in (0, width):
+        raise ConfigError(
+            f"adapters.profile_dim is {config.adapters.profile_dim}, but the encoder's embeddings have width {width}; leave it out"
+        )
+    return config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": width})})
+
+
+def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, steps: range, tell: Say) -> None:
+    """Learn, log and save. Numbers of a step stay on the device until they are logged or a checkpoint depends on them."""
+    run, is_main = Run(config.run_dir), engine.topology.is_main
+    identity, throughput = run.identity(), Throughput(engine.topology.device)
+    losses: list[Tensor] = []
+    with MetricsWriter(run.metrics, run.tensorboard, config.telemetry, is_main, steps) as writer:
+        for step in steps:
+            result, done = run_step(config, engine, inputs, step), step + 1
+            throughput.add(result.tokens, result.people)
+            writer.advance(done)
+            losses.append(result.sums["loss"] / result.weight)
+            saves = done == steps.stop or (config.checkpoint.every > 0 and done % config.checkpoint.every == 0)
+            if saves or writer.is_due(done):
+                _stop_at_bad_loss(losses, done)
+                losses.clear()
+            if writer.is_due(done):
+                _log(writer, engine, done, result, throughput.row())
+            if saves:
+                state: State = {"step": done, "fingerprint": fingerprint(config), "identity": identity}
+                folder = save_checkpoint(engine, run.checkpoints, state, config.checkpoint.keep_last)
+    size, trained = sum(file.stat().st_size for file in folder.iterdir()), engine.trained_parameters
+    tell(
+        f"checkpoint {folder}: {size / 1e6:.1f} MB, {trained / 1e6:.2f} M trained parameters with two moments "
+        f"in float32 are {12 * trained / 1e6:.1f} MB"
+    )
+
+
+def _stop_at_bad_loss(losses: list[Tensor], done: int) -> None:
+    """Raise for the first loss that is no number.
+
+    Args:
+        losses: of the last steps.
+        done: the last of these steps, counted from 1.
+    """
+    for step, loss in enumerate(torch.stack(losses).tolist(), start=done - len(losses) + 1):
+        if not math.isfinite(loss):
+            raise CumaError(f"the loss became {loss} at step {step}; lower training.learning_rate or check the data")
+
+
+def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, result: StepResult, rates: dict[str, float]) -> None:
+    """Write the row of one step, counted from 1."""
+    sums = dict(result.sums)
+    load_RE, entropy_R, routed = (sums.pop(name, None) for name in ("load_RE", "entropy_R", "routed"))
+    balance = sums.pop("balance", 0.0) / engine.topology.world
+    scalars = {name: float(value) / result.weight for name, value in sums.items()}
+    scalars |= {"lr": result.rate, "grad_norm": engine.grad_norm} | rates
+    if load_RE is not None:
+        scalars["balance"] = float(balance)
+    if engine.loss_scaler is not None:
+        scalars["loss_scale"] = float(engine.loss_scaler.loss_scale)
+    scalars |= {f"bytes_sent/{name}": float(count) for name, count in result.bytes_sent.items()}
+    writer.log(step, scalars)
+    if load_RE is not None and entropy_R is not None and routed is not None:
+        share_RE = load_RE / load_RE.sum(dim=1, keepdim=True).clamp(min=1)
+        writer.log_routing(step, engine.model.router_names, share_RE, entropy_R / routed.clamp(min=1))
+
+
+def _resume(run: Run, engine: AdapterEngine, tell: Say) -> int:
+    """Load the newest checkpoint; the number of steps that are done."""
+    if not has_checkpoint(run.checkpoints):
+        return 0
+    step = load_checkpoint(engine, find_checkpoint(run.checkpoints))
+    tell(f"resuming {run.folder} after step {step}")
+    return step
+
+
+def _check_packing(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs) -> None:
+    """Refuse ``data.packing`` for a model that does not tell the examples of one row apart."""
+
+    def logits_of(batch: Batch) -> Tensor:
+        return engine.forward(batch, inputs.table).logits.cpu()
+
+    engine.train(False)
+    apart = tells_examples_apart(logits_of, inputs.probe, inputs.pad_id)
+    engine.train()
+    if engine.dispatcher is not None:
+        engine.dispatcher.take_bytes_sent()  # not of a step
+    with agreement():
+        if not apart:
+            raise ConfigError(
+                f"data.packing is true, but {config.model.path} does not tell the examples of one row apart "
+                "(measured: behind another example, one is answered otherwise than alone); set data.packing: false"
+            )
+
+
+def _describe(engine: AdapterEngine, inputs: TrainingInputs, tell: Say) -> None:
+    base, draw = engine.model.backbone, inputs.draw
+    held, full = resident_bytes(base), full_bytes(base)
+    tell(
+        f"{engine.topology}, ZeRO stage {engine.stage}; backbone {held / 1e6:.1f} MB of {full / 1e6:.1f} MB per rank; "
+        f"experts {engine.expert_bytes / 1e6:.2f} MB per rank; {draw.n_rows} training examples; "
+        f"{draw.accumulation} x {draw.micro} examples per rank and step"
+    )
+    dist.barrier()
