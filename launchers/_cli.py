@@ -167,6 +167,11 @@ def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
         raise ConfigError("--base and --encoder belong to --export; a run names its own")
 
 
+def several_ranks() -> bool:
+    """Whether deepspeed or torchrun started this process as one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextlib.contextmanager
 def joined_ranks(run: str | None, overrides: Sequence[str] = ()) -> Iterator[Topology | None]:
     """The ranks that deepspeed or torchrun started, with the run's expert-parallel groups; None for one process.
@@ -177,7 +182,7 @@ def joined_ranks(run: str | None, overrides: Sequence[str] = ()) -> Iterator[Top
         ConfigError: there are several ranks but no run, whose recipe says how ranks hold a model together.
         TopologyError: another rank is lost.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not several_ranks():
         yield None
         return
     if run is None:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import joined_ranks, run_main, warn_in_one_line
+from _cli import joined_ranks, run_main, several_ranks, warn_in_one_line
 
 from cuma_ds.errors import ConfigError
 from cuma_ds.files import is_hub_id, quiet_transformers
@@ -45,8 +45,6 @@ def main() -> None:
 
     with joined_ranks(arguments.run, _overrides(arguments)) as topology, contextlib.ExitStack() as stack:
         out = arguments.out or Run(arguments.run).report_folder
-        if topology is not None and arguments.gradients:
-            raise ConfigError("--gradients is for one process; start it without deepspeed or torchrun")
         if topology is not None and not topology.is_main:
             # All ranks make the same report. That of the main rank is kept, and it alone asks the judge.
             out, arguments.judge_url = stack.enter_context(tempfile.TemporaryDirectory()), None
@@ -98,6 +96,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--generate is {arguments.generate}; at least one conversation is needed")
     if (arguments.judge_url is None) != (arguments.judge_model is None):
         raise ConfigError("--judge-url and --judge-model belong together: the address and the name of the judge")
+    if arguments.gradients and several_ranks():
+        raise ConfigError("--gradients is for one process; start it without deepspeed or torchrun")
     if arguments.judge_url is not None and arguments.generate is None:
         raise ConfigError("--judge-url needs --generate N, the number of answers to compare")
 

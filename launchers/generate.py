@@ -14,6 +14,7 @@ from _cli import (
     load_talker,
     read_profile,
     run_main,
+    several_ranks,
     warn_in_one_line,
 )
 
@@ -54,6 +55,8 @@ def main() -> None:
         check_text(name, "".join(texts))
     if arguments.prompt is None and (arguments.options or arguments.compare):
         raise ConfigError(f"{'--options' if arguments.options else '--compare'} needs --prompt, the question to ask")
+    if arguments.prompt is None and several_ranks():
+        raise ConfigError("a chat is for one process; with several ranks give --prompt")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise ConfigError("--prompt is empty")
     if arguments.options and len(arguments.options) < 2:
@@ -65,8 +68,6 @@ def main() -> None:
 
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
     with joined_ranks(arguments.run) as topology:
-        if topology is not None and arguments.prompt is None:
-            raise ConfigError("a chat is for one process; with several ranks give --prompt")
         _answer(arguments, load_talker(arguments, sampling, topology), profiles)
 
 

@@ -20,7 +20,7 @@ for job in json.loads(sys.argv[1]):
     completions = [
         Completion(one["prompt"], Sampling(**one["sampling"]), torch.tensor(one["profile"]))
         for one in job["prompts"]
-        if one["rank"] == topology.rank % job["world"]
+        if one["rank"] == topology.rank
     ]
     generate(decoder, completions, opened.peers.all_done)
     found = [[completion.tokens, completion.log_probabilities, completion.finish] for completion in completions]

@@ -149,3 +149,57 @@ def test_ranks_that_hold_a_model_together_write_what_one_process_writes(world, r
             assert (tokens, finish) == (completion.tokens, completion.finish), (job["out"], number)
             assert scores == pytest.approx(completion.log_probabilities, abs=1e-4)
         assert found == [[]] * world
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory, tiny_llama, tiny_encoder) -> Path:
+    """A run of conversations that was trained on two or more ranks with a sharded backbone and expert parallelism."""
+    parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
+    settings = {"min_answers": 1, "bootstrap": 5}
+    folder = tmp_path_factory.mktemp("runs") / "chats"
+    source = OPINIONS.with_name("chats.jsonl")
+    return make_run(folder, tiny_llama, tiny_encoder, {}, source=source, parallel=parallel, evaluation=settings)[0]
+
+
+@pytest.mark.multirank
+def test_the_generate_command_prints_on_ranks_what_it_prints_alone(chats) -> None:
+    people = ["--profile", '{"country": "Norway"}', "--profile", '{"country": "Ghana"}']
+    command = ["launchers/generate.py", "--run", str(chats), *people, "--prompt", "What is a good life?"]
+    command += ["--max-new-tokens", "9", "--compare"]
+    outputs = {}
+    for world in (1, 2, 4):
+        ranks = run_ranks(world, command)
+        assert [code for code, _ in ranks] == [0] * world, ranks[0][1][-3000:]
+        outputs[world] = ranks[0][1][ranks[0][1].index("┏") :]
+        assert not any("answer" in output for _, output in ranks[1:])
+    assert outputs[1] == outputs[2] == outputs[4]
+
+
+@pytest.mark.multirank
+def test_the_evaluate_command_generates_on_ranks_what_it_generates_alone(chats, tmp_path) -> None:
+    answers, numbers = {}, {}
+    for world in (1, 2, 4):
+        out = tmp_path / str(world)
+        command = ["launchers/evaluate.py", "--run", str(chats), "--out", str(out), "--batch-size", "2"]
+        ranks = run_ranks(world, [*command, "--generate", "5", "--max-new-tokens", "9", "--temperature", "0.9"])
+        assert [code for code, _ in ranks] == [0] * world, ranks[0][1][-3000:]
+        answers[world] = (out / "answers.jsonl").read_text()
+        split = next(iter(json.loads((out / "report.json").read_text())["splits"].values()))
+        numbers[world] = split["rows"]["trained"]["loss"]
+        assert not any("report.json" in output for _, output in ranks[1:])
+    assert answers[1] == answers[2] == answers[4]
+    assert answers[1].count("\n") == 5
+    assert numbers[2] == pytest.approx(numbers[1], abs=1e-5)
+    assert numbers[4] == pytest.approx(numbers[1], abs=1e-5)
+
+
+@pytest.mark.multirank
+def test_what_is_for_one_process_is_refused_on_ranks_in_one_line(chats, tmp_path) -> None:
+    for command, message in (
+        (["launchers/generate.py", "--run", str(chats)], "a chat is for one process"),
+        (["launchers/generate.py", "--export", str(tmp_path), "--prompt", "Hi"], "several ranks need --run"),
+        (["launchers/evaluate.py", "--run", str(chats), "--gradients"], "--gradients is for one process"),
+    ):
+        for code, output in run_ranks(2, command):
+            assert code == 2
+            assert message in output

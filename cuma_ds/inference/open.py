@@ -84,11 +84,11 @@ class Opened:
         weight = cast("Tensor", self.backbone.get_input_embeddings().weight)
         return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed's shape of a sharded parameter
 
-    def decoder(self, most: int) -> Decoder:
-        """What continues prompts of this model, at most ``most`` at once."""
+    def decoder(self, most: int, scores: bool = False) -> Decoder:
+        """What continues prompts of this model (arguments as in :class:`Decoder`)."""
         end_ids, pad_id = settle_generation(self.model, self.renderer), pad_id_of(self.renderer.tokenizer)
         batch, most = measured_batch(ModelForward(self.model, self.peers.announce), pad_id, most)
-        return Decoder(batch, most, end_ids)
+        return Decoder(batch, most, end_ids, scores)
 
 
 def open_run(
