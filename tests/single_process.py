@@ -1,4 +1,4 @@
-"""The same training without DeepSpeed: one process, the whole micro step in one forward, torch's own AdamW and clipping."""
+"""The same training without DeepSpeed: one process, a micro step in one forward, torch's own AdamW and clipping."""
 
 from __future__ import annotations
 

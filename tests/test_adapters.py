@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
 from reference import reference_balance, reference_gate, reference_logits, reference_mixture
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cuma_ds.adapters import CumaConfig, CumaModel, balance_loss, inject_adapters
 from cuma_ds.errors import ModelError
@@ -533,3 +535,67 @@ def test_dropout_acts_only_while_training() -> None:
     assert not torch.equal(run(), run())
     model.eval()
     assert torch.equal(run(), run())
+
+
+def count_router_calls(model: CumaModel) -> list[int]:
+    """A list that grows by the router's index at each of its calls."""
+    calls: list[int] = []
+    for index, router in enumerate(model.context.routers):
+        router.register_forward_hook(lambda *_, index=index: calls.append(index))
+    return calls
+
+
+@pytest.mark.parametrize(("share_router", "expected"), [(True, [0]), (False, [0, 1])])
+def test_a_router_runs_once_for_the_layers_that_share_it(share_router: bool, expected: list[int]) -> None:
+    model = build(share_router=share_router)
+    x, mask, e = inputs()
+    calls = count_router_calls(model)
+    model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+    assert calls == expected
+    model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e * 2)
+    assert calls == expected * 2, "the same input with other profiles has another gate"
+
+
+class Recomputed(TwoLinears):
+    """TwoLinears whose projections are recomputed in the backward pass."""
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Out:
+        def project(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.q_proj(x), self.v_proj(x)
+
+        contexts = self.q_proj.context.checkpoint_contexts
+        q, v = checkpoint(project, inputs_embeds, use_reentrant=False, context_fn=contexts)
+        return Out(torch.cat([q, v, self.out(q * v)], dim=-1))
+
+
+def test_a_shared_router_runs_again_when_its_layers_are_recomputed_and_is_counted_once() -> None:
+    """The recomputed projections read the very tensor that the first ones read, whose gate must not be taken."""
+    plain, recomputing = build(), build()
+    recomputing.base_model.__class__ = Recomputed
+    x, mask, e = inputs()
+    results = []
+    for model in (plain, recomputing):
+        model.shares_per_forward = False
+        calls = count_router_calls(model)
+        out = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e)
+        loss = out.hidden.square().sum() + out.balance_loss
+        grads = gradients(loss, model, x)
+        statistics = model.routing_statistics()
+        results.append([statistics.load_RE, statistics.probability_sum_RE, statistics.entropy_R, *grads.values()])
+        assert calls == ([0] if model is plain else [0, 0])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_gate_of_one_input_is_kept_and_those_of_earlier_layers_are_not() -> None:
+    chain = nn.Sequential(*(nn.ModuleDict({"q_proj": nn.Linear(D, D)}) for _ in range(3)))
+    model = inject_adapters(chain, CumaConfig(method="mixlora", target_modules=("q_proj",)))
+    model._open(torch.zeros(B, S, dtype=torch.long), None, None, None, collect=False)
+    seen = []
+    with torch.no_grad():
+        x = torch.randn(B, S, D)
+        for block in chain:
+            x = x * 2
+            seen.append(weakref.ref(x))
+            x = block["q_proj"](x)
+    assert [reference() is not None for reference in seen] == [False, False, True]

@@ -18,7 +18,6 @@ from cuma_ds.parallel.transformers_compat import WeightNames, keeps_float32
 
 HERE = Path(__file__).parent
 COMPAT = {
-    "cuma_ds/adapters/mixture.py",  # until it asks torch.cpu.get_capabilities
     "cuma_ds/parallel/deepspeed_compat.py",
     "cuma_ds/parallel/transformers_compat.py",
     "cuma_ds/torch_compat.py",

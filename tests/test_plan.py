@@ -120,8 +120,8 @@ def sweep(world: int) -> list[dict]:
     ):
         cases += [
             {
-                "tokens": tokens, "top_k": top_k, "experts": experts, "rank": rank, "shared_a": shared_a, "dtype": dtype,
-                "in_features": 24, "out_features": 40,
+                "tokens": tokens, "top_k": top_k, "experts": experts, "rank": rank, "shared_a": shared_a,
+                "dtype": dtype, "in_features": 24, "out_features": 40,
             }
         ]  # fmt: skip
     return cases

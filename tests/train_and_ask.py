@@ -1,4 +1,4 @@
-"""One rank that trains recipes, then asks the training engine itself; rank 0 keeps asked.safetensors in each run folder."""
+"""One rank that trains recipes and then runs the trained model; rank 0 keeps asked.safetensors in each run folder."""
 
 from __future__ import annotations
 

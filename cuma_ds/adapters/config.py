@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 GateNorm = Literal["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
 Method = Literal["cuma", "mixlora", "hydralora", "lora"]
 
 # What each method fixes; a recipe that asks for something else under the same name is refused.
-_METHOD_FIXES: dict[str, dict[str, Any]] = {
+_METHOD_FIXES: dict[str, dict[str, object]] = {
     "cuma": {},
     "mixlora": {"shared_a": False},
     "hydralora": {"shared_a": True},
@@ -83,13 +84,13 @@ class CumaConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_method(cls, values: Any) -> Any:
+    def _apply_method(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
         method = values.get("method", "cuma")
         fixes = _METHOD_FIXES.get(method, {}) if isinstance(method, str) else {}
         for key, fixed in fixes.items():
-            if key in values and _typed(cls.model_fields[key].annotation, values[key]) != fixed:
+            if key in values and _typed(cls.model_fields[key], values[key]) != fixed:
                 raise ValueError(f"method {method!r} means {key}: {fixed}, but {key}: {values[key]} was asked for")
         return {**values, **fixes}
 
@@ -138,9 +139,9 @@ class CumaConfig(BaseModel):
         return self.method == "cuma"
 
 
-def _typed(annotation: Any, value: Any) -> Any:
+def _typed(field: FieldInfo, value: object) -> object:
     """A value as the field reads it, e.g. the text "false" of a recipe as False; as it is where the field cannot."""
     try:
-        return TypeAdapter(annotation).validate_python(value)
+        return TypeAdapter(field.rebuild_annotation()).validate_python(value)
     except ValidationError:
         return value

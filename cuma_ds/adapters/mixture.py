@@ -15,7 +15,7 @@ pairs.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -144,6 +144,15 @@ def cheaper_strategy(sizes: MixtureSizes, dtype: torch.dtype, device: str = "cpu
 MOVED_COLUMNS = {"cpu": 64.0, "cuda": 400.0}
 
 
+class _Context(Protocol):
+    """What torch gives to the forward and the backward of an autograd function."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Shrink(torch.autograd.Function):
     """The rows of x, repeated per chosen expert and multiplied by its A: [T, I] -> [M, r], sorted by expert.
 
@@ -152,12 +161,14 @@ class _Shrink(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, a_ERI: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor) -> Tensor:
+    def forward(
+        ctx: _Context, x_TI: Tensor, a_ERI: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x_TI, a_ERI, order_M, position_TK, end_E)
         return _grouped_mm(permute_gather(x_TI, order_M, position_TK), a_ERI.transpose(1, 2), end_E)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dz_MR,) = grads
         x_TI, a_ERI, order_M, position_TK, end_E = ctx.saved_tensors
         dx_TI = da_ERI = None
@@ -175,12 +186,14 @@ class _Expand(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_MR: Tensor, b_ERO: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor) -> Tensor:
+    def forward(
+        ctx: _Context, h_MR: Tensor, b_ERO: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(h_MR, b_ERO, order_M, position_TK, end_E)
         return permute_scatter(_grouped_mm(h_MR, b_ERO, end_E), order_M, position_TK)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_MR, b_ERO, order_M, position_TK, end_E = ctx.saved_tensors
         dy_MO = permute_gather(grads[0], order_M, position_TK)
         dh_MR = db_ERO = None

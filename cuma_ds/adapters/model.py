@@ -134,7 +134,7 @@ class CumaModel(nn.Module):
         """Statistics of the last forward (None without routers)."""
         return RoutingStatistics.stack(self.context.state.statistics)
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _inputs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         for value in (kwargs.get("input_ids"), kwargs.get("inputs"), kwargs.get("inputs_embeds"), *args):
             if isinstance(value, Tensor):
                 return value

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.adapters.layer import AdaptedLinear
 from cuma_ds.adapters.router import Router
 from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.rendering import Renderer
@@ -92,7 +91,7 @@ def write_lora(
         nominal = [row["scale"] == "nominal" for row in chosen(split)] if data.kind == "choice" else None
         found = []
         for sentence, embedding in zip(sentences or [""], embeddings, strict=True):
-            exact = all(fixed_gate(router) for router in _routers(model))
+            exact = all(fixed_gate(router) for router in model.context.routers)
             gate_RE = (
                 constant_gates(model, embedding)
                 if exact
@@ -136,7 +135,7 @@ def constant_gates(model: CumaModel, embedding_P: Tensor | None) -> Tensor:
         else ((embedding_P.to(model.profile_mean) - model.profile_mean) * model.profile_scale)[None]
     )
     gates = []
-    for router in _routers(model):
+    for router in model.context.routers:
         nothing_TD = torch.zeros_like(router.weight_h[:1])
         profile_T = torch.zeros(1, dtype=torch.long, device=nothing_TD.device)
         hidden_TE, profile_NE = router.logits(nothing_TD, profiles_NP, profile_T)
@@ -281,14 +280,6 @@ class _Measure:
         embeddings = None if embedding_P is None else embedding_P[None]
         device = next(model.parameters()).device
         return forward_batches(model, examples, embeddings, self.batch_size, self.pad_id, device=device, record=record)
-
-
-def _routers(model: CumaModel) -> list[Router]:
-    return [
-        layer.router
-        for _, layer in model.adapted_layers()
-        if layer.owns_router and isinstance(layer, AdaptedLinear) and layer.router
-    ]
 
 
 def _embed(sentences: Sequence[str], table: ProfileTable, encoder: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is trained: one interface (cuma_ds.methods.model), and the methods behind it by the name in ``adapters.method``."""
+"""What is trained: one interface (cuma_ds.methods.model), and the methods behind it by ``adapters.method``."""
 
 from __future__ import annotations
 

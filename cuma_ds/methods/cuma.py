@@ -1,4 +1,4 @@
-"""CuMA and the mixtures that are special cases of it (mixlora, hydralora, lora): cuma_ds.adapters behind the interface of a method.
+"""CuMA and the mixtures that are special cases of it: cuma_ds.adapters behind the interface of a method.
 
 Shapes: N examples of a micro batch, P profile width, R routers, E experts.
 """

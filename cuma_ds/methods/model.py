@@ -18,7 +18,8 @@ from cuma_ds.adapters.experts import Dispatcher
 from cuma_ds.data.batch import Batch
 from cuma_ds.profiles import ProfileTable
 
-# replicated: the same on every rank. per_expert: dimension 0 counts experts, which expert parallelism spreads over ranks.
+# replicated: the same on every rank. per_expert: dimension 0 counts experts, which expert parallelism spreads over
+# ranks.
 Placement = Literal["replicated", "per_expert"]
 
 
@@ -33,7 +34,8 @@ class Trained(NamedTuple):
 class Output(NamedTuple):
     """What a forward gives.
 
-    logits: [B, K, V] at the positions that the batch keeps.  balance_loss: a scalar, while training a method that has one.
+    logits: [B, K, V] at the positions that the batch keeps.  balance_loss: a scalar, while training a method that has
+    one.
     routing: what the routers did; None for methods without routers.
     """
 
@@ -67,8 +69,9 @@ class ExpertShapes:
 class Spread:
     """How a model is spread over ranks.
 
-    experts: first and number of the experts that stay on this rank, of so many.  dispatcher: brings tokens and experts of several ranks
-    together; None where each rank has all experts.  sum_over_ranks: sums a detached tensor over all ranks; None on one rank.
+    experts: first and number of the experts that stay on this rank, of so many.  dispatcher: brings tokens and
+    experts of several ranks together; None where each rank has all experts.  sum_over_ranks: sums a detached tensor
+    over all ranks; None on one rank.
     """
 
     experts: Callable[[int], tuple[int, int]]
@@ -104,7 +107,7 @@ class AdaptedModel(nn.Module):
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """Buffers that a checkpoint keeps beside the trained parameters, by their key there (``param/...`` or ``balance/...``)."""
+        """Buffers that a checkpoint keeps beside trained parameters, by their key there (``param/profile_mean``)."""
         return {}
 
     @torch.no_grad()
@@ -118,7 +121,7 @@ class AdaptedModel(nn.Module):
         raise NotImplementedError
 
     def expert_shapes(self) -> list[ExpertShapes]:
-        """The experts of each adapted linear over all ranks, which is what expert parallelism sends tokens or weights of."""
+        """The experts of each adapted linear over all ranks; expert parallelism sends them tokens, or their weights."""
         return []
 
     def place(self, spread: Spread) -> None:
@@ -128,8 +131,10 @@ class AdaptedModel(nn.Module):
         """Take what the model must know of the training profiles; called before a checkpoint is loaded.
 
         Args:
-            profiles_NP: [N, P] embeddings of the distinct profiles of training examples; None for methods that take none.
-            mask_NE: share of its gradient that each profile of the run's table sends to each expert (``adapters.gradient_groups``).
+            profiles_NP: [N, P] embeddings of the distinct profiles of training examples; None for methods that take
+                none.
+            mask_NE: share of its gradient that each profile of the run's table sends to each expert
+                (``adapters.gradient_groups``).
         """
 
     def recompute_activations(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,20 @@ reason = ""
 # CUDA architectures they were built for.
 architectures: tuple[str, ...] = ()
 BUILD = "python setup.py build_ext --inplace"
+
+
+class _Context(Protocol):
+    """What torch gives to the gradient functions below."""
+
+    saved_tensors: tuple[Tensor, ...]
+    norm: object
+    scale: object
+
+    def save_for_backward(self, *tensors: object) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 def _load() -> str:
@@ -73,27 +87,18 @@ def _register() -> None:
         )
 
     @torch.library.register_fake("cuma_ds::gate_backward")
-    def gate_backward_shapes(
-        hidden: Tensor,
-        profile: Tensor | None,
-        index: Tensor,
-        weight: Tensor,
-        expert: Tensor,
-        d_weight: Tensor | None,
-        d_weight_sum: Tensor | None,
-        norm: int,
-    ) -> tuple[Tensor, ...]:
+    def gate_backward_shapes(hidden: Tensor, profile: Tensor | None, *_: object) -> tuple[Tensor, ...]:
         profiles = 0 if profile is None else profile.shape[0]
         return torch.empty_like(hidden), hidden.new_empty(profiles, hidden.shape[1], dtype=torch.float32)
 
-    def gate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def gate_context(ctx: _Context, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
         hidden, profile, index, _, ctx.norm = inputs
         weight, expert, load, _, entropy, invalid = output
         ctx.mark_non_differentiable(expert, load, entropy, invalid)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, profile, index, weight, expert)
 
-    def gate_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def gate_gradient(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_weight, d_weight_sum = grads[0], grads[3]
         hidden, profile, index, weight, expert = ctx.saved_tensors
         if d_weight is None and d_weight_sum is None:
@@ -115,11 +120,11 @@ def _register() -> None:
     ) -> tuple[Tensor, Tensor]:
         return z.new_empty(z.shape), torch.empty_like(weight)
 
-    def scale_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def scale_context(ctx: _Context, inputs: tuple[object, ...], output: Tensor) -> None:
         z, weight, expert, _, ctx.scale = inputs
         ctx.save_for_backward(z, weight, expert)
 
-    def scale_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    def scale_gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
         d_z, d_weight = ops.gate_scale_backward(d_out, *ctx.saved_tensors, ctx.scale)
         return d_z, d_weight, None, None, None
 
@@ -141,15 +146,15 @@ def _register() -> None:
     def products_shape(d: Tensor, y: Tensor, position: Tensor) -> Tensor:
         return d.new_empty(position.shape, dtype=torch.float32)
 
-    def permute_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def permute_context(ctx: _Context, inputs: tuple[object, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
-    def gather_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    def gather_gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, order, position, weight = ctx.saved_tensors
         d_weight = None if weight is None else ops.permute_products(x, d_out, position)
         return ops.permute_scatter(d_out, order, position, weight), None, None, d_weight
 
-    def scatter_gradient(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    def scatter_gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
         y, order, position, weight = ctx.saved_tensors
         d_weight = None if weight is None else ops.permute_products(d_out, y, position)
         return ops.permute_gather(d_out, order, position, weight), None, None, d_weight

@@ -1,4 +1,4 @@
-"""Save an engine's trained state and load it into an engine of any other topology. cuma_ds.parallel.stored says what the files hold."""
+"""Save what an engine trains, and load it into an engine of any topology. The files: cuma_ds.parallel.stored."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _KINDS = {"param": None, **{moment: moment for moment in compat.MOMENTS}}
 def save_checkpoint(engine: AdapterEngine, checkpoints: Path, state: State, keep_last: int) -> Path:
     """Write ``step-N`` into a run's ``checkpoints`` folder; all ranks call it.
 
-    It is written beside its place and renamed when complete. ``latest`` then names it, and all but the last ``keep_last`` checkpoints are
-    removed.
+    It is written beside its place and renamed when complete. ``latest`` then names it, and all but the last
+    ``keep_last`` checkpoints are removed.
 
     Args:
         engine: at any time.

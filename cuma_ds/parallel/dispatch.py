@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -310,6 +310,12 @@ def _depart(tensor: Tensor, trip: _Trip) -> _InFlight:
     return _InFlight(_Start.apply(tensor, trip), trip)
 
 
+class _Context(Protocol):
+    """What torch gives to the forward and the backward of the two functions below."""
+
+    trip: _Trip
+
+
 class _Start(torch.autograd.Function):
     """Starts a trip; in the backward pass, waits for its gradient.
 
@@ -317,12 +323,12 @@ class _Start(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, trip: _Trip) -> Tensor:
+    def forward(ctx: _Context, tensor: Tensor, trip: _Trip) -> Tensor:
         ctx.trip, trip.arriving = trip, trip.there(tensor)
         return trip.arriving.tensor
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
         gradient = ctx.trip.arriving.wait()
         del ctx.trip.arriving
         return gradient, None
@@ -335,12 +341,12 @@ class _Finish(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, arriving: Tensor, trip: _Trip) -> Tensor:
+    def forward(ctx: _Context, arriving: Tensor, trip: _Trip) -> Tensor:
         ctx.trip, tensor = trip, trip.arriving.wait()
         del trip.arriving
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
         ctx.trip.arriving = ctx.trip.back(grads[0])
         return grads[0], None

@@ -26,8 +26,8 @@ ParamGroups = list[dict[str, Any]]
 class Placed(NamedTuple):
     """A model on its ranks.
 
-    model: holds this rank's experts.  dispatcher: byte counters of expert parallelism; None with ``ep_size`` 1.  after_backward: to call
-    after each backward pass; releases what a sharded backbone still holds.
+    model: holds this rank's experts.  dispatcher: byte counters of expert parallelism; None with ``ep_size`` 1.
+    after_backward: to call after each backward pass; releases what a sharded backbone still holds.
     """
 
     model: AdaptedModel
@@ -36,7 +36,7 @@ class Placed(NamedTuple):
 
 
 def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topology) -> Placed:
-    """Load a backbone whole or sharded, put the recipe's method into it and keep this rank's experts; all ranks call it.
+    """Load a backbone whole or sharded, put the recipe's method into it, keep this rank's experts. All ranks call it.
 
     Args:
         config: the recipe, with ``adapters.profile_dim`` set.
@@ -75,8 +75,8 @@ def _dispatcher(config: RunConfig, topology: Topology) -> ExpertParallelDispatch
 class AdapterEngine:
     """A placed model and the DeepSpeed engine that trains it.
 
-    The engine at ZeRO stage 1 or 2 is given what trains alone: it never casts, broadcasts, reduces or saves the backbone. At
-    stage 3 (the baseline) it is given everything.
+    The engine at ZeRO stage 1 or 2 is given what trains alone: it never casts, broadcasts, reduces or saves the
+    backbone. At stage 3 (the baseline) it is given everything.
 
     Args:
         config: the recipe, with ``adapters.profile_dim`` set.
@@ -117,7 +117,7 @@ class AdapterEngine:
         self.train()
 
     def _param_groups(self) -> ParamGroups:
-        """What is reduced over all ranks, and what over the ranks that hold the same experts. Stage 3 has no expert parallelism."""
+        """Parameters whose gradients all ranks average; and, but at stage 3, experts, averaged where they are held."""
         experts = [one.parameter for one in self.trained if one.placement == "per_expert" and self.stage != 3]
         for parameter in experts:
             compat.mark_expert(parameter, self.topology.ep_size)

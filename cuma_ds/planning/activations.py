@@ -1,7 +1,7 @@
-"""Activation memory of one training step, measured on tensors without storage: any architecture, no weights, no guesses.
+"""Activation memory of one training step, measured on tensors without storage: any architecture, no weights.
 
-A shallow copy of the model (one and two layers, one and two sequences) runs forward and backward on the meta device while every
-storage is counted from its birth to its death. The peak is linear in layers and in sequences from there.
+A shallow copy of the model (one and two layers, one and two sequences) runs forward and backward on the meta device
+while every storage is counted from its birth to its death. The peak is linear in layers and in sequences from there.
 """
 
 from __future__ import annotations

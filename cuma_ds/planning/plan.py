@@ -1,4 +1,4 @@
-"""What a run will need on a cluster: memory per GPU, bytes on the wire, tokens per second; from shapes alone, no weights."""
+"""What a run will need on a cluster, from shapes alone: memory per GPU, bytes on the wire, tokens per second."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from cuma_ds.planning.skeleton import Setup, gathered_parameters
 class Plan:
     """The prediction for one cluster size.
 
-    memory: bytes per GPU by purpose.  host_memory: bytes per rank that offloading puts into CPU memory.  wire: bytes one rank sends
-    per optimizer step, by purpose and collective.  dispatch: what ``parallel.dispatch`` comes to.  seconds: of one step, by part.
+    memory: bytes per GPU by purpose.  host_memory: bytes per rank that offloading puts into CPU memory.  wire: bytes
+    one rank sends
+    per optimizer step, by purpose and collective.  dispatch: what ``parallel.dispatch`` comes to.  seconds: of one
+    step, by part.
     max_micro_batch: most sequences of this length per forward that fit; 0 when not even one does.
     """
 

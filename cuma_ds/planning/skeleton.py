@@ -86,9 +86,8 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
         raise ModelError(f"cannot read the model configuration {path}") from None
     kind = values.pop("model_type", None) if isinstance(values, dict) else None
     if not isinstance(kind, str):
-        raise ModelError(
-            f"{path}: a model configuration is a JSON object with a model_type, as in a Hugging Face model's config.json"
-        )
+        wanted = "a JSON object with a model_type, as in a Hugging Face model's config.json"
+        raise ModelError(f"{path}: a model configuration is {wanted}")
     try:
         return AutoConfig.for_model(kind, **values)
     except (ValueError, KeyError, TypeError) as error:
@@ -96,11 +95,11 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
 
 
 def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
-    """Frozen parameters in the order in which one micro step gathers them when they are sharded, each as often as it is gathered.
+    """Frozen parameters in the order in which one micro step gathers them when they are sharded, some several times.
 
-    The rules are those of ZeRO-3 with nothing kept for reuse: a module's parameters are gathered before its forward and its backward, and
-    released after each. They are followed on a run without storage, because recomputation stops early and layers below the first trained
-    one have no backward.
+    The rules are those of ZeRO-3 with nothing kept for reuse: a module's parameters are gathered before its forward
+    and its backward, and released after each. They are followed on a run without storage, because recomputation stops
+    early and layers below the first trained one have no backward.
     """
     gathered: list[nn.Parameter] = []
     live: set[nn.Parameter] = set()
@@ -154,7 +153,7 @@ class _FlashAttention(torch.autograd.Function):
 def _attention(
     module: nn.Module, query_BHSC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, *_: object, **__: object
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [B, H, S, C] -> [B, S, H, C]. With a mask, grouped keys and values are repeated."""
+    """transformers' attention interface: [B, H, S, C] -> [B, S, H, C]; grouped keys and values are repeated."""
     groups = query_BHSC.shape[1] // key_BHSC.shape[1]
     if groups > 1:
         key_BHSC, value_BHSC = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_BHSC, value_BHSC))

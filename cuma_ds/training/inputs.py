@@ -11,7 +11,6 @@ from typing import Protocol
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
@@ -20,6 +19,7 @@ from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError, DataError
+from cuma_ds.identity import base_fact
 from cuma_ds.parallel.backbone import load_tokenizer, skeleton
 from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
@@ -113,8 +113,7 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
             "data.option_order: average is for evaluation; "
             "train with fixed or reversed, and evaluate with --set data.option_order=average"
         )
-    text: PreTrainedConfig = skeleton(config.model).config.get_text_config()  # type: ignore[operator, union-attr]
-    longest = getattr(text, "max_position_embeddings", None)
+    longest = base_fact(skeleton(config.model).config, "max_position_embeddings")
     if longest and section.max_length > longest and not started:
         raise ConfigError(
             f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it"
