@@ -30,7 +30,7 @@ from cuma_ds.inference.running import ModelForward, measured_batch
 from cuma_ds.methods.cuma import CumaMethod
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 from cuma_ds.parallel.ds_config import FrozenBackbone, read_deepspeed_config
-from cuma_ds.parallel.engine import place_model
+from cuma_ds.parallel.engine import AdapterEngine, place_model
 from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run, TrainedRun
@@ -137,6 +137,24 @@ def open_trained(config: RunConfig, trained: TrainedRun, topology: Topology | No
         reader=ProfileReader(profile_facts(config, trained.data, table), width) if width else None,
         untrained=model.adapters_disabled,
         peers=peers,
+    )
+
+
+def open_engine(engine: AdapterEngine, config: RunConfig, renderer: Renderer) -> Opened:
+    """The model that an engine trains, to generate with between two of its steps. All its ranks call this.
+
+    ``engine.train(False)`` comes before generating and ``engine.train()`` after it.
+
+    Args:
+        engine: of the run.
+        config: the recipe.
+        renderer: of the model's tokenizer.
+    """
+    assert isinstance(engine.model, CumaMethod)
+    name, model, disabled = config.run.name, engine.model.cuma, engine.model.disabled
+    peers = Peers.of(engine.topology, engine.dispatcher)
+    return Opened(
+        name=name, checkpoint="now", model=model, renderer=renderer, config=config, untrained=disabled, peers=peers
     )
 
 
@@ -251,8 +269,7 @@ def _placed(config: RunConfig, adapters: dict[str, Tensor], topology: Topology) 
         if own.shape != adapters[name].shape:
             adapters = adapters | {name: adapters[name][first : first + count]}
     model.load_adapter_state(adapters)
-    announce = None if placed.dispatcher is None else placed.dispatcher.agree_on_tokens
-    return model.eval(), Peers(topology.rank, topology.world, topology.device, announce)
+    return model.eval(), Peers.of(topology, placed.dispatcher)
 
 
 def _with_width(config: RunConfig, table: ProfileTable | None) -> RunConfig:
