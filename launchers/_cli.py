@@ -54,7 +54,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit with ``code`` for certain: process groups of peers that stopped too can abort or block an orderly shutdown."""
+    """Exit with ``code`` for certain: process groups of ranks that stopped too can block an orderly shutdown."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         sys.stdout.flush()

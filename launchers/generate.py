@@ -29,12 +29,17 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
 examples
   one answer, as it is written:
-    python launchers/generate.py --run runs/quickstart --profile '{"country": "Norway", "age": 34}' --prompt "What is a good life?"
+    python launchers/generate.py --run runs/quickstart --profile '{"country": "Norway", "age": 34}' \\
+        --prompt "What is a good life?"
   a choice question, answered by two people side by side, with the experts they used:
-    python launchers/generate.py --export exported --profile '{"country": "Norway"}' --profile '{"country": "Jordan"}' --compare \\
+    python launchers/generate.py --export exported --compare \\
+        --profile '{"country": "Norway"}' --profile '{"country": "Jordan"}' \\
         --prompt "How important is religion in your life?" --options "Very important" "Rather important" "Not important"
   a chat; /help lists what can be typed:
     python launchers/generate.py --run runs/quickstart --profile "A 55-year-old Buddhist living in Thailand."
+
+  the same on two ranks that hold the model together as the run's recipe says:
+    deepspeed --num_accelerators 2 launchers/generate.py --run runs/quickstart --profile "..." --prompt "..."
 
 Answers are what the model predicts for people like the profile; nobody in particular thinks so."""
 _HELP = """\

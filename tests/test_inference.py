@@ -1,4 +1,4 @@
-"""One decode loop for every model and every placement: what is written depends on the prompt, its profile and its seed alone."""
+"""One decode loop for every model and every placement: tokens depend on the prompt, its profile and its seed alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers written to held-out conversations, before and after training: how varied they are, and which a judge prefers."""
+"""Answers to held-out conversations, before and after training: how varied they are, and which a judge prefers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Request:
 
     Attributes:
         messages: the last one from the user.
-        profile: row of the profile that asks.
-        person: who asks.
+        profile: row of its profile.
+        person: number of the person who had the conversation.
     """
 
     messages: Sequence[Message]
@@ -58,9 +58,8 @@ class Generation:
         subject = evaluator.subject
         check_kind(subject, "chat", "--generate")
         if self.judge is not None and subject.untrained is None:
-            raise ConfigError(
-                "--judge-url compares a trained model with its backbone; a model as it is has nothing to be compared with"
-            )
+            compared = "a model as it is has nothing to be compared with"
+            raise ConfigError(f"--judge-url compares a trained model with its backbone; {compared}")
         split = evaluator.splits[0]
         requests = sample_requests(subject.data.splits[split], self.count, self.seed)
         rows: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
-"""Encoded examples through a model in batches of similar length, one forward each, nothing learned.
+"""Encoded examples run through a model in batches of similar length, without gradients.
 
-Shapes: B sequences of a batch, K positions that predict a target in any of them, V vocabulary, N profiles, P profile width,
-R routers, E experts.
+Shapes: B sequences of a batch, K positions that predict a target in any of them, V vocabulary, N profiles,
+P profile width, R routers, E experts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ForwardOptions(TypedDict, total=False):
     """How examples are run, beside the model and the batch size.
 
     device: where batches go; default: the CPU.
-    profiles: rows of the embeddings to ask as, instead of the examples' own (the prompts stay as they are).
+    profiles: rows of the embeddings to use instead of the examples' own; the prompts do not change.
     record: also collect the routing.
     progress: called with (examples done, examples in all) after each batch.
     """
@@ -55,8 +55,8 @@ def forward_batches(
         batch_size: sequences per forward; does not change the result.
 
     Yields:
-        Indices of the batch's examples, the batch, its logits float32 [B, K, V], and with ``record`` the mean gates [B, R, E]
-        float32 (None where the model has no routers).
+        Indices of the batch's examples, the batch, its logits float32 [B, K, V], and with ``record`` the mean gates
+        [B, R, E] float32 (None where the model has no routers).
     """
     device, progress = options.get("device", "cpu"), options.get("progress")
     recording = model.recording_routing if isinstance(model, CumaModel) and options.get("record") else nullcontext
@@ -85,13 +85,13 @@ def asked_as(examples: Sequence[EncodedExample], profiles: Sequence[int] | None)
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up batches; which one does not matter, it is masked."""
+    """A token to fill up batches with. Which one does not matter: it is masked."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
 @dataclass
 class RoutingTally:
-    """Where the tokens of many forwards went.
+    """Which experts the tokens of many forwards were routed to.
 
     Attributes:
         router_names: R names; empty where nothing was routed.

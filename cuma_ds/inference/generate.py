@@ -1,4 +1,4 @@
-"""Completions of prompts: one decode loop for evaluation, talking, serving and rollouts, on one process or on all ranks in step.
+"""Completions of prompts: one decode loop for evaluation, talking, serving and rollouts.
 
 Shapes: B completions, P profile width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Sequences of several profiles that are continued token by token; they join and leave between any two steps.
+"""Sequences with profiles of their own, continued token by token. They join and leave between any two steps.
 
 Shapes: B sequences, S positions of one forward, L positions so far, H key-value heads, D head width, P profile width,
 V vocabulary.
@@ -28,8 +28,8 @@ _ROUNDING = 0.05
 class Step(NamedTuple):
     """What one forward reads.
 
-    ids_BS: token ids.  profiles_BP: raw profile embeddings, None for a model that takes none.  mask_BL: 0 for padding, None
-    without padding.  positions_BS: None lets the model count.  cache: of the L - S positions before, None without.
+    ids_BS: token ids.  profiles_BP: raw profile embeddings, None for a model that takes none.  mask_BL: 0 for padding,
+    None without padding.  positions_BS: None lets the model count.  cache: of the L - S positions before, None without.
     keep: whether the model keeps states of these tokens.  filler: the tokens have no profile (-1).
     """
 
@@ -100,7 +100,7 @@ class ModelForward:
 
 
 class Newcomers(NamedTuple):
-    """Prompts that were read, left-padded to one length: cache, mask [B, S], lengths [B], raw profile embeddings [B, P]."""
+    """Prompts that were read, left-padded to one length, with their cache, mask, lengths and raw profile embeddings."""
 
     cache: DynamicCache
     mask_BS: Tensor
@@ -111,8 +111,8 @@ class Newcomers(NamedTuple):
 class RunningBatch:
     """The running sequences of one model, left-padded to one length: row b of every tensor is sequence b.
 
-    Positions count from the first real token of each sequence, so more padding in front of it changes nothing. A backbone
-    that takes no ``position_ids`` must find them by itself. :func:`measured_batch` measures whether it does.
+    Positions count from the first real token of each sequence, so more padding in front of it changes nothing. A
+    backbone that takes no ``position_ids`` must find them by itself. :func:`measured_batch` measures whether it does.
 
     Args:
         forward: of a model with a key-value cache of attention layers.
@@ -243,28 +243,10 @@ class SingleSequence:
 
 
 class Fit(NamedTuple):
-    """How a model continues a made-up prompt, each as logits [V] float32.
+    """Whether a model continues a made-up prompt as in one forward: token by token, and beside a longer prompt."""
 
-    whole_V: in one forward.  alone_V: token by token.  beside_V: token by token beside a longer prompt.
-    """
-
-    whole_V: Tensor
-    alone_V: Tensor
-    beside_V: Tensor
-
-    @property
-    def alone(self) -> bool:
-        """Whether token by token equals one forward."""
-        return self._same(self.alone_V)
-
-    @property
-    def beside(self) -> bool:
-        """Whether it also does in a padded batch."""
-        return self._same(self.beside_V)
-
-    def _same(self, found_V: Tensor) -> bool:
-        spread = (self.whole_V - self.whole_V.mean()).norm()
-        return bool((found_V - self.whole_V).norm() <= _ROUNDING * spread)
+    alone: bool
+    beside: bool
 
 
 @torch.no_grad()
@@ -272,31 +254,28 @@ def measure(batch: RunningBatch | SingleSequence, profile_1P: Tensor | None) -> 
     """Continue a made-up prompt in an empty batch, which is empty again afterwards.
 
     Args:
-        batch: of the model.
+        batch: of the model. Nothing runs beside another sequence in a :class:`SingleSequence`.
         profile_1P: any raw embedding; None for a model that takes none.
-
-    Returns:
-        The logits; those of a :class:`SingleSequence` have ``alone_V`` twice.
     """
     forward = batch.forward
     profile_1P = None if profile_1P is None else profile_1P.to(forward.device)
     long = [(7 * place + 3) % forward.vocabulary for place in range(24)]
     *short, last = long[3:8]
+    whole_BV, _ = forward(Step(torch.tensor([[*short, last]], device=forward.device), profile_1P, keep=False))
+    spread = (whole_BV[0].float() - whole_BV[0].float().mean()).norm()
 
-    def after(prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [V] of the newest prompt after ``last`` was appended to each."""
-        for prompt in prompts:
-            _, add = batch.read([prompt], profile_1P)
-            add()
-        return batch.step([last] * len(prompts))[-1].float()
+    def same_after(*prompts: Sequence[int]) -> bool:
+        """Append ``last`` to all prompts; the newest is the one that was read in one forward."""
+        try:
+            for prompt in prompts:
+                _, add = batch.read([prompt], profile_1P)
+                add()
+            found_V = batch.step([last] * len(prompts))[-1].float()
+            return bool((found_V - whole_BV[0].float()).norm() <= _ROUNDING * spread)
+        finally:
+            batch.keep([])
 
-    try:
-        whole_BV, _ = forward(Step(torch.tensor([[*short, last]], device=forward.device), profile_1P, keep=False))
-        alone_V = after([short])
-        batch.keep([])
-        return Fit(whole_BV[0].float(), alone_V, after([long, short]) if isinstance(batch, RunningBatch) else alone_V)
-    finally:
-        batch.keep([])
+    return Fit(same_after(short), isinstance(batch, RunningBatch) and same_after(long, short))
 
 
 def measured_batch(forward: ModelForward, pad_id: int, most: int) -> tuple[RunningBatch | SingleSequence, int]:
@@ -322,7 +301,7 @@ def measured_batch(forward: ModelForward, pad_id: int, most: int) -> tuple[Runni
         except Exception:  # the model's own code met states of another kind
             continue
         if fit.alone:
-            return batch, most if batch is running and fit.beside else 1
+            return batch, most if fit.beside else 1
     return SingleSequence(forward, cached=False), 1
 
 

@@ -8,6 +8,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,25 +25,28 @@ from cuma_ds.serving.protocol import ChatRequest, ServingError, chunk, completio
 from cuma_ds.serving.scheduler import Job, Piece, QueueFullError, Scheduler
 
 
-def make_app(
-    talker: Talker,
-    scheduler: Scheduler,
-    name: str,
-    max_tokens: int,
-    max_length: int,
-    max_body: int,
-    api_key: str | None = None,
-) -> FastAPI:
-    """The application; it starts and stops the scheduler.
+class Settings(NamedTuple):
+    """How the server is reached and what it allows.
+
+    name: what clients call the model.  max_tokens: of an answer; also the length where a request names none.
+    max_length: tokens of prompt and answer together.  max_body: bytes of a request.  api_key: what clients must send,
+    None asks for none.
+    """
+
+    name: str
+    max_tokens: int
+    max_length: int
+    max_body: int
+    api_key: str | None = None
+
+
+def make_app(talker: Talker, scheduler: Scheduler, settings: Settings) -> FastAPI:
+    """The application. It starts and stops the scheduler.
 
     Args:
         talker: model, tokenizer and how prompts are written.
         scheduler: of the same model, not yet started.
-        name: what clients call the model.
-        max_tokens: longest answer anybody may ask for, and what they get who ask for none.
-        max_length: tokens of prompt and answer together.
-        max_body: bytes of a request.
-        api_key: what clients must send; None lets everybody in.
+        settings: of the server.
     """
 
     @contextlib.asynccontextmanager
@@ -54,10 +58,10 @@ def make_app(
             scheduler.stop()
 
     app = FastAPI(title="cuma-ds", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, api_key=api_key, max_body=max_body)
+    app.add_middleware(Guard, api_key=settings.api_key, max_body=settings.max_body)
     for mistake in (ServingError, HTTPException, RequestValidationError):
         app.add_exception_handler(mistake, _refuse)
-    desk = Desk(talker, scheduler, name, max_tokens, max_length)
+    desk = Desk(talker, scheduler, settings)
 
     @app.get("/health")
     async def health() -> Response:
@@ -84,15 +88,14 @@ def make_app(
 class Desk:
     """Turns requests into jobs and their pieces into responses (arguments as in :func:`make_app`)."""
 
-    def __init__(self, talker: Talker, scheduler: Scheduler, name: str, max_tokens: int, max_length: int) -> None:
-        self.talker, self.scheduler, self.name = talker, scheduler, name
-        self.max_tokens, self.max_length = max_tokens, max_length
-        self._created = int(time.time())
+    def __init__(self, talker: Talker, scheduler: Scheduler, settings: Settings) -> None:
+        self.talker, self.scheduler, self.settings = talker, scheduler, settings
+        self.name, self._created = settings.name, int(time.time())
 
     def model_card(self) -> dict[str, object]:
         """The model as ``/v1/models`` shows it."""
         card = {"id": self.name, "object": "model", "created": self._created, "owned_by": "cuma-ds"}
-        return card | {"max_model_len": self.max_length, "takes_profiles": self.talker.takes_profiles}
+        return card | {"max_model_len": self.settings.max_length, "takes_profiles": self.talker.takes_profiles}
 
     def check_model(self, name: str) -> None:
         """Refuse every name but ours."""
@@ -139,7 +142,7 @@ class Desk:
         gone.cancel()
         if not whole.done():
             whole.cancel()
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client is gone
         text, finish = whole.result()
         return JSONResponse(
             completion(identity, self.name, text, finish, usage(len(prompt), len(job.tokens)), warnings)
@@ -149,7 +152,8 @@ class Desk:
         """The profile's sentence, and what the client should know about it."""
         if body.profile is None:
             if self.talker.takes_profiles:
-                message = 'this model answers by who is asking; give a "profile": a sentence, or fields such as {"country": "Norway"}'
+                example = 'give a "profile": a sentence, or fields such as {"country": "Norway"}'
+                message = f"this model answers by who is asking; {example}"
                 raise ServingError(400, message, "profile", "profile_missing")
             return None, []
         if not self.talker.takes_profiles:
@@ -169,23 +173,29 @@ class Desk:
             prompt = self.talker.encode(messages, sentence)
         except CumaError as error:
             raise ServingError(400, str(error), "messages") from None
-        if len(prompt) >= self.max_length:
-            message = f"the messages have {len(prompt)} tokens; this server takes {self.max_length} with the answer"
+        if len(prompt) >= self.settings.max_length:
+            message = (
+                f"the messages have {len(prompt)} tokens; this server takes {self.settings.max_length} with the answer"
+            )
             raise ServingError(400, message, "messages", "context_length_exceeded")
         return prompt
 
     def _longest_answer(self, body: ChatRequest, prompt_tokens: int) -> int:
         asked = body.max_completion_tokens or body.max_tokens
-        room = self.max_length - prompt_tokens
+        room = self.settings.max_length - prompt_tokens
         if asked is None:
-            return min(self.max_tokens, room)
+            return min(self.settings.max_tokens, room)
         param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-        if asked > self.max_tokens:
+        if asked > self.settings.max_tokens:
             raise ServingError(
-                400, f"{param} is {asked}; this server allows up to {self.max_tokens}", param, "max_tokens_exceeded"
+                400,
+                f"{param} is {asked}; this server allows up to {self.settings.max_tokens}",
+                param,
+                "max_tokens_exceeded",
             )
         if asked > room:
-            message = f"{param} is {asked} and the messages have {prompt_tokens} tokens; this server takes {self.max_length} together"
+            given = f"{param} is {asked} and the messages have {prompt_tokens} tokens"
+            message = f"{given}; this server takes {self.settings.max_length} together"
             raise ServingError(400, message, param, "context_length_exceeded")
         return asked
 

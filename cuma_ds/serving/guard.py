@@ -1,4 +1,4 @@
-"""What stands in front of every request: the API key, the size of the body, one line of log, and no traceback for the client."""
+"""Checks before every request (API key, size of the body), one line of log for each, no traceback for the client."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from types import TracebackType
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, event and the facts a record carries; of an exception its type and places in the code, never its message."""
+    """Time, level, event and facts of a record. Of an exception its type and places in the code, never its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
