@@ -37,8 +37,7 @@ examples
         --prompt "How important is religion in your life?" --options "Very important" "Rather important" "Not important"
   a chat; /help lists what can be typed:
     python launchers/generate.py --run runs/quickstart --profile "A 55-year-old Buddhist living in Thailand."
-
-  the same on two ranks that hold the model together as the run's recipe says:
+  an answer of two ranks that hold the model together, as the run's recipe says:
     deepspeed --num_accelerators 2 launchers/generate.py --run runs/quickstart --profile "..." --prompt "..."
 
 Answers are what the model predicts for people like the profile; nobody in particular thinks so."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, random_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from ranks import run as run_ranks
 from ranks import run_recipes
 from run_folder import OPINIONS, lively, make_run
@@ -82,6 +83,19 @@ def test_a_model_that_keeps_nothing_reads_everything_again() -> None:
     completions = [Completion(prompt, Sampling(6), PROFILES[row]) for row, prompt in enumerate(PROMPTS)]
     generate(Decoder(batch, most, []), completions)
     assert [completion.tokens for completion in completions] == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_adapters_that_put_tokens_before_a_prompt_are_continued_as_peft_does(kind) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(random_model("llama"), kind(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
+    batch, most = measured_batch(ModelForward(model), 0, 4)
+    completions = [Completion(prompt, Sampling(6)) for prompt in PROMPTS]
+    generate(Decoder(batch, most, []), completions)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        found = model.generate(input_ids=torch.tensor([prompt]), **options)
+        assert completion.tokens == found[0, len(prompt) :].tolist()
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch() -> None:

@@ -29,7 +29,7 @@ _MODULES = (
     "cuma_ds.profiles.encoder",
     "cuma_ds.inference.modeling",
 )
-_HEAD = '''"""CuMA (arXiv 2601.04885): a frozen language model with a mixture of LoRA experts, routed by token and profile.
+_HEAD = '''"""CuMA (arXiv 2601.04885): a frozen language model and LoRA experts, routed by token and profile.
 
 Made by cuma-ds {version} from its own modules, joined in one file that needs torch and transformers only.
 Licence: Apache-2.0.
