@@ -12,8 +12,11 @@ from raw_data import alignment_row, draw, prism_conversation, prism_user, write_
 
 from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data, prepare
+from cuma_ds.data.build import build
+from cuma_ds.data.raw import ReadOptions
 from cuma_ds.data.sources.files import find_input
-from cuma_ds.data.sources.records import as_is, prepare_records
+from cuma_ds.data.sources.gather import read_records
+from cuma_ds.data.sources.records import as_is
 from cuma_ds.errors import DataError
 
 CHOICES = [
@@ -422,22 +425,21 @@ def test_processes_and_chunks_change_nothing(tmp_path, monkeypatch, given, worke
     """Chunks of a few lines, read by other processes or this one and spooled to disk, give what one process reads in one go."""
     path = write_jsonl(tmp_path / "a.jsonl", given)
     expected = load_data(DataSection(path=str(path)))
-    monkeypatch.setattr("cuma_ds.data.sources.files._CHUNK_BYTES", 2_000)
+    monkeypatch.setattr("cuma_ds.data.sources.files.CHUNK_BYTES", 2_000)
     chunks = find_input(path)
     assert len(list(chunks.chunks())) > 3
     told = []
     spool = tmp_path / "spool"
     spool.mkdir()
-    data = prepare_records(
-        chunks, as_is, DataSection(), "generic", spool, workers, lambda done, total: told.append((done, total))
-    )
+    options = ReadOptions(DataSection(), "generic", spool, workers, lambda done, total: told.append((done, total)))
+    data = build(read_records(chunks, as_is, options), DataSection(), spool)
     same(data, expected)
     assert told == sorted(told)
     assert told[-1] == (chunks.size, chunks.size)
 
 
 def test_mistakes_in_later_chunks_keep_their_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("cuma_ds.data.sources.files._CHUNK_BYTES", 500)
+    monkeypatch.setattr("cuma_ds.data.sources.files.CHUNK_BYTES", 500)
     other = {**CHOICES[0], "question_id": "q", "options": ["No", "Yes", "?"]}
     path = write_jsonl(tmp_path / "a.jsonl", [{**CHOICES[0], "question_id": "q"}, *CHOICES, other])
     with pytest.raises(DataError, match=r"a\.jsonl:122: question_id 'q' has another text, .* than at .*a\.jsonl:1;"):

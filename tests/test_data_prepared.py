@@ -66,7 +66,7 @@ def test_a_failed_save_leaves_nothing(data, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("cuma_ds.data.prepared.sha256", fail)
+    monkeypatch.setattr("cuma_ds.data.prepared.file_sha256", fail)
     with pytest.raises(OSError, match="disk full"):
         data.save(tmp_path / "prepared")
     assert list(tmp_path.iterdir()) == []

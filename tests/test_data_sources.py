@@ -220,8 +220,8 @@ def test_someone_seen_in_a_held_out_country_is_never_trained_on():
     person = np.array([0, 0, 1, 2, 3, 4, 5, 6])
     unit = np.array([0, 1, 1, 1, 1, 1, 2, 2])
     for held in range(3):
-        units = Share(np.where(np.arange(3) == held, 0.1, 0.9), 0.3)
-        split = assign_splits(person, Share(np.linspace(0.9, 0.8, 7), 0.3), unit, units, np.zeros(8, int))
+        people, profiles = Share(person, np.linspace(0.9, 0.8, 7), 0.3), Share(np.zeros(8, int), np.full(1, 0.5), 0.0)
+        split = assign_splits(people, Share(unit, np.where(np.arange(3) == held, 0.1, 0.9), 0.3), profiles)
         assert set(unit[split == HELDOUT]) == {held}
         assert not set(person[split == TRAIN]) & set(person[unit == held])
         assert all(split[(unit != held) & np.isin(person, person[unit == held])] == TEST)

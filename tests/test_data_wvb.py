@@ -349,7 +349,7 @@ def test_the_command_prepares_embeds_and_writes_the_line_for_the_recipe(benchmar
 
 
 @pytest.mark.parametrize(
-    "moment", ["cuma_ds.data.sources.worldvaluesbench.question_file", "cuma_ds.data.prepared.sha256", "os.replace"]
+    "moment", ["cuma_ds.data.sources.worldvaluesbench.question_file", "cuma_ds.data.prepared.file_sha256", "os.replace"]
 )
 def test_a_command_that_stops_midway_leaves_nothing(benchmark, tmp_path, launch, monkeypatch, moment):
     def stop(*_, **__):

@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from cuma_ds.config import DataSection
+from cuma_ds.data.build import build
 from cuma_ds.data.prepared import PreparedData, is_prepared
-from cuma_ds.data.sources.community_alignment import prepare_community_alignment
-from cuma_ds.data.sources.jsonl import prepare_jsonl
-from cuma_ds.data.sources.prism import prepare_prism
-from cuma_ds.data.sources.records import Progress
-from cuma_ds.data.sources.worldvaluesbench import prepare_worldvaluesbench
-from cuma_ds.data.sources.wvs_sample import prepare_wvs_sample
+from cuma_ds.data.raw import Progress, ReadOptions
+from cuma_ds.data.sources import SOURCES
 from cuma_ds.errors import ConfigError, DataError
 
 _DECIDED_WHEN_PREPARED = (
@@ -26,19 +23,6 @@ _DECIDED_WHEN_PREPARED = (
     "heldout_profile_fraction",
     "split_seed",
 )
-_SOURCES = {
-    "jsonl": prepare_jsonl,
-    "wvb": prepare_worldvaluesbench,
-    "community-alignment": prepare_community_alignment,
-    "prism": prepare_prism,
-}
-_NEEDS = {
-    "jsonl": "a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id",
-    "wvb": "the benchmark's folder, or one with the WVS-7 CSV and the benchmark's three JSON files",
-    "community-alignment": "the data set's CSV file or folder",
-    "prism": "the folder with conversations.jsonl and survey.jsonl",
-}
-
 __all__ = ["PreparedData", "load_data", "prepare"]
 
 
@@ -109,14 +93,12 @@ def prepare(
         DataError: raw files that are missing or wrong; one line.
         ConfigError: a source that needs a path and has none.
     """
-    if config.source == "wvs-sample":
-        if config.path is not None:
-            raise DataError(
-                f"{config.path} is no prepared folder: there is no manifest.json; make it with launchers/prepare_data.py wvs-sample"
-            )
-        return prepare_wvs_sample(config, template)
-    if config.path is None:
-        raise ConfigError(
-            f"data.path is missing; source {config.source} needs {_NEEDS[config.source]}, or a prepared folder"
+    source = SOURCES[config.source]
+    if source.needs is None and config.path is not None:
+        raise DataError(
+            f"{config.path} is no prepared folder: there is no manifest.json; "
+            f"make it with launchers/prepare_data.py {config.source}"
         )
-    return _SOURCES[config.source](config.path, config, template, spool, workers, progress)
+    if source.needs is not None and config.path is None:
+        raise ConfigError(f"data.path is missing; source {config.source} needs {source.needs}, or a prepared folder")
+    return build(source.read(config.path or "", ReadOptions(config, template, spool, workers, progress)), config, spool)

