@@ -367,7 +367,7 @@ def test_sequences_join_and_leave_between_any_two_steps(family) -> None:
             batch.keep(rows)
             running = [running[row] for row in rows]
             assert len(batch) == len(running)
-            assert batch.mask_BL.shape[1] == max((len(ids) for _, ids in running), default=0)
+            assert batch.length == max((len(ids) for _, ids in running), default=0)
     assert started > 20
 
 
