@@ -21,8 +21,7 @@ overlap of compute and communication.
 """
 
 
-def main() -> None:
-    """Parse, plan, print."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +70,12 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="also draw memory and speed against the number of GPUs"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Parse, plan, print."""
+    arguments = _parser().parse_args()
 
     from cuma_ds.config import load_config
     from cuma_ds.planning.cost import Hardware, Work
