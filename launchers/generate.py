@@ -84,17 +84,17 @@ def _answer(arguments: argparse.Namespace, talker: Talker, profiles: Sequence[Pr
     elif arguments.compare:
         _compare(talker, profiles, arguments.prompt, arguments.options, console)
     else:
-        for number, who in enumerate([[profile] for profile in profiles] or [[]], start=1):
+        for number, asked in enumerate([[profile] for profile in profiles] or [[]], start=1):
             if len(profiles) > 1:
                 console.print(f"[bold]profile {number}[/bold]")
             if arguments.options:
-                _bars(talker.choose(arguments.prompt, arguments.options, who)[0], arguments.options, console)
+                _bars(talker.choose(arguments.prompt, arguments.options, asked)[0], arguments.options, console)
             else:
-                _stream(talker, [{"role": "user", "content": arguments.prompt}], who)
+                _stream(talker, [{"role": "user", "content": arguments.prompt}], asked)
 
 
-def _stream(talker: Talker, messages: Sequence[dict[str, str]], who: Sequence[Profile]) -> str:
-    answer = talker.answers(messages, who, write=lambda text: print(text, end="", flush=True))[0]
+def _stream(talker: Talker, messages: Sequence[dict[str, str]], asked: Sequence[Profile]) -> str:
+    answer = talker.answers(messages, asked, write=lambda text: print(text, end="", flush=True))[0]
     print(flush=True)
     return answer
 
@@ -139,10 +139,10 @@ def _bar(share: float, width: int) -> str:
 
 
 def _chat(talker: Talker, given: Sequence[Profile], console: Console) -> None:
-    who: list[Profile] = list(given[:1])
+    asked: list[Profile] = list(given[:1])
     messages: list[dict[str, str]] = []
     console.print("Type a message; /help lists the commands.")
-    if talker.takes_profiles and not who:
+    if talker.takes_profiles and not asked:
         console.print("Say who you are first: /profile ...")
     while True:
         try:
@@ -161,18 +161,18 @@ def _chat(talker: Talker, given: Sequence[Profile], console: Console) -> None:
             elif command == "/clear":
                 messages = []
             elif command == "/profile":
-                who, messages = [_switch(talker, rest.strip(), given)], []
+                asked, messages = [_switch(talker, rest.strip(), given)], []
                 console.print("A new conversation, as that person.")
             elif command == "/choose":
                 question, *options = [part.strip() for part in rest.split("|")]
                 if not question or len(options) < 2:
                     raise ConfigError("write /choose QUESTION | OPTION | OPTION, with at least two options")
-                _bars(talker.choose(question, options, who)[0], options, console)
+                _bars(talker.choose(question, options, asked)[0], options, console)
             elif command.startswith("/"):
                 raise ConfigError(f"there is no command {command}; /help lists them")
             else:
                 turn = {"role": "user", "content": line}
-                answer = _stream(talker, [*messages, turn], who)
+                answer = _stream(talker, [*messages, turn], asked)
                 messages += [turn, {"role": "assistant", "content": answer}]
         except CumaError as error:
             console.print(f"error: {error}", markup=False, soft_wrap=True)

@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _api_key(file: str | None) -> str | None:
-    """From the file, or from CUMA_API_KEY; never from the command line, which everybody on the machine can read."""
+    """From the file, or from CUMA_API_KEY. A command line could be read by all users of the machine."""
     source = "the environment variable CUMA_API_KEY" if file is None else f"--api-key-file {file}"
     if file is None and not os.environ.get("CUMA_API_KEY"):
         return None

@@ -288,7 +288,7 @@ class CumaForCausalLM(CumaModel):
         (target / ADAPTER_CONFIG).write_text(json.dumps(export, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def push_to_hub(self, *_: object, **__: object) -> None:
-        """Refused: the backbone's own would upload names that nobody can load."""
+        """Refused: the backbone's own would upload names that cannot be loaded."""
         how = "(hf upload NAME FOLDER); after save_pretrained, where it was changed"
         raise ModelError(f"an exported folder is uploaded as it is {how}")
 

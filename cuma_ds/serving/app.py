@@ -98,7 +98,7 @@ class Desk:
         return card | {"max_model_len": self.settings.max_length, "takes_profiles": self.talker.takes_profiles}
 
     def check_model(self, name: str) -> None:
-        """Refuse every name but ours."""
+        """Refuse every other name."""
         if name != self.name:
             raise ServingError(
                 404, f"there is no model of that name; this server has {self.name!r}", "model", "model_not_found"
@@ -107,7 +107,7 @@ class Desk:
     async def answer(self, body: ChatRequest, request: Request) -> Response:
         """Queue the request and answer it, as a stream or in one piece."""
         self.check_model(body.model)
-        sentence, warnings = self._who(body)
+        sentence, warnings = self._profile(body)
         prompt = self._prompt(body, sentence or "")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -129,7 +129,7 @@ class Desk:
                 "queue_full",
                 "rate_limit_error",
             ) from None
-        request.state.job = job  # the guard ends it with the request, whatever happens
+        request.state.job = job  # the guard cancels it at the end of the request
         identity = request.state.id
         if body.stream:
             stream = self._stream(
@@ -148,8 +148,8 @@ class Desk:
             completion(identity, self.name, text, finish, usage(len(prompt), len(job.tokens)), warnings)
         )
 
-    def _who(self, body: ChatRequest) -> tuple[str | None, list[str]]:
-        """The profile's sentence, and what the client should know about it."""
+    def _profile(self, body: ChatRequest) -> tuple[str | None, list[str]]:
+        """The profile's sentence (None without a profile), and warnings for the client."""
         if body.profile is None:
             if self.talker.takes_profiles:
                 example = 'give a "profile": a sentence, or fields such as {"country": "Norway"}'
@@ -247,7 +247,7 @@ def _event(content: dict[str, object]) -> str:
 
 
 def _text(text: str, param: str) -> str:
-    """``text`` if it can be written as UTF-8; JSON can smuggle in half of a surrogate pair."""
+    """``text`` if it can be written as UTF-8. JSON can hold half of a surrogate pair, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

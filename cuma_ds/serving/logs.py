@@ -1,4 +1,4 @@
-"""Logs as one JSON object a line; what people asked, and who they are, is never in them."""
+"""Logs as one JSON object per line. They never hold messages or profiles."""
 
 from __future__ import annotations
 

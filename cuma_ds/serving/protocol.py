@@ -133,7 +133,7 @@ class ChatRequest(_Strict):
     parallel_tool_calls: Annotated[object, _only(True, False)] = None
     service_tier: Annotated[object, _only("auto", "default")] = None
     store: Annotated[object, _only(False)] = None
-    # For the records of whoever runs a server; this one keeps none.
+    # For a server's own records. This one keeps none.
     user: object = None
     metadata: object = None
     safety_identifier: object = None
