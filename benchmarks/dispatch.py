@@ -69,7 +69,7 @@ def layer_steps(case: str, topology: Topology) -> dict[str, tuple[Step, ExpertPa
         def step(dispatcher: ExpertParallelDispatcher = dispatcher) -> None:
             dispatcher.agree_on_tokens(torch.tensor(float(tokens)))
             sent = dispatcher.dispatch(x_TD, Routes(gate.weight_TK, gate.expert_TK), layer)
-            dispatcher.combine(layer(*sent.arrive()), sent).sum().backward()
+            dispatcher.combine(layer(*sent.wait()), sent).sum().backward()
 
         steps[kind] = (step, dispatcher)
     return steps

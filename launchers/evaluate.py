@@ -38,24 +38,24 @@ def main() -> None:
     arguments = _parser().parse_args()
     warn_in_one_line()
     _check(arguments)
-
     _extras(arguments)  # mistakes show before anything is loaded
 
     from cuma_ds.runs import Run
 
     with joined_ranks(arguments.run, _overrides(arguments)) as topology, contextlib.ExitStack() as stack:
-        out = arguments.out or Run(arguments.run).report_folder
+        folder = Path(arguments.out) if arguments.out else Run(arguments.run).report_folder
         if topology is not None and not topology.is_main:
             # All ranks make the same report. That of the main rank is kept, and it alone asks the judge.
-            out, arguments.judge_url = stack.enter_context(tempfile.TemporaryDirectory()), None
-        _evaluate(arguments, topology, out)
+            folder, arguments.judge_url = Path(stack.enter_context(tempfile.TemporaryDirectory())), None
+        _evaluate(arguments, topology, folder)
 
 
-def _evaluate(arguments: argparse.Namespace, topology: Topology | None, out: str | Path) -> None:
+def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from cuma_ds.evaluation.run import evaluate
+    from cuma_ds.evaluation.report.tables import terminal_tables
+    from cuma_ds.evaluation.run import evaluate, written_files
 
     quiet_transformers()
     extras = _extras(arguments)
@@ -71,10 +71,10 @@ def _evaluate(arguments: argparse.Namespace, topology: Topology | None, out: str
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        report = evaluate(_open(arguments, topology), out, progress, extras)
-    for table in report.tables():
+        report = evaluate(_open(arguments, topology), folder, progress, extras)
+    for table in terminal_tables(report):
         console.print(table)
-    for file in report.files:
+    for file in written_files(folder, report):
         console.print(str(file), highlight=False, soft_wrap=True)
 
 

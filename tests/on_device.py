@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 from pretend_device import DEVICE, OnDevice
-from run_folder import lively
+from run_folder import content, lively
 from torch import Tensor
 
 torch.inference_mode = torch.no_grad  # type: ignore[assignment,misc]  # tensors made in it cannot be seen through by wrappers
@@ -101,7 +101,7 @@ def asked(run: Path) -> list[Any]:
 def judged(run: Path, out: Path) -> list[list[float]]:
     """The numbers of a report with gradients, by split and row."""
     report = evaluate(run_subject(run), out / "report", extras=[Interference(groups=3, examples=4)])
-    splits = report.summary["splits"]
+    splits = content(report)["splits"]
     rows = [row for split in sorted(splits) for _, row in sorted(splits[split]["rows"].items())]
     numbers = [[value for _, value in sorted(row.items()) if isinstance(value, float)] for row in rows]
     lora = write_lora(run, [{"country": "Norway"}, {"country": "Ghana"}], out / "lora", prompts=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import save_file
 
 from cuma_ds.adapters import CumaModel, inject_adapters
@@ -29,6 +30,11 @@ def lively(model: CumaModel, seed: int = 3) -> CumaModel:
         for _, parameter in model.adapter_parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def content(part: BaseModel) -> dict:
+    """A report, or a part of one, as report.json holds it."""
+    return part.model_dump(mode="json", exclude_unset=True)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from judge_server import verdict
 from peft import LoraConfig, PeftModel, get_peft_model
-from run_folder import OPINIONS, lively, make_run
+from run_folder import OPINIONS, content, lively, make_run
 from transformers import AutoModelForCausalLM
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
@@ -46,7 +46,7 @@ def chat_run(tmp_path_factory, tiny_llama, tiny_encoder) -> Path:
 
 
 def rows(report) -> dict:
-    return {split: part["rows"] for split, part in report.summary["splits"].items()}
+    return {split: part["rows"] for split, part in content(report)["splits"].items()}
 
 
 def numbers(report, row: str) -> dict[str, float]:
@@ -61,7 +61,7 @@ def test_an_export_is_judged_as_the_run_it_came_from(run, tmp_path, tiny_encoder
     assert list(rows(there)["test"]) == list(rows(here)["test"])
     for row in rows(here)["test"]:
         assert numbers(there, row) == pytest.approx(numbers(here, row), abs=1e-5)
-    assert (there.summary["run"], there.summary["checkpoint"]) == ("exported", "export")
+    assert (content(there)["run"], content(there)["checkpoint"]) == ("exported", "export")
 
 
 def test_a_run_on_other_data(run, tmp_path) -> None:
@@ -70,8 +70,8 @@ def test_a_run_on_other_data(run, tmp_path) -> None:
     report = evaluate(run_subject(run, data=tmp_path / "half.jsonl"), tmp_path / "out")
     assert (
         0
-        < report.summary["splits"]["test"]["answers"]
-        < evaluate(run_subject(run), tmp_path / "own").summary["splits"]["test"]["answers"]
+        < content(report)["splits"]["test"]["answers"]
+        < content(evaluate(run_subject(run), tmp_path / "own"))["splits"]["test"]["answers"]
     )
 
 
@@ -99,7 +99,7 @@ def test_a_bare_model_has_one_row_of_its_own(run, tmp_path, tiny_llama) -> None:
     )
     trained = evaluate(run_subject(run), tmp_path / "run")
     assert list(rows(report)["test"]) == ["collapse", "oracle", "before"]
-    assert report.summary["main"] == "before"
+    assert content(report)["main"] == "before"
     assert numbers(report, "before") == pytest.approx(numbers(trained, "before"), abs=1e-5)
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| **the model as it is** |" in text
@@ -174,7 +174,7 @@ def test_a_report_with_answers_and_a_judge_over_http(chat_run, tmp_path, server,
     report = evaluate(
         run_subject(chat_run), tmp_path / "out", extras=[Generation(3, Sampling(8), JudgeSettings(server.url, "m"))]
     )
-    section = report.summary["generation"]
+    section = content(report)["generation"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == section["requests"] == 3
     for row in ("before", "trained"):
@@ -266,7 +266,7 @@ def test_the_dense_adapter_is_the_best_of_its_rank_and_the_mixture_comes_back(mo
 
 def test_a_report_with_gradients(run, tmp_path) -> None:
     report = evaluate(run_subject(run), tmp_path / "out", extras=[Interference(groups=3)])
-    section = report.summary["gradients"]
+    section = content(report)["gradients"]
     assert len(section["groups"]) == 3
     assert list(section["rows"]) == ["dense LoRA, rank 4", "CuMA, top 2 of 4"]
     for row in section["rows"].values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import itertools
 import json
@@ -20,7 +19,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from rich.console import Console
-from run_folder import lively
+from run_folder import content, lively
 from safetensors.torch import save_file
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
@@ -33,15 +32,17 @@ from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples
-from cuma_ds.evaluation.pictures import _mean_answer, expert_picture
-from cuma_ds.evaluation.plots import (
+from cuma_ds.evaluation.report.markdown import markdown
+from cuma_ds.evaluation.report.model import ChoiceReport
+from cuma_ds.evaluation.report.pictures import _mean_answer, expert_picture
+from cuma_ds.evaluation.report.plots import (
     discriminating_routers,
     group_tree,
     plot_distributions,
     plot_expert_use,
     plot_group_emd,
 )
-from cuma_ds.evaluation.report import markdown
+from cuma_ds.evaluation.report.tables import terminal_tables
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.inference.forward import forward_batches
 from cuma_ds.inference.open import load_trained
@@ -301,7 +302,7 @@ def report(run_dir):
 
 
 def test_a_report_has_every_row_for_people_held_out_and_for_groups_held_out(report) -> None:
-    splits = report.summary["splits"]
+    splits = content(report)["splits"]
     assert list(splits["test"]["rows"]) == ["collapse", "oracle", "before", "trained", "swapped"]
     assert list(splits["heldout"]["rows"]) == ["collapse", "nearest", "before", "trained", "swapped"]
     for split in splits.values():
@@ -317,7 +318,7 @@ def test_a_report_has_every_row_for_people_held_out_and_for_groups_held_out(repo
 
 
 def test_recovered_follows_from_the_emds_beside_it(report) -> None:
-    split = report.summary["splits"]["test"]
+    split = content(report)["splits"]["test"]
     for part in (split, *split["questions"].values()):
         rows = part["rows"]
         span = rows["collapse"]["emd"] - rows["oracle"]["emd"]
@@ -326,7 +327,7 @@ def test_recovered_follows_from_the_emds_beside_it(report) -> None:
 
 
 def test_numbers_follow_from_the_cells_beside_them(report) -> None:
-    for split in report.summary["splits"].values():
+    for split in content(report)["splits"].values():
         weights = [cell["answers"] for cell in split["cells"]]
         assert (
             sum(weights)
@@ -347,7 +348,7 @@ def test_predictions_in_the_report_are_the_trained_models(report, run_dir) -> No
     table = ProfileTable.load(run_dir / "profiles.safetensors")
     trained = load_trained(config, read_adapters(run_dir / "checkpoints" / "step-9"), table)
     renderer = Renderer(load_tokenizer(config.model), config.data.max_length)
-    cells = {(cell["question_id"], cell["group"]): cell for cell in report.summary["splits"]["test"]["cells"]}
+    cells = {(cell["question_id"], cell["group"]): cell for cell in content(report)["splits"]["test"]["cells"]}
     for row in data.splits["test"]:
         cell = cells.get((row["question_id"], row["group"]))
         if cell is not None:
@@ -372,14 +373,14 @@ def test_the_report_says_how_much_probability_the_option_letters_have(report, ru
         masses.append(float(logits[0, -1].double().softmax(0)[example.target_token].sum()))
         answers.append(sum(row["counts"]))
         by_cell[row["question_id"], row["group"]] = masses[-1]
-    split = report.summary["splits"]["test"]
+    split = content(report)["splits"]["test"]
     found = split["letter_mass"]
     assert list(found) == ["before", "trained", "swapped"]
     assert found["trained"]["mean"] == pytest.approx(np.average(masses, weights=answers), abs=1e-5)
     lowest = min(((cell["question_id"], cell["group"]) for cell in split["cells"]), key=lambda cell: by_cell[cell])
     assert (found["trained"]["lowest"]["question_id"], found["trained"]["lowest"]["group"]) == lowest
     assert found["trained"]["lowest"]["mean"] == pytest.approx(by_cell[lowest], abs=1e-5)
-    text = markdown(report.summary, {})
+    text = markdown(report, {})
     assert (
         f"trained {found['trained']['mean']:.3f} (lowest {found['trained']['lowest']['mean']:.3f}, {lowest[1]})" in text
     )
@@ -389,10 +390,10 @@ def test_the_report_says_how_much_probability_the_option_letters_have(report, ru
 
 
 def test_a_model_that_answers_with_letters_is_not_warned_about(report) -> None:
-    summary = copy.deepcopy(report.summary)
-    for split in summary["splits"].values():
-        split["letter_mass"]["trained"]["mean"] = 0.5
-    assert "Warning" not in markdown(summary, {})
+    report = report.model_copy(deep=True)
+    for split in report.splits.values():
+        split.letter_mass["trained"].mean = 0.5
+    assert "Warning" not in markdown(report, {})
 
 
 def test_questions_without_an_order_are_judged_by_total_variation(tmp_path, tiny_llama, tiny_encoder) -> None:
@@ -408,8 +409,8 @@ def test_questions_without_an_order_are_judged_by_total_variation(tmp_path, tiny
         told = [r | {"answer": order.index(r["answer"])} if r["question_id"] == "q1" else r for r in records]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, told)))
         report = evaluate_run(make_run(tmp_path / name / "run", tiny_llama, tiny_encoder, tmp_path / f"{name}.jsonl"))
-        rows[name] = report.summary["splits"]["test"]["rows"]
-    split = report.summary["splits"]["test"]
+        rows[name] = content(report)["splits"]["test"]["rows"]
+    split = content(report)["splits"]["test"]
     assert [split["distance"], *(part["distance"] for part in split["questions"].values())] == [
         "EMD and TV",
         "EMD",
@@ -423,24 +424,24 @@ def test_questions_without_an_order_are_judged_by_total_variation(tmp_path, tiny
             gap = np.subtract(cell["predicted"][row], cell["observed"])
             steps = np.abs(np.cumsum(gap)).sum() / (len(gap) - 1)
             assert value == pytest.approx(np.abs(gap).sum() / 2 if cell["question_id"] == "q1" else steps, abs=1e-5)
-    text = (report.folder / "report.md").read_text()
+    text = (tmp_path / "other" / "run" / "evaluation" / "report.md").read_text()
     assert "| | EMD and TV | recovered | EMD and TV, questions | EMD and TV, argmax |" in text
     assert "| | TV | recovered | accuracy |" in text
     assert "both distances go into one mean" in text
-    assert report.pictures["emd-by-group.png"].startswith("EMD and TV of each group")
+    assert "![EMD and TV of each group, before and after training, worst first.](emd-by-group.png)" in text
 
 
 def test_held_out_groups_are_those_of_the_heldout_split(report, run_dir) -> None:
     heldout = set(json.loads((run_dir / "data" / "manifest.json").read_text())["heldout_groups"])
-    groups = {name: {cell["group"] for cell in split["cells"]} for name, split in report.summary["splits"].items()}
+    groups = {name: {cell["group"] for cell in split["cells"]} for name, split in content(report)["splits"].items()}
     assert heldout
     assert groups["heldout"] == heldout - {HIDDEN}
     assert groups["test"] == set(COUNTRIES) - heldout
 
 
 def test_small_groups_are_counted_and_named_nowhere(report, run_dir) -> None:
-    assert report.summary["splits"]["test"]["left_out"]["cells"] == 2
-    assert 0 < report.summary["splits"]["test"]["left_out"]["answers"] < 2 * 15
+    assert content(report)["splits"]["test"]["left_out"]["cells"] == 2
+    assert 0 < content(report)["splits"]["test"]["left_out"]["answers"] < 2 * 15
     for file in (run_dir / "evaluation").iterdir():
         assert HIDDEN.encode() not in file.read_bytes()
         assert HIDDEN not in file.name
@@ -449,17 +450,17 @@ def test_small_groups_are_counted_and_named_nowhere(report, run_dir) -> None:
 
 def test_raising_min_answers_hides_more(run_dir) -> None:
     strict = evaluate_run(run_dir, overrides=["evaluation.min_answers=100000"])
-    split = strict.summary["splits"]["test"]
+    split = content(strict)["splits"]["test"]
     assert split["cells"] == []
     assert split["rows"]["trained"]["emd"] is None
-    assert strict.pictures == {}
+    assert strict.pictures == []
     assert not any(country in (run_dir / "evaluation" / "report.md").read_text() for country in COUNTRIES)
 
 
 def test_files_of_a_report_are_there_and_pictures_are_pictures(run_dir) -> None:
     report = evaluate_run(run_dir)
     folder = run_dir / "evaluation"
-    assert json.loads((folder / "report.json").read_text()) == report.summary
+    assert json.loads((folder / "report.json").read_text()) == content(report)
     assert set(report.pictures) == {
         "distributions-1.png", "distributions-2.png", "emd-by-group.png", "reliability.png", "subgroups.png", "experts-by-group.png",
         "expert-load.png", "information.png", "cultural-map.png",
@@ -474,7 +475,7 @@ def test_files_of_a_report_are_there_and_pictures_are_pictures(run_dir) -> None:
 def test_markdown_holds_the_numbers_of_the_summary_and_links_that_exist(run_dir) -> None:
     report = evaluate_run(run_dir)
     text = (run_dir / "evaluation" / "report.md").read_text()
-    trained = report.summary["splits"]["test"]["rows"]["trained"]
+    trained = content(report)["splits"]["test"]["rows"]["trained"]
     low, high = trained["interval"]["emd"]
     assert f"| **trained** | {trained['emd']:.4f} [{low:.4f}, {high:.4f}] | {trained['recovered']:.2f}" in text
     spread = " | ".join(
@@ -490,25 +491,25 @@ def test_markdown_holds_the_numbers_of_the_summary_and_links_that_exist(run_dir)
 
 def test_terminal_tables_show_every_row(report) -> None:
     sink = io.StringIO()
-    for table in report.tables():
+    for table in terminal_tables(report):
         Console(width=160, file=sink).print(table)
     assert sink.getvalue().count("profiles swapped") == 2
     assert "oracle" in sink.getvalue()
 
 
 def test_a_step_can_be_chosen_and_the_newest_is_the_default(report, run_dir) -> None:
-    assert report.summary["checkpoint"] == "step-9"
+    assert content(report)["checkpoint"] == "step-9"
     earlier = evaluate_run(run_dir, step=5)
-    assert earlier.summary["checkpoint"] == "step-5"
-    assert earlier.summary["splits"]["test"]["rows"]["before"] == report.summary["splits"]["test"]["rows"]["before"]
-    assert earlier.summary["splits"]["test"]["rows"]["trained"] != report.summary["splits"]["test"]["rows"]["trained"]
+    assert content(earlier)["checkpoint"] == "step-5"
+    assert content(earlier)["splits"]["test"]["rows"]["before"] == content(report)["splits"]["test"]["rows"]["before"]
+    assert content(earlier)["splits"]["test"]["rows"]["trained"] != content(report)["splits"]["test"]["rows"]["trained"]
 
 
 def test_batch_size_does_not_change_the_report(report, run_dir) -> None:
     other = evaluate_run(run_dir, overrides=["evaluation.batch_size=3"])
-    for name, row in report.summary["splits"]["test"]["rows"].items():
+    for name, row in content(report)["splits"]["test"]["rows"].items():
         for metric in METRICS:
-            assert other.summary["splits"]["test"]["rows"][name][metric] == pytest.approx(row[metric], abs=1e-4)
+            assert content(other)["splits"]["test"]["rows"][name][metric] == pytest.approx(row[metric], abs=1e-4)
 
 
 def test_progress_names_what_runs(run_dir) -> None:
@@ -527,7 +528,7 @@ def test_a_method_without_profiles_has_nothing_to_swap(tmp_path, run_dir, tiny_l
     lora = {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0}
     folder = make_run(tmp_path / "runs" / "lora", tiny_llama, tiny_encoder, tmp_path / "answers.jsonl", **lora)
     report = evaluate_run(folder)
-    assert list(report.summary["splits"]["test"]["rows"]) == ["collapse", "oracle", "before", "trained"]
+    assert list(content(report)["splits"]["test"]["rows"]) == ["collapse", "oracle", "before", "trained"]
     assert "experts-by-group.png" not in report.pictures
     assert "swapped" not in (folder / "evaluation" / "report.md").read_text()
 
@@ -546,20 +547,20 @@ def test_chat_runs_report_loss_and_perplexity(tmp_path, tiny_llama, tiny_encoder
     ]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report = evaluate_run(make_run(tmp_path / "runs" / "chat", tiny_llama, tiny_encoder, tmp_path / "chats.jsonl"))
-    assert report.summary["kind"] == "chat"
+    assert content(report)["kind"] == "chat"
     # The only country held out has nobody to swap profiles with.
-    assert [list(split["rows"]) for split in report.summary["splits"].values()] == [
+    assert [list(split["rows"]) for split in content(report)["splits"].values()] == [
         ["before", "trained", "swapped"],
         ["before", "trained"],
     ]
-    for split in report.summary["splits"].values():
+    for split in content(report)["splits"].values():
         for row in split["rows"].values():
             assert row["perplexity"] == pytest.approx(np.exp(row["loss"]), rel=1e-4)
             assert row["interval"]["loss"][0] < row["loss"] < row["interval"]["loss"][1]
     # A random backbone knows nothing about 128 tokens.
-    assert report.summary["splits"]["test"]["rows"]["before"]["loss"] > 2
+    assert content(report)["splits"]["test"]["rows"]["before"]["loss"] > 2
     assert set(report.pictures) == {"experts-by-group.png", "expert-load.png", "information.png", "cultural-map.png"}
-    assert "perplexity" in (report.folder / "report.md").read_text()
+    assert "perplexity" in (tmp_path / "runs" / "chat" / "evaluation" / "report.md").read_text()
 
 
 # --- what can go wrong
@@ -671,7 +672,7 @@ def test_pictures_of_any_number_of_groups(tmp_path: Path, groups: int) -> None:
 def test_experts_are_compared_on_questions_that_everybody_answered(tmp_path: Path, monkeypatch) -> None:
     drawn = SimpleNamespace()
     monkeypatch.setattr(
-        "cuma_ds.evaluation.pictures.plot_expert_use",
+        "cuma_ds.evaluation.report.pictures.plot_expert_use",
         lambda path, groups, gates, names: vars(drawn).update(groups=groups, gates=gates),
     )
     gates = np.arange(10, dtype=np.float32).reshape(5, 1, 2)
@@ -735,8 +736,9 @@ def test_markdown_of_an_unknown_value_is_a_dash() -> None:
         }
     ]
     subgroups = {"age": {"shown": shown, "left_out": 2}}
-    split = {**size, "distance": "TV", "rows": rows, "subgroups": subgroups}
-    text = markdown({**about, "splits": {"test": split}}, {})
+    nothing = {"differences": {}, "reliability": {}, "questions": {}, "cells": []}
+    split = {**size, **nothing, "distance": "TV", "rows": rows, "subgroups": subgroups}
+    text = markdown(ChoiceReport.model_validate({**about, "splits": {"test": split}}), {})
     # Nobody knows how many people gave these answers.
     assert "| | answers | accuracy, trained | TV, trained |" in text
     assert "| old | 40 | 0.500 | – |" in text

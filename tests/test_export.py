@@ -15,7 +15,7 @@ import torch
 from conftest import character_tokenizer
 from fresh import link_packages, run_fresh
 from ranks import ROOT
-from run_folder import lively, make_run
+from run_folder import content, lively, make_run
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -24,7 +24,7 @@ from cuma_ds import load_exported
 from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError, ModelError
-from cuma_ds.evaluation.report import ROWS, SPLITS
+from cuma_ds.evaluation.report.model import CONTENDERS, SPLITS
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.export.hf import Trained, read_run, write_hf
 from cuma_ds.export.lora import write_lora
@@ -337,7 +337,7 @@ def numbers_in(card: str) -> dict[str, dict[str, dict[str, str]]]:
 def test_the_numbers_of_a_model_card_are_those_of_the_runs_report(tmp_path, run) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
-    report = evaluate_run(folder, overrides=["evaluation.min_answers=2", "evaluation.bootstrap=20"]).summary
+    report = content(evaluate_run(folder, overrides=["evaluation.min_answers=2", "evaluation.bootstrap=20"]))
     card = (write_hf(read_run(folder), tmp_path / "card") / "README.md").read_text()
     shown = numbers_in(card)
     assert list(shown) == [SPLITS[name] for name in report["splits"]]
@@ -348,11 +348,11 @@ def test_the_numbers_of_a_model_card_are_those_of_the_runs_report(tmp_path, run)
         "ECE": ("calibration_error", 3),
     }
     for name, split in report["splits"].items():
-        assert list(shown[SPLITS[name]]) == [ROWS[row] for row in split["rows"]]
+        assert list(shown[SPLITS[name]]) == [CONTENDERS[row] for row in split["rows"]]
         for row, values in split["rows"].items():
             for title, (key, digits) in columns.items():
                 expected = "–" if values[key] is None else f"{values[key]:.{digits}f}"
-                assert shown[SPLITS[name]][ROWS[row]][title].split()[0] == expected
+                assert shown[SPLITS[name]][CONTENDERS[row]][title].split()[0] == expected
     assert "Not evaluated" not in card
     assert str(tmp_path) not in card
 
@@ -362,7 +362,7 @@ def test_a_report_that_cannot_be_shown_is_said_as_it_is(tmp_path, run) -> None:
     shutil.copytree(run[0], folder)
     (folder / "evaluation").mkdir()
     report = {"format_version": 3, "checkpoint": "step-7", "splits": {}}
-    for number, (content, said) in enumerate(
+    for number, (values, said) in enumerate(
         [
             ({**report, "format_version": 2}, "Not shown: report.json has report format 2, not 3; evaluate again"),
             (report, "Not shown: report.json lacks run, kind, main"),
@@ -370,7 +370,7 @@ def test_a_report_that_cannot_be_shown_is_said_as_it_is(tmp_path, run) -> None:
             (None, "Not shown: report.json cannot be read"),
         ]
     ):
-        (folder / "evaluation" / "report.json").write_text(json.dumps(content) if content is not None else "{")
+        (folder / "evaluation" / "report.json").write_text(json.dumps(values) if values is not None else "{")
         card = (write_hf(read_run(folder), tmp_path / f"card-{number}") / "README.md").read_text()
         assert said in card
         assert str(tmp_path) not in card

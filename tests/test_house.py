@@ -45,7 +45,8 @@ SPELLED_IN = {
     # A prepared folder may hold its embedded profiles, too.
     "profiles.safetensors": {"cuma_ds/runs.py", "cuma_ds/data/prepared.py"},
     # Reports can be written anywhere. The plain LoRA of an export has one of its own.
-    "report.json": {"cuma_ds/evaluation/report.py", "cuma_ds/export/lora.py"},
+    "report.json": {"cuma_ds/evaluation/report/model.py", "cuma_ds/export/lora.py"},
+    "predictions.npz": {"cuma_ds/evaluation/predictions.py"},
     "manifest.json": {"cuma_ds/data/prepared.py"},
 }
 

@@ -104,7 +104,7 @@ def test_calls_that_keep_failing_are_counted_apart(server, tmp_path, status) -> 
     found = compare(pairs(3), settings(server, tmp_path))
     assert found.results == ["failed", "win", "win"]
     assert found.failures == {f"status {status}": 2}
-    assert found.summary(100)["win_rate"] == 1.0
+    assert found.verdicts("m", 100).win_rate == 1.0
     again = compare(pairs(3), settings(server, tmp_path))
     assert again.cached == 4, "a failure is never remembered"
 
@@ -249,7 +249,7 @@ def test_a_judge_is_asked_again_without_what_it_refuses(server, tmp_path, names)
         f"the judge m at {server.url} refuses {name}" for name in names
     ]
     assert (found.results, found.failures, found.refused) == (["win"] * 4, {}, names)
-    assert found.summary(0)["refused"] == list(names)
+    assert found.verdicts("m", 0).refused == list(names)
     # Remembered: one refused call for each argument, and none afterwards.
     assert len(server.calls) == 8 + len(names)
     last = server.calls[-1]
@@ -280,17 +280,17 @@ def test_verdicts_are_read_strictly(text: str, expected: str) -> None:
 
 def test_summary_counts_and_draws_people() -> None:
     results = ["win"] * 30 + ["loss"] * 10 + ["tie"] * 20 + ["failed"] * 5 + ["unreadable"] * 3
-    alone = Comparison(results, list(range(68)), 4, (50, 100), {"status 500": 7}, 0).summary(2000)
-    assert {name: alone[name] for name in ("pairs", "win", "loss", "tie", "failed", "unreadable")} == {
+    alone = Comparison(results, list(range(68)), 4, (50, 100), {"status 500": 7}, 0).verdicts("m", 2000)
+    assert {name: getattr(alone, name) for name in ("pairs", "win", "loss", "tie", "failed", "unreadable")} == {
         "pairs": 68, "win": 30, "loss": 10, "tie": 20, "failed": 5, "unreadable": 3,
     }  # fmt: skip
-    assert alone["win_rate"] == pytest.approx(40 / 60, abs=1e-6)
-    assert alone["first_preferred"] == 0.5
+    assert alone.win_rate == pytest.approx(40 / 60, abs=1e-6)
+    assert alone.first_preferred == 0.5
     scores = np.array([1.0] * 30 + [0.0] * 10 + [0.5] * 20)
     spread = 1.96 * scores.std() / np.sqrt(60)
-    assert alone["interval"] == pytest.approx([40 / 60 - spread, 40 / 60 + spread], abs=0.02)
-    few = Comparison(results, [number // 6 for number in range(68)], 0, (0, 0), {}, 0).summary(2000)
-    assert few["interval"][1] - few["interval"][0] > 1.5 * (alone["interval"][1] - alone["interval"][0])
+    assert alone.interval == pytest.approx([40 / 60 - spread, 40 / 60 + spread], abs=0.02)
+    few = Comparison(results, [number // 6 for number in range(68)], 0, (0, 0), {}, 0).verdicts("m", 2000)
+    assert few.interval[1] - few.interval[0] > 1.5 * (alone.interval[1] - alone.interval[0])
 
 
 @pytest.mark.parametrize("changes", [{"url": "localhost:8000"}, {"concurrency": 0}, {"timeout": 0}, {"retries": -1}])

@@ -10,6 +10,7 @@ from matplotlib.image import imread
 from scipy.spatial.distance import pdist
 from sklearn.metrics import mutual_info_score
 
+from cuma_ds.evaluation.report.routing_plots import plot_information, plot_interference, plot_load, plot_map
 from cuma_ds.evaluation.routing import (
     comparable_means,
     cultural_map,
@@ -17,7 +18,6 @@ from cuma_ds.evaluation.routing import (
     field_information,
     mutual_information,
 )
-from cuma_ds.evaluation.routing_plots import plot_information, plot_interference, plot_load, plot_map
 from cuma_ds.inference.forward import RoutingTally
 
 
@@ -63,9 +63,9 @@ def test_load_and_entropy_by_hand() -> None:
         ("r0", "r1"), {}, np.array([[10.0, 10, 10, 10], [40, 0, 0, 0]]), np.array([20 * np.log(2), 0]), 20
     )
     even, one = expert_load(tally)
-    assert (even["router"], even["load"], even["load_entropy"], even["unused"]) == ("r0", [0.25] * 4, 1.0, 0)
-    assert even["gate_entropy"] == pytest.approx(np.log(2), abs=1e-6)
-    assert (one["load"], one["load_entropy"], one["unused"]) == ([1, 0, 0, 0], 0.0, 3)
+    assert (even.router, even.load, even.load_entropy, even.unused) == ("r0", [0.25] * 4, 1.0, 0)
+    assert even.gate_entropy == pytest.approx(np.log(2), abs=1e-6)
+    assert (one.load, one.load_entropy, one.unused) == ([1, 0, 0, 0], 0.0, 3)
 
 
 def test_names_are_compared_on_questions_that_everybody_answered() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from run_folder import content
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -247,7 +248,9 @@ def rights(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarra
 
 
 def test_equal_survey_weights_change_nothing(examples, rows) -> None:
-    plain, alike = (choice_split(some, rows, FIELDS, SETTINGS) for some in (examples, weighted(examples, np.ones(150))))
+    plain, alike = (
+        content(choice_split(some, rows, FIELDS, SETTINGS)) for some in (examples, weighted(examples, np.ones(150)))
+    )
     assert (plain.pop("weighted"), alike.pop("weighted"), alike.pop("effective_answers")) == (
         False,
         True,
@@ -284,7 +287,7 @@ def test_intervals_with_survey_weights_draw_people_with_their_weights(people, ex
 def test_survey_weights_count_as_a_walk_over_weighted_answers(people, examples, rows) -> None:
     weight_P = np.random.default_rng(7).uniform(0.3, 3, 150)
     table = people.assign(weight=weight_P[people["person"]])
-    section = choice_split(weighted(examples, weight_P), rows, FIELDS, SETTINGS)
+    section = content(choice_split(weighted(examples, weight_P), rows, FIELDS, SETTINGS))
     assert section["people"] == 150
     assert section["answers"] == pytest.approx(table["weight"].sum(), abs=0.01)
     assert section["effective_answers"] == pytest.approx(
@@ -415,7 +418,7 @@ def test_subgroups_are_named_from_the_size_on_and_carry_intervals(people, exampl
 def test_the_distance_of_a_subgroup_is_over_the_questions_it_answered_often_enough(people, examples, rows) -> None:
     """With a handful of answers even a perfect sampler is far from what was observed, the further the smaller the subgroup."""
     least = 25
-    split = choice_split(examples, rows, FIELDS, EvaluationSection(min_answers=least, bootstrap=0))
+    split = content(choice_split(examples, rows, FIELDS, EvaluationSection(min_answers=least, bootstrap=0)))
     kept = people.assign(age=[FIELDS["age"][p] for p in people["profile"]])
     by_key = {
         (q, p): rows["trained"][i] for i, (q, p) in enumerate(zip(examples.questions, examples.profiles, strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from raw_data import survey_people, write_benchmark, write_jsonl, write_survey
-from run_folder import make_run
+from run_folder import content, make_run
 
 from cuma_ds.config import DataSection, load_started, make_config
 from cuma_ds.data import PreparedData, load_data
@@ -183,7 +183,7 @@ def test_a_report_says_that_answers_are_weighted(tmp_path, tiny_llama, tiny_enco
     settings = {"data": {"weights": True, "heldout_fraction": 0}, "evaluation": {"min_answers": 2, "bootstrap": 20}}
     folder, _, _ = make_run(tmp_path / "runs" / "weighted", tiny_llama, tiny_encoder, {}, source=file, **settings)
     report = evaluate(run_subject(folder), tmp_path / "evaluation")
-    split = report.summary["splits"]["test"]
+    split = content(report)["splits"]["test"]
     expected = by_hand(answers())
     # People are numbered by their sorted ids.
     names = sorted(set(expected["person_id"]))
@@ -200,7 +200,7 @@ def test_a_report_says_that_answers_are_weighted(tmp_path, tiny_llama, tiny_enco
             sums = members[asked].groupby("option")["weight"].sum()
             assert shares == pytest.approx((sums / sums.sum()).reindex(range(3), fill_value=0.0).tolist(), abs=1e-5)
     assert split["rows"]["trained"]["interval"]["accuracy"]
-    text = (report.folder / "report.md").read_text()
+    text = (tmp_path / "evaluation" / "report.md").read_text()
     assert f"{split['answers']:,} answers ({split['effective_answers']:,} effective);" in text
     assert "Answers count by their survey weights" in text
 

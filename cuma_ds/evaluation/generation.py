@@ -14,8 +14,9 @@ from cuma_ds.data.rendering import Message
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.judge import JudgeSettings, Pair, compare
 from cuma_ds.evaluation.metrics import distinct
-from cuma_ds.evaluation.run import Evaluator, check_kind
-from cuma_ds.evaluation.sections import number
+from cuma_ds.evaluation.report.model import Diversity, Report, number
+from cuma_ds.evaluation.report.model import Generation as GenerationSection
+from cuma_ds.evaluation.run import Evaluator, Pictures, check_kind
 from cuma_ds.evaluation.subject import Subject
 from cuma_ds.inference.generate import Completion, generate
 from cuma_ds.inference.sampling import Sampling, mixed_seed
@@ -53,7 +54,7 @@ class Generation:
     judge: JudgeSettings | None = None
     seed: int = 0
 
-    def __call__(self, evaluator: Evaluator) -> tuple[dict[str, Any], dict[str, str]]:
+    def __call__(self, evaluator: Evaluator, report: Report) -> Pictures:
         """Generate, count, ask the judge; the answers go to ``answers.jsonl`` without any profile."""
         subject = evaluator.subject
         check_kind(subject, "chat", "--generate")
@@ -74,19 +75,18 @@ class Generation:
             for index, request in enumerate(requests):
                 line = {"messages": list(request.messages), **{name: texts[index] for name, texts in rows.items()}}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        section: dict[str, Any] = {
-            "split": split,
-            "requests": len(requests),
-            "rows": {name: diversity(texts) for name, texts in rows.items()},
-        }
+        section = GenerationSection(
+            split=split, requests=len(requests), rows={name: diversity(texts) for name, texts in rows.items()}
+        )
         if self.judge is not None:
             pairs = [
                 Pair(subject.data.sentences[request.profile], request.messages, ours, base, request.person)
                 for request, ours, base in zip(requests, rows["trained"], rows["before"], strict=True)
             ]
             found = compare(pairs, self.judge, evaluator.tell(f"{split}: judge"))
-            section["judge"] = {"model": self.judge.model, **found.summary(subject.config.evaluation.bootstrap)}
-        return {"generation": section}, {}
+            section.judge = found.verdicts(self.judge.model, subject.config.evaluation.bootstrap)
+        report.generation = section
+        return {}
 
     def _answers(
         self,
@@ -157,10 +157,10 @@ def answers(
     return peers.joined([decode(completion.tokens, **AS_WRITTEN).strip() for completion in share])
 
 
-def diversity(texts: Sequence[str]) -> dict[str, float | None]:
+def diversity(texts: Sequence[str]) -> Diversity:
     """Distinct-1, Distinct-2 and mean number of words of generated answers."""
-    return {
-        "distinct_1": number(distinct(texts, 1)),
-        "distinct_2": number(distinct(texts, 2)),
-        "words": number(float(np.mean([len(text.split()) for text in texts]))),
-    }
+    return Diversity(
+        distinct_1=number(distinct(texts, 1)),
+        distinct_2=number(distinct(texts, 2)),
+        words=number(float(np.mean([len(text.split()) for text in texts]))),
+    )

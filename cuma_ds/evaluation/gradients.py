@@ -21,8 +21,9 @@ from cuma_ds.data.batch import EncodedExample, collate
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import gather_cells
-from cuma_ds.evaluation.routing_plots import plot_interference
-from cuma_ds.evaluation.run import Evaluator, check_kind
+from cuma_ds.evaluation.report.model import Cosines, Gradients, Report
+from cuma_ds.evaluation.report.routing_plots import plot_interference
+from cuma_ds.evaluation.run import Evaluator, Pictures, check_kind
 from cuma_ds.inference.forward import forward_batches, pad_id_of
 
 Array = NDArray[np.float64]
@@ -43,7 +44,7 @@ class Interference:
     groups: int = 12
     examples: int = 16
 
-    def __call__(self, evaluator: Evaluator) -> tuple[dict[str, Any], dict[str, str]]:
+    def __call__(self, evaluator: Evaluator, report: Report) -> Pictures:
         """Measure and draw."""
         subject = evaluator.subject
         check_kind(subject, "choice", "--gradients")
@@ -79,8 +80,9 @@ class Interference:
             "answers a token in CuMA. Conflicting groups push shared weights in opposite directions (blue); experts of their own keep "
             "them apart."
         )
-        rows = {kind: _row(cosine_GG) for kind, cosine_GG in by_kind.items()}
-        return {"gradients": {"split": split, "groups": list(chosen), "rows": rows}}, {"gradients.png": caption}
+        rows = {kind: _cosines(cosine_GG) for kind, cosine_GG in by_kind.items()}
+        report.gradients = Gradients(split=split, groups=list(chosen), rows=rows)
+        return {"gradients.png": caption}
 
     def _choose(self, table: ChoiceExamples, min_answers: int) -> dict[str, list[int]]:
         cells = gather_cells(table.questions, table.groups, table.counts, min_answers)
@@ -203,11 +205,11 @@ def _only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Ite
             parameter.requires_grad_(required)
 
 
-def _row(cosine_GG: Array) -> dict[str, Any]:
+def _cosines(cosine_GG: Array) -> Cosines:
     off = cosine_GG[~np.eye(len(cosine_GG), dtype=bool)]
-    return {
-        "conflicting": round(float(np.mean(off < 0)), 6),
-        "mean": round(float(off.mean()), 6),
-        "mean_absolute": round(float(np.abs(off).mean()), 6),
-        "cosines": [[round(float(value), 6) for value in row] for row in cosine_GG],
-    }
+    return Cosines(
+        conflicting=round(float(np.mean(off < 0)), 6),
+        mean=round(float(off.mean()), 6),
+        mean_absolute=round(float(np.abs(off).mean()), 6),
+        cosines=[[round(float(value), 6) for value in row] for row in cosine_GG],
+    )

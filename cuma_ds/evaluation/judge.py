@@ -21,6 +21,7 @@ import numpy as np
 
 from cuma_ds.data.rendering import Message
 from cuma_ds.errors import ConfigError
+from cuma_ds.evaluation.report.model import Verdicts, number
 from cuma_ds.evaluation.resampling import interval, resample
 from cuma_ds.profiles.table import default_cache_dir
 
@@ -111,8 +112,14 @@ class Comparison:
         scores = [_SCORE[result] for result in self.results if result in _SCORE]
         return float(np.mean(scores)) if scores else None
 
-    def summary(self, replicates: int, seed: int = 0) -> dict[str, Any]:
-        """Counts and the win rate with its interval over people, as plain JSON."""
+    def verdicts(self, model: str, replicates: int, seed: int = 0) -> Verdicts:
+        """Counts and the win rate with its interval over people, for a report.
+
+        Args:
+            model: the judge's name.
+            replicates: bootstrap samples of people.
+            seed: of the bootstrap.
+        """
         counts = Counter(self.results)
         decided = [index for index, result in enumerate(self.results) if result in _SCORE]
         spread = None
@@ -124,16 +131,21 @@ class Comparison:
                 list(resample(np.ones(len(pairs_U), dtype=np.int64), replicates, seed, replicates))
             )
             spread = interval((weights @ total_U) / (weights @ pairs_U), float(scores.mean()))
-        return {
-            "pairs": len(self.results),
-            **{name: counts[name] for name in ("win", "loss", "tie", "failed", "unreadable")},
-            "disagreed": self.disagreed,
-            "win_rate": None if self.win_rate is None else round(self.win_rate, 6),
-            "interval": None if spread is None else [round(end, 6) for end in spread],
-            "first_preferred": round(self.first[0] / self.first[1], 6) if self.first[1] else None,
-            "failures": self.failures,
-            "refused": list(self.refused),
-        }
+        return Verdicts(
+            model=model,
+            pairs=len(self.results),
+            win=counts["win"],
+            loss=counts["loss"],
+            tie=counts["tie"],
+            failed=counts["failed"],
+            unreadable=counts["unreadable"],
+            disagreed=self.disagreed,
+            win_rate=number(self.win_rate),
+            interval=None if spread is None else (number(spread[0]), number(spread[1])),
+            first_preferred=number(self.first[0] / self.first[1]) if self.first[1] else None,
+            failures=self.failures,
+            refused=list(self.refused),
+        )
 
 
 _SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}

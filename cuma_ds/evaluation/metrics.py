@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from cuma_ds.errors import DataError
 
 Array = NDArray[np.float64]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def emd(p: ArrayLike, q: ArrayLike, steps: ArrayLike | None = None) -> Array:
@@ -221,9 +223,7 @@ def predicted_distributions(
     return result
 
 
-def mean_by_group(
-    values: NDArray[np.floating], groups: Sequence[Hashable], weights: ArrayLike
-) -> dict[Hashable, Array]:
+def mean_by_group(values: NDArray[np.floating], groups: Sequence[Name], weights: ArrayLike) -> dict[Name, Array]:
     """Weighted mean over the examples of each group.
 
     Args:
@@ -232,7 +232,7 @@ def mean_by_group(
         weights: [M], not all zero within a group.
     """
     weights = np.asarray(weights, dtype=np.float64)
-    index: dict[Hashable, list[int]] = {}
+    index: dict[Name, list[int]] = {}
     for example, group in enumerate(groups):
         index.setdefault(group, []).append(example)
     return {

@@ -5,6 +5,7 @@ Shapes: N profiles, R routers, E experts, L labels of a profile field.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import MDS
 
 from cuma_ds.evaluation.metrics import entropy, mean_by_group
+from cuma_ds.evaluation.report.model import RouterLoad
 from cuma_ds.inference.forward import RoutingTally
 
 Array = NDArray[np.float64]
@@ -25,26 +27,20 @@ Array = NDArray[np.float64]
 _MOST_SCALED = 1000
 
 
-def expert_load(tally: RoutingTally) -> list[dict[str, Any]]:
-    """How evenly each router uses its experts, over the tokens of all distinct prompts.
-
-    Returns:
-        For each router ``router``, ``load`` (share of the top-k assignments of each expert), ``load_entropy`` (of that, divided by
-        log E: 1 = perfectly even), ``gate_entropy`` (mean over tokens, nats: 0 = one expert answers) and ``unused`` experts
-        (less than a tenth of an even share).
-    """
+def expert_load(tally: RoutingTally) -> list[RouterLoad]:
+    """How evenly each router uses its experts, over the tokens of all distinct prompts."""
     rows = []
     for name, load_E, spread in zip(tally.router_names, tally.load_RE, tally.entropy_R, strict=True):
         share_E = load_E / max(load_E.sum(), 1.0)
         experts = len(share_E)
         rows.append(
-            {
-                "router": name,
-                "load": [round(float(share), 6) for share in share_E],
-                "load_entropy": round(float(entropy(share_E)) / np.log(experts), 6) if experts > 1 else 1.0,
-                "gate_entropy": round(float(spread / max(tally.tokens, 1.0)), 6),
-                "unused": int((share_E < 0.1 / experts).sum()),
-            }
+            RouterLoad(
+                router=name,
+                load=[round(float(share), 6) for share in share_E],
+                load_entropy=round(float(entropy(share_E)) / math.log(experts), 6) if experts > 1 else 1.0,
+                gate_entropy=round(float(spread / max(tally.tokens, 1.0)), 6),
+                unused=int((share_E < 0.1 / experts).sum()),
+            )
         )
     return rows
 

@@ -4,35 +4,76 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.lengths import fitting
+from cuma_ds.data.rows import Split
 from cuma_ds.errors import ConfigError, DataError
-from cuma_ds.evaluation.chat import chat_losses
-from cuma_ds.evaluation.choice import predict_choices
+from cuma_ds.evaluation.chat import ChatLosses, chat_losses
+from cuma_ds.evaluation.choice import ChoicePredictions, predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
 from cuma_ds.evaluation.metrics import gather_cells
-from cuma_ds.evaluation.pictures import choice_pictures, expert_picture, routing_pictures, subgroup_picture
+from cuma_ds.evaluation.predictions import PREDICTIONS_FILE, Predictions, collect, collect_talks, write_predictions
 from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference
-from cuma_ds.evaluation.report import Report, write_report
-from cuma_ds.evaluation.routing import expert_load
+from cuma_ds.evaluation.report.markdown import markdown
+from cuma_ds.evaluation.report.model import (
+    FORMAT_VERSION,
+    REPORT_FILE,
+    ChatReport,
+    ChatSplit,
+    ChoiceReport,
+    ChoiceSplit,
+    Report,
+    Routing,
+    write_json,
+)
+from cuma_ds.evaluation.report.pictures import choice_pictures, expert_picture, routing_pictures, subgroup_picture
 from cuma_ds.evaluation.sections import chat_split, choice_split
 from cuma_ds.evaluation.subgroups import subgroups
 from cuma_ds.evaluation.subject import Subject, run_subject
-from cuma_ds.inference.forward import pad_id_of
+from cuma_ds.files import write_atomically
+from cuma_ds.inference.forward import ForwardOptions, pad_id_of
 from cuma_ds.runs import Run
 
 Array = NDArray[np.float64]
 
 # Called with (what is being run, examples done, examples in all).
 Progress = Callable[[str, int, int], None]
-# Judged beside the rest of a report: gets the evaluator, returns a section of the summary (by name) and pictures.
-Extra = Callable[["Evaluator"], tuple[dict[str, Any], dict[str, str]]]
+# File name -> caption.
+Pictures = dict[str, str]
+# Measures something beside the rest: adds its section to the report and returns its pictures.
+Extra = Callable[["Evaluator", Report], Pictures]
+
+
+class _Pass(NamedTuple):
+    """One way of asking a model.
+
+    label: said of its progress.  embeddings_NP: raw embeddings of the profiles, None to ask without.  model_as: makes the model what it
+    is asked as.  profiles: rows of the embeddings to ask as, instead of the examples' own.  record: also collect the routing.
+    """
+
+    label: str
+    embeddings_NP: Tensor | None
+    model_as: Callable[[], AbstractContextManager[object]]
+    profiles: Sequence[int] | None = None
+    record: bool = False
+
+
+class _About(TypedDict):
+    format_version: int
+    run: str
+    checkpoint: str
+    main: str
+    min_answers: int
+    min_subgroup: int
+    bootstrap: int
 
 
 def evaluate_run(
@@ -49,31 +90,28 @@ def evaluate(
 
     Args:
         subject: the model and the data.
-        folder: where report.json, report.md and the pictures go.
+        folder: where report.json, predictions.npz, report.md and the pictures go.
         progress: told how far each pass is.
-        extras: what else to judge, e.g. generated answers.
+        extras: what else to measure, e.g. of generated answers.
 
     Raises:
         CumaError: there is nothing to evaluate on, or an extra cannot be done.
     """
     evaluator = Evaluator(subject, Path(folder), progress)
     evaluator.folder.mkdir(parents=True, exist_ok=True)
-    summary, pictures = evaluator.chat() if subject.data.kind == "chat" else evaluator.choice()
+    report, pictures = evaluator.chat() if subject.data.kind == "chat" else evaluator.choice()
     for extra in extras:
-        section, more = extra(evaluator)
-        summary |= section
-        pictures |= more
-    settings = subject.config.evaluation
-    about = {
-        "run": subject.name,
-        "checkpoint": subject.checkpoint,
-        "kind": subject.data.kind,
-        "main": evaluator.main,
-        "min_answers": settings.min_answers,
-        "min_subgroup": settings.min_subgroup,
-        "bootstrap": settings.bootstrap,
-    }
-    return write_report(evaluator.folder, about | summary, pictures)
+        pictures |= extra(evaluator, report)
+    report.pictures = list(pictures)
+    write_predictions(evaluator.folder, evaluator.predictions)
+    write_json(evaluator.folder, report)
+    write_atomically(evaluator.folder / "report.md", markdown(report, pictures))
+    return report
+
+
+def written_files(folder: Path, report: Report) -> list[Path]:
+    """What :func:`evaluate` wrote."""
+    return [folder / name for name in ("report.md", REPORT_FILE, PREDICTIONS_FILE, *report.pictures)]
 
 
 class Evaluator:
@@ -82,16 +120,19 @@ class Evaluator:
     Args:
         subject: the model and the data.
         folder: where pictures go.
+        progress: told how far each pass is.
 
     Attributes:
-        main: the row of the report that is about the model itself: ``trained``, or ``before`` where nothing was trained.
+        main: the contender that is the model itself: ``trained``, or ``before`` where nothing was trained.
         splits: names of the splits that hold anything, ``train`` apart.
+        predictions: what each contender predicted, by split, once asked.
     """
 
     def __init__(self, subject: Subject, folder: Path, progress: Progress | None = None) -> None:
         self.folder = folder
         self.progress = progress
         self.main = "before" if subject.untrained is None else "trained"
+        self.predictions: dict[str, Predictions] = {}
         self.splits = subject.data.evaluation_splits
         if subject.data.kind not in ("choice", "chat"):
             raise DataError(
@@ -108,61 +149,56 @@ class Evaluator:
         self.subject = dataclasses.replace(subject, data=data)
         self.splits = data.evaluation_splits
 
-    def choice(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Sections of the summary and pictures, for choice questions."""
+    def choice(self) -> tuple[ChoiceReport, Pictures]:
+        """The report on choice questions, and its pictures."""
         data, settings = self.subject.data, self.subject.config.evaluation
         train = ChoiceExamples.of(data.splits["train"])
         fields = subgroups(data.profiles)
-        sections: dict[str, Any] = {}
-        summary: dict[str, Any] = {"splits": sections}
-        pictures: dict[str, str] = {}
+        splits: dict[str, ChoiceSplit] = {}
+        routing, pictures = None, Pictures()
         for name in self.splits:
             examples = ChoiceExamples.of(data.splits[name])
-            rows = self._references(train, examples)
-            results = self._passes(predict_choices, name, examples.questions, examples.groups)
-            rows |= {row: result.probabilities for row, result in results.items()}
-            mass = {row: result.letter_mass_M for row, result in results.items()}
-            sections[name] = choice_split(examples, rows, fields, settings, self.main, mass)
+            answers = self._choices(name, examples)
+            models = {contender: found.probabilities for contender, found in answers.items()}
+            mass = {contender: found.letter_mass_M for contender, found in answers.items()}
+            contenders = self._references(train, examples) | models
+            self.predictions[name] = collect(examples, contenders)
+            splits[name] = choice_split(examples, contenders, fields, settings, self.main, mass)
             unseen = _unseen(train, examples) if name == "test" else []
             if sum(examples.counts[index].sum() for index in unseen) >= settings.min_answers:
                 part = examples.only(unseen)
-                own = self._references(train, part) | {
-                    row: [r.probabilities[i] for i in unseen] for row, r in results.items()
-                }
-                mass = {row: mass_M[unseen] for row, mass_M in mass.items()}
-                sections["unseen"] = choice_split(part, own, fields, settings, self.main, mass)
-            if not pictures and sections[name]["cells"]:
-                pictures = choice_pictures(self.folder, sections[name], self.main) | subgroup_picture(
-                    self.folder, sections[name], self.main
-                )
-                found = results[self.main]
-                if found.gates_MRE is not None:
-                    seen = gather_cells(
-                        examples.questions, examples.groups, examples.counts, settings.min_answers
-                    ).examples
-                    summary["routing"], more = self._routing(examples.only(seen), found, seen, fields)
-                    pictures |= more
-        return summary, pictures
+                models = {contender: [values[index] for index in unseen] for contender, values in models.items()}
+                mass = {contender: mass_M[unseen] for contender, mass_M in mass.items()}
+                contenders = self._references(train, part) | models
+                splits["unseen"] = choice_split(part, contenders, fields, settings, self.main, mass)
+            if not pictures and splits[name].cells:
+                pictures = choice_pictures(self.folder, splits[name], self.main)
+                pictures |= subgroup_picture(self.folder, splits[name], self.main)
+                routing, more = self._routing(examples, answers[self.main], fields)
+                pictures |= more
+        report = ChoiceReport(kind="choice", splits=splits, **self._about())
+        if routing is not None:
+            report.routing = routing
+        return report, pictures
 
-    def chat(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Sections of the summary and pictures, for conversations; groups are drawn from ``min_answers`` conversations on."""
+    def chat(self) -> tuple[ChatReport, Pictures]:
+        """The report on conversations, and its pictures; groups are drawn from ``min_answers`` conversations on."""
         settings = self.subject.config.evaluation
         fields = subgroups(self.subject.data.profiles)
-        sections: dict[str, Any] = {}
-        summary: dict[str, Any] = {"splits": sections}
-        pictures: dict[str, str] = {}
+        splits: dict[str, ChatSplit] = {}
+        routing, pictures = None, Pictures()
         for name in self.splits:
-            split = self.subject.data.splits[name]
-            talks = _as_examples(split)
-            results = self._passes(chat_losses, name, talks.questions, talks.groups)
+            talks = _as_examples(self.subject.data.splits[name])
+            losses = self._losses(name, talks)
             people = None if talks.people is None else [int(row[0]) for row in talks.people]
-            sections[name] = chat_split(results, people, settings.bootstrap)
-            found = results[self.main]
-            if not pictures and found.gates_MRE is not None:
-                seen = gather_cells(talks.questions, talks.groups, talks.counts, settings.min_answers).examples
-                if seen:
-                    summary["routing"], pictures = self._routing(talks.only(seen), found, seen, fields)
-        return summary, pictures
+            self.predictions[name] = collect_talks(talks, losses)
+            splits[name] = chat_split(losses, people, settings.bootstrap)
+            if not pictures:
+                routing, pictures = self._routing(talks, losses[self.main], fields)
+        report = ChatReport(kind="chat", splits=splits, **self._about())
+        if routing is not None:
+            report.routing = routing
+        return report, pictures
 
     def encode(self, split: str, options_reversed: bool = False) -> list[EncodedExample]:
         """All rows of a split as token ids, options in the recipe's order or the other way round."""
@@ -178,64 +214,93 @@ class Evaluator:
         told = self.progress
         return None if told is None else lambda done, total: told(what, done, total)
 
+    def _about(self) -> _About:
+        settings = self.subject.config.evaluation
+        return {
+            "format_version": FORMAT_VERSION,
+            "run": self.subject.name,
+            "checkpoint": self.subject.checkpoint,
+            "main": self.main,
+            "min_answers": settings.min_answers,
+            "min_subgroup": settings.min_subgroup,
+            "bootstrap": settings.bootstrap,
+        }
+
     def _references(self, train: ChoiceExamples, examples: ChoiceExamples) -> dict[str, Sequence[Array]]:
+        """The contenders that are no models."""
         least, embeddings_NP = self.subject.config.evaluation.min_answers, self.subject.embeddings_NP
-        rows: dict[str, Sequence[Array]] = {"collapse": collapse_reference(train, examples)}
+        found: dict[str, Sequence[Array]] = {"collapse": collapse_reference(train, examples)}
         if has_training_answers(train, examples, least):
-            rows["oracle"] = oracle_reference(train, examples, least)
+            found["oracle"] = oracle_reference(train, examples, least)
         if embeddings_NP is not None and set(train.profiles).isdisjoint(examples.profiles):
-            rows["nearest"] = nearest_reference(train, examples, embeddings_NP.numpy(), least)
-        return rows
+            found["nearest"] = nearest_reference(train, examples, embeddings_NP.numpy(), least)
+        return found
 
-    def _passes(
-        self, run: Callable[..., Any], split: str, units: Sequence[str], groups: Sequence[str]
-    ) -> dict[str, Any]:
-        """``run`` (predict_choices or chat_losses) on a split, by row name: before, trained, and swapped where there are profiles."""
-        subject, examples = self.subject, self.encode(split)
-        twice = subject.data.kind == "choice" and subject.config.data.option_order == "average"
-        turned = self.encode(split, options_reversed=True) if twice else None
-
-        def once(label: str, asked: Sequence[EncodedExample], embeddings_NP: Any, **options: Any) -> Any:
-            return run(
-                subject.model,
-                asked,
-                embeddings_NP,
-                subject.config.evaluation.batch_size,
-                pad_id_of(subject.renderer.tokenizer),
-                device=subject.device,
-                progress=self.tell(f"{split}: {label}"),
-                **options,
-            )
-
-        def go(label: str, embeddings_NP: Any, **options: Any) -> Any:
-            found = once(label, examples, embeddings_NP, **options)
-            return (
-                found
-                if turned is None
-                else found.averaged_with(once(f"{label}, reversed", turned, embeddings_NP, **options))
-            )
-
+    def _passes(self, examples: ChoiceExamples) -> dict[str, _Pass]:
+        """How the contenders that are models are asked: before, trained, and swapped where there are profiles to swap."""
+        subject = self.subject
         if subject.untrained is None:
-            return {"before": go("as it is", None)}
-        with subject.untrained():
-            results = {"before": go("before training", None)}
-        results["trained"] = go("trained", subject.embeddings_NP, record=True)
+            return {"before": _Pass("as it is", None, nullcontext)}
+        passes = {
+            "before": _Pass("before training", None, subject.untrained),
+            "trained": _Pass("trained", subject.embeddings_NP, nullcontext, record=True),
+        }
         if subject.embeddings_NP is not None:
-            own = [example.profile for example in examples]
-            swapped = swap_profiles(units, groups, own)
-            if swapped != own:
-                results["swapped"] = go("profiles swapped", subject.embeddings_NP, profiles=swapped)
-        return results
+            swapped = swap_profiles(examples.questions, examples.groups, examples.profiles)
+            if swapped != examples.profiles:
+                passes["swapped"] = _Pass("profiles swapped", subject.embeddings_NP, nullcontext, profiles=swapped)
+        return passes
+
+    def _choices(self, split: str, examples: ChoiceExamples) -> dict[str, ChoicePredictions]:
+        """What the models answer, by contender."""
+        subject, pad_id = self.subject, pad_id_of(self.subject.renderer.tokenizer)
+        batch_size, average = subject.config.evaluation.batch_size, subject.config.data.option_order == "average"
+        encoded, turned = self.encode(split), self.encode(split, options_reversed=True) if average else []
+        found = {}
+        for name, one in self._passes(examples).items():
+            table = one.embeddings_NP
+            with one.model_as():
+                told = self._options(one, f"{split}: {one.label}")
+                answers = predict_choices(subject.model, encoded, table, batch_size, pad_id, **told)
+                if average:
+                    told = self._options(one, f"{split}: {one.label}, reversed")
+                    more = predict_choices(subject.model, turned, table, batch_size, pad_id, **told)
+                    answers = answers.averaged_with(more)
+            found[name] = answers
+        return found
+
+    def _losses(self, split: str, talks: ChoiceExamples) -> dict[str, ChatLosses]:
+        """The models' losses, by contender."""
+        subject, pad_id = self.subject, pad_id_of(self.subject.renderer.tokenizer)
+        encoded, batch_size, found = self.encode(split), subject.config.evaluation.batch_size, {}
+        for name, one in self._passes(talks).items():
+            with one.model_as():
+                told = self._options(one, f"{split}: {one.label}")
+                found[name] = chat_losses(subject.model, encoded, one.embeddings_NP, batch_size, pad_id, **told)
+        return found
+
+    def _options(self, one: _Pass, what: str) -> ForwardOptions:
+        return {
+            "device": self.subject.device,
+            "profiles": one.profiles,
+            "record": one.record,
+            "progress": self.tell(what),
+        }
 
     def _routing(
-        self, examples: ChoiceExamples, found: Any, seen: Sequence[int], fields: dict[str, list[str | None]]
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """The section ``routing`` and its pictures, from examples of groups that may be named (``seen`` among all of the split)."""
-        gates_MRE, names = found.gates_MRE[seen], found.routing.router_names
+        self, examples: ChoiceExamples, found: ChoicePredictions | ChatLosses, fields: dict[str, list[str | None]]
+    ) -> tuple[Routing | None, Pictures]:
+        """The section ``routing`` and its pictures, from the examples of groups that may be named; None without any."""
+        least = self.subject.config.evaluation.min_answers
+        seen = gather_cells(examples.questions, examples.groups, examples.counts, least).examples
+        if found.gates_MRE is None or not seen:
+            return None, {}
+        gates_MRE, examples = found.gates_MRE[seen], examples.only(seen)
         weights = [float(counts.sum()) for counts in examples.counts]
+        names = found.routing.router_names
         pictures = expert_picture(self.folder, names, examples.questions, examples.groups, weights, gates_MRE)
-        section, more = routing_pictures(self.folder, expert_load(found.routing), examples, gates_MRE, fields)
-        return {"tokens": int(found.routing.tokens), **section}, pictures | more
+        section, more = routing_pictures(self.folder, found.routing, examples, gates_MRE, fields)
+        return section, pictures | more
 
 
 def check_kind(subject: Subject, kind: str, option: str) -> None:
@@ -255,12 +320,10 @@ def _unseen(train: ChoiceExamples, test: ChoiceExamples) -> list[int]:
     return found if len(found) < len(test) else []
 
 
-def _as_examples(split: Any) -> ChoiceExamples:
-    """Conversations as examples of one question with one answer each, for what only asks who was asked."""
-    columns = {"profile": split["profile"], "group": split["group"]}
-    if "people" in (getattr(split, "column_names", None) or list(split)):
-        columns["people"] = split["people"]
-    count = len(columns["profile"])
+def _as_examples(split: Split) -> ChoiceExamples:
+    """Conversations as examples of one question with one answer each, for what only needs to know the people and groups."""
+    columns = {name: split[name] for name in ("profile", "group", "people") if name in split.column_names}
+    count = len(split)
     return ChoiceExamples.of(
         {
             **columns,

@@ -10,7 +10,9 @@ from typing import Any
 from cuma_ds.config import RunConfig
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.errors import DataError
-from cuma_ds.evaluation.report import SPLITS, legend, read_report, split_tables
+from cuma_ds.evaluation.report.legend import legend
+from cuma_ds.evaluation.report.model import SPLITS, read_report
+from cuma_ds.evaluation.report.tables import split_tables
 
 _USE = """\
 ## Use
@@ -122,15 +124,15 @@ def run_section(report_folder: Path, config: RunConfig, data: PreparedData, chec
 def _metrics(folder: Path, checkpoint: str) -> list[str]:
     """The tables of the run's report, or why there are none."""
     try:
-        report = read_report(folder)
+        report = read_report(folder, earlier=False)
     except DataError as error:
         return [f"Not shown: {error}."]
     if report is None:
         return ["Not evaluated yet (`launchers/evaluate.py`)."]
-    if report["checkpoint"] != checkpoint:
-        return [f"Not evaluated: the run's report is about {report['checkpoint']}."]
+    if report.checkpoint != checkpoint:
+        return [f"Not evaluated: the run's report is about {report.checkpoint}."]
     lines = []
-    for name, split in report["splits"].items():
+    for name, split in report.splits.items():
         lines += [f"### {SPLITS[name]}", "", *split_tables(report, split)]
     return [*lines, *legend(report)]
 

@@ -19,6 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import dendrogram, leaves_list, linkage, optimal_leaf_ordering
 
+from cuma_ds.evaluation.report.model import Reliability, Subgroup
 from cuma_ds.files import write_atomically
 
 Array = NDArray[np.floating]
@@ -204,23 +205,23 @@ def plot_expert_use(
     save(figure, path)
 
 
-def plot_reliability(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def plot_reliability(path: Path, rows: Mapping[str, tuple[Reliability, float]]) -> None:
     """Reliability diagrams side by side: accuracy against confidence of each bin, and below how many answers each bin holds.
 
     Args:
-        rows: title -> ``accuracy``, ``confidence``, ``answers`` of each bin, and ``error``, the expected calibration error.
+        rows: title -> the bins, and the expected calibration error.
     """
     figure = new_figure(3.3 * len(rows) + 0.4, 4.1)
     panels = figure.subplots(2, len(rows), sharex=True, sharey="row", height_ratios=[3, 1], squeeze=False)
-    for (top, bottom), (title, row) in zip(panels.T, rows.items(), strict=True):
-        bins = len(row["answers"])
-        share = np.array(row["answers"], dtype=float) / max(sum(row["answers"]), 1)
-        filled = [k for k in range(bins) if row["answers"][k]]
-        right, sure = ([row[key][k] for k in filled] for key in ("accuracy", "confidence"))
+    for (top, bottom), (title, (row, error)) in zip(panels.T, rows.items(), strict=True):
+        bins = len(row.answers)
+        share = np.array(row.answers, dtype=float) / max(sum(row.answers), 1)
+        filled = [k for k in range(bins) if row.answers[k]]
+        right, sure = (np.array(values, dtype=float)[filled] for values in (row.accuracy, row.confidence))
         top.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle="--")
         top.vlines(sure, np.minimum(sure, right), np.maximum(sure, right), color=VERMILLION, linewidth=1.2, alpha=0.7)
         top.scatter(sure, right, s=18 + 160 * share[filled], color=BLUE, edgecolor="white", linewidth=0.7, zorder=3)
-        top.set_title(f"{title}\nECE {row['error']:.3f}", fontsize=10)
+        top.set_title(f"{title}\nECE {error:.3f}", fontsize=10)
         top.set_xlim(0, 1)
         top.set_ylim(0, 1)
         bottom.bar((np.arange(bins) + 0.5) / bins, share, 0.9 / bins, color=GREY)
@@ -233,11 +234,12 @@ def plot_reliability(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
     save(figure, path)
 
 
-def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Mapping[str, Any]]], counted: str = "people") -> None:
+def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Subgroup]], main: str, counted: str = "people") -> None:
     """Accuracy of each subgroup with its 95% interval, field by field, that of all of them together as a line.
 
     Args:
-        fields: field -> rows of ``label``, ``people``, ``answers``, ``accuracy``, ``interval`` (or None).
+        fields: subgroups by profile field.
+        main: the contender whose accuracy is drawn.
         counted: what ``people`` counts: answers where the data does not say who gave them.
     """
     count = sum(len(rows) + 1.2 for rows in fields.values())
@@ -247,13 +249,14 @@ def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Mapping[str, Any]]]
     )
     for panel, (field, rows) in zip(panels, fields.items(), strict=True):
         height = np.arange(len(rows))
-        together = np.average([row["accuracy"] for row in rows], weights=[row["answers"] for row in rows])
+        accuracies = np.array([row.rows[main].accuracy for row in rows], dtype=float)
+        together = np.average(accuracies, weights=[row.answers for row in rows])
         panel.axvline(float(together), color=VERMILLION, linewidth=1.2)
         for place, row in enumerate(rows):
-            if row["interval"] is not None:
-                panel.hlines(place, *row["interval"], color=BLUE, linewidth=2.2, alpha=0.4)
-        panel.scatter([row["accuracy"] for row in rows], height, s=26, color=BLUE, zorder=3)
-        panel.set_yticks(height, [f"{short(row['label'], 34)}  ({row['people']:,})" for row in rows], fontsize=8.5)
+            if (spread := row.rows[main].interval.get("accuracy")) is not None:
+                panel.hlines(place, *spread, color=BLUE, linewidth=2.2, alpha=0.4)
+        panel.scatter(accuracies, height, s=26, color=BLUE, zorder=3)
+        panel.set_yticks(height, [f"{short(row.label, 34)}  ({row.people:,})" for row in rows], fontsize=8.5)
         panel.set_ylim(len(rows) - 0.4, -0.6)
         panel.set_title(field.replace("_", " "), fontsize=10, loc="left")
         panel.grid(axis="x", color=LIGHT, linewidth=0.7)

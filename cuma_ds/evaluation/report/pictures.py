@@ -1,17 +1,26 @@
-"""Which pictures a report gets, from its numbers; drawn by :mod:`cuma_ds.evaluation.plots`."""
+"""Which pictures a report gets, from its numbers; drawn by :mod:`cuma_ds.evaluation.report.plots`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import mean_by_group
-from cuma_ds.evaluation.plots import (
+from cuma_ds.evaluation.report.model import (
+    Cell,
+    ChoiceSplit,
+    CulturalMap,
+    FieldInformation,
+    MapPoint,
+    Routing,
+    RoutingInformation,
+    number,
+)
+from cuma_ds.evaluation.report.plots import (
     plot_distributions,
     plot_expert_use,
     plot_group_emd,
@@ -19,9 +28,9 @@ from cuma_ds.evaluation.plots import (
     plot_subgroups,
     short,
 )
-from cuma_ds.evaluation.routing import comparable_means, cultural_map, field_information
-from cuma_ds.evaluation.routing_plots import PALETTE, plot_information, plot_load, plot_map
-from cuma_ds.evaluation.sections import number
+from cuma_ds.evaluation.report.routing_plots import PALETTE, plot_information, plot_load, plot_map
+from cuma_ds.evaluation.routing import comparable_means, cultural_map, expert_load, field_information
+from cuma_ds.inference.forward import RoutingTally
 
 Array = NDArray[np.floating]
 
@@ -31,59 +40,54 @@ _MOST_GROUPS, _MOST_QUESTIONS, _MOST_DIFFERENT = 100, 3, 8
 _MOST_FIELDS, _MOST_PANELS, _MOST_SUBGROUPS = 7, 3, 12
 
 
-def choice_pictures(folder: Path, split: Mapping[str, Any], main: str = "trained") -> dict[str, str]:
-    """Draw predicted against observed answers, the distance of each group, and calibration, from a split made by :func:`choice_split`.
+def choice_pictures(folder: Path, split: ChoiceSplit, main: str = "trained") -> dict[str, str]:
+    """Draw predicted against observed answers, the distance of each group, and calibration, of a split.
 
     Args:
-        main: the row that is about the model itself.
+        folder: where pictures go.
+        split: its scores.
+        main: the contender that is the model itself.
 
     Returns:
         File name -> caption.
     """
     pictures = {}
-    compared = {
-        question: part["compared"]["answers"]
-        for question, part in split["questions"].items()
-        if part["compared"]["answers"]
-    }
+    compared = {question: part.compared.answers for question, part in split.questions.items() if part.compared.answers}
     largest = sorted(compared, key=lambda question: -compared[question])[:_MOST_QUESTIONS]
     for place, question in enumerate(largest, start=1):
-        cells = [cell for cell in split["cells"] if cell["question_id"] == question]
-        cells = sorted(cells, key=lambda cell: -cell["emd"]["collapse"])[:_MOST_DIFFERENT]
+        cells = [cell for cell in split.cells if cell.question_id == question]
+        cells = sorted(cells, key=lambda cell: -(cell.emd["collapse"] or 0.0))[:_MOST_DIFFERENT]
         name = f"distributions-{place}.png"
-        asked = split["questions"][question]
+        asked = split.questions[question]
         plot_distributions(
             folder / name,
-            asked["question"],
-            asked["options"],
-            [cell["group"] for cell in cells],
-            np.array([cell["observed"] for cell in cells]),
-            np.array([cell["predicted"][main] for cell in cells]),
-            np.array(cells[0]["predicted"]["collapse"]),
+            asked.question,
+            asked.options,
+            [cell.group for cell in cells],
+            np.array([cell.observed for cell in cells], dtype=float),
+            np.array([cell.predicted[main] for cell in cells], dtype=float),
+            np.array(cells[0].predicted["collapse"], dtype=float),
             "trained model" if main == "trained" else "model as it is",
         )
         pictures[name] = (
             f"Predicted and observed answers of the {len(cells)} groups that differ most from the global distribution."
         )
-    if split["cells"]:
-        groups, answers = _largest_groups(split["cells"])
-        rows = {row: _distance_by_group(split["cells"], row) for row in ("before", main, "collapse")}
+    if split.cells:
+        groups, answers = _largest_groups(split.cells)
+        rows = {row: _distance_by_group(split.cells, row) for row in ("before", main, "collapse")}
         drawn = {row: np.array([values[group] for group in groups]) for row, values in rows.items()}
         plot_group_emd(
-            folder / "emd-by-group.png", groups, drawn["before"], drawn[main], drawn["collapse"], split["distance"]
+            folder / "emd-by-group.png", groups, drawn["before"], drawn[main], drawn["collapse"], split.distance
         )
         when = "before and after training, " if main == "trained" else ""
-        pictures["emd-by-group.png"] = f"{split['distance']} of each group, {when}worst first." + _shown(
-            groups, answers
-        )
+        pictures["emd-by-group.png"] = f"{split.distance} of each group, {when}worst first." + _shown(groups, answers)
     shown = {
         name: title
         for name, title in (("before", "backbone before training"), ("trained", "trained"))
-        if name in split["reliability"]
+        if name in split.reliability
     }
     reliability = {
-        title: {**split["reliability"][name], "error": split["rows"][name]["calibration_error"]}
-        for name, title in shown.items()
+        title: (split.reliability[name], split.rows[name].calibration_error or 0.0) for name, title in shown.items()
     }
     plot_reliability(folder / "reliability.png", reliability)
     pictures["reliability.png"] = (
@@ -126,25 +130,27 @@ def expert_picture(
 
 def routing_pictures(
     folder: Path,
-    load: Sequence[Mapping[str, Any]],
+    tally: RoutingTally,
     examples: ChoiceExamples,
     gates_MRE: NDArray[np.float32],
     fields: Mapping[str, Sequence[str | None]],
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[Routing, dict[str, str]]:
     """Expert load, information about profile fields, and the map of profiles: numbers and pictures.
 
     Args:
-        load: as :func:`cuma_ds.evaluation.routing.expert_load` returns it.
+        folder: where pictures go.
+        tally: where the tokens of all prompts went.
         examples: M examples of groups that may be named.
         gates_MRE: their routing.
         fields: label of every profile, by field.
 
     Returns:
-        ``routers``, ``information`` and ``map`` for the report, and file name -> caption.
+        The section of the report, and file name -> caption.
     """
+    load = expert_load(tally)
     plot_load(folder / "expert-load.png", load)
     pictures = {"expert-load.png": "Share of the tokens that each router sends to each expert, and how even that is."}
-    section: dict[str, Any] = {"routers": list(load)}
+    section = Routing(tokens=int(tally.tokens), routers=load)
     weights = [float(counts.sum()) for counts in examples.counts]
     means = comparable_means(examples.questions, examples.profiles, weights, gates_MRE)
     profiles = sorted(means)
@@ -155,19 +161,19 @@ def routing_pictures(
     labels = {field: values for field, values in labels.items() if len(set(values) - {None}) > 1}
     whole = field_information(gates_NRE, [str(profile) for profile in profiles])
     by_field = {field: field_information(gates_NRE, values) for field, values in labels.items()}
-    section["information"] = {
-        "profile": _nats(whole.value_R),
-        "fields": {
-            field: {
-                "value": _nats(found.value_R),
-                "shuffled": None if found.null_R is None else _nats(found.null_R),
-                "shuffled_95": None if found.high_R is None else _nats(found.high_R),
-                "corrected": _nats(found.corrected_R),
-            }
+    section.information = RoutingInformation(
+        profile=_nats(whole.value_R),
+        fields={
+            field: FieldInformation(
+                value=_nats(found.value_R),
+                shuffled=None if found.null_R is None else _nats(found.null_R),
+                shuffled_95=None if found.high_R is None else _nats(found.high_R),
+                corrected=_nats(found.corrected_R),
+            )
             for field, found in by_field.items()
         },
-    }
-    names = [str(router["router"]) for router in load]
+    )
+    names = [router.router for router in load]
     telling = sorted(by_field, key=lambda field: -float(by_field[field].corrected_R.sum()))[:_MOST_FIELDS]
     plot_information(folder / "information.png", names, whole, {field: by_field[field] for field in telling})
     pictures["information.png"] = (
@@ -178,7 +184,7 @@ def routing_pictures(
             else ""
         )
     )
-    section["map"], more = _map_picture(folder, examples, profiles, gates_NRE, labels)
+    section.map, more = _map_picture(folder, examples, profiles, gates_NRE, labels)
     return section, pictures | more
 
 
@@ -188,7 +194,7 @@ def _map_picture(
     profiles: Sequence[int],
     gates_NRE: Array,
     labels: Mapping[str, Sequence[str | None]],
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[CulturalMap, dict[str, str]]:
     drawn = cultural_map(gates_NRE)
     place = {profile: index for index, profile in enumerate(profiles)}
     answers_N, group_N = np.zeros(len(profiles)), [""] * len(profiles)
@@ -210,14 +216,15 @@ def _map_picture(
     values = _mean_answer(examples, place) if alone else None
     plot_map(folder / "cultural-map.png", drawn.xy_N2, answers_N, names, values, dict(list(few.items())[:_MOST_PANELS]))
     points = [
-        {"group": group, "x": round(float(x), 6), "y": round(float(y), 6)}
+        MapPoint(group=group, x=round(float(x), 6), y=round(float(y), 6))
         for group, (x, y) in zip(group_N, drawn.xy_N2, strict=True)
     ]
     caption = (
         f"The latent cultural topology: {len(profiles):,} profiles placed by their routing ({drawn.method}; rank correlation of distances "
         f"{drawn.fidelity:.2f}). Neighbours are answered by the same experts; the axes have no meaning of their own."
     )
-    return {"method": drawn.method, "fidelity": number(drawn.fidelity), "points": points}, {"cultural-map.png": caption}
+    found = CulturalMap(method=drawn.method, fidelity=number(drawn.fidelity), points=points)
+    return found, {"cultural-map.png": caption}
 
 
 def _mean_answer(examples: ChoiceExamples, place: Mapping[int, int]) -> tuple[str, Array] | None:
@@ -244,24 +251,13 @@ def _mean_answer(examples: ChoiceExamples, place: Mapping[int, int]) -> tuple[st
     return f"mean answer, from “{short(options[0], 30)}” to “{short(options[-1], 30)}”", values
 
 
-def subgroup_picture(folder: Path, split: Mapping[str, Any], main: str) -> dict[str, str]:
-    """Draw the accuracy of the subgroups of fields with few labels, from a split made by :func:`choice_split`."""
-    fields = {}
-    for field, part in split["subgroups"].items():
-        rows = [
-            {
-                **row,
-                "accuracy": row["rows"][main]["accuracy"],
-                "interval": row["rows"][main]["interval"].get("accuracy"),
-            }
-            for row in part["shown"]
-        ]
-        if 2 <= len(rows) <= _MOST_SUBGROUPS:
-            fields[field] = rows
-    if not fields:
+def subgroup_picture(folder: Path, split: ChoiceSplit, main: str) -> dict[str, str]:
+    """Draw the accuracy of the subgroups of fields with few labels."""
+    drawn = {field: part.shown for field, part in split.subgroups.items() if 2 <= len(part.shown) <= _MOST_SUBGROUPS}
+    if not drawn:
         return {}
-    counted = "people" if split["people"] is not None else "answers"
-    plot_subgroups(folder / "subgroups.png", dict(list(fields.items())[:_MOST_FIELDS]), counted)
+    counted = "people" if split.people is not None else "answers"
+    plot_subgroups(folder / "subgroups.png", dict(list(drawn.items())[:_MOST_FIELDS]), main, counted)
     return {"subgroups.png": f"Accuracy of each subgroup of people, with 95% intervals over {counted}."}
 
 
@@ -269,17 +265,17 @@ def _nats(values: Array) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def _distance_by_group(cells: Sequence[Mapping[str, Any]], row: str) -> dict[Any, Any]:
-    values = np.array([cell["emd"][row] for cell in cells])
-    return mean_by_group(values, [cell["group"] for cell in cells], np.array([cell["answers"] for cell in cells]))
+def _distance_by_group(cells: Sequence[Cell], contender: str) -> Mapping[str, Array]:
+    values = np.array([cell.emd[contender] for cell in cells], dtype=float)
+    return mean_by_group(values, [cell.group for cell in cells], np.array([cell.answers for cell in cells]))
 
 
-def _largest_groups(cells: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, int]]:
-    answers: dict[str, int] = {}
+def _largest_groups(cells: Sequence[Cell]) -> tuple[list[str], dict[str, float]]:
+    answers: dict[str, float] = {}
     for cell in cells:
-        answers[cell["group"]] = answers.get(cell["group"], 0) + cell["answers"]
+        answers[cell.group] = answers.get(cell.group, 0) + cell.answers
     return sorted(answers, key=lambda group: -answers[group])[:_MOST_GROUPS], answers
 
 
-def _shown(some: Sequence[Any], every: Mapping[Any, Any]) -> str:
+def _shown(some: Sized, every: Sized) -> str:
     return "" if len(some) == len(every) else f" The {len(some)} of {len(every)} groups with most answers are shown."

@@ -14,8 +14,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list
 
-from cuma_ds.evaluation.plots import BLUE, INK, LIGHT, VERMILLION, bare, new_figure, router_label, save, short
+from cuma_ds.evaluation.report.model import RouterLoad
+from cuma_ds.evaluation.report.plots import (
+    BLUE,
+    INK,
+    LIGHT,
+    VERMILLION,
+    bare,
+    group_tree,
+    new_figure,
+    router_label,
+    save,
+    short,
+)
 from cuma_ds.evaluation.routing import Information
 
 Array = NDArray[np.floating]
@@ -24,11 +37,11 @@ Array = NDArray[np.floating]
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 
 
-def plot_load(path: Path, routers: Sequence[Mapping[str, Any]]) -> None:
+def plot_load(path: Path, routers: Sequence[RouterLoad]) -> None:
     """A heat-map routers x experts of their share of the tokens, and beside it how even the load and how sharp the gates are."""
-    load_RE = np.array([router["load"] for router in routers])
+    load_RE = np.array([router.load for router in routers])
     count, experts = load_RE.shape
-    places, labels = _router_axis([router["router"] for router in routers])
+    places, labels = _router_axis([router.router for router in routers])
     figure = new_figure(2.2 + 0.34 * max(experts, 8) + 2.6, max(2.6, 0.12 * count + 1.6))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[0.34 * max(experts, 8), 2.4])
     image = left.imshow(
@@ -54,9 +67,9 @@ def plot_load(path: Path, routers: Sequence[Mapping[str, Any]]) -> None:
     bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     height = np.arange(count)
     right.plot(
-        [router["load_entropy"] for router in routers], height, color=BLUE, linewidth=1.6, label="load, over experts"
+        [router.load_entropy for router in routers], height, color=BLUE, linewidth=1.6, label="load, over experts"
     )
-    gate = np.array([router["gate_entropy"] for router in routers]) / np.log(max(experts, 2))
+    gate = np.array([router.gate_entropy for router in routers]) / np.log(max(experts, 2))
     right.plot(gate, height, color=VERMILLION, linewidth=1.6, label="gate, per token")
     right.set_xlim(0, 1.03)
     right.set_xlabel("entropy / log E", fontsize=10)
@@ -158,10 +171,6 @@ def plot_map(
 
 def plot_interference(path: Path, groups: Sequence[str], cosines: Mapping[str, Array]) -> None:
     """Heat-maps of the cosine between groups' gradients, one per kind of adapter, groups in one order."""
-    from scipy.cluster.hierarchy import leaves_list
-
-    from cuma_ds.evaluation.plots import group_tree
-
     first = next(iter(cosines.values()))
     tree = group_tree(np.asarray(first)[:, None, :])
     order = leaves_list(tree) if tree is not None else np.arange(len(groups))

@@ -1,0 +1,111 @@
+"""The tables of a report: all scores as Markdown, the most important ones for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from cuma_ds.evaluation.report.model import CONTENDERS, SPLITS, ChatScores, ChatSplit, ChoiceScores, Report, Scored
+
+# By name of the score: the head of its column and how it is written. {distance} stands for what the questions of a table are judged by.
+Columns = dict[str, tuple[str, str]]
+_DISTRIBUTIONS: Columns = {
+    "emd": ("{distance}", "{:.4f}"),
+    "recovered": ("recovered", "{:.2f}"),
+    "emd_questions": ("{distance}, questions", "{:.4f}"),
+    "emd_argmax": ("{distance}, argmax", "{:.4f}"),
+    "entropy": ("entropy", "{:.3f}"),
+}
+_ANSWERS: Columns = {
+    "accuracy": ("accuracy", "{:.3f}"),
+    "macro_f1": ("macro-F1", "{:.3f}"),
+    "macro_f1_questions": ("macro-F1, questions", "{:.3f}"),
+    "group_accuracy": ("group accuracy", "{:.3f}"),
+    "inequity": ("σ-inequity", "{:.3f}"),
+    "calibration_error": ("ECE", "{:.3f}"),
+}
+_LOSSES: Columns = {"loss": ("loss", "{:.4f}"), "perplexity": ("perplexity", "{:.3f}")}
+_ALL = {"choice": [_DISTRIBUTIONS, _ANSWERS], "chat": [_LOSSES]}
+FEW: Columns = {key: (_DISTRIBUTIONS | _ANSWERS)[key] for key in ("emd", "recovered", "accuracy", "entropy")}
+_WITH_INTERVAL = ("emd", "recovered", "accuracy", "macro_f1", "loss", "perplexity")
+
+
+def split_tables(report: Report, split: Scored | ChatSplit) -> list[str]:
+    """The size of a split and all scores of its contenders, as lines of Markdown."""
+    lines = [size(split), ""]
+    for columns in _ALL[report.kind]:
+        lines += [*score_table(report, split, columns), ""]
+    return lines
+
+
+def score_table(report: Report, part: Scored | ChatSplit, columns: Columns) -> list[str]:
+    """Some scores of the contenders of a split or of one question, as lines of Markdown."""
+    lines = ["| | " + " | ".join(_heads(part, columns)) + " |", "|---|" + "---:|" * len(columns)]
+    for name, scores in _rows(part).items():
+        bold = "**" if name == report.main else ""
+        cells = " | ".join(cell(scores, key, form) for key, (_, form) in columns.items())
+        lines.append(f"| {bold}{title(report, name)}{bold} | {cells} |")
+    return lines
+
+
+def terminal_tables(report: Report) -> list[Table]:
+    """One table per split, for a terminal."""
+    columns = FEW if report.kind == "choice" else _LOSSES
+    tables = []
+    for name, split in report.splits.items():
+        table = Table(title=SPLITS[name], caption=size(split), title_justify="left", caption_justify="left")
+        table.add_column("")
+        for head in _heads(split, columns):
+            table.add_column(head, justify="right")
+        for contender, scores in _rows(split).items():
+            cells = (plain(getattr(scores, key), form) for key, (_, form) in columns.items())
+            table.add_row(title(report, contender), *cells, style="bold" if contender == report.main else None)
+        tables.append(table)
+    return tables
+
+
+def size(part: Scored | ChatSplit) -> str:
+    """How many people, answers and groups a split or a question has, in words."""
+    people = getattr(part, "people", None)
+    people = "" if people is None else f"{people:,} people, "
+    if isinstance(part, ChatSplit):
+        return f"{people}{part.conversations:,} conversations, {part.tokens:,} assistant tokens."
+    effective = "" if part.effective_answers is None else f" ({part.effective_answers:,} effective)"
+    text = (
+        f"{people}{part.answers:,} answers{effective}; {part.distance} over {part.compared.answers:,} of them in "
+        f"{part.groups:,} group{'' if part.groups == 1 else 's'}."
+    )
+    left_out = getattr(part, "left_out", None)
+    if left_out is not None and left_out.cells:
+        text += f" Left out there as too small: {left_out.cells:,} ({left_out.answers:,} answers)."
+    return text
+
+
+def title(report: Report, contender: str) -> str:
+    """A contender in words."""
+    return "the model as it is" if contender == "before" == report.main else CONTENDERS[contender]
+
+
+def cell(scores: ChoiceScores | ChatScores, key: str, form: str) -> str:
+    """One score, with its interval where that is shown."""
+    text = plain(getattr(scores, key), form)
+    spread = scores.interval.get(key) if key in _WITH_INTERVAL else None
+    # A score that does not depend on which people were drawn needs no interval.
+    if spread is None or spread[0] == spread[1]:
+        return text
+    return f"{text} [{plain(spread[0], form)}, {plain(spread[1], form)}]"
+
+
+def plain(value: float | None, form: str) -> str:
+    """A number as a table shows it; a dash where there is none."""
+    return "–" if value is None else form.format(value)
+
+
+def _rows(part: Scored | ChatSplit) -> Mapping[str, ChoiceScores | ChatScores]:
+    return part.rows
+
+
+def _heads(part: Scored | ChatSplit, columns: Columns) -> list[str]:
+    distance = part.distance if isinstance(part, Scored) else ""
+    return [head.format(distance=distance) for head, _ in columns.values()]
