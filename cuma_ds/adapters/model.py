@@ -298,5 +298,5 @@ def _left_padded(mask: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _contiguous_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``logits_to_keep`` gives the head a strided slice. torch would copy the whole vocabulary matrix per sequence for it."""
+    """Copy the strided slice of ``logits_to_keep``; for a strided one torch copies the vocabulary matrix per sequence."""
     return (args[0].contiguous(), *args[1:])
