@@ -134,7 +134,7 @@ class Linear(nn.Module):
 
 
 def used_experts(steps: int, **options: str) -> list[set[int]]:
-    """Train a router that starts with two experts for every token. Returns, per step, the experts with 1% of the tokens.
+    """Train a router that starts with two experts for every token. Returns the experts with 1% of the tokens, by step.
 
     The experts stay as they start (B = 0) and float64 leaves no rounding, so that only the balance loss moves the
     router.

@@ -129,6 +129,11 @@ class CumaConfig(BaseModel):
         return self.method != "lora"
 
     @property
+    def active_experts(self) -> int:
+        """Experts that answer for one token: all of them without a top-k."""
+        return self.num_experts if self.gate_norm == "softmax" else self.top_k
+
+    @property
     def uses_profiles(self) -> bool:
         """Whether routing depends on the profile."""
         return self.method == "cuma"

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from cuma_ds.adapters.experts import Dispatched, Dispatcher, Experts, ExpertWeights, MixtureInputs
 from cuma_ds.adapters.mixture import Routes, times_a, with_gradient_of
+from cuma_ds.methods.cuma import shapes_of
 from cuma_ds.ops import permute_gather, permute_scatter, sort_by_expert
-from cuma_ds.parallel.wire import ExpertShapes, Payload, cheaper_dispatch
+from cuma_ds.parallel.wire import Payload, cheaper_dispatch
 
 DispatchKind = Literal["auto", "all_to_all", "gather_experts"]
 
@@ -171,7 +172,7 @@ class CheaperDispatch(ExpertParallelDispatcher):
             forwards=self.forwards if backward else 1,
             backward=backward,
         )
-        kind = cheaper_dispatch(expert_shapes(experts), payload, self.tokens, min(self.top_k, experts.num_experts))
+        kind = cheaper_dispatch(shapes_of(experts), payload, self.tokens, min(self.top_k, experts.num_experts))
         chosen = self.gather if kind == "gather_experts" else self.exchange
         return chosen.dispatch(x_TI, routes, experts)
 
@@ -191,12 +192,6 @@ def make_dispatcher(kind: DispatchKind, ranks: ExpertGroup, top_k: int, forwards
     if kind == "auto":
         return CheaperDispatch(ranks, top_k, forwards)
     return GatherExperts(ranks) if kind == "gather_experts" else AllToAll(ranks)
-
-
-def expert_shapes(experts: Experts) -> ExpertShapes:
-    """Sizes of one linear's experts over all ranks."""
-    out_features, rank = experts.lora_b.shape[1:]
-    return ExpertShapes(experts.num_experts, rank, experts.lora_a.shape[-1], out_features, experts.shared_a)
 
 
 @dataclass(frozen=True)
