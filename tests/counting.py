@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Count what every collective of this process sends, at the methods of torch's process group."""
-=======
 """Count what every collective of this process sends, at the methods of the process group."""
->>>>>>> main
 
 from __future__ import annotations
 
