@@ -1,4 +1,4 @@
-"""Export trained adapters: a folder for transformers, with or without the base model inside, or plain LoRA for one profile each."""
+"""Export trained adapters: a folder for transformers, with or without the base model, or plain LoRA for profiles."""
 
 from __future__ import annotations
 

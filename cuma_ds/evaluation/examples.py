@@ -81,9 +81,9 @@ class ChoiceExamples:
 
 
 def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequence[int], seed: int = 0) -> list[int]:
-    """Give every example the profile of somebody else in its unit (its question), of another group wherever that is possible.
+    """Another profile for every example: one of its unit (its question), of another group where there is one.
 
-    A unit that only one group was asked has nobody to swap with: its profiles are swapped as those of all examples together are.
+    In a unit of a single group, profiles are swapped as those of all examples together are.
 
     Args:
         units, groups, profiles: of each of M examples.
@@ -107,8 +107,8 @@ def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequenc
 def _derangement(group_of: Mapping[int, str], seed: int) -> dict[int, int]:
     """The profile that each of several profiles is swapped with.
 
-    The profiles stand group by group, groups in a seeded order, and move on by the size of the largest group, which never stays
-    within a group unless that one holds more than half of them.
+    The profiles stand group by group, groups in a seeded order, and are shifted by the size of the largest group. That
+    leaves no profile in its group unless one group holds more than half of them.
 
     Args:
         group_of: profile -> its group.

@@ -31,10 +31,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Interference:
-    """An extra of a report: section ``gradients``, cosines between groups' gradients on the experts and on one dense LoRA.
+    """Adds the section ``gradients`` to a report: cosines between groups' gradients on the experts and on a dense LoRA.
 
-    The dense LoRA has the rank K r that answers a token in the mixture. It is the mixture averaged over all groups, cut to its
-    leading K r directions: what is left of the adapters when nobody is told apart.
+    The dense LoRA has rank K r, as many as answer a token in the mixture. It is the mixture averaged over all groups,
+    cut to its leading K r directions.
 
     Attributes:
         groups: most groups, those with most held-out answers.
@@ -76,9 +76,9 @@ class Interference:
         by_kind[f"CuMA, top {model.config.top_k} of {model.config.num_experts}"] = measure(model, "the experts")
         plot_interference(evaluator.folder / "gradients.png", list(chosen), by_kind)
         caption = (
-            "Cosine between the gradients of groups. Dense LoRA: the trained mixture averaged over all groups, cut to the rank that "
-            "answers a token in CuMA. Conflicting groups push shared weights in opposite directions (blue); experts of their own keep "
-            "them apart."
+            "Cosine between the gradients of groups. Dense LoRA: the trained mixture averaged over all groups, cut to "
+            "the rank that answers a token in CuMA. Conflicting groups push shared weights in opposite directions "
+            "(blue); experts of their own keep them apart."
         )
         rows = {kind: _cosines(cosine_GG) for kind, cosine_GG in by_kind.items()}
         report.gradients = Gradients(split=split, groups=list(chosen), rows=rows)
@@ -153,7 +153,7 @@ def averaged(
     pad_id: int,
     rank: int,
 ) -> Iterator[CumaModel]:
-    """The same backbone with one dense LoRA: the mixture with every gate at its mean over the examples' tokens, best rank-``rank`` part.
+    """The same backbone with one dense LoRA: the best approximation of rank ``rank`` of the mixture with mean gates.
 
     The backbone is lent, not copied; ``model`` works again when the context ends.
     """

@@ -1,6 +1,6 @@
 """Which of two answers a person would prefer, asked of a language model behind an OpenAI-compatible endpoint.
 
-Every pair is asked in both orders. A call that fails and a verdict that cannot be read are counted apart and never become a result.
+Every pair is asked in both orders. Failed calls and unreadable verdicts are counted apart and never become a result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Whom to ask, and how patiently.
+    """The judge, and the limits of its calls.
 
     Attributes:
         url: base address, e.g. ``http://localhost:8000/v1``.
@@ -85,14 +85,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of every pair: ``win``, ``loss`` (both orders agree), ``tie`` (both say so, or they disagree), ``failed`` (a call
-    came to nothing) or ``unreadable`` (neither A, B nor tie was said).
+    """The result of every pair.
+
+    It is ``win`` or ``loss`` where both orders agree, ``tie`` where both say so or disagree, ``failed`` where a call
+    did, ``unreadable`` where a verdict was neither A, B nor tie.
 
     Attributes:
         results: of each pair.
         people: of each pair.
         disagreed: ties in which the two orders did not agree.
-        first: how many readable verdicts preferred the answer shown first, and how many readable verdicts preferred either.
+        first: readable verdicts that preferred the answer shown first, and that preferred either.
         failures: kind of failure -> calls.
         cached: verdicts that were known already.
         refused: arguments that the judge does not take, of ``max_tokens`` and ``temperature``.
@@ -268,7 +270,7 @@ async def _call(
     """A verdict, and the kind of failure ("" for none).
 
     Args:
-        refused: arguments that this judge is known not to take; what it refuses now is added, and the call is made again without.
+        refused: arguments that this judge does not take. What it refuses now is added, and the call is made again.
     """
     import openai
 
@@ -338,7 +340,8 @@ class _Cache:
         before = folder / "verdicts.jsonl"
         if before.is_file() and not self.file.is_file():
             warnings.warn(
-                f"verdicts in {before} are not used: they do not say at which address the judge was; delete the file if you like",
+                f"verdicts in {before} are not used: they do not say at which address the judge was; "
+                "delete the file if you like",
                 UserWarning,
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""What a perfect dense model and a perfectly informed one would answer: the two ends every run is measured between."""
+"""Contenders without a model: a perfect dense model, a perfectly informed one, and a look-up of the nearest profile."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def collapse_reference(train: ChoiceExamples, test: ChoiceExamples) -> list[Arra
 def oracle_reference(train: ChoiceExamples, test: ChoiceExamples, min_answers: int) -> list[Array]:
     """Each example gets the training answers of its own people to its question.
 
-    Its own people are those of the same profile where they gave at least ``min_answers`` training answers to the question, else those
-    of the same group, else everybody. A profile that one or two people share says nothing about how the next of them answers.
+    Its own people are those of the same profile where they gave at least ``min_answers`` training answers to the
+    question, else those of the same group, else everybody. A profile that one or two people share says nothing about
+    how the next of them answers.
 
     Returns:
         One distribution [n] per test example.
@@ -48,9 +49,9 @@ def oracle_reference(train: ChoiceExamples, test: ChoiceExamples, min_answers: i
 def nearest_reference(
     train: ChoiceExamples, test: ChoiceExamples, embeddings_NP: NDArray[np.floating], min_answers: int
 ) -> list[Array]:
-    """Each example gets what :func:`oracle_reference` gives to the training profile whose sentence embedding is nearest (cosine).
+    """Each example gets the :func:`oracle_reference` of the training profile with the nearest embedding (cosine).
 
-    What a look-up by similarity achieves for profiles that were never trained on.
+    This is what a look-up by similarity achieves for profiles that were never trained on.
 
     Args:
         embeddings_NP: raw embeddings of all profiles.
@@ -64,7 +65,7 @@ def nearest_reference(
 
 
 def has_training_answers(train: ChoiceExamples, test: ChoiceExamples, min_answers: int) -> bool:
-    """Whether any (question, group) of ``test`` has ``min_answers`` answers in ``train``, so that there is an oracle at all."""
+    """Whether any (question, group) of ``test`` has ``min_answers`` answers in ``train``; else there is no oracle."""
     known = _histograms(zip(train.questions, train.groups, strict=True), train)
     enough = {key for key, counts in known.items() if counts.sum() >= min_answers}
     return not enough.isdisjoint(zip(test.questions, test.groups, strict=True))

@@ -1,4 +1,4 @@
-"""What routing knows of culture: expert load, information about profile fields, and a map of profiles by their routing.
+"""Expert load, information of routing about profile fields, and a map of profiles by their routing.
 
 Shapes: N profiles, R routers, E experts, L labels of a profile field.
 """
@@ -50,8 +50,8 @@ def comparable_means(
 ) -> dict[Any, Array]:
     """Mean routing [R, E] of each name over the questions that all of them were asked.
 
-    Where no question was put to everybody, the one put to most is taken, so that differences come from who asks and not from
-    what is asked.
+    Where there is no such question, the one put to most is taken. Differences then come from the profiles and not from
+    the questions.
 
     Args:
         questions, names, weights: of each of M examples.
@@ -85,8 +85,8 @@ class Information:
 
     Attributes:
         value_R: as measured; biased upwards when profiles are few.
-        null_R, high_R: mean and 95th percentile over random permutations of the labels; None where every profile has a label of
-            its own, so that permuting means nothing.
+        null_R, high_R: mean and 95th percentile over random permutations of the labels; None where every profile has a
+            label of its own.
     """
 
     value_R: Array
@@ -143,9 +143,9 @@ class CulturalMap:
 
 
 def cultural_map(gates_NRE: NDArray[np.floating]) -> CulturalMap:
-    """The latent cultural topology in two dimensions: metric multidimensional scaling of routings, from the classical solution.
+    """The latent cultural topology in two dimensions, by metric multidimensional scaling of routings.
 
-    The same routings always give the same map (no random start; signs are fixed).
+    It starts from the classical solution and fixes the signs, so the same routings always give the same map.
 
     Args:
         gates_NRE: routing of at least three profiles.

@@ -55,8 +55,12 @@ Extra = Callable[["Evaluator", Report], Pictures]
 class _Pass(NamedTuple):
     """One way of asking a model.
 
-    label: said of its progress.  embeddings_NP: raw embeddings of the profiles, None to ask without.  model_as: makes the model what it
-    is asked as.  profiles: rows of the embeddings to ask as, instead of the examples' own.  record: also collect the routing.
+    Attributes:
+        label: its name in progress.
+        embeddings_NP: raw embeddings of the profiles; None to ask without.
+        model_as: context in which the model is asked.
+        profiles: rows of ``embeddings_NP`` instead of the examples' own.
+        record: also collect the routing.
     """
 
     label: str
@@ -79,7 +83,7 @@ class _About(TypedDict):
 def evaluate_run(
     run_dir: str | Path, step: int | None = None, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Report:
-    """Evaluate one checkpoint of a run and write its report (arguments as in :func:`cuma_ds.evaluation.subject.run_subject`)."""
+    """Evaluate one checkpoint and write the run's report; arguments as in :func:`.subject.run_subject`."""
     return evaluate(run_subject(run_dir, step, overrides=overrides), Run(run_dir).report_folder, progress)
 
 
@@ -144,7 +148,10 @@ class Evaluator:
             )
         data = fitting(
             subject.data, subject.renderer, subject.config.data, self.splits,
-            lambda needed: f"evaluate with --set data.max_length={needed}, or leave them out with --set data.on_long_prompt=skip",
+            lambda needed: (
+                f"evaluate with --set data.max_length={needed}, "
+                "or leave them out with --set data.on_long_prompt=skip"
+            ),
         )  # fmt: skip
         self.subject = dataclasses.replace(subject, data=data)
         self.splits = data.evaluation_splits
@@ -237,7 +244,7 @@ class Evaluator:
         return found
 
     def _passes(self, examples: ChoiceExamples) -> dict[str, _Pass]:
-        """How the contenders that are models are asked: before, trained, and swapped where there are profiles to swap."""
+        """How each contender that is a model is asked."""
         subject = self.subject
         if subject.untrained is None:
             return {"before": _Pass("as it is", None, nullcontext)}
@@ -321,7 +328,7 @@ def _unseen(train: ChoiceExamples, test: ChoiceExamples) -> list[int]:
 
 
 def _as_examples(split: Split) -> ChoiceExamples:
-    """Conversations as examples of one question with one answer each, for what only needs to know the people and groups."""
+    """Conversations as examples of one question with one answer each."""
     columns = {name: split[name] for name in ("profile", "group", "people") if name in split.column_names}
     count = len(split)
     return ChoiceExamples.of(

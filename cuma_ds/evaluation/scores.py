@@ -1,7 +1,8 @@
-"""Every number of a split of choice questions, with intervals: functions of sums over people, so that resampling is one product.
+"""Scores of one split of choice questions with bootstrap intervals. Every score is a function of per-person sums, so all
+replicates are one matrix product.
 
-Shapes: M examples, A answers, Y kinds of people, N most options of any question, C cells (question, group), Q questions, G groups,
-S subgroups of all profile fields, K bins of confidence, B replicates.
+Shapes: M examples, A answers, Y kinds of people, N most options of any question, C cells (question, group), Q
+questions, G groups, S subgroups of all profile fields, K bins of confidence, B replicates.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class SplitScores:
 class Scorer:
     """Judges predictions for the examples of one split.
 
-    The distance ``emd`` is that of cells (question, group) with at least ``min_answers`` answers; everything else counts every answer.
-    It is EMD, and for nominal questions total variation.
+    The distance ``emd`` is that of cells (question, group) with at least ``min_answers`` answers; everything else
+    counts every answer. It is EMD, and for nominal questions total variation.
 
     Args:
         examples: the split.
@@ -209,7 +210,7 @@ class Scorer:
         }
 
     def _all(self, sums: list[dict[str, Array]], names: list[str], against: str) -> dict[tuple[str, ...], Array]:
-        """Every number of every row [B], by ("row", row, metric), ("difference", ...) or ("subgroup", row, field, label)."""
+        """Every score [B], by ("row", contender, metric), ("difference", ...), ("subgroup", contender, field, label)."""
         shared, *rest = sums
         by_row = {name: self._row(shared, own) for name, own in zip(names, rest, strict=True)}
         if {"collapse", "oracle"} <= by_row.keys():
@@ -301,7 +302,7 @@ class _Block:
 
 
 class _Layout:
-    """All blocks as one sparse matrix [Y, columns]: what one person of each kind adds to every sum, each answer by its weight."""
+    """All blocks as one sparse matrix [Y, columns]: what one person of each kind adds to every sum, with weights."""
 
     def __init__(self, groups: Sequence[Mapping[str, _Block]], kind_A: Indices, weight_A: Array, kinds: int) -> None:
         self.places: list[dict[str, slice]] = []

@@ -1,4 +1,4 @@
-"""The model card of an export: what it was trained on, how it was judged, what it is for and what it must not be used for."""
+"""The model card of an export: its training, its evaluation, what it is for and what it must not be used for."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Trained adapters as a folder that transformers loads: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+"""Trained adapters as a folder that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads.
 
 The folder holds::
 
-    config.json, modeling_cuma.py            what transformers needs; the code is the package's own, in one file
-    adapter_config.json                      the adapters, the base model, how a profile becomes a vector, how prompts were written
-    adapter_model.safetensors                routers, experts (float32, full expert dimension) and the profile standardisation
-    generation_config.json                   which tokens end an answer; greedy decoding
-    tokenizer files, README.md               the base model's tokenizer; a model card written from the run
-    base/                                    only in ``hf-merged-repo``: the base model itself
+    config.json, modeling_cuma.py    what transformers needs; the code is the package's own, in one file
+    adapter_config.json              the adapters, the base model, how profiles are embedded, how prompts were written
+    adapter_model.safetensors        routers, experts (float32, full expert dimension), profile standardisation
+    generation_config.json           which tokens end an answer; greedy decoding
+    tokenizer files, README.md       the base model's tokenizer; a model card written from the run
+    base/                            only in ``hf-merged-repo``: the base model itself
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Trained:
 
 
 def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
-    """The adapters of one checkpoint of a run, written by any world size and ZeRO stage; no process group, no backbone weights.
+    """The adapters of one checkpoint of a run, without a process group and without the weights of the backbone.
 
     Args:
         run_dir: a run folder as training leaves it.

@@ -39,7 +39,7 @@ def plot_distributions(
     global_n: Array,
     model: str = "trained model",
 ) -> None:
-    """Paired bars of observed and predicted answers, one small panel per group, the global distribution as a line over each pair."""
+    """Paired bars of observed and predicted answers, one panel per group; a line marks the global distribution."""
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
     width = max(2.35 * columns, 6.4)
@@ -76,11 +76,13 @@ def plot_distributions(
 def plot_group_emd(
     path: Path, groups: Sequence[str], before: Array, after: Array, collapse: Array, distance: str = "EMD"
 ) -> None:
-    """A dumbbell per group from the bare backbone's distance to the trained model's, sorted, in two columns where there are many groups.
+    """A line per group from the bare backbone's distance to the trained model's, sorted; many groups take two columns.
 
     Args:
-        before, after, collapse: distance of each group [G]; ``collapse`` is that of the global distribution. The same array twice draws
-            an untrained model by itself.
+        path: the picture.
+        groups: G names.
+        before, after, collapse: distance of each group [G], of the backbone, the trained model and the global
+            distribution. The same array twice draws an untrained model by itself.
         distance: its name.
     """
     trained = after is not before
@@ -160,7 +162,7 @@ def plot_group_emd(
 def plot_expert_use(
     path: Path, groups: Sequence[str], gates_GRE: Array, router_names: Sequence[str], shown: int = 3
 ) -> None:
-    """Heat-maps groups x experts of the routers that tell groups apart best; groups with similar routing stand together.
+    """Heat-maps groups x experts of the routers that tell groups apart best.
 
     Groups are ordered by hierarchical clustering of their whole routing (all routers), drawn as a tree beside the maps.
 
@@ -206,7 +208,7 @@ def plot_expert_use(
 
 
 def plot_reliability(path: Path, rows: Mapping[str, tuple[Reliability, float]]) -> None:
-    """Reliability diagrams side by side: accuracy against confidence of each bin, and below how many answers each bin holds.
+    """Reliability diagrams side by side: accuracy against confidence of each bin, below them the answers of each bin.
 
     Args:
         rows: title -> the bins, and the expected calibration error.
@@ -270,7 +272,7 @@ def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Subgroup]], main: s
 
 
 def group_tree(gates_GRE: Array) -> NDArray[np.float64] | None:
-    """Ward linkage of groups by their whole routing, leaves turned so that neighbours are alike; None for a single group."""
+    """Ward linkage of groups by their whole routing, neighbouring leaves alike; None for a single group."""
     if len(gates_GRE) < 2:
         return None
     vectors = np.asarray(gates_GRE, dtype=np.float64).reshape(len(gates_GRE), -1)

@@ -38,7 +38,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F
 
 
 def plot_load(path: Path, routers: Sequence[RouterLoad]) -> None:
-    """A heat-map routers x experts of their share of the tokens, and beside it how even the load and how sharp the gates are."""
+    """A heat-map routers x experts of their share of the tokens, and the entropies of load and gates beside it."""
     load_RE = np.array([router.load for router in routers])
     count, experts = load_RE.shape
     places, labels = _router_axis([router.router for router in routers])
