@@ -33,7 +33,7 @@ from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.report.markdown import markdown
-from cuma_ds.evaluation.report.model import ChoiceReport
+from cuma_ds.evaluation.report.model import Cell, ChoiceReport
 from cuma_ds.evaluation.report.pictures import _mean_answer, expert_picture
 from cuma_ds.evaluation.report.plots import (
     discriminating_routers,
@@ -652,15 +652,18 @@ def test_pictures_of_any_number_of_groups(tmp_path: Path, groups: int) -> None:
     rng = np.random.default_rng(0)
     names = [f"A rather long name of group number ${k}" for k in range(groups)]
     shares = rng.dirichlet(np.ones(5), size=groups)
-    plot_distributions(
-        tmp_path / "d.png",
-        "Is it $5 or \\alpha? " * 9,
-        ["one $", *"bcde"],
-        names[:8],
-        shares[:8],
-        shares[:8],
-        shares[0],
-    )
+    cells = [
+        Cell(
+            question_id="q",
+            group=name,
+            answers=30,
+            observed=list(row),
+            predicted={"trained": list(row), "collapse": list(shares[0])},
+            emd={},
+        )
+        for name, row in zip(names[:8], shares, strict=False)
+    ]
+    plot_distributions(tmp_path / "d.png", "Is it $5 or \\alpha? " * 9, ["one $", *"bcde"], cells, "trained")
     plot_group_emd(tmp_path / "e.png", names, *rng.random((3, groups)))
     plot_expert_use(
         tmp_path / "x.png", names, rng.dirichlet(np.ones(4), size=(groups, 2)), ["model.layers.0.q_proj", "odd"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cuma_ds.data.rows import Split
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class ChoiceExamples:
     weights: list[NDArray[np.float64]] | None = None
 
     @classmethod
-    def of(cls, split: Any) -> ChoiceExamples:
-        """Read a ``datasets.Dataset`` with the columns of a choice split (or a mapping of such columns)."""
+    def of(cls, split: Split | Mapping[str, Sequence]) -> ChoiceExamples:
+        """Read a choice split, or a mapping of its columns."""
         profiles = [int(profile) for profile in split["profile"]]
         questions = list(split["question_id"])
         texts: dict[str, tuple[str, list[str]]] = {}
         for question, text, options in zip(questions, split["question"], split["options"], strict=True):
             texts.setdefault(question, (text, list(options)))
-        names = getattr(split, "column_names", None) or list(split)
+        names = split.column_names if isinstance(split, Split) else list(split)
         weighted = "weights" in names
         scales = split["scale"] if "scale" in names else ["ordinal"] * len(questions)
         return cls(

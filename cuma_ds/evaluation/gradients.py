@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +122,7 @@ def group_gradients(
             for start in range(0, len(examples), batch_size):
                 part = examples[start : start + batch_size]
                 batch = collate(part, pad_id).to(device)
-                inputs: dict[str, Any] = {}
+                inputs: dict[str, Tensor] = {}
                 if embeddings_NP is not None:
                     inputs["profile_embeddings"] = embeddings_NP[[example.profile for example in part]].to(device)
                 out = model(**batch.inputs, **inputs)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.report.model import Verdicts, number
 from cuma_ds.evaluation.resampling import interval, resample
 from cuma_ds.profiles.table import default_cache_dir
+
+if TYPE_CHECKING:
+    import openai
 
 _TASK = "You compare two answers to the same request and say which one the person who asked would prefer."
 _QUESTION = "Which answer would this person prefer? Reply with exactly one of: A, B, tie."
@@ -313,13 +316,13 @@ _WITHOUT = {
 }
 
 
-def _arguments(settings: JudgeSettings, refused: Collection[str]) -> dict[str, Any]:
+def _arguments(settings: JudgeSettings, refused: Collection[str]) -> dict[str, object]:
     limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
     temperature = {} if "temperature" in refused else {"temperature": 0.0}
     return {"model": settings.model, limit: settings.max_tokens, **temperature}
 
 
-def _named_in(error: Any) -> frozenset[str]:
+def _named_in(error: openai.APIStatusError) -> frozenset[str]:
     """The arguments that a bad request (status 400 or 422) is about, by its ``param`` or its words."""
     if error.status_code not in (400, 422):
         return frozenset()

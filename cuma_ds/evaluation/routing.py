@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +16,7 @@ from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.manifold import MDS
 
-from cuma_ds.evaluation.metrics import entropy, mean_by_group
+from cuma_ds.evaluation.metrics import Name, entropy, mean_by_group
 from cuma_ds.evaluation.report.model import RouterLoad
 from cuma_ds.inference.forward import RoutingTally
 
@@ -46,8 +45,8 @@ def expert_load(tally: RoutingTally) -> list[RouterLoad]:
 
 
 def comparable_means(
-    questions: Sequence[str], names: Sequence[Hashable], weights: Sequence[float], gates_MRE: NDArray[np.float32]
-) -> dict[Any, Array]:
+    questions: Sequence[str], names: Sequence[Name], weights: Sequence[float], gates_MRE: NDArray[np.float32]
+) -> dict[Name, Array]:
     """Mean routing [R, E] of each name over the questions that all of them were asked.
 
     Where there is no such question, the one put to most is taken. Differences then come from the profiles and not from

@@ -329,7 +329,9 @@ def _unseen(train: ChoiceExamples, test: ChoiceExamples) -> list[int]:
 
 def _as_examples(split: Split) -> ChoiceExamples:
     """Conversations as examples of one question with one answer each."""
-    columns = {name: split[name] for name in ("profile", "group", "people") if name in split.column_names}
+    columns: dict[str, Sequence] = {
+        name: split[name] for name in ("profile", "group", "people") if name in split.column_names
+    }
     count = len(split)
     return ChoiceExamples.of(
         {

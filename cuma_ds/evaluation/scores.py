@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,10 +48,10 @@ class SplitScores:
     """What :meth:`Scorer.scores` found.
 
     Attributes:
-        rows: row name -> metric -> score.
-        differences: row name -> metric -> score of the named row minus this one, over the same drawn people.
-        reliability: row name -> (accuracy, mean confidence, answers) of each bin [K]; nan where a bin is empty.
-        subgroups: field -> label -> row name -> accuracy, of subgroups large enough to be named.
+        rows: contender -> metric -> score.
+        differences: contender -> metric -> score of the one it is compared with less its own, over the same drawn people.
+        reliability: contender -> (accuracy, mean confidence, answers) of each bin [K]; nan where a bin is empty.
+        subgroups: field -> label -> contender -> accuracy, of subgroups large enough to be named.
     """
 
     rows: dict[str, dict[str, Score]]
@@ -125,24 +124,28 @@ class Scorer:
             self._labels += [(field, name, self.sizes[field][name] >= min_subgroup) for name in names]
 
     def scores(
-        self, rows: Mapping[str, Sequence[ArrayLike]], replicates: int = 0, seed: int = 0, against: str = "trained"
+        self,
+        contenders: Mapping[str, Sequence[ArrayLike]],
+        replicates: int = 0,
+        seed: int = 0,
+        against: str = "trained",
     ) -> SplitScores:
-        """Score option probabilities of every example, by row name.
+        """Score the option probabilities of every contender.
 
         Args:
-            rows: M arrays [n] each; rows ``collapse`` and ``oracle`` give ``recovered`` its ends.
+            contenders: M arrays [n] each; ``collapse`` and ``oracle`` give ``recovered`` its ends.
             replicates: bootstrap samples of people; 0 gives no intervals.
-            seed: of the bootstrap; all rows meet the same people.
-            against: the row that differences are taken from.
+            seed: of the bootstrap; all contenders are judged by the same people.
+            against: the contender that differences are taken from.
         """
-        shared, blocks = self._shared(), {name: self._of_row(row) for name, row in rows.items()}
+        shared, blocks = self._shared(), {name: self._of(probabilities) for name, probabilities in contenders.items()}
         layout = _Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
-        point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(rows), against)
+        point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(contenders), against)
         drawn: list[dict[tuple[str, ...], Array]] = []
         if replicates and len(self._people_Y):
             chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
             for weights_BY in resample(self._people_Y, replicates, seed, chunk):
-                drawn.append(self._all(layout.sums(weights_BY), list(rows), against))
+                drawn.append(self._all(layout.sums(weights_BY), list(contenders), against))
         found = {}
         for key, value in point.items():
             number = float(value[0])
@@ -155,7 +158,7 @@ class Scorer:
         return SplitScores(
             rows=_nested(found, "row"),
             differences=_nested(found, "difference"),
-            reliability={name: self._reliability(row) for name, row in rows.items()},
+            reliability={name: self._reliability(probabilities) for name, probabilities in contenders.items()},
             subgroups=subgroups,
         )
 
@@ -178,7 +181,7 @@ class Scorer:
             "subgroup": _Block(len(self._labels), [(codes[example_A], one_A) for codes in self._subgroup_M]),
         }
 
-    def _of_row(self, probabilities: Sequence[ArrayLike]) -> dict[str, _Block]:
+    def _of(self, probabilities: Sequence[ArrayLike]) -> dict[str, _Block]:
         example_A, option_A, width = self._example_A, self._option_A, self._width
         shares_MN = np.zeros((len(self.examples), width))
         for example, shares in enumerate(probabilities):
@@ -212,20 +215,20 @@ class Scorer:
     def _all(self, sums: list[dict[str, Array]], names: list[str], against: str) -> dict[tuple[str, ...], Array]:
         """Every score [B], by ("row", contender, metric), ("difference", ...), ("subgroup", contender, field, label)."""
         shared, *rest = sums
-        by_row = {name: self._row(shared, own) for name, own in zip(names, rest, strict=True)}
-        if {"collapse", "oracle"} <= by_row.keys():
-            ends = by_row["collapse"]["emd"], by_row["oracle"]["emd"]
-            for row in by_row.values():
+        by_name = {name: self._row(shared, own) for name, own in zip(names, rest, strict=True)}
+        if {"collapse", "oracle"} <= by_name.keys():
+            ends = by_name["collapse"]["emd"], by_name["oracle"]["emd"]
+            for row in by_name.values():
                 row["recovered"] = np.array(
                     [_or_nan(mean_collapse_recovered(c, o, v)) for c, o, v in zip(*ends, row["emd"], strict=True)]
                 )
         found: dict[tuple[str, ...], Array] = {
-            ("row", name, metric): value for name, row in by_row.items() for metric, value in row.items()
+            ("row", name, metric): value for name, row in by_name.items() for metric, value in row.items()
         }
-        for name, row in by_row.items():
-            if against in by_row and name != against:
+        for name, row in by_name.items():
+            if against in by_name and name != against:
                 found |= {
-                    ("difference", name, metric): by_row[against][metric] - value for metric, value in row.items()
+                    ("difference", name, metric): by_name[against][metric] - value for metric, value in row.items()
                 }
         for name, own in zip(names, rest, strict=True):
             accuracy_BS = _ratio(own["subgroup_right"], shared["subgroup"])
@@ -282,7 +285,7 @@ class Scorer:
         return inequity([accuracy_BS[:, chosen] for chosen in columns if len(chosen) > 1], len(accuracy_BS))
 
     def _reliability(self, probabilities: Sequence[ArrayLike]) -> tuple[Array, Array, Array]:
-        row = self._of_row(probabilities)
+        row = self._of(probabilities)
         parts = {name: row[name] for name in ("bin_right", "bin_confidence")}
         bin_A, _ = parts["bin_right"].parts[0]
         parts["total"] = _Block(BINS, [(bin_A, np.ones(len(bin_A)))])
@@ -327,8 +330,8 @@ class _Layout:
         return [{name: total[:, place] for name, place in group.items()} for group in self.places]
 
 
-def _nested(found: Mapping[tuple[str, ...], Any], kind: str) -> dict[str, dict[str, Any]]:
-    result: dict[str, dict[str, Any]] = {}
+def _nested(found: Mapping[tuple[str, ...], Score], kind: str) -> dict[str, dict[str, Score]]:
+    result: dict[str, dict[str, Score]] = {}
     for key, score in found.items():
         if key[0] == kind:
             result.setdefault(key[1], {})[key[2]] = score

@@ -73,7 +73,7 @@ def _write(path: Path, tensors: dict[str, StoredTensor]) -> None:
                 _copy(stream, out, stored.size)
 
 
-def _header(abouts: Mapping[str, dict[str, object]], sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+def _header(abouts: Mapping[str, Mapping[str, object]], sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
     """The start of a safetensors file whose tensors follow in this order without gaps."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0

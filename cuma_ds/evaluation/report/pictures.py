@@ -59,16 +59,7 @@ def choice_pictures(folder: Path, split: ChoiceSplit, main: str = "trained") -> 
         cells = sorted(cells, key=lambda cell: -(cell.emd["collapse"] or 0.0))[:_MOST_DIFFERENT]
         name = f"distributions-{place}.png"
         asked = split.questions[question]
-        plot_distributions(
-            folder / name,
-            asked.question,
-            asked.options,
-            [cell.group for cell in cells],
-            np.array([cell.observed for cell in cells], dtype=float),
-            np.array([cell.predicted[main] for cell in cells], dtype=float),
-            np.array(cells[0].predicted["collapse"], dtype=float),
-            "trained model" if main == "trained" else "model as it is",
-        )
+        plot_distributions(folder / name, asked.question, asked.options, cells, main)
         pictures[name] = (
             f"Predicted and observed answers of the {len(cells)} groups that differ most from the global distribution."
         )
