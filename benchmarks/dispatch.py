@@ -27,11 +27,15 @@ from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.experts import Experts
 from cuma_ds.adapters.mixture import Routes
 from cuma_ds.config import RunConfig
+from cuma_ds.data.batch import EncodedExample, collate
+from cuma_ds.methods.cuma import CumaMethod
 from cuma_ds.ops import demographic_gate
+from cuma_ds.parallel.deepspeed_compat import is_partitioned
 from cuma_ds.parallel.dispatch import DispatchKind, ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology, leave_processes, start_processes, with_expert_groups
+from cuma_ds.profiles import ProfileTable
 
 KINDS: tuple[DispatchKind, ...] = ("all_to_all", "gather_experts", "auto")
 # name: tokens per rank, features in and out, experts, active, rank, shared A
@@ -65,7 +69,7 @@ def layer_steps(case: str, topology: Topology) -> dict[str, tuple[Step, ExpertPa
         def step(dispatcher: ExpertParallelDispatcher = dispatcher) -> None:
             dispatcher.agree_on_tokens(torch.tensor(float(tokens)))
             sent = dispatcher.dispatch(x_TD, Routes(gate.weight_TK, gate.expert_TK), layer)
-            dispatcher.combine(layer(*sent.arrive()), sent).sum().backward()
+            dispatcher.combine(layer(*sent.wait()), sent).sum().backward()
 
         steps[kind] = (step, dispatcher)
     return steps
@@ -81,18 +85,19 @@ def model_step(arguments: argparse.Namespace, topology: Topology, deepspeed_conf
         }
     )
     settings = read_deepspeed_config(config, 1, 1, topology.world)
-    engine = AdapterEngine(
-        config, config.adapters.model_copy(update={"profile_dim": 8}), settings, topology, torch.optim.AdamW
-    )
+    config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": 8})})
+    engine = AdapterEngine(config, settings, topology, torch.optim.AdamW)
     torch.manual_seed(topology.rank)
-    engine.model.set_profile_standardisation(torch.randn(9, 8), 3.0)
+    engine.model.prepare(torch.randn(9, 8), None)
     vocabulary = AutoConfig.from_pretrained(arguments.model).vocab_size
-    ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), device=topology.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1}
-    profiles = torch.randn(arguments.batch, 8, device=topology.device)
+    ids_BS, last = torch.randint(0, vocabulary, (arguments.batch, arguments.length)).tolist(), [arguments.length - 1]
+    examples = [EncodedExample(ids, last, [0], [1.0], row) for row, ids in enumerate(ids_BS)]
+    batch = collate(examples, 0).to(topology.device)
+    table = ProfileTable([""] * arguments.batch, torch.randn(arguments.batch, 8))
 
     def step() -> None:
-        out = engine.forward(**inputs, profile_embeddings=profiles)
+        out = engine.forward(batch, table)
+        assert out.balance_loss is not None
         engine.backward(out.logits.float().logsumexp(-1).mean() + 0.01 * out.balance_loss)
         engine.step(1e-4)
 
@@ -101,13 +106,14 @@ def model_step(arguments: argparse.Namespace, topology: Topology, deepspeed_conf
 
 def dispatch_turns(step: Step, engine: AdapterEngine) -> tuple[dict[str, Step], Counter[str]]:
     """The step by kind of dispatch, and a count of the bytes each sends."""
-    dispatcher, sent = engine.dispatcher, Counter[str]()
+    dispatcher, model, sent = engine.dispatcher, engine.model, Counter[str]()
     assert dispatcher is not None
-    dispatchers = {kind: make_dispatcher(kind, dispatcher.ranks, engine.model.config.top_k) for kind in KINDS}
+    assert isinstance(model, CumaMethod)
+    dispatchers = {kind: make_dispatcher(kind, dispatcher.ranks, model.cuma.config.top_k) for kind in KINDS}
 
     def run(kind: DispatchKind) -> None:
         engine.dispatcher = dispatchers[kind]
-        for _, layer in engine.model.adapted_layers():
+        for _, layer in model.cuma.adapted_layers():
             layer.dispatcher = dispatchers[kind]
         step()
         sent[kind] += sum(dispatcher.take_bytes_sent().values())
@@ -117,7 +123,7 @@ def dispatch_turns(step: Step, engine: AdapterEngine) -> tuple[dict[str, Step], 
 
 def with_linear(step: Step, engine: AdapterEngine, plain: Callable[..., torch.Tensor]) -> Step:
     """The step with the ``F.linear`` of a run of its own. DeepSpeed replaces it for good once anything is sharded."""
-    linear = F.linear if engine.sharded else plain
+    linear = F.linear if any(map(is_partitioned, engine.model.backbone.parameters())) else plain
 
     def run() -> None:
         F.linear, before = linear, F.linear

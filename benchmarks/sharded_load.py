@@ -1,8 +1,9 @@
-"""Anonymous memory per rank while a sharded backbone loads: read slice by slice, or through transformers' own ZeRO-3 loading.
+"""Anonymous memory per rank while a sharded backbone loads, slice by slice or through transformers' ZeRO-3 loading.
 
     torchrun --nproc_per_node 4 benchmarks/sharded_load.py
 
-A random Llama is written to a temporary folder, one file a layer; every rank samples RssAnon of its own process while it loads.
+A random Llama is written to a temporary folder, one file a layer; every rank samples RssAnon of its own process while
+it loads.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def main() -> None:
         return
     sizes = [2 * shape.numel() for shape in shapes_of(arguments.size)[1].values()]
     table = Table(
-        title=f"loading {sum(sizes) / 1e6:.0f} MB of bfloat16, largest parameter {max(sizes) / 1e6:.0f} MB, {arguments.how}; "
-        "anonymous memory in MB"
+        title=f"loading {sum(sizes) / 1e6:.0f} MB of bfloat16, largest parameter {max(sizes) / 1e6:.0f} MB, "
+        f"{arguments.how}; anonymous memory in MB"
     )
     for heading in ("rank", "shard", "before", "peak", "peak - before", "after", "seconds"):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-// The operators, one .cpp each. What they compute is said by their PyTorch twins in cuma_ds/ops/reference.py.
+// The operators. cuma_ds/ops/reference.py has the same in PyTorch, and cuma_ds/ops/__init__.py says what they return.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

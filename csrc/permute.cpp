@@ -1,4 +1,4 @@
-// Sorting (token, expert) pairs by expert, and moving rows there and back.
+// Sorting (token, expert) pairs by expert, gathering rows in that order, and summing them per token.
 
 #include "cpu/permute.h"
 
@@ -103,7 +103,7 @@ Tensor permute_scatter(const Tensor& y, const Tensor& order, const Tensor& posit
   const Tensor y_in = torch::stable::contiguous(y);
   const int64_t rows = y_in.size(0), width = y_in.size(1), tokens = position.size(0), top_k = position.size(1);
   const Tensor position_in = checked("position", position, ScalarType::Int, {tokens, top_k}, y_in);
-  check_sizes("order", order, {rows});  // for the gradient
+  check_sizes("order", order, {rows});  // read by the gradient
   const auto weight_in = checked("weight", weight, ScalarType::Float, {tokens, top_k}, y_in);
   Tensor result = empty(y_in, {tokens, width}, y_in.scalar_type());
   if (result.numel() == 0) return result;

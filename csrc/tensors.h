@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/numeric.h"
+#include "common/gate_math.h"
 #ifdef CUMA_WITH_CUDA
 #include <dlfcn.h>
 

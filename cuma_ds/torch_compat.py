@@ -1,4 +1,4 @@
-"""Every name of torch that it may change without notice, in one place. Read in torch 2.13.0; setup.py asks for 2.11 or later.
+"""Every name of torch that it may change without notice, for all packages. Read in torch 2.13.0.
 
 The last lines of each docstring say what is relied on; tests/test_compat.py checks each of them.
 """
@@ -19,8 +19,8 @@ __all__ = ["TorchDispatchMode", "is_fake", "limit_waiting", "tensors_in"]
 def limit_waiting(seconds: float) -> None:
     """Let each collective of each process group of this rank fail after so long without an answer.
 
-    Relies on ``distributed_c10d._world.pg_map`` holding all groups of this rank, and on ``_set_pg_timeout``. Groups that DeepSpeed makes
-    have torch's own timeout of half an hour.
+    Relies on ``distributed_c10d._world.pg_map`` holding all groups of this rank, and on ``_set_pg_timeout``. Groups
+    that DeepSpeed makes have torch's own timeout of half an hour.
     """
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

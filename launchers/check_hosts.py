@@ -1,4 +1,4 @@
-"""Check the machines of a hostfile before a run: their names and slots, ssh without a password, the same folder and versions."""
+"""Check the machines of a hostfile before a run: names and slots, ssh without a password, same folder and versions."""
 
 from __future__ import annotations
 

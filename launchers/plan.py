@@ -1,4 +1,4 @@
-"""Will it fit, how fast will it be, what goes over the wire: before any GPU is rented, from shapes alone."""
+"""Plan a run from shapes alone: does it fit, how fast is it, what goes over the wire."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from _cli import run_main
 
 EPILOG = """\
 examples:
-  python launchers/plan.py --config launchers/recipes/quickstart.yaml --model-config launchers/model_configs/llama-70b.json --gpus 8
-  python launchers/plan.py --config RECIPE --model-config FOLDER/config.json --gpus 8 64 512 4096 --length 2048 --plot plan.png
+  python launchers/plan.py --config launchers/recipes/quickstart.yaml \\
+    --model-config launchers/model_configs/llama-70b.json --gpus 8
+  python launchers/plan.py --config RECIPE --model-config FOLDER/config.json --gpus 8 64 512 --length 2048 --plot p.png
   python launchers/plan.py --config RECIPE --model-config A.json B.json --gpus 64 --json > plan.json
 
-The recipe gives adapters, dtype, DeepSpeed configuration, ep_size, dispatch and micro batch; its model.path is not read.
-Memory and bytes follow from shapes (docs/scale.md); seconds from the hardware you assume below, with nothing overlapped.
+The recipe gives adapters, dtype, DeepSpeed configuration, ep_size, dispatch and micro batch. Its model.path is not
+read. Memory and bytes follow from shapes (docs/scale.md), seconds from the hardware that you assume below, without
+overlap of compute and communication.
 """
 
 
-def main() -> None:
-    """Parse, plan, print."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +70,12 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="also draw memory and speed against the number of GPUs"
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Parse, plan, print."""
+    arguments = _parser().parse_args()
 
     from cuma_ds.config import load_config
     from cuma_ds.planning.cost import Hardware, Work

@@ -7,6 +7,7 @@ import sys
 
 import torch
 from counting import sent
+from random_batch import random_batch
 
 from cuma_ds.adapters.experts import Dispatched, Experts
 from cuma_ds.adapters.mixture import Routes
@@ -29,20 +30,14 @@ def count(path: str, work: Work) -> dict:
     config = load_config(path)
     placed = with_expert_groups(topology, config.parallel.ep_size)
     settings = read_deepspeed_config(config, work.sequences, work.accumulation, placed.world)
-    adapters = config.adapters.model_copy(update={"profile_dim": WIDTH})
-    engine = AdapterEngine(config, adapters, settings, placed, lambda groups: make_optimizer(groups, config.training))
-    generator = torch.Generator().manual_seed(placed.rank)
+    sized = config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": WIDTH})})
+    engine = AdapterEngine(sized, settings, placed, lambda groups: make_optimizer(groups, config.training))
+    torch.manual_seed(placed.rank)
 
     def step() -> None:
         for _ in range(work.accumulation):
-            ids_BS = torch.randint(6, 100, (work.sequences, work.length), generator=generator)
-            out = engine.forward(
-                input_ids=ids_BS,
-                attention_mask=torch.ones_like(ids_BS),
-                logits_to_keep=work.kept,
-                profile_embeddings=torch.randn(work.sequences, WIDTH, generator=generator),
-            )
-            engine.backward(out.logits.logsumexp(-1).mean() + getattr(out, "balance_loss", 0.0))
+            out = engine.forward(*random_batch(work.sequences, work.length, work.kept, WIDTH))
+            engine.backward(out.logits.logsumexp(-1).mean() + (0.0 if out.balance_loss is None else out.balance_loss))
             engine.step(1e-3)
 
     step()  # ZeRO learns the order of the modules in its first step

@@ -36,8 +36,8 @@ for case in cases:
         x_TD = torch.randn(tokens, case["in_features"], dtype=dtype, requires_grad=True)
         weight_TK = torch.full(pairs.shape, 1 / top_k, requires_grad=True)
         sent.clear()
-        on_its_way = dispatcher.dispatch(x_TD, Routes(weight_TK, pairs.int()), experts)
-        out_TO = dispatcher.combine(experts(*on_its_way.arrive()), on_its_way)
+        dispatched = dispatcher.dispatch(x_TD, Routes(weight_TK, pairs.int()), experts)
+        out_TO = dispatcher.combine(experts(*dispatched.wait()), dispatched)
         out_TO.float().square().sum().backward()
         counted[kind] = {name: count for name, count in sent.items() if count}
         told = {name: count for name, count in dispatcher.take_bytes_sent().items() if count}

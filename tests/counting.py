@@ -1,4 +1,4 @@
-"""Count what every collective of this process sends, below torch.distributed's functions: at the process group's own methods."""
+"""Count what every collective of this process sends, at the methods of the process group."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import json
 import sys
 
 import torch
+from random_batch import random_batch
 
 from cuma_ds.config import RunConfig
 from cuma_ds.parallel.backbone import full_bytes, live_bytes, resident_bytes
@@ -23,11 +24,10 @@ config = RunConfig.model_validate(
     }
 )
 settings = read_deepspeed_config(config, 1, 1, topology.world)
-engine = AdapterEngine(
-    config, config.adapters.model_copy(update={"profile_dim": 8}), settings, topology, torch.optim.AdamW
-)
-engine.model.set_profile_standardisation(torch.randn(9, 8), 3.0)
-base = engine.model.base_model
+config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": 8})})
+engine = AdapterEngine(config, settings, topology, torch.optim.AdamW)
+engine.model.prepare(torch.randn(9, 8), None)
+base = engine.model.backbone
 seen = [0]
 for module in base.modules():
     if any(True for _ in module.parameters(recurse=False)):
@@ -35,8 +35,7 @@ for module in base.modules():
         module.register_full_backward_hook(lambda *_: seen.append(live_bytes(base)))
 at_rest = []
 for _ in range(2):
-    ids = torch.randint(0, 1000, (1, 4))
-    out = engine.forward(input_ids=ids, attention_mask=torch.ones_like(ids), profile_embeddings=torch.randn(1, 8))
+    out = engine.forward(*random_batch(1, 4, 4, 8))
     engine.backward(out.logits.float().logsumexp(-1).mean() + out.balance_loss)
     engine.step(1e-3)
     at_rest.append(live_bytes(base))

@@ -10,6 +10,7 @@ import sys
 import threading
 
 import torch
+from random_batch import random_batch
 
 from cuma_ds.config import load_config
 from cuma_ds.parallel.ds_config import read_deepspeed_config
@@ -44,17 +45,11 @@ topology = with_expert_groups(start_processes(120), config.parallel.ep_size)
 torch.randn(64, 64, requires_grad=True).matmul(torch.randn(64, 64)).sum().backward()  # thread pools and allocator
 peak = Peak()
 settings = read_deepspeed_config(config, work.sequences, work.accumulation, topology.world)
-adapters = config.adapters.model_copy(update={"profile_dim": WIDTH})
-engine = AdapterEngine(config, adapters, settings, topology, lambda groups: make_optimizer(groups, config.training))
+config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": WIDTH})})
+engine = AdapterEngine(config, settings, topology, lambda groups: make_optimizer(groups, config.training))
 peak.start()
 for _ in range(2):
-    ids_BS = torch.randint(0, 1000, (work.sequences, work.length))
-    out = engine.forward(
-        input_ids=ids_BS,
-        attention_mask=torch.ones_like(ids_BS),
-        logits_to_keep=work.kept,
-        profile_embeddings=torch.randn(work.sequences, WIDTH),
-    )
+    out = engine.forward(*random_batch(work.sequences, work.length, work.kept, WIDTH))
     loss = out.logits.flatten(0, 1).float().logsumexp(-1).sum() + out.balance_loss
     del out
     engine.backward(loss)

@@ -30,9 +30,9 @@ from cuma_ds.inference.open import open_run  # noqa: E402
 from cuma_ds.inference.running import ModelForward, RunningBatch  # noqa: E402
 from cuma_ds.inference.sampling import Sampler, Sampling, next_tokens  # noqa: E402
 from cuma_ds.inference.talk import Talker  # noqa: E402
+from cuma_ds.methods.cuma import model_inputs  # noqa: E402
 from cuma_ds.parallel.backbone import load_backbone  # noqa: E402
 from cuma_ds.profiles import ProfileTable  # noqa: E402
-from cuma_ds.training.inputs import model_inputs  # noqa: E402
 from cuma_ds.training.objectives.sft import sft_loss  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -117,8 +117,9 @@ def main() -> None:
     config = json.loads((folder / "model.json").read_text())
     base = ModelSection(path=config["path"], dtype="float32")
     for options, dtype in itertools.product(VARIANTS, (torch.float32, torch.bfloat16)):
-        # Without such units the CPU would multiply bfloat16 in float32.
-        with mock.patch("torch.cpu.get_capabilities", return_value={"amx_tile": True}):
+        with mock.patch(
+            "torch.cpu._is_amx_tile_supported", return_value=True
+        ):  # or the CPU would multiply bfloat16 in float32
             pair = [gradients(base, options, dtype, device) for device in (DEVICE, CPU)]
         one, other = (torch.cat([gradient.flatten() for gradient in found]) for found in pair)
         tolerance = 1e-4 if dtype == torch.float32 else 0.1

@@ -1,8 +1,10 @@
-"""The same training without DeepSpeed: one process, the whole micro step in one forward, torch's own AdamW and clipping."""
+"""The same training without DeepSpeed: one process, a micro step in one forward, torch's own AdamW and clipping."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cuma_ds.adapters import inject_adapters
 from cuma_ds.config import RunConfig
-from cuma_ds.data import load_data
-from cuma_ds.data.batch import collate, encode_example
+from cuma_ds.data import PreparedData, load_data
+from cuma_ds.data.batch import EncodedExample, collate, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
@@ -25,17 +27,25 @@ class SingleRun:
     state: dict[str, Tensor]
 
 
-def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
-    """Train as the recipe says, with each global batch in ``micro_steps`` forwards of equal size.
-
-    The order of examples is the documented one (seeded permutations, one after another), drawn here again.
-    """
+def examples_of_steps(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator[list[EncodedExample]]:
+    """The global batch of each step, in the documented order: seeded permutations, one after another."""
     import numpy as np
+
+    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt)
+    rows, size = data.splits["train"], config.training.global_batch_size
+    order = [np.random.default_rng([config.run.seed, epoch]).permutation(len(rows)) for epoch in range(200)]
+    stream = [int(row) for permutation in order for row in permutation]
+    for step in range(config.training.steps):
+        wanted = stream[step * size : (step + 1) * size]
+        yield [encode_example(rows[row], renderer, data.sentences, config.data) for row in wanted]
+
+
+def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
+    """Train as the recipe says, with each global batch in ``micro_steps`` forwards of equal size."""
     from reference import reference_learning_rate
 
     data = load_data(config.data, config.profiles.template)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt)
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=getattr(torch, config.model.dtype))
     adapters, table = config.adapters, None
     if adapters.uses_profiles:
@@ -56,16 +66,12 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
         weight_decay=training.weight_decay,
         foreach=False,
     )
-    order = [np.random.default_rng([config.run.seed, epoch]).permutation(len(rows)) for epoch in range(200)]
-    stream = [int(row) for permutation in order for row in permutation]
     losses, norms = [], []
-    for step in range(training.steps):
+    for step, examples in enumerate(examples_of_steps(config, data, tokenizer)):
         for group in optimizer.param_groups:
             group["lr"] = reference_learning_rate(
                 step, training.learning_rate, training.warmup_steps, training.steps, training.schedule
             )
-        wanted = stream[step * training.global_batch_size : (step + 1) * training.global_batch_size]
-        examples = [encode_example(rows[row], renderer, data.sentences, config.data) for row in wanted]
         weight = sum(sum(example.target_weight) for example in examples)
         size = -(-len(examples) // micro_steps)
         tokens = sum(len(example.input_ids) for example in examples)

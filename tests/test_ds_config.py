@@ -1,4 +1,4 @@
-"""DeepSpeed JSON files are completed by the recipe, and refused where they contradict it or cannot hold what it asks for."""
+"""DeepSpeed JSON files are completed by the recipe, and refused where they contradict it or cannot do what it asks."""
 
 from __future__ import annotations
 

@@ -41,8 +41,14 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path) -> None:
 
     from cuma_ds.parallel.hosts import read_hostfile
 
-    text = "# two machines\r\nnode-1 slots=8 max_slots=8\r\n\r\n  10.0.0.2\tslots=4  max-slots=16 # smaller\r\n#node-3 slots=1\r\n"
-    (tmp_path / "hosts").write_bytes(text.encode())
+    lines = (
+        "# two machines",
+        "node-1 slots=8 max_slots=8",
+        "",
+        "  10.0.0.2\tslots=4  max-slots=16 # smaller",
+        "#node-3 slots=1",
+    )
+    (tmp_path / "hosts").write_bytes("".join(f"{line}\r\n" for line in lines).encode())
     assert (
         read_hostfile(tmp_path / "hosts")
         == dict(fetch_hostfile(str(tmp_path / "hosts")))
@@ -92,12 +98,14 @@ def test_hosts_that_answer_with_the_same_versions_are_fine(fake_ssh, launch) -> 
     [
         (
             "dead",
-            "host dead cannot be reached by ssh without a password: ssh: connect to host dead port 22: No route to host",
+            "host dead cannot be reached by ssh without a password: "
+            "ssh: connect to host dead port 22: No route to host",
         ),
         ("bare", "host bare cannot start cuma-ds with"),
         (
             "old",
-            f"host old has Python 3.11.7, torch 2.1.0, deepspeed 0.19.8; this machine has Python {platform.python_version()}",
+            "host old has Python 3.11.7, torch 2.1.0, deepspeed 0.19.8; "
+            f"this machine has Python {platform.python_version()}",
         ),
     ],
 )

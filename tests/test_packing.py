@@ -15,8 +15,8 @@ from cuma_ds.config import load_config
 from cuma_ds.data.batch import EncodedExample, as_filler, collate, pack
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
+from cuma_ds.methods.cuma import model_inputs
 from cuma_ds.profiles import ProfileTable
-from cuma_ds.training.inputs import model_inputs
 from cuma_ds.training.objectives.sft import sft_loss
 
 DATA = Path(__file__).parent / "data"

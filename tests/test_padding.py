@@ -16,8 +16,8 @@ from cuma_ds.data.batch import EncodedExample, as_filler, collate
 from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.gradients import group_gradients
+from cuma_ds.methods.cuma import model_inputs
 from cuma_ds.profiles import ProfileTable
-from cuma_ds.training.inputs import model_inputs
 from cuma_ds.training.objectives.sft import sft_loss
 from cuma_ds.training.packing import tells_examples_apart
 

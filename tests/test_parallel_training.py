@@ -28,7 +28,10 @@ def recipe(folder: Path, tiny_llama: Path, tiny_encoder: Path, name: str, **sect
         "run": {"name": name, "output_dir": str(folder / "runs"), "seed": 3},
         "model": {"path": str(tiny_llama), "dtype": "float32"},
         "profiles": {"encoder": str(tiny_encoder), "cache_dir": str(folder / "cache")},
-        "adapters": {"num_experts": 4, "top_k": 2, "lora_r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "balance_weight": 0.05},
+        "adapters": {
+            "num_experts": 4, "top_k": 2, "lora_r": 4, "balance_weight": 0.05,
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+        },
         "data": {"source": "jsonl", "path": str(DATA)},
         "training": {
             "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 8, "learning_rate": 0.01, "warmup_steps": 2,
@@ -63,7 +66,7 @@ def assert_same_training(path: Path, expected: SingleRun, tolerance: float = 1e-
 
 
 def placements(world: int) -> dict[str, dict]:
-    """Every ZeRO stage, sharding, ep_size and dispatch at one world size (on 4 ranks, stage 1 without a sharded backbone only)."""
+    """Every ZeRO stage, sharding, ep_size and dispatch at one world size; on 4 ranks, stage 1 with a whole backbone."""
     cases = {"zero3": {"deepspeed_config": "zero3"}}
     if world == 2:
         for special in ("zero2_sharded_offload_optimizer", "zero2_sharded_offload_backbone", "zero2_sharded_overlap"):
@@ -161,7 +164,7 @@ HALF = {
 
 @pytest.mark.sixteen_bit
 def test_half_precision_backbones_stay_near_their_single_process_run(tmp_path, tiny_llama, tiny_encoder) -> None:
-    """Within 2 % in every loss and 5 % in every gradient norm; half precision rounds differently when batches are cut differently."""
+    """Within 2 % in every loss and 5 % in every gradient norm: rounding differs where batches are cut otherwise."""
     paths = {}
     for name, parallel in HALF.items():
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[name[:4]]

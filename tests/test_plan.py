@@ -14,7 +14,8 @@ import yaml
 
 from cuma_ds.config import load_config
 from cuma_ds.errors import ModelError, TopologyError
-from cuma_ds.parallel.wire import ExpertShapes, Payload, all_to_all_bytes, balanced_pairs, gather_experts_bytes
+from cuma_ds.methods.model import ExpertShapes
+from cuma_ds.parallel.wire import Payload, all_to_all_bytes, balanced_pairs, gather_experts_bytes
 from cuma_ds.planning.cost import Hardware, Work
 from cuma_ds.planning.plan import Planner
 from cuma_ds.planning.skeleton import read_model_config
@@ -119,8 +120,8 @@ def sweep(world: int) -> list[dict]:
     ):
         cases += [
             {
-                "tokens": tokens, "top_k": top_k, "experts": experts, "rank": rank, "shared_a": shared_a, "dtype": dtype,
-                "in_features": 24, "out_features": 40,
+                "tokens": tokens, "top_k": top_k, "experts": experts, "rank": rank, "shared_a": shared_a,
+                "dtype": dtype, "in_features": 24, "out_features": 40,
             }
         ]  # fmt: skip
     return cases

@@ -15,6 +15,7 @@ from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, EncodedExample, Unit
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import CumaError
+from cuma_ds.methods.model import Output
 from cuma_ds.training.inputs import TrainingInputs
 from cuma_ds.training.objectives import Loss
 from cuma_ds.training.run import _stop_at_bad_loss
@@ -69,12 +70,12 @@ class Engine:
 
     def __init__(self, model, parts: int) -> None:
         self.network, self.parts = model, parts
-        self.model = SimpleNamespace(routing_statistics=lambda: None)
+        self.model = SimpleNamespace(end_step=lambda load_RE: None)
         cpu = torch.device("cpu")
         self.topology = SimpleNamespace(world=1, rank=0, device=cpu, sum_over_ranks=lambda tensor: tensor)
 
-    def forward(self, profile_index: Tensor, **inputs):
-        return self.network(**inputs)
+    def forward(self, batch: Batch, table: None) -> Output:
+        return Output(self.network(**batch.inputs).logits)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.parts).backward()

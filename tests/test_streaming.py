@@ -63,8 +63,8 @@ def rewrite(folder: Path, change) -> Path:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict[str, dict]:
     root = tmp_path_factory.mktemp("families")
-    odd = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                               "original_max_position_embeddings": 16}}  # fmt: skip
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    odd = {"rope_parameters": {**rope, "original_max_position_embeddings": 16}}
     gemma = {**SIZES, "head_dim": 6}
     tied = LlamaConfig(**SIZES, tie_word_embeddings=True)
 
@@ -123,8 +123,9 @@ FALLBACK = {"mixtral": "transformers converts", "pickled": "no safetensors"}
 @pytest.mark.parametrize(
     "name",
     [
-        "llama", "llama-tied-in-3-files", "llama-to-bfloat16", "llama-both-tied-keys", "llama-tied-keys-that-differ", "qwen2",
-        "qwen3-in-2-files", "mistral-from-float16", "gemma", "gemma2", "gemma3", "gpt2-without-prefix", "mixtral", "pickled",
+        "llama", "llama-tied-in-3-files", "llama-to-bfloat16", "llama-both-tied-keys", "llama-tied-keys-that-differ",
+        "qwen2", "qwen3-in-2-files", "mistral-from-float16", "gemma", "gemma2", "gemma3", "gpt2-without-prefix",
+        "mixtral", "pickled",
     ],
 )  # fmt: skip
 def test_two_ranks_hold_the_model_that_from_pretrained_loads(name, seen) -> None:

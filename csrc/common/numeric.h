@@ -1,5 +1,5 @@
-// Numbers as the kernels see them: 16-bit floats as bit patterns, arithmetic in float32. No torch, no CUDA headers on
-// the host.
+// 16-bit floats as bit patterns, and their conversion to float32, in which all arithmetic is done.
+// No torch, and no CUDA headers on the host.
 #pragma once
 
 #include <cmath>
@@ -72,8 +72,7 @@ CUMA_INLINE bool is_finite(float x) {
   return (bits & 0x7f800000u) != 0x7f800000u;
 }
 
-// e^x for x <= 0 (softmax). On the host a polynomial that compilers vectorise, within 2 ulp of expf; flushes to 0 below
-// -87.
+// e^x for x <= 0 (softmax). On the host a polynomial that compilers vectorise, within 2 ulp of expf, and 0 below -87.
 CUMA_INLINE float exp_nonpositive(float x) {
 #if defined(__CUDACC__)
   return expf(x);

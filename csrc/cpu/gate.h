@@ -71,9 +71,9 @@ inline int first_of(const float* values, int count, float wanted) {
   return first;
 }
 
-// In descending order, ties by index: `top_K` logits, all finite, and their experts. The largest of every block of
-// experts is kept, so that a choice costs one look at those and one at a block; no branch depends on a logit,
-// mispredicted ones would cost more. `logits_E` (kMaxExperts long) is changed in between.
+// The `top_K` largest logits (all finite) and their experts, in descending order, ties by index. The largest logit of
+// every block of experts is kept, so that one choice reads those and one block. No branch depends on a logit, because
+// mispredicted branches would cost more. `logits_E` (kMaxExperts long) is changed in between.
 inline void choose(float* logits_E, int experts, int top_k, float* top_K, int* expert_K) {
   float largest_B[kMaxExperts / kBlock];
   const int blocks = (experts + kBlock - 1) / kBlock;

@@ -1,5 +1,5 @@
-// Sorting token-to-expert assignments on the CPU. Shapes: T tokens, K active, M = T * K assignments, E experts, W
-// features.
+// Sorting token-to-expert assignments on the CPU.
+// Shapes: T tokens, K active, M = T * K assignments, E experts, W features.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace cuma::cpu {
 
-// Assignments [begin, end) per expert, added to count_E; false at an expert outside [-1, E).
+// Adds the number of assignments [begin, end) per expert to count_E. Returns false at an expert outside [-1, E).
 inline bool count_experts(const int32_t* expert_M, int64_t begin, int64_t end, int experts, int32_t* count_E) {
   bool good = true;
   for (int64_t m = begin; m < end; ++m) {
@@ -22,7 +22,7 @@ inline bool count_experts(const int32_t* expert_M, int64_t begin, int64_t end, i
   return good;
 }
 
-// Stable placement of the assignments [begin, end): next_E holds where each expert's next one goes.
+// Places the assignments [begin, end) stably. next_E holds the next free place of each expert.
 inline void place_experts(const int32_t* expert_M, int64_t begin, int64_t end, int experts, int32_t* next_E,
                           int32_t* order_M, int32_t* position_M) {
   for (int64_t m = begin; m < end; ++m) {
@@ -37,8 +37,8 @@ inline void place_experts(const int32_t* expert_M, int64_t begin, int64_t end, i
   }
 }
 
-// out[m, :] = x[order[m] / top_k, :], times weight[order[m]] if given; zero where order is -1. False at an index out of
-// range.
+// out[m, :] = x[order[m] / top_k, :], times weight[order[m]] if given; zero where order is -1.
+// Returns false at an index out of range.
 template <typename T>
 bool gather_rows(const T* x_TW, const int32_t* order_M, const float* weight_M, int64_t begin, int64_t end,
                  int64_t assignments, int top_k, int64_t width, T* out_MW) {
@@ -62,8 +62,8 @@ bool gather_rows(const T* x_TW, const int32_t* order_M, const float* weight_M, i
   return good;
 }
 
-// out[t, :] = sum_k weight[t, k] * y[position[t, k], :], in the order of k; weight 1 if null. False at an index out of
-// range.
+// out[t, :] = sum_k weight[t, k] * y[position[t, k], :], in the order of k; weight 1 if null.
+// Returns false at an index out of range.
 template <typename T>
 bool scatter_rows(const T* y_MW, const int32_t* position_TK, const float* weight_TK, int64_t begin, int64_t end,
                   int64_t rows, int top_k, int64_t width, T* out_TW) {
@@ -91,7 +91,8 @@ bool scatter_rows(const T* y_MW, const int32_t* position_TK, const float* weight
   return good;
 }
 
-// out[t, k] = <d[t, :], y[position[t, k], :]>, zero where position is -1. False at an index out of range.
+// out[t, k] = <d[t, :], y[position[t, k], :]>, zero where position is -1.
+// Returns false at an index out of range.
 template <typename T>
 bool row_products(const T* d_TW, const T* y_MW, const int32_t* position_TK, int64_t begin, int64_t end, int64_t rows,
                   int top_k, int64_t width, float* out_TK) {

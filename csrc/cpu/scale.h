@@ -21,8 +21,8 @@ struct ScaleArguments {
   const T* z_row(int64_t t, int expert) const { return shared ? z + t * rank : z + (t * experts + expert) * rank; }
 };
 
-// out[t, e, :] = scale * weight * z[t, e, :] for the chosen experts, zero elsewhere; false at an expert outside [-1,
-// E).
+// out[t, e, :] = scale * weight * z[t, e, :] for the chosen experts, zero elsewhere.
+// Returns false at an expert outside [-1, E).
 template <typename T>
 bool scale_forward(const ScaleArguments<T>& a, int64_t begin, int64_t end, T* out_TER) {
   const int64_t width = a.experts * a.rank;
@@ -45,8 +45,8 @@ bool scale_forward(const ScaleArguments<T>& a, int64_t begin, int64_t end, T* ou
   return good;
 }
 
-// Gradients of scale_forward. d_z and d_weight are written, scratch_R is overwritten. False at an expert outside [-1,
-// E).
+// Gradients of scale_forward, written to d_z and d_weight; scratch_R is overwritten.
+// Returns false at an expert outside [-1, E).
 template <typename T>
 bool scale_backward(const ScaleArguments<T>& a, int64_t begin, int64_t end, const T* d_out_TER, T* d_z,
                     float* d_weight_TK, float* scratch_R) {

@@ -13,8 +13,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 
-// Over the kGroup neighbouring lanes of a warp (a power of two); every lane gets the result, in one fixed order of
-// additions.
+// The sum over the kGroup neighbouring lanes of a warp (a power of two), for every lane, in one fixed order.
 template <int kGroup>
 __device__ __forceinline__ float group_sum(float x) {
 #pragma unroll
@@ -59,7 +58,7 @@ bool can_vectorise(int64_t width, const Places*... places) {
   return width % static_cast<int64_t>(16 / sizeof(T)) == 0 && bits % 16 == 0;
 }
 
-// A block takes `block.y` rows, its x threads walk along each of them.
+// A block takes `block.y` rows. Its x threads step through the elements of each row.
 struct RowGrid {
   dim3 block, grid;
 };

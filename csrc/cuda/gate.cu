@@ -13,8 +13,8 @@ struct GateShape {
   GateNorm norm;
 };
 
-// The token's logits, kPer a lane (expert i * kGroup + lane), -inf past the last expert and for those that are not
-// finite; whether all are finite.
+// Loads the token's logits, kPer per lane (expert i * kGroup + lane): -inf past the last expert and where a logit is
+// not finite. Returns whether all are finite.
 template <typename T, int kGroup, int kPer>
 __device__ bool load_logits(const T* hidden_TE, const float* profile_NE, int64_t t, int64_t row, int experts, int lane,
                             bool real, float (&logit)[kPer]) {
@@ -129,7 +129,7 @@ __global__ void gate_totals(const int64_t* profile_index_T, const float* weight_
   for (int i = lane; i < 2 * s.experts; i += kWarp) sums_2E[i] = 0.0f;
   float entropy = 0.0f, invalid = 0.0f;
   const int64_t begin = chunk * step, end = begin + step < s.tokens ? begin + step : s.tokens;
-  // As many tokens at a time as have their choices in one warp, then added one after the other.
+  // A warp reads as many tokens at a time as have their choices in it, and adds them one after the other.
   const int together = s.top_k < kWarp ? kWarp / s.top_k : 1;
   const int my_token = s.top_k < kWarp ? lane / s.top_k : 0, my_choice = s.top_k < kWarp ? lane % s.top_k : lane;
   __syncwarp();
@@ -269,7 +269,7 @@ __global__ void gate_backward_rows(const T* hidden_TE, const float* profile_NE, 
   }
 }
 
-// One thread per chunk and expert walks its tokens in order, adding to partial [N, E, C] whenever the profile changes.
+// One thread per chunk and expert reads its tokens in order and adds to partial [N, E, C] when the profile changes.
 __global__ void profile_partials(const float* gradient_TE, const int64_t* profile_index_T, GateShape s, int64_t step,
                                  int chunks, float* partial) {
   const int64_t place = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -299,8 +299,8 @@ __global__ void profile_reduce(const float* partial, int64_t rows, int chunks, f
   if (lane == 0) d_profile_NE[row] = sum;
 }
 
-// Calls `launch` with the lanes per token and experts per lane that fit: few lanes, which share less work, but one for
-// each of `choices`.
+// Calls `launch` with the lanes per token and the experts per lane that fit: as few lanes as possible, but one for each
+// of `choices`.
 template <typename Launch>
 void by_experts(int experts, int choices, const Launch& launch) {
   using std::integral_constant;
@@ -322,7 +322,7 @@ void by_experts(int experts, int choices, const Launch& launch) {
 #undef CUMA_CASE
 }
 
-// How many lanes a token's choices need: with `softmax` every lane keeps its own experts.
+// The lanes that a token's choices need. With `softmax` every lane keeps its own experts.
 int lanes_for(const GateShape& s) { return s.norm == kSoftmax ? 1 : s.top_k; }
 
 }  // namespace

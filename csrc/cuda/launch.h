@@ -1,6 +1,6 @@
-// The launchers of the CUDA kernels: raw pointers, sizes and a stream. T is float, BFloat16 or Float16; all arrays are
-// contiguous. Shapes: T tokens, E experts, K active, N profiles, r rank, M = T * K assignments, W features, C chunks of
-// tokens.
+// The launchers of the CUDA kernels: raw pointers, sizes and a stream. T is float, BFloat16 or Float16.
+// All arrays are contiguous. Shapes: T tokens, E experts, K active, N profiles, r rank, M = T * K assignments,
+// W features, C chunks of tokens.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,8 +9,8 @@
 
 namespace cuma::cuda {
 
-// Chunks that partial sums are kept for, so that sums have one order whatever the device; `floats` is what one chunk
-// holds.
+// The number of chunks that partial sums are kept for, so that sums have one order on every device. `floats` is the
+// size of one chunk's sums.
 int gate_chunks(int64_t tokens, int64_t floats);
 
 // partial [2 E + 2, C] is scratch. Indices out of range and logits that are not finite count as invalid.

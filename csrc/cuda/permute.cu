@@ -1,4 +1,4 @@
-// Sorting token-to-expert assignments on CUDA: a stable counting sort, and the rows that follow it.
+// Sorting token-to-expert assignments on CUDA by a stable counting sort, and moving the rows.
 
 #include "device.h"
 
@@ -35,7 +35,7 @@ __device__ int32_t lane_prefix(int32_t x, int lane) {
   return x;
 }
 
-// One warp per expert: its counts become where each chunk starts within the expert; the total goes to end_E.
+// One warp per expert turns counts into the start of each chunk within the expert. The total goes to end_E.
 __global__ void sort_scan(int32_t* counts_EC, int chunks, int32_t* end_E) {
   const int lane = static_cast<int>(threadIdx.x);
   int32_t* count_C = counts_EC + static_cast<int64_t>(blockIdx.x) * chunks;
@@ -50,7 +50,7 @@ __global__ void sort_scan(int32_t* counts_EC, int chunks, int32_t* end_E) {
   if (lane == 0) end_E[blockIdx.x] = before;
 }
 
-// One warp: totals per expert become the ends of their places.
+// One warp turns the totals per expert into the ends of their places.
 __global__ void sort_ends(int32_t* end_E, int experts) {
   const int lane = static_cast<int>(threadIdx.x);
   int32_t before = 0;

@@ -1,4 +1,4 @@
-"""The equation: a mixture of LoRA experts routed by what is asked and who is asking. No deepspeed, no I/O."""
+"""The equation: a mixture of LoRA experts routed by the token and the profile. No deepspeed, no I/O."""
 
 from cuma_ds.adapters.balance import RoutingStatistics, balance_loss
 from cuma_ds.adapters.config import CumaConfig

@@ -129,13 +129,18 @@ class CumaConfig(BaseModel):
         return self.method != "lora"
 
     @property
+    def active_experts(self) -> int:
+        """Experts that answer for one token: all of them without a top-k."""
+        return self.num_experts if self.gate_norm == "softmax" else self.top_k
+
+    @property
     def uses_profiles(self) -> bool:
-        """Whether routing depends on who is asking."""
+        """Whether routing depends on the profile."""
         return self.method == "cuma"
 
 
 def _typed(field: FieldInfo, value: object) -> object:
-    """A value as the field reads it, e.g. the text "false" of a recipe as False; as it is where the field cannot."""
+    """The value as the field reads it (the text "false" of a recipe as False), unchanged where the field refuses it."""
     try:
         return TypeAdapter(field.rebuild_annotation()).validate_python(value)
     except ValidationError:

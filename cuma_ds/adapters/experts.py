@@ -84,10 +84,10 @@ class Experts(nn.Module):
 
 
 class Dispatched(Protocol):
-    """Rows and weights on their way to the experts, and what :meth:`Dispatcher.combine` needs."""
+    """What :meth:`Dispatcher.dispatch` sent, and what :meth:`Dispatcher.combine` needs."""
 
-    def arrive(self) -> MixtureInputs:
-        """Wait for what is on its way."""
+    def wait(self) -> MixtureInputs:
+        """The inputs of this rank's experts, once they are here."""
         ...
 
 
@@ -104,12 +104,12 @@ class Dispatcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """Rows that are where their experts are."""
+class Here:
+    """Rows that are on the rank of their experts."""
 
     inputs: MixtureInputs
 
-    def arrive(self) -> MixtureInputs:
+    def wait(self) -> MixtureInputs:
         """See :class:`Dispatched`."""
         return self.inputs
 
@@ -119,7 +119,7 @@ class Local:
 
     def dispatch(self, x_TI: Tensor, routes: Routes, experts: Experts) -> Dispatched:
         """See :class:`Dispatcher`."""
-        return Arrived(MixtureInputs(x_TI, routes))
+        return Here(MixtureInputs(x_TI, routes))
 
     def combine(self, y_MO: Tensor, sent: Dispatched) -> Tensor:
         """See :class:`Dispatcher`."""

@@ -52,7 +52,7 @@ class AdaptedLinear(nn.Module):
         x_TI = F.dropout(x.reshape(-1, x.shape[-1]), self.config.dropout, self.training)
         sent = self.dispatcher.dispatch(x_TI, self._routes(x), self.experts)
         out = self.base(x)
-        y_MO = self.experts(*sent.arrive())
+        y_MO = self.experts(*sent.wait())
         return out + self.dispatcher.combine(y_MO, sent).view(out.shape)
 
     def _routes(self, x: Tensor) -> Routes:

@@ -234,7 +234,7 @@ class CumaModel(nn.Module):
             self._recording = before
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, with the profiles this forward had."""
+        """Recompute activations in the backward pass, with the profiles of the forward."""
         how = {"use_reentrant": False, "context_fn": self.context.checkpoint_contexts}
         enable = getattr(self.base_model, "activation_checkpointing_enable", None)  # its name in later transformers 5
         if enable is None:
@@ -249,7 +249,7 @@ class CumaModel(nn.Module):
                 yield name, module
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything that trains, by name: ``<linear>.experts.lora_a`` and the like."""
+        """The trained parameters by name: ``<linear>.experts.lora_a``, ``<linear>.router.weight_h`` and so on."""
         for name, layer in self.adapted_layers():
             for part, module in (("experts", layer.experts), ("router", layer.router)):
                 for inner, parameter in [] if module is None else module.named_parameters():

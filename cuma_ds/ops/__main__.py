@@ -1,4 +1,4 @@
-"""``python -m cuma_ds.ops``: what was built, for which architectures, what is in use here and why not if not."""
+"""``python -m cuma_ds.ops`` prints which operators were built, for which architectures, and which are in use here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank's mistake is everybody's: agree on errors before going on, so that no rank waits for one that stopped."""
+"""Agree on errors before going on, so that no rank waits for one that stopped."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from cuma_ds.errors import CumaError
 
 @contextlib.contextmanager
 def agreement(error: CumaError | None = None) -> Iterator[None]:
-    """Run a block that has no collectives of its own; afterwards all ranks continue, or all raise the first rank's error.
+    """Run a block without collectives. Afterwards all ranks go on, or all raise the error of the first that has one.
 
     Args:
-        error: what already went wrong on this rank before it could speak to the others.
+        error: what went wrong on this rank before it had joined the others.
 
     Raises:
         CumaError: the same one line on every rank.
@@ -29,7 +29,7 @@ def agreement(error: CumaError | None = None) -> Iterator[None]:
     wrong = [(rank, *one) for rank, one in enumerate(said) if one is not None]
     if wrong:
         rank, kind, message = wrong[0]
-        everybody = len(wrong) == len(said)
-        agreed = kind(message if everybody or rank == 0 else f"rank {rank}: {message}")
+        everywhere = len(wrong) == len(said)
+        agreed = kind(message if everywhere or rank == 0 else f"rank {rank}: {message}")
         agreed.printed_by_main = True
         raise agreed from None

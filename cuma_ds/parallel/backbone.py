@@ -1,4 +1,4 @@
-"""The frozen backbone: whole on every rank, or partitioned over all ranks by ZeRO-3's machinery without an optimizer."""
+"""The frozen backbone: whole on every rank, or partitioned over all ranks by ZeRO-3 without its optimizer."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def backbone_fingerprint(model: ModelSection) -> dict[str, str]:
 class ShardedBackbone:
     """A frozen model of which every rank keeps one part in ``world``; whole layers exist only while they run.
 
-    ZeRO-3 partitions and gathers the parameters, but there is no ZeRO-3 optimizer: the engine beside it may be at stage 1 or 2 and
-    hold expert-parallel adapters, which stage 3 cannot.
+    ZeRO-3 partitions and gathers the parameters, but there is no ZeRO-3 optimizer: the engine beside it may be at
+    stage 1 or 2 and hold expert-parallel adapters, which stage 3 cannot.
 
     Attributes:
         model: the frozen model, its parameters partitioned. Adapters must be injected after this object was made.
@@ -79,11 +79,11 @@ class ShardedBackbone:
         self.after_backward = compat.partition_frozen(self.model, config, settings)
 
 
-def load_sharded(model: ModelSection, stage3: dict[str, Any]) -> PreTrainedModel:
+def load_sharded(model: ModelSection, stage3: dict[str, object]) -> PreTrainedModel:
     """Load a causal language model partitioned over all ranks, frozen and in eval mode; all ranks call it.
 
-    Each rank reads its own part from safetensors. What cannot be read so goes through transformers' own loading, where rank 0
-    reads everything and sends each layer to the others; that is said once.
+    Each rank reads its own part from safetensors. What cannot be read so goes through transformers' own loading,
+    where rank 0 reads everything and sends each layer to the others; that is said once.
 
     Raises:
         ModelError: the folder or hub id cannot be loaded, or is another one on another rank's machine.
@@ -103,9 +103,8 @@ def load_sharded(model: ModelSection, stage3: dict[str, Any]) -> PreTrainedModel
         others = [rank for rank, (_, digest) in enumerate(found) if digest != found[0][1]]
         with agreement():
             if others:
-                raise ModelError(
-                    f"model.path: {model.path!r} holds other weights for rank {others[0]} than for rank 0; copy one folder"
-                )
+                other = f"holds other weights for rank {others[0]} than for rank 0"
+                raise ModelError(f"model.path: {model.path!r} {other}; copy one folder")
         with _as_model_error(model):
             return load_partitioned(plan, stage3).requires_grad_(False).eval()
     del plan
@@ -120,9 +119,9 @@ def load_sharded(model: ModelSection, stage3: dict[str, Any]) -> PreTrainedModel
         del keep_alive
 
 
-def stage3_config(model: ModelSection, offload: bool = False) -> dict[str, Any]:
+def stage3_config(model: ModelSection, offload: bool = False) -> dict[str, object]:
     """The DeepSpeed configuration that partitions a frozen model in its own dtype."""
-    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    zero: dict[str, object] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

@@ -1,11 +1,10 @@
-"""Save an engine's trained state and load it into an engine of any other topology. cuma_ds.parallel.stored says what the files hold."""
+"""Save what an engine trains, and load it into an engine of any topology. The files: cuma_ds.parallel.stored."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,8 +24,8 @@ _KINDS = {"param": None, **{moment: moment for moment in compat.MOMENTS}}
 def save_checkpoint(engine: AdapterEngine, checkpoints: Path, state: State, keep_last: int) -> Path:
     """Write ``step-N`` into a run's ``checkpoints`` folder; all ranks call it.
 
-    It is written beside its place and renamed when complete. ``latest`` then names it, and all but the last ``keep_last`` checkpoints are
-    removed.
+    It is written beside its place and renamed when complete. ``latest`` then names it, and all but the last
+    ``keep_last`` checkpoints are removed.
 
     Args:
         engine: at any time.
@@ -99,9 +98,7 @@ def load_checkpoint(engine: AdapterEngine, folder: Path) -> int:
             if value.shape != shape:
                 raise CheckpointError(f"{folder}: {name} has shape {tuple(value.shape)}; this run needs {tuple(shape)}")
             compat.set_whole_value(parameter, moment, value.to(engine.topology.device))
-    with torch.no_grad():
-        for key, buffer in engine.untrained_state().items():
-            buffer.copy_(stored.get(key))
+    engine.model.load_state({key: stored.get(key) for key in engine.model.state()})
     return int(state["step"])
 
 
@@ -117,7 +114,7 @@ def _tensors(engine: AdapterEngine) -> tuple[dict[str, Tensor], dict[str, Tensor
             elif engine.topology.holds_first_copy:
                 numbered = zip(_experts(engine, trained), value, strict=True)
                 experts |= {f"{kind}/{trained.name}/{number}": expert.contiguous() for number, expert in numbered}
-    shared |= {key: buffer.cpu().contiguous() for key, buffer in engine.untrained_state().items()}
+    shared |= {key: buffer.cpu().contiguous() for key, buffer in engine.model.state().items()}
     return shared, experts
 
 

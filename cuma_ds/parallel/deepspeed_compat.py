@@ -1,7 +1,7 @@
-"""Every name of DeepSpeed that it may change without notice, in one place. Read in DeepSpeed 0.19.8, which setup.py asks for.
+"""Every name of DeepSpeed that it may change without notice. Read in DeepSpeed 0.19.8, which setup.py asks for.
 
-The last lines of each docstring say what is relied on. tests/test_compat.py checks each of them, so that another release fails there with
-the reason, and not with a wrong gradient.
+The last lines of each docstring say what is relied on. tests/test_compat.py checks each of them, so that another
+release fails there with the reason, and not with a wrong gradient.
 """
 
 from __future__ import annotations
@@ -46,17 +46,19 @@ def only_errors() -> None:
 
 
 def without_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling ``deepspeed_shm_comm`` at every start on CPUs, where a stale lock file makes it hang.
+    """Keep DeepSpeed from compiling ``deepspeed_shm_comm`` at every start on a CPU. A stale lock file makes that hang.
 
-    Relies on ``deepspeed.ops.__compatible_ops__`` being asked whether the op may be built. Only DeepSpeed's inference uses the op.
+    Relies on ``deepspeed.ops.__compatible_ops__`` being asked whether the op may be built. Only DeepSpeed's inference
+    uses the op.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def expert_group(ep_size: int) -> dist.ProcessGroup:
-    """This rank's expert-parallel group of ``ep_size`` consecutive ranks; made at the first call, together with its data-parallel group.
+    """This rank's expert-parallel group of ``ep_size`` consecutive ranks; the first call makes all groups of this size.
 
-    Relies on ``groups._create_expert_and_data_parallel`` making groups of consecutive ranks under the name ``ep_size_N``.
+    Relies on ``groups._create_expert_and_data_parallel`` making groups of consecutive ranks under the name
+    ``ep_size_N``.
     """
     name = _group_name(ep_size)
     if name not in groups._get_expert_parallel_group_dict():
@@ -84,7 +86,8 @@ def expert_param_group(parameters: list[nn.Parameter], ep_size: int) -> dict[str
 class ExpertMark(MoE):
     """An empty module that tells the engine that some of its parameters are experts.
 
-    Relies on the engine looking for instances of ``MoE`` and reading ``num_experts`` of each, and nothing else at stages 1 and 2.
+    Relies on the engine looking for instances of ``MoE`` and reading ``num_experts`` of each, and nothing else at
+    stages 1 and 2.
     """
 
     def __init__(self, num_experts: int, ep_size: int) -> None:
@@ -100,8 +103,8 @@ def partition_frozen(model: nn.Module, config: dict[str, object], settings: Froz
     """Give a frozen model the hooks of ZeRO-3 without its optimizer: a layer is whole only while it runs.
 
     Returns:
-        What to call after each backward pass. It releases layers whose own backward hook did not run, as none does below the first
-        trained layer.
+        What to call after each backward pass. It releases layers whose own backward hook did not run, as none does
+        below the first trained layer.
 
     Relies on ``DeepSpeedZeRoOffload`` working without an optimizer, and on ``release_backward_leftovers``.
     """
@@ -120,8 +123,9 @@ def partition_frozen(model: nn.Module, config: dict[str, object], settings: Froz
 class Partitioner:
     """Makes parameters of which each rank allocates its own part and, for a moment, the whole on its device.
 
-    Relies on ``deepspeed.zero.Init`` over a module without parameters converting nothing, on ``_convert_to_deepspeed_param``, and on rank
-    i of n holding elements ``i * size`` to ``(i + 1) * size`` of the flat parameter, zero-padded at the end.
+    Relies on ``deepspeed.zero.Init`` over a module without parameters converting nothing, on
+    ``_convert_to_deepspeed_param``, and on rank i of n holding elements ``i * size`` to ``(i + 1) * size`` of the
+    flat parameter, zero-padded at the end.
     """
 
     def __init__(self, config: dict[str, object]) -> None:
@@ -129,7 +133,7 @@ class Partitioner:
         self._init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
 
     def partitioned(self, like: nn.Parameter) -> nn.Parameter:
-        """A partitioned parameter without content, of the shape and dtype of ``like``; :func:`held` is this rank's part."""
+        """A partitioned parameter of the shape and dtype of ``like``; :func:`held` is this rank's part to fill."""
         whole = torch.empty(like.shape, dtype=like.dtype, device=self._init.local_device)
         parameter = nn.Parameter(whole, requires_grad=False)
         self._init._convert_to_deepspeed_param(parameter)
@@ -164,7 +168,8 @@ def whole_shape(parameter: Tensor) -> torch.Size:
 def scale_losses(engine: DeepSpeedEngine, options: LossScale) -> LossScalerBase:
     """Scale losses, although the trained parameters are float32: small gradients vanish in a float16 backbone.
 
-    Relies on the ZeRO-1/2 optimizer's attribute ``loss_scaler`` being read by ``backward``, ``step`` and the overflow check.
+    Relies on the ZeRO-1/2 optimizer's attribute ``loss_scaler`` being read by ``backward``, ``step`` and the overflow
+    check.
     """
     scaler: LossScalerBase = LossScaler(options.loss_scale)
     if not options.loss_scale:
@@ -192,8 +197,8 @@ def optimizer_steps(engine: DeepSpeedEngine) -> int:
 def create_moments(engine: DeepSpeedEngine, step: int) -> None:
     """Give Adam the state that it has after ``step`` steps, with moments of zero.
 
-    Relies on the wrapped optimizer stepping on the flat float32 tensors of ``single_partition_of_fp32_groups`` (stages 1 and 2) or
-    ``fp32_partitioned_groups_flat`` (stage 3), with its state keyed by them.
+    Relies on the wrapped optimizer stepping on the flat float32 tensors of ``single_partition_of_fp32_groups``
+    (stages 1 and 2) or ``fp32_partitioned_groups_flat`` (stage 3), with its state keyed by them.
     """
     for flat in _flat_parameters(engine):
         engine.optimizer.optimizer.state[flat] = {
@@ -206,8 +211,8 @@ def create_moments(engine: DeepSpeedEngine, step: int) -> None:
 def link_moments(engine: DeepSpeedEngine) -> None:
     """Let :func:`whole_value` and :func:`set_whole_value` find the moments of all parameter groups.
 
-    Relies on ``bit16_groups`` being the parameters behind ``single_partition_of_fp32_groups``. DeepSpeed itself links the first group
-    alone at stages 1 and 2.
+    Relies on ``bit16_groups`` being the parameters behind ``single_partition_of_fp32_groups``. DeepSpeed itself links
+    the first group alone at stages 1 and 2.
     """
     if engine.zero_optimization_stage() == 3:
         return
@@ -227,10 +232,10 @@ def whole_value(parameter: nn.Parameter, moment: str | None) -> Tensor:
 
 
 def set_whole_value(parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
-    """Set a parameter (None: master weight and what the forward reads) or one of its moments from its whole value; all ranks call it.
+    """Set one of a parameter's moments, or (None) its master weight and what the forward reads; all ranks call it.
 
-    Relies on ``safe_set_full_*`` at stages 1 and 2. At stage 3 those do not expect the padding of the last rank's part, so this relies on
-    ``safe_set_local_*`` and the layout that :class:`Partitioner` describes.
+    Relies on ``safe_set_full_*`` at stages 1 and 2. At stage 3 those do not expect the padding of the last rank's
+    part, so this relies on ``safe_set_local_*`` and the layout that :class:`Partitioner` describes.
     """
     if is_partitioned(parameter):
         part = held(parameter).data

@@ -1,6 +1,7 @@
-"""Bring tokens and experts of different ranks together: move the tokens, or move the experts.
+"""Bring tokens and experts of different ranks together: send the tokens, or send the experts' weights.
 
-The maths is in cuma_ds.adapters.mixture.
+The maths is in cuma_ds.adapters.mixture. With ``overlap`` every collective runs beside what lies between its start and
+the wait for its result: the frozen product, in the forward and in the backward pass.
 
 Shapes: T tokens, I input features, O output features, E experts, L experts on this rank, r rank, M (token, expert)
 pairs. Every rank of an expert-parallel group must call ``dispatch`` and ``combine`` the same number of times, with zero
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from cuma_ds.adapters.experts import Dispatched, Dispatcher, Experts, ExpertWeights, MixtureInputs
 from cuma_ds.adapters.mixture import Routes, times_a, with_gradient_of
+from cuma_ds.methods.cuma import shapes_of
 from cuma_ds.ops import permute_gather, permute_scatter, sort_by_expert
-from cuma_ds.parallel.wire import ExpertShapes, Payload, cheaper_dispatch
+from cuma_ds.parallel.wire import Payload, cheaper_dispatch
 
 DispatchKind = Literal["auto", "all_to_all", "gather_experts"]
 
@@ -43,30 +45,30 @@ class ExpertGroup:
         self.rank = dist.get_rank(group)
         self.bytes_sent: Counter[str] = Counter()
 
-    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> _Arriving:
-        """Send ``send[rank]`` rows to every rank: [sum(receive), *]."""
-        arriving = rows.new_empty(sum(receive), *rows.shape[1:])
+    def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> _Running:
+        """Send ``send[rank]`` rows to every rank and receive ``receive[rank]`` rows from it."""
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
         elsewhere = sum(send) - send[self.rank]
         self.bytes_sent["all_to_all"] += elsewhere * rows.shape[1:].numel() * rows.element_size()
         rows = rows.contiguous()
-        work = dist.all_to_all_single(arriving, rows, receive, send, group=self.group, async_op=self.overlap)
-        return _Arriving(arriving, rows, work)
+        work = dist.all_to_all_single(received, rows, receive, send, group=self.group, async_op=self.overlap)
+        return _Running(received, rows, work)
 
-    def all_gather(self, shard: Tensor) -> _Arriving:
+    def all_gather(self, shard: Tensor) -> _Running:
         """The shards of all ranks along dimension 0."""
         shard = shard.contiguous()
         whole = shard.new_empty(shard.shape[0] * self.size, *shard.shape[1:])
         self.bytes_sent["all_gather"] += shard.numel() * shard.element_size() * (self.size - 1)
         work = dist.all_gather_into_tensor(whole, shard, group=self.group, async_op=self.overlap)
-        return _Arriving(whole, shard, work)
+        return _Running(whole, shard, work)
 
-    def reduce_scatter(self, whole: Tensor) -> _Arriving:
+    def reduce_scatter(self, whole: Tensor) -> _Running:
         """This rank's shard along dimension 0 of the sum over ranks."""
         whole = whole.contiguous()
         shard = whole.new_empty(whole.shape[0] // self.size, *whole.shape[1:])
         self.bytes_sent["reduce_scatter"] += shard.numel() * shard.element_size() * (self.size - 1)
         work = dist.reduce_scatter_tensor(shard, whole, group=self.group, async_op=self.overlap)
-        return _Arriving(shard, whole, work)
+        return _Running(shard, whole, work)
 
 
 class ExpertParallelDispatcher(Dispatcher):
@@ -93,14 +95,14 @@ class GatherExperts(ExpertParallelDispatcher):
     def dispatch(self, x_TI: Tensor, routes: Routes, experts: Experts) -> Dispatched:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
         lora_a = None if experts.shared_a else self._gather(experts.lora_a, x_TI.dtype)
-        return _Weights(x_TI, routes, experts, lora_a, self._gather(experts.lora_b, x_TI.dtype))
+        return _SentWeights(x_TI, routes, experts, lora_a, self._gather(experts.lora_b, x_TI.dtype))
 
     def combine(self, y_MO: Tensor, sent: Dispatched) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
         return y_MO
 
-    def _gather(self, weight: Tensor, dtype: torch.dtype) -> _InFlight:
-        return _depart(weight, _Gathering(self.ranks, dtype, weight.dtype))
+    def _gather(self, weight: Tensor, dtype: torch.dtype) -> _Pending:
+        return _start(weight, _GatherWeight(self.ranks, dtype, weight.dtype))
 
 
 class AllToAll(ExpertParallelDispatcher):
@@ -108,7 +110,7 @@ class AllToAll(ExpertParallelDispatcher):
 
     def dispatch(self, x_TI: Tensor, routes: Routes, experts: Experts) -> Dispatched:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`. The host waits for the row counts."""
-        order_M, position_TK, end_E = sort_by_expert(routes.expert_TK, experts.num_experts)  # by owner, too
+        order_M, position_TK, end_E = sort_by_expert(routes.expert_TK, experts.num_experts)  # and so by rank
         counts_RL = end_E.diff(prepend=end_E.new_zeros(1)).long().view(self.ranks.size, -1)
         per_rank = [1] * self.ranks.size
         by_source = self.ranks.all_to_all(counts_RL, per_rank, per_rank).wait().tolist()
@@ -129,17 +131,18 @@ class AllToAll(ExpertParallelDispatcher):
             value = gather(times_a(x_TI, experts.lora_a.detach()).to(x_TI.dtype))
             learner = gather(times_a(x_TI.detach(), experts.lora_a).to(x_TI.dtype))
             payload = with_gradient_of(value, share_M1 * learner)
-        there = _Exchange(self.ranks, send, receive)
-        share = None if share_M1 is None else _depart(share_M1, _Exchange(self.ranks, send, receive))
-        return _Rows(_depart(payload, there), share, experts, by_source, _Way(there, routes, order_M, position_TK))
+        rows = _start(payload, _ExchangeRows(self.ranks, send, receive))
+        share = None if share_M1 is None else _start(share_M1, _ExchangeRows(self.ranks, send, receive))
+        back = _Return(_ExchangeRows(self.ranks, receive, send), order_M, position_TK, routes.weight_TK)
+        return _SentRows(rows, share, experts, by_source, back)
 
     def combine(self, y_MO: Tensor, sent: Dispatched) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
-        assert isinstance(sent, _Rows)
-        there, routes, order_M, position_TK = sent.way
-        answers = _depart(y_MO, _Exchange(self.ranks, there.receive, there.send)).arrive()
+        assert isinstance(sent, _SentRows)
+        exchange, order_M, position_TK, weight_TK = sent.back
+        answers = _start(y_MO, exchange).wait()
         unsent = answers.new_zeros(len(order_M) - len(answers), answers.shape[1])
-        return permute_scatter(torch.cat([answers, unsent]), order_M, position_TK, routes.weight_TK)
+        return permute_scatter(torch.cat([answers, unsent]), order_M, position_TK, weight_TK)
 
 
 class CheaperDispatch(ExpertParallelDispatcher):
@@ -169,13 +172,13 @@ class CheaperDispatch(ExpertParallelDispatcher):
             forwards=self.forwards if backward else 1,
             backward=backward,
         )
-        kind = cheaper_dispatch(expert_shapes(experts), payload, self.tokens, min(self.top_k, experts.num_experts))
+        kind = cheaper_dispatch(shapes_of(experts), payload, self.tokens, min(self.top_k, experts.num_experts))
         chosen = self.gather if kind == "gather_experts" else self.exchange
         return chosen.dispatch(x_TI, routes, experts)
 
     def combine(self, y_MO: Tensor, sent: Dispatched) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
-        return (self.exchange if isinstance(sent, _Rows) else self.gather).combine(y_MO, sent)
+        return (self.exchange if isinstance(sent, _SentRows) else self.gather).combine(y_MO, sent)
 
     def agree_on_tokens(self, real_tokens: Tensor) -> None:
         """Average the number of real tokens (a scalar tensor) over the group, so that all its ranks choose alike."""
@@ -191,167 +194,158 @@ def make_dispatcher(kind: DispatchKind, ranks: ExpertGroup, top_k: int, forwards
     return GatherExperts(ranks) if kind == "gather_experts" else AllToAll(ranks)
 
 
-def expert_shapes(experts: Experts) -> ExpertShapes:
-    """Sizes of one linear's experts over all ranks."""
-    out_features, rank = experts.lora_b.shape[1:]
-    return ExpertShapes(experts.num_experts, rank, experts.lora_a.shape[-1], out_features, experts.shared_a)
-
-
 @dataclass(frozen=True)
-class _Weights:
-    """Weights on their way to this rank's rows."""
+class _SentWeights:
+    """The rows of this rank, and the weights of all ranks once they are gathered."""
 
     x_TI: Tensor
     routes: Routes
     experts: Experts
-    lora_a: _InFlight | None
-    lora_b: _InFlight
+    lora_a: _Pending | None
+    lora_b: _Pending
 
-    def arrive(self) -> MixtureInputs:
-        lora_a = self.experts.lora_a if self.lora_a is None else self.lora_a.arrive()
-        return MixtureInputs(self.x_TI, self.routes, ExpertWeights(lora_a, self.lora_b.arrive()))
+    def wait(self) -> MixtureInputs:
+        lora_a = self.experts.lora_a if self.lora_a is None else self.lora_a.wait()
+        return MixtureInputs(self.x_TI, self.routes, ExpertWeights(lora_a, self.lora_b.wait()))
 
 
-class _Way(NamedTuple):
-    """How rows were sent, so that the answers find back."""
+class _Return(NamedTuple):
+    """How the experts' answers are sent back and summed per token."""
 
-    there: _Exchange
-    routes: Routes
+    exchange: _ExchangeRows
     order_M: Tensor
     position_TK: Tensor
+    weight_TK: Tensor
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows on their way to this rank's experts. by_source: [ranks, L] how many rows of each rank for each expert."""
+class _SentRows:
+    """The rows for this rank's experts. by_source: [ranks, L] number of rows from each rank for each expert."""
 
-    rows: _InFlight
-    share: _InFlight | None
+    rows: _Pending
+    share: _Pending | None
     experts: Experts
     by_source: list[list[int]]
-    way: _Way
+    back: _Return
 
-    def arrive(self) -> MixtureInputs:
-        """The rows with K = 1: every row is for one expert of this rank, with weight 1."""
-        rows = self.rows.arrive()
+    def wait(self) -> MixtureInputs:
+        """The received rows with K = 1: each is for one expert of this rank, with weight 1."""
+        rows = self.rows.wait()
         expert_L = torch.arange(len(self.by_source[0]), dtype=torch.int32).repeat(len(self.by_source))
         expert_M = expert_L.repeat_interleave(torch.tensor(self.by_source).flatten()).to(rows.device)
         weight_M1 = torch.ones(len(rows), 1, device=rows.device)
-        routes = Routes(weight_M1, expert_M[:, None], None if self.share is None else self.share.arrive())
+        routes = Routes(weight_M1, expert_M[:, None], None if self.share is None else self.share.wait())
         if self.experts.shared_a:
             return MixtureInputs(rows, routes, ExpertWeights(None, self.experts.lora_b))
         return MixtureInputs(rows, routes)
 
 
-class _Arriving(NamedTuple):
-    """The result of a collective that may still be running. sent: kept alive until it is done."""
+class _Running(NamedTuple):
+    """A collective that may still be running. sent: its input, which must live until it is done."""
 
-    tensor: Tensor
+    result: Tensor
     sent: Tensor
     work: dist.Work | None
 
     def wait(self) -> Tensor:
         if self.work is not None:
             self.work.wait()
-        return self.tensor
+        return self.result
 
 
-class _Trip:
-    """A collective, and the one that brings its gradient back.
+class _Collective:
+    """A collective, and the one that its gradient takes. Each is started in one place and waited for in another."""
 
-    Each is started in one place and waited for in another.
-    """
+    running: _Running
 
-    arriving: _Arriving
-
-    def there(self, tensor: Tensor) -> _Arriving:
+    def forward(self, tensor: Tensor) -> _Running:
         raise NotImplementedError
 
-    def back(self, gradient: Tensor) -> _Arriving:
+    def backward(self, gradient: Tensor) -> _Running:
         raise NotImplementedError
 
 
 @dataclass
-class _Exchange(_Trip):
+class _ExchangeRows(_Collective):
     """All-to-all of rows."""
 
     ranks: ExpertGroup
     send: list[int]
     receive: list[int]
 
-    def there(self, tensor: Tensor) -> _Arriving:
+    def forward(self, tensor: Tensor) -> _Running:
         return self.ranks.all_to_all(tensor, self.send, self.receive)
 
-    def back(self, gradient: Tensor) -> _Arriving:
+    def backward(self, gradient: Tensor) -> _Running:
         return self.ranks.all_to_all(gradient, self.receive, self.send)
 
 
 @dataclass
-class _Gathering(_Trip):
+class _GatherWeight(_Collective):
     """All-gather of a weight in the dtype of x. Its gradient is reduce-scattered in the dtype of the weight."""
 
     ranks: ExpertGroup
     dtype: torch.dtype
     weight_dtype: torch.dtype
 
-    def there(self, tensor: Tensor) -> _Arriving:
+    def forward(self, tensor: Tensor) -> _Running:
         return self.ranks.all_gather(tensor.to(self.dtype))
 
-    def back(self, gradient: Tensor) -> _Arriving:
+    def backward(self, gradient: Tensor) -> _Running:
         return self.ranks.reduce_scatter(gradient.to(self.weight_dtype))
 
 
-class _InFlight(NamedTuple):
-    """A tensor that must not be read before :meth:`arrive`."""
+class _Pending(NamedTuple):
+    """A tensor that must not be read before :meth:`wait`."""
 
     tensor: Tensor
-    trip: _Trip
+    collective: _Collective
 
-    def arrive(self) -> Tensor:
-        return _Finish.apply(self.tensor, self.trip)
+    def wait(self) -> Tensor:
+        return _Finish.apply(self.tensor, self.collective)
 
 
-def _depart(tensor: Tensor, trip: _Trip) -> _InFlight:
-    return _InFlight(_Start.apply(tensor, trip), trip)
+def _start(tensor: Tensor, collective: _Collective) -> _Pending:
+    return _Pending(_Start.apply(tensor, collective), collective)
 
 
 class _Context(Protocol):
     """What torch gives to the forward and the backward of the two functions below."""
 
-    trip: _Trip
+    collective: _Collective
 
 
 class _Start(torch.autograd.Function):
-    """Starts a trip; in the backward pass, waits for its gradient.
+    """Starts a collective. The backward pass waits here for the gradient's collective.
 
     What lies between start and finish in the forward lies between them in the backward, so both overlap with it.
     """
 
     @staticmethod
-    def forward(ctx: _Context, tensor: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip, trip.arriving = trip, trip.there(tensor)
-        return trip.arriving.tensor
+    def forward(ctx: _Context, tensor: Tensor, collective: _Collective) -> Tensor:
+        ctx.collective, collective.running = collective, collective.forward(tensor)
+        return collective.running.result
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
-        gradient = ctx.trip.arriving.wait()
-        del ctx.trip.arriving
+        gradient = ctx.collective.running.wait()
+        del ctx.collective.running
         return gradient, None
 
 
 class _Finish(torch.autograd.Function):
-    """Waits for a trip; in the backward pass, starts the return of the gradient.
+    """Waits for a collective. The backward pass starts the gradient's collective here.
 
-    The gradient itself comes out of :class:`_Start`: autograd takes only tensors of the arrived shape from here.
+    Its result comes out of :class:`_Start`, because autograd takes only a gradient of the input's shape from here.
     """
 
     @staticmethod
-    def forward(ctx: _Context, arriving: Tensor, trip: _Trip) -> Tensor:
-        ctx.trip, tensor = trip, trip.arriving.wait()
-        del trip.arriving
-        return tensor.view_as(tensor)
+    def forward(ctx: _Context, pending: Tensor, collective: _Collective) -> Tensor:
+        ctx.collective, result = collective, collective.running.wait()
+        del collective.running
+        return result.view_as(result)
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.trip.arriving = ctx.trip.back(grads[0])
+        ctx.collective.running = ctx.collective.backward(grads[0])
         return grads[0], None

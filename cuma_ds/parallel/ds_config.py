@@ -59,7 +59,8 @@ class LossScale(BaseModel):
 class DeepSpeedSettings:
     """A DeepSpeed configuration taken apart.
 
-    engine: what ``deepspeed.initialize`` gets.  stage: its ZeRO stage.  backbone: how the frozen backbone is held beside it.
+    engine: what ``deepspeed.initialize`` gets.  stage: its ZeRO stage.  backbone: how the frozen backbone is held
+    beside it.
     loss_scale: for a float16 backbone at stages 1 and 2, else None (at stage 3 the engine scales by itself).
     """
 
@@ -79,7 +80,8 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         world: number of ranks.
 
     Raises:
-        ConfigError: the file is missing, is no JSON object, sets what the recipe decides, or cannot hold what it asks for.
+        ConfigError: the file is missing, is no JSON object, sets what the recipe decides, or cannot hold what it asks
+            for.
     """
     path = find_deepspeed_config(config.parallel.deepspeed_config)
     try:
@@ -121,9 +123,8 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         return DeepSpeedSettings(engine, stage, backbone, loss_scale if config.model.dtype == "float16" else None)
     if config.model.dtype == "float16":
         if not get_accelerator().is_fp16_supported():
-            raise ConfigError(
-                f"{path}: ZeRO stage 3 and model.dtype float16 need a device that computes in it; use bfloat16 or float32"
-            )
+            needs = "ZeRO stage 3 and model.dtype float16 need a device that computes in it"
+            raise ConfigError(f"{path}: {needs}; use bfloat16 or float32")
         engine["fp16"] = {"enabled": True, **loss_scale.model_dump()}
     elif config.model.dtype == "bfloat16":
         engine["bf16"] = {"enabled": True}

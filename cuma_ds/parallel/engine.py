@@ -1,36 +1,94 @@
-"""One DeepSpeed engine for the adapters, beside a frozen backbone that is whole or sharded."""
+"""Place a model over ranks, and give what trains of it to one DeepSpeed engine beside the frozen backbone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 
-from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
-from cuma_ds.methods.model import Trained
+from cuma_ds.data.batch import Batch
+from cuma_ds.methods import METHODS
+from cuma_ds.methods.model import AdaptedModel, Output, Spread, Trained
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, load_sharded, stage3_config
 from cuma_ds.parallel.dispatch import ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.topology import Topology
+from cuma_ds.profiles import ProfileTable
 
 ParamGroups = list[dict[str, Any]]
 
 
-class AdapterEngine:
-    """The model, its DeepSpeed engine, and where everything lives.
+class Placed(NamedTuple):
+    """A model on its ranks.
 
-    The engine at ZeRO stage 1 or 2 is given the adapters alone: it never casts, broadcasts, reduces or saves the backbone. At
-    stage 3 (the baseline) it is given everything.
+    model: holds this rank's experts.  dispatcher: byte counters of expert parallelism; None with ``ep_size`` 1.
+    after_backward: to call after each backward pass; releases what a sharded backbone still holds.
+    """
+
+    model: AdaptedModel
+    dispatcher: ExpertParallelDispatcher | None
+    after_backward: Callable[[], None]
+
+
+def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topology) -> Placed:
+    """Load a backbone whole or sharded, put the recipe's method into it, keep this rank's experts. All ranks call it.
+
+    Args:
+        config: the recipe, with ``adapters.profile_dim`` set.
+        settings: says whether the backbone is sharded.
+        topology: with expert-parallel groups.
+    """
+
+    def nothing() -> None:
+        pass
+
+    after_backward: Callable[[], None] = nothing
+    if settings.backbone.sharded:
+        sharded = ShardedBackbone(config.model, settings.backbone)
+        backbone: nn.Module = sharded.model
+        after_backward = sharded.after_backward
+    elif settings.stage == 3:
+        backbone = load_sharded(config.model, stage3_config(config.model))
+    else:
+        backbone = load_backbone(config.model, topology.device)
+    model = METHODS[config.adapters.method](backbone, config).to(topology.device)
+    if config.model.gradient_checkpointing:
+        model.recompute_activations()
+    dispatcher = _dispatcher(config, topology)
+    model.place(Spread(topology.experts, dispatcher, topology.sum_over_ranks if topology.world > 1 else None))
+    return Placed(model, dispatcher, after_backward)
+
+
+def _dispatcher(config: RunConfig, topology: Topology) -> ExpertParallelDispatcher | None:
+    if topology.ep_size == 1 or topology.ep_group is None:
+        return None
+    forwards = 2 if config.model.gradient_checkpointing else 1
+    ranks = ExpertGroup(topology.ep_group, config.parallel.overlap_dispatch)
+    return make_dispatcher(config.parallel.dispatch, ranks, config.adapters.active_experts, forwards)
+
+
+class AdapterEngine:
+    """A placed model and the DeepSpeed engine that trains it.
+
+    The engine at ZeRO stage 1 or 2 is given what trains alone: it never casts, broadcasts, reduces or saves the
+    backbone. At stage 3 (the baseline) it is given everything.
+
+    Args:
+        config: the recipe, with ``adapters.profile_dim`` set.
+        settings: of DeepSpeed.
+        topology: with expert-parallel groups.
+        make_optimizer: makes the optimizer of parameter groups.
 
     Attributes:
-        model: the adapted model, to call for losses and evaluation.
+        model: the placed model, to call for evaluation.
+        trained: its parameters that train.
         engine: DeepSpeed's engine.
-        topology: this rank's place, with expert-parallel groups.
+        topology: this rank's place.
         dispatcher: byte counters of expert parallelism, or None with ``ep_size`` 1.
         loss_scaler: DeepSpeed's, for a float16 backbone at stages 1 and 2; else None.
     """
@@ -38,7 +96,6 @@ class AdapterEngine:
     def __init__(
         self,
         config: RunConfig,
-        adapters: CumaConfig,
         settings: DeepSpeedSettings,
         topology: Topology,
         make_optimizer: Callable[[ParamGroups], torch.optim.Optimizer],
@@ -46,23 +103,9 @@ class AdapterEngine:
         compat.only_errors()
         self.topology = topology
         self.stage = settings.stage
-        self.sharded: ShardedBackbone | None = None
-        if settings.backbone.sharded:
-            self.sharded = ShardedBackbone(config.model, settings.backbone)
-            base: nn.Module = self.sharded.model
-        elif settings.stage == 3:
-            base = load_sharded(config.model, stage3_config(config.model))
-        else:
-            base = load_backbone(config.model, topology.device)
-        self.model = inject_adapters(base, adapters, config.run.seed).to(topology.device)
-        self.model.shares_per_forward = False  # the loop moves them once per optimizer step
-        if topology.world > 1:
-            self.model.sum_over_ranks = topology.sum_over_ranks
-        if config.model.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        self.dispatcher = self._place_experts(config)
-        self.trained = self._trained()
-        module = self.model if settings.stage == 3 else _TrainedPart(self.model, topology.ep_size)
+        self.model, self.dispatcher, self._after_backward = place_model(config, settings, topology)
+        self.trained = list(self.model.trained_parameters())
+        module = self.model if settings.stage == 3 else _TrainedPart(self.model, self.trained, topology.ep_size)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(self._param_groups()),
@@ -71,32 +114,16 @@ class AdapterEngine:
         )
         options = settings.loss_scale
         self.loss_scaler = None if options is None else compat.scale_losses(self.engine, options)
-        self.engine.train()
-
-    def _place_experts(self, config: RunConfig) -> ExpertParallelDispatcher | None:
-        topology = self.topology
-        expert_parallel = self.stage != 3
-        dispatcher = None
-        if topology.ep_size > 1 and topology.ep_group is not None:
-            adapters = self.model.config
-            active = adapters.num_experts if adapters.gate_norm == "softmax" else adapters.top_k
-            forwards = 2 if config.model.gradient_checkpointing else 1
-            ranks = ExpertGroup(topology.ep_group, config.parallel.overlap_dispatch)
-            dispatcher = make_dispatcher(config.parallel.dispatch, ranks, active, forwards)
-        for _, layer in self.model.adapted_layers():
-            if dispatcher is not None:
-                layer.experts.keep(*topology.experts(layer.experts.num_experts))
-                layer.dispatcher = dispatcher
-            if expert_parallel:
-                for parameter in layer.experts.sharded_parameters().values():
-                    compat.mark_expert(parameter, topology.ep_size)
-        return dispatcher
+        self.train()
 
     def _param_groups(self) -> ParamGroups:
-        shared = [one.parameter for one in self.trained if self.stage == 3 or one.placement == "replicated"]
-        expert = [one.parameter for one in self.trained if self.stage != 3 and one.placement == "per_expert"]
+        """Parameters whose gradients all ranks average; and, but at stage 3, experts, averaged where they are held."""
+        experts = [one.parameter for one in self.trained if one.placement == "per_expert" and self.stage != 3]
+        for parameter in experts:
+            compat.mark_expert(parameter, self.topology.ep_size)
+        shared = [one.parameter for one in self.trained if one.placement == "replicated" or self.stage == 3]
         groups: ParamGroups = [{"params": shared, "name": "shared"}] if shared else []
-        return [*groups, compat.expert_param_group(expert, self.topology.ep_size)] if expert else groups
+        return [*groups, compat.expert_param_group(experts, self.topology.ep_size)] if experts else groups
 
     def _with_fitting_bucket(self, settings: DeepSpeedSettings) -> dict[str, Any]:
         """ZeRO-1/2 allocate the whole gradient bucket; adapters seldom fill one of the usual size."""
@@ -107,19 +134,21 @@ class AdapterEngine:
         bucket = min(int(zero.get("reduce_bucket_size", trained)), trained)
         return {**settings.engine, "zero_optimization": {**zero, "reduce_bucket_size": bucket}}
 
-    def forward(self, **inputs: Any) -> Any:
-        """One forward of the adapted model under the engine."""
+    def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation (dropout, balance loss)."""
+        self.engine.train(mode)
+        self.model.train(mode)
+
+    def forward(self, batch: Batch, table: ProfileTable | None = None) -> Output:
+        """One forward of the model under the engine; see :class:`AdaptedModel`."""
         if self.dispatcher is not None:
-            # Examples that share rows come without a mask: padding is nobody's.
-            real = inputs["attention_mask"] > 0 if "attention_mask" in inputs else inputs["profile_index"] >= 0
-            self.dispatcher.agree_on_tokens(real.sum())
-        return self.engine(**inputs)
+            self.dispatcher.agree_on_tokens((batch.profile_BS >= 0).sum().to(self.topology.device))
+        return self.engine(batch, table)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss`` (DeepSpeed averages over micro steps and ranks)."""
         self.engine.backward(loss)
-        if self.sharded is not None:
-            self.sharded.after_backward()
+        self._after_backward()
 
     def step(self, learning_rate: float) -> None:
         """Optimizer step at the accumulation boundary, nothing elsewhere."""
@@ -127,21 +156,11 @@ class AdapterEngine:
             group["lr"] = learning_rate
         self.engine.step()
 
-    def _trained(self) -> list[Trained]:
-        layers = [layer for _, layer in self.model.adapted_layers()]
-        experts = {id(p) for layer in layers for p in layer.experts.sharded_parameters().values()}
-        named = self.model.adapter_parameters()
-        return [Trained(name, p, "per_expert" if id(p) in experts else "replicated") for name, p in named]
-
-    def untrained_state(self) -> dict[str, Tensor]:
-        """Buffers that a checkpoint keeps beside the parameters, by their key there."""
-        kept = {f"param/{name}": buffer for name, buffer in self.model.standardisation().items()}
-        return kept | {f"balance/{name}": buffer for name, buffer in self.model.balance_state().items()}
-
     @property
     def num_experts(self) -> int:
-        """Experts over all ranks."""
-        return self.model.config.num_experts
+        """Experts over all ranks; 1 for a method without."""
+        held = [compat.whole_shape(one.parameter)[0] for one in self.trained if one.placement == "per_expert"]
+        return max(held, default=1) * (self.topology.ep_size if held else 1)
 
     @property
     def trained_parameters(self) -> int:
@@ -162,20 +181,17 @@ class AdapterEngine:
 
 
 class _TrainedPart(nn.Module):
-    """What the engine at stage 1 or 2 is shown: the adapters, and a forward that runs the whole model."""
+    """What the engine at stage 1 or 2 is shown: the trained parameters, and a forward that runs the whole model."""
 
-    def __init__(self, model: CumaModel, ep_size: int) -> None:
+    def __init__(self, model: AdaptedModel, trained: list[Trained], ep_size: int) -> None:
         super().__init__()
-        self._model = (model,)  # a tuple keeps the backbone out of this module's parameters
-        for index, (_, layer) in enumerate(model.adapted_layers()):
-            setattr(self, f"experts_{index}", layer.experts)
-            if layer.router is not None:
-                setattr(self, f"router_{index}", layer.router)
-        self.mark = compat.ExpertMark(model.config.num_experts, ep_size)
+        # As a function: the backbone is no part of this module.
+        self._run: Callable[[Batch, ProfileTable | None], Output] = model.__call__
+        for name, parameter, _ in trained:
+            self.register_parameter(name.replace(".", "/"), parameter)
+        held = [one.parameter.shape[0] for one in trained if one.placement == "per_expert"]
+        if held:
+            self.mark = compat.ExpertMark(held[0] * ep_size, ep_size)
 
-    def forward(self, **inputs: Any) -> Any:
-        return self._model[0](**inputs)
-
-    def train(self, mode: bool = True) -> _TrainedPart:
-        self._model[0].train(mode)
-        return super().train(mode)
+    def forward(self, batch: Batch, table: ProfileTable | None) -> Output:
+        return self._run(batch, table)

@@ -27,8 +27,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     """Hosts and their slots, in the order of the file.
 
     Raises:
-        TopologyError: no file, no hosts, a line that is no ``NAME slots=N [max_slots=M]``, no slots, or a name that stands
-            there twice.
+        TopologyError: no file, no hosts, a line that is no ``NAME slots=N [max_slots=M]``, no slots, or a name that
+            stands there twice.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -82,7 +82,8 @@ def check_hosts(names: list[str], seconds: int, ssh_port: int | None = None) -> 
     here = ("cuma-ds", platform.python_version(), torch.__version__, deepspeed.__version__)
 
     def ask(name: str) -> str | None:
-        remote = f"cd {shlex.quote(str(Path.cwd()))} && PYTHONPATH=. {shlex.quote(sys.executable)} -c {shlex.quote(_QUESTION)}"
+        folder, python, question = (shlex.quote(text) for text in (str(Path.cwd()), sys.executable, _QUESTION))
+        remote = f"cd {folder} && PYTHONPATH=. {python} -c {question}"
         port = ["-p", str(ssh_port)] if ssh_port is not None else []
         command = ["ssh", *port, "-o", "BatchMode=yes", "-o", f"ConnectTimeout={seconds}", name, remote]
         try:

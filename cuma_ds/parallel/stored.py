@@ -2,13 +2,14 @@
 
 A checkpoint folder ``step-N`` holds::
 
-    state.json                     step, fingerprints of the settings, the models and the data, who wrote it, size and sha256 of every
-                                   other file, and a sha256 of all this
+    state.json                     step, fingerprints of the settings, the models and the data, who wrote it, size and
+                                    sha256 of every other file, and a sha256 of all this
     shared.safetensors             routers, shared A, profile standardisation, running shares of the balance loss
     experts-I-of-J.safetensors     the experts of expert-parallel rank I, one tensor per expert
 
-Tensors are named ``<kind>/<parameter>`` or ``<kind>/<parameter>/<expert>`` with kind ``param`` (float32 master weight), ``exp_avg`` or
-``exp_avg_sq`` (Adam moments). Any world size, ``ep_size`` and ZeRO stage can read it. The frozen backbone is never in it.
+Tensors are named ``<kind>/<parameter>`` or ``<kind>/<parameter>/<expert>`` with kind ``param`` (float32 master
+weight), ``exp_avg`` or ``exp_avg_sq`` (Adam moments). Any world size, ``ep_size`` and ZeRO stage can read it. The
+frozen backbone is never in it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ FORMAT_VERSION = 1
 class State(TypedDict, total=False):
     """``state.json``.
 
-    optimizer_steps: fewer than ``step`` where float16 gradients overflowed.  identity: what the run was started with.  written_by: world,
+    optimizer_steps: fewer than ``step`` where float16 gradients overflowed.  identity: what the run was started with.
+    written_by: world,
     ep_size and zero_stage.  files, sha256: size in bytes and hash of every other file, by name.
     """
 
@@ -126,8 +128,8 @@ def read_state(folder: Path, content: bool = True) -> State:
 
     Args:
         folder: ``step-N``.
-        content: also hash every file, so that a single changed bit is noticed. Checkpoints of release 0.1.0 hold no hashes; a warning
-            says so. One rank of several does it for all.
+        content: also hash every file, so that a single changed bit is noticed. Checkpoints of release 0.1.0 hold no
+            hashes; a warning says so. One rank of several does it for all.
 
     Raises:
         CheckpointError: what is missing or damaged.
@@ -159,7 +161,7 @@ def read_state(folder: Path, content: bool = True) -> State:
 
 
 def read_adapters(folder: Path, state: State | None = None) -> dict[str, Tensor]:
-    """All trained tensors of a checkpoint with their full expert dimension, as ``CumaModel.load_adapter_state`` takes them.
+    """All trained tensors of a checkpoint with all experts, as ``CumaModel.load_adapter_state`` takes them.
 
     Args:
         folder: ``step-N``.
@@ -254,9 +256,9 @@ def _check_latest(folder: Path) -> None:
 
 
 def _refuse_deepspeed(folder: Path) -> None:
-    """DeepSpeed's own files may hold fragments of a sharded frozen backbone, which load without complaint and to wrong weights."""
+    """Raise for DeepSpeed's own files: fragments of a sharded backbone in them load to wrong weights, silently."""
     for file in sorted(folder.glob("*_states.pt")):
         raise CheckpointError(
-            f"{folder} was written by DeepSpeed itself ({file.name}) and may hold fragments of a sharded frozen backbone; "
-            "it is not resumed from: move it away, or give this run another run.name"
+            f"{folder} was written by DeepSpeed itself ({file.name}) and may hold fragments of a sharded frozen "
+            "backbone; it is not resumed from: move it away, or give this run another run.name"
         )

@@ -1,4 +1,4 @@
-"""Load a model partitioned, straight from safetensors: each rank reads its own part of every tensor and nothing else."""
+"""Load a model partitioned from safetensors. Each rank reads its own part of every tensor and nothing else."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class _Place:
 class StreamingPlan:
     """What this rank would load.
 
-    backbone: without parameters (meta device).  tensors: names of each distinct tensor of the model, and where the checkpoint holds
-    it, by file; several names when it is tied, several places when the checkpoint holds more than one of them.  digest: of the files.
+    backbone: without parameters (meta device).  tensors: names of each distinct tensor of the model, and where the
+    checkpoint holds it, by file.  A tied tensor has several names, and several places where the checkpoint holds
+    more than one of them.  digest: of the files.
     """
 
     backbone: PreTrainedModel
@@ -54,7 +55,8 @@ def plan_streaming(model: ModelSection) -> StreamingPlan:
     """Build a causal language model without parameters and find each of them in a folder or hub id; no collectives.
 
     Raises:
-        NotStreamable: no safetensors, weights that transformers converts while loading, or tensors missing or of another shape.
+        NotStreamable: no safetensors, weights that transformers converts while loading, or tensors missing or of
+            another shape.
         ModelError: a weight file that an index names is missing, or the index is damaged.
         OSError, ValueError, KeyError, SafetensorError: as ``from_pretrained``.
     """
@@ -63,11 +65,11 @@ def plan_streaming(model: ModelSection) -> StreamingPlan:
     return StreamingPlan(backbone, _places(backbone, files, getattr(torch, model.dtype)), _digest(files))
 
 
-def load_partitioned(plan: StreamingPlan, stage3: dict[str, Any]) -> PreTrainedModel:
+def load_partitioned(plan: StreamingPlan, stage3: dict[str, object]) -> PreTrainedModel:
     """Fill the planned model with ZeRO-3 partitions over all ranks; all ranks call it.
 
-    A rank allocates its shards and, on a GPU, the one parameter being partitioned; no rank reads another's part and nothing is
-    sent. Buffers are whole and computed as in ``from_pretrained``; tied parameters stay tied.
+    A rank allocates its shards and, on a GPU, the one parameter being partitioned; no rank reads another's part and
+    nothing is sent. Buffers are whole and computed as in ``from_pretrained``; tied parameters stay tied.
 
     Args:
         plan: of this rank; all ranks must have found the same files.
@@ -190,7 +192,7 @@ class _Checkpoint:
         self._open: tuple[str, Any] | None = None
 
     def read(self, place: _Place, start: int, end: int, out: Tensor) -> None:
-        """Fill ``out`` [end - start] with the elements start .. end of a tensor in row-major order, in the dtype of ``out``."""
+        """Fill ``out`` [end - start], in its dtype, with the row-major elements start .. end of a tensor."""
         if self._open is None or self._open[0] != place.file:
             self._stack.close()
             self._open = (place.file, self._stack.enter_context(safe_open(place.file, framework="pt")))

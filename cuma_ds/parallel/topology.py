@@ -27,8 +27,8 @@ _PREPARATION_SECONDS = 3600
 class Topology:
     """Where this rank stands.
 
-    world ranks hold the data; ``ep_size`` consecutive ranks form an expert-parallel group and hold one set of experts between
-    them; ranks with the same ``ep_rank`` hold the same experts and form an expert-data-parallel group.
+    world ranks hold the data; ``ep_size`` consecutive ranks form an expert-parallel group and hold one set of experts
+    between them; ranks with the same ``ep_rank`` hold the same experts and form an expert-data-parallel group.
     """
 
     world: int
@@ -111,8 +111,8 @@ def leave_processes() -> None:
 def wait_for_peers_at_most(seconds: float) -> None:
     """Let each collective of each group fail after so long without an answer; all ranks call it.
 
-    The ranks meet first, under the longer limit of the preparation. A rank that comes here later than ``seconds`` after the others, because
-    its machine loads a model slowly, is not taken for lost.
+    The ranks meet first, under the longer limit of the preparation. A rank that comes here later than ``seconds``
+    after the others, because its machine loads a model slowly, is not taken for lost.
     """
     dist.barrier()
     limit_waiting(seconds)

@@ -1,4 +1,4 @@
-"""Every name of transformers' loading that it may change without notice. Read in transformers 5.23.0; setup.py asks for 5.10 up to 6.
+"""Every name of transformers' loading that it may change without notice. Read in transformers 5.23.0.
 
 The last lines of each docstring say what is relied on; tests/test_compat.py checks each of them.
 """
@@ -25,7 +25,7 @@ class WeightNames:
         self._names = names
 
     def of(self, key: str) -> tuple[str, bool]:
-        """The name of the parameter that a key becomes, which may be none of the model's, and whether its content is converted."""
+        """The parameter that a key becomes, which may be none of the model's, and whether its content is converted."""
         name, converter = rename_source_key(key, self._renamings, self._converters, self._prefix, self._names)
         if name not in self._names and key in self._names:
             return key, False

@@ -9,32 +9,12 @@ features, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from cuma_ds.methods.model import ExpertShapes
 
 # Row counts are exchanged as int64.
 _COUNT_BYTES = 8
-
-
-@dataclass(frozen=True)
-class ExpertShapes:
-    """The experts of one adapted linear, over all ranks."""
-
-    num_experts: int
-    lora_r: int
-    in_features: int
-    out_features: int
-    shared_a: bool
-
-    @property
-    def elements(self) -> int:
-        """Numbers in all experts that are on one rank only (a shared A is on every rank)."""
-        return self.num_experts * self.lora_r * (self.out_features + (0 if self.shared_a else self.in_features))
-
-    @property
-    def sent_per_pair(self) -> int:
-        """Numbers sent to an expert for one (token, expert) pair: x, or A x where A is shared."""
-        return self.lora_r if self.shared_a else self.in_features
 
 
 class Payload(NamedTuple):

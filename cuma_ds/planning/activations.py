@@ -1,7 +1,7 @@
-"""Activation memory of one training step, measured on tensors without storage: any architecture, no weights, no guesses.
+"""Activation memory of one training step, measured on tensors without storage: any architecture, no weights.
 
-A shallow copy of the model (one and two layers, one and two sequences) runs forward and backward on the meta device while every
-storage is counted from its birth to its death. The peak is linear in layers and in sequences from there.
+A shallow copy of the model (one and two layers, one and two sequences) runs forward and backward on the meta device
+while every storage is counted from its birth to its death. The peak is linear in layers and in sequences from there.
 """
 
 from __future__ import annotations
@@ -63,26 +63,17 @@ def _with_depth(setup: Setup, depth: int) -> Setup:
 
 def _trace(setup: Setup, sequences: int, length: int, kept: int) -> int:
     model = setup.build()
-    if setup.checkpointing:
-        model.enable_gradient_checkpointing()
-    with torch.device("meta"):
-        ids_BS = torch.zeros(sequences, length, dtype=torch.long)
-        position_BS = torch.zeros_like(ids_BS)
-        profiles_NP = torch.zeros(sequences, setup.adapters.profile_dim) if setup.adapters.uses_profiles else None
+    if setup.config.model.gradient_checkpointing:
+        model.recompute_activations()
+    batch, table = setup.work(sequences, length, kept)
     weights = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers()]}
     with _without_collector(), _PeakMemory(weights) as memory:
-        out = model(
-            input_ids=ids_BS,
-            position_ids=position_BS,
-            profile_embeddings=profiles_NP,
-            use_cache=False,
-            logits_to_keep=kept,
-        )
+        out = model(batch, table)
         logits = out.logits.flatten(0, 1)
         nll = logits.float().logsumexp(dim=-1).sum()
-        loss = nll + out.balance_loss if getattr(out, "balance_loss", None) is not None else nll
+        loss = nll if out.balance_loss is None else nll + out.balance_loss
         del out, logits, nll
-        memory.forget_gradients_of([p for _, p in model.adapter_parameters()])
+        memory.forget_gradients_of([one.parameter for one in model.trained_parameters()])
         loss.backward()
     return memory.peak
 

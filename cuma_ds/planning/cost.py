@@ -1,7 +1,7 @@
 """What one placement of a model costs: bytes that a rank holds, bytes that it sends, seconds of one optimizer step.
 
-Backbone shards, trained state and sent bytes are counted as the engine places and sends them. Only time is an estimate, from the FLOP/s
-and bandwidths that the caller assumes.
+Backbone shards, trained state and sent bytes are counted as the engine places and sends them. Only time is an
+estimate, from the FLOP/s and bandwidths that the caller assumes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from cuma_ds.parallel.wire import (
 class Hardware:
     """What is assumed of the cluster; every figure is per GPU.
 
-    memory: bytes.  reserved: bytes of it for the CUDA context, NCCL and fragmentation.  flops: peak FLOP/s in the backbone's dtype.
-    efficiency: share of the peak that is reached.  intra_bandwidth, inter_bandwidth: bytes/s to GPUs of the same and of other machines.
+    memory: bytes.  reserved: bytes of it for the CUDA context, NCCL and fragmentation.  flops: peak FLOP/s in the
+    backbone's dtype.
+    efficiency: share of the peak that is reached.  intra_bandwidth, inter_bandwidth: bytes/s to GPUs of the same and
+    of other machines.
     """
 
     gpus_per_node: int = 8
@@ -61,10 +63,12 @@ class Work:
 class Sizes:
     """Numbers in the model of one recipe, over all ranks.
 
-    backbone: of each frozen parameter.  gathered: of the frozen parameters that one micro step gathers, in order.  itemsize: bytes of one
-    of them.  shared, expert: trained on every rank, and trained with an expert dimension.  layers: experts of each adapted linear.
-    active: experts that answer for one token.  multiplied: numbers of the backbone that each token is multiplied with.  attention: FLOPs
-    of one token's attention per token of its sequence.
+    backbone: of each frozen parameter.  gathered: of the frozen parameters that one micro step gathers, in order.
+    itemsize: bytes of one
+    of them.  shared, expert: trained on every rank, and trained with an expert dimension.  layers: experts of each
+    adapted linear.
+    active: experts that answer for one token.  multiplied: numbers of the backbone that each token is multiplied
+    with.  attention: FLOPs of one token's attention per token of its sequence.
     """
 
     backbone: tuple[int, ...]
@@ -97,11 +101,6 @@ class Placement:
     def is_sharded(self) -> bool:
         """Whether the backbone is partitioned over all ranks."""
         return self.settings.backbone.sharded or self.settings.stage == 3
-
-    @property
-    def forwards(self) -> int:
-        """How often a micro step runs each forward."""
-        return 2 if self.config.model.gradient_checkpointing else 1
 
     def held(self) -> dict[str, int]:
         """Bytes one rank holds while training, besides activations, by purpose."""
@@ -158,21 +157,23 @@ class Placement:
         choices = {self._cheaper(shape) for shape in self.sizes.layers}
         return choices.pop() if len(choices) == 1 else "auto (differs by layer)"
 
-    def _cheaper(self, shape: ExpertShapes) -> str:
-        return cheaper_dispatch(shape, self._payload(), self.work.tokens, self.sizes.active)
-
+    @property
     def _payload(self) -> Payload:
-        return Payload(self.ep_size, self.sizes.itemsize, forwards=self.forwards)
+        forwards = 2 if self.config.model.gradient_checkpointing else 1
+        return Payload(self.ep_size, self.sizes.itemsize, forwards=forwards)
+
+    def _cheaper(self, shape: ExpertShapes) -> str:
+        return cheaper_dispatch(shape, self._payload, self.work.tokens, self.sizes.active)
 
     def dispatch_memory(self) -> int:
-        """Bytes per sequence that moving tokens keeps for the backward pass: what was sent, arrived, answered and returned."""
+        """Bytes per sequence that moving tokens keeps for the backward pass: rows sent and received, both ways."""
         if self.dispatch != "all_to_all":
             return 0
         numbers = sum(2 * shape.sent_per_pair + 3 * shape.out_features for shape in self.sizes.layers)
         return numbers * self.work.length * self.sizes.active * self.sizes.itemsize
 
     def wire(self) -> dict[str, int]:
-        """Bytes one rank sends per optimizer step, by purpose and collective; scalars and routing counters are left out."""
+        """Bytes one rank sends per optimizer step, by purpose and collective, without scalars and routing counts."""
         if self.gpus == 1:
             return {}
         micro_steps, gpus, trained = self.work.accumulation, self.gpus, self.sizes.shared + self.sizes.expert
@@ -203,9 +204,9 @@ class Placement:
         if dispatch.startswith("auto"):
             dispatch = self._cheaper(shape)
         if dispatch == "gather_experts":
-            return gather_experts_bytes(shape, self._payload())
+            return gather_experts_bytes(shape, self._payload)
         pairs = balanced_pairs(self.work.tokens, self.sizes.active, self.ep_size)
-        return all_to_all_bytes(shape, self._payload(), pairs, pairs)
+        return all_to_all_bytes(shape, self._payload, pairs, pairs)
 
     def seconds(self, hardware: Hardware) -> dict[str, float]:
         """Compute and wire time of one step. Nothing overlaps, which is what the default configuration promises."""

@@ -1,17 +1,15 @@
-"""What a run will need on a cluster: memory per GPU, bytes on the wire, tokens per second; from shapes alone, no weights."""
+"""What a run will need on a cluster, from shapes alone: memory per GPU, bytes on the wire, tokens per second."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from cuma_ds.adapters import CumaModel
 from cuma_ds.config import RunConfig
 from cuma_ds.errors import TopologyError
-from cuma_ds.parallel.dispatch import expert_shapes
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.planning.activations import ActivationPeak, activation_peak
 from cuma_ds.planning.cost import Hardware, Placement, Sizes, Work
@@ -22,8 +20,10 @@ from cuma_ds.planning.skeleton import Setup, gathered_parameters
 class Plan:
     """The prediction for one cluster size.
 
-    memory: bytes per GPU by purpose.  host_memory: bytes per rank that offloading puts into CPU memory.  wire: bytes one rank sends
-    per optimizer step, by purpose and collective.  dispatch: what ``parallel.dispatch`` comes to.  seconds: of one step, by part.
+    memory: bytes per GPU by purpose.  host_memory: bytes per rank that offloading puts into CPU memory.  wire: bytes
+    one rank sends
+    per optimizer step, by purpose and collective.  dispatch: what ``parallel.dispatch`` comes to.  seconds: of one
+    step, by part.
     max_micro_batch: most sequences of this length per forward that fit; 0 when not even one does.
     """
 
@@ -64,11 +64,9 @@ class Planner:
 
     def __init__(self, config: RunConfig, model_config: PretrainedConfig, profile_dim: int) -> None:
         self.config = config
-        adapters = config.adapters.model_copy(
-            update={"profile_dim": profile_dim if config.adapters.uses_profiles else 0}
-        )
-        dtype = getattr(torch, config.model.dtype)
-        self.setup = Setup(model_config, adapters, dtype, config.model.gradient_checkpointing)
+        width = profile_dim if config.adapters.uses_profiles else 0
+        adapters = config.adapters.model_copy(update={"profile_dim": width})
+        self.setup = Setup(model_config, config.model_copy(update={"adapters": adapters}))
         self.sizes = _sizes(self.setup)
         self._peaks: dict[tuple[int, int], ActivationPeak] = {}
 
@@ -117,19 +115,20 @@ class Planner:
 
 def _sizes(setup: Setup) -> Sizes:
     """Count a model's parameters."""
-    model, adapters = setup.build(), setup.adapters
+    model = setup.build()
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    layers = [layer for _, layer in model.adapted_layers()]
-    expert = sum(p.numel() for layer in layers for p in layer.experts.sharded_parameters().values())
+    trained = Counter({"replicated": 0, "per_expert": 0})
+    for _, parameter, placement in model.trained_parameters():
+        trained[placement] += parameter.numel()
     return Sizes(
         backbone=_counts(frozen),
         gathered=_counts(gathered_parameters(setup)),
         itemsize=setup.dtype.itemsize,
-        shared=sum(p.numel() for _, p in model.adapter_parameters()) - expert,
-        expert=expert,
-        layers=tuple(expert_shapes(layer.experts) for layer in layers),
-        active=adapters.num_experts if adapters.gate_norm == "softmax" else adapters.top_k,
-        multiplied=sum(p.numel() for p in frozen if p.dim() >= 2) - _embedding_numbers(model),
+        shared=trained["replicated"],
+        expert=trained["per_expert"],
+        layers=tuple(model.expert_shapes()),
+        active=setup.config.adapters.active_experts,
+        multiplied=sum(p.numel() for p in frozen if p.dim() >= 2) - _embedding_numbers(model.backbone),
         # Causal: half of 4 S D per token and layer.
         attention=2 * setup.text.num_hidden_layers * setup.text.hidden_size,
     )
@@ -139,8 +138,8 @@ def _counts(parameters: list[nn.Parameter]) -> tuple[int, ...]:
     return tuple(parameter.numel() for parameter in parameters)
 
 
-def _embedding_numbers(model: CumaModel) -> int:
+def _embedding_numbers(backbone: nn.Module) -> int:
     """Numbers of an input embedding that is looked up, not multiplied. A tied one is multiplied as the head."""
-    embedding = model.base_model.get_input_embeddings()  # type: ignore[operator]
-    head = model.base_model.get_output_embeddings()  # type: ignore[operator]
+    embedding = backbone.get_input_embeddings()  # type: ignore[operator]
+    head = backbone.get_output_embeddings()  # type: ignore[operator]
     return 0 if head is not None and head.weight is embedding.weight else embedding.weight.numel()

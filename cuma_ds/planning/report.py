@@ -24,7 +24,8 @@ def print_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, console
         sizes = (
             f"{first.backbone_parameters / 1e9:.2f} B frozen, {first.trained_parameters / 1e6:.1f} M trained parameters"
         )
-        shape = f"{work['sequences']} x {work['length']} tokens per GPU and forward, {work['accumulation']} forward(s) per step"
+        shape = f"{work['sequences']} x {work['length']} tokens per GPU and forward"
+        shape = f"{shape}, {work['accumulation']} forward(s) per step"
         console.print(f"\n[bold]{name}[/bold]: {sizes}; {shape}")
         console.print(_memory_table(rows, hardware))
         console.print(_wire_table(rows))

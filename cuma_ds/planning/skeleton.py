@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
+from cuma_ds.config import RunConfig
+from cuma_ds.data.batch import Batch, EncodedExample, pack
 from cuma_ds.errors import ModelError
 from cuma_ds.files import first_line
+from cuma_ds.methods import METHODS
+from cuma_ds.methods.model import AdaptedModel
+from cuma_ds.profiles import ProfileTable
 
 _ATTENTION = "counted_attention"
 
@@ -23,21 +27,23 @@ _ATTENTION = "counted_attention"
 class Setup:
     """What decides the shapes of a model and of its activations.
 
-    backbone: its configuration.  adapters: with ``profile_dim`` set.  dtype: of the backbone.  checkpointing: whether activations are
-    recomputed in the backward pass.
+    backbone: its configuration.  config: the recipe, with ``adapters.profile_dim`` set; its ``model.path`` is not read.
     """
 
     backbone: PretrainedConfig
-    adapters: CumaConfig
-    dtype: torch.dtype
-    checkpointing: bool
+    config: RunConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the backbone."""
+        return getattr(torch, self.config.model.dtype)
 
     @property
     def text(self) -> PretrainedConfig:
         """The part of the backbone's configuration that describes the language model."""
         return self.backbone.get_text_config()
 
-    def build(self) -> CumaModel:
+    def build(self) -> AdaptedModel:
         """The adapted model on the meta device, with an attention that computes shapes alone.
 
         Raises:
@@ -51,7 +57,17 @@ class Setup:
                 )
             except (ValueError, KeyError) as error:
                 raise ModelError(f"no causal language model has this configuration: {first_line(error)}") from None
-            return inject_adapters(base, self.adapters).train()
+            return METHODS[self.config.adapters.method](base, self.config).train()
+
+    def work(self, sequences: int, length: int, kept: int) -> tuple[Batch, ProfileTable | None]:
+        """A micro batch without storage, logits wanted at the last ``kept`` positions, and the profiles it names."""
+        places = list(range(length - kept, length))
+        examples = [
+            EncodedExample([0] * length, places, [0] * kept, [1.0] * kept, profile) for profile in range(sequences)
+        ]
+        profiles_NP = torch.zeros(sequences, self.config.adapters.profile_dim, device="meta")
+        table = ProfileTable([], profiles_NP) if self.config.adapters.uses_profiles else None
+        return pack(examples, 0, length).to("meta"), table
 
 
 def read_model_config(path: str | Path) -> PretrainedConfig:
@@ -70,9 +86,8 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
         raise ModelError(f"cannot read the model configuration {path}") from None
     kind = values.pop("model_type", None) if isinstance(values, dict) else None
     if not isinstance(kind, str):
-        raise ModelError(
-            f"{path}: a model configuration is a JSON object with a model_type, as in a Hugging Face model's config.json"
-        )
+        wanted = "a JSON object with a model_type, as in a Hugging Face model's config.json"
+        raise ModelError(f"{path}: a model configuration is {wanted}")
     try:
         return AutoConfig.for_model(kind, **values)
     except (ValueError, KeyError, TypeError) as error:
@@ -80,11 +95,11 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
 
 
 def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
-    """Frozen parameters in the order in which one micro step gathers them when they are sharded, each as often as it is gathered.
+    """Frozen parameters in the order in which one micro step gathers them when they are sharded, some several times.
 
-    The rules are those of ZeRO-3 with nothing kept for reuse: a module's parameters are gathered before its forward and its backward, and
-    released after each. They are followed on a run without storage, because recomputation stops early and layers below the first trained
-    one have no backward.
+    The rules are those of ZeRO-3 with nothing kept for reuse: a module's parameters are gathered before its forward
+    and its backward, and released after each. They are followed on a run without storage, because recomputation stops
+    early and layers below the first trained one have no backward.
     """
     gathered: list[nn.Parameter] = []
     live: set[nn.Parameter] = set()
@@ -113,12 +128,9 @@ def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
     for module in model.modules():
         if own := [p for p in module.parameters(recurse=False) if not p.requires_grad]:
             watch(module, own)
-    if setup.checkpointing:
-        model.enable_gradient_checkpointing()  # after the hooks, as in the engine: it may register hooks of its own
-    width = setup.adapters.profile_dim
-    profiles_NP = torch.zeros(1, width, device="meta") if width else None
-    ids_BS = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    model(input_ids=ids_BS, profile_embeddings=profiles_NP, use_cache=False).logits.sum().backward()
+    if setup.config.model.gradient_checkpointing:
+        model.recompute_activations()  # after the hooks, as in the engine: it may register hooks of its own
+    model(*setup.work(1, 2, 2)).logits.sum().backward()
     return gathered
 
 
@@ -141,7 +153,7 @@ class _FlashAttention(torch.autograd.Function):
 def _attention(
     module: nn.Module, query_BHSC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, *_: object, **__: object
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: [B, H, S, C] -> [B, S, H, C]. With a mask, grouped keys and values are repeated."""
+    """transformers' attention interface: [B, H, S, C] -> [B, S, H, C]; grouped keys and values are repeated."""
     groups = query_BHSC.shape[1] // key_BHSC.shape[1]
     if groups > 1:
         key_BHSC, value_BHSC = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_BHSC, value_BHSC))

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cuma_ds.config import RunConfig
@@ -168,26 +167,3 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
         probe=stream.unit_of(0)[0],
         pad_id=pad_id,
     )
-
-
-def model_inputs(
-    batch: Batch, table: ProfileTable | None, device: torch.device, group_mask: Tensor | None = None
-) -> dict[str, Any]:
-    """Keyword arguments of the adapted model for one batch.
-
-    Args:
-        batch: on any device.
-        table: the run's profiles; None for a method without profiles.
-        group_mask: [profiles, E] gradient mask of each row of the table.
-    """
-    inputs: dict[str, Any] = {**batch.to(device).inputs}
-    if table is not None:
-        inputs["profile_embeddings"] = table.embeddings[batch.profile_rows_N].to(device)
-    profile_BS = batch.profile_BS
-    if table is None and batch.position_ids_BS is not None:
-        # The model counts a profile per row where it gets no embeddings. Packed rows without profiles take no mask.
-        profile_BS = profile_BS.clamp(max=0)
-    inputs["profile_index"] = profile_BS.to(device)
-    if group_mask is not None:
-        inputs["gradient_mask"] = group_mask[batch.profile_rows_N].to(device)
-    return inputs

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.inject import find_targets
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch
@@ -32,7 +31,7 @@ from cuma_ds.telemetry.writer import MetricsWriter
 from cuma_ds.training.inputs import TrainingInputs, load_inputs, prepare_run
 from cuma_ds.training.optimizer import make_optimizer
 from cuma_ds.training.packing import tells_examples_apart
-from cuma_ds.training.step import StepResult, forward, run_step
+from cuma_ds.training.step import StepResult, run_step
 
 Say = Callable[[str], None]
 
@@ -62,17 +61,17 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
             run.check_backbone(config, run.identity())  # each machine may hold a copy of its own
         inputs = load_inputs(config, topology)
         settings = read_deepspeed_config(config, inputs.draw.micro, inputs.draw.accumulation, topology.world)
-        adapters = with_profile_width(config.adapters, inputs.table)
-        find_targets(skeleton(config.model), adapters.target_modules)
+        sized = with_profile_width(config, inputs.table)
+        find_targets(skeleton(config.model), config.adapters.target_modules)
         if has_checkpoint(run.checkpoints):
             newest, known = find_checkpoint(run.checkpoints), run.known_fingerprints(config)
             check_checkpoint(newest, known, run.identity(), content=topology.is_main)
         if topology.is_main:
             write_atomically(run.deepspeed, json.dumps(settings.engine, indent=2) + "\n")
-    engine = AdapterEngine(config, adapters, settings, topology, lambda groups: make_optimizer(groups, config.training))
+    engine = AdapterEngine(sized, settings, topology, lambda groups: make_optimizer(groups, config.training))
     wait_for_peers_at_most(config.parallel.timeout_seconds)
-    if inputs.table is not None:
-        engine.model.set_profile_standardisation(inputs.table.embeddings[inputs.profiles], config.profiles.standardise)
+    profiles_NP = None if inputs.table is None else inputs.table.embeddings[inputs.profiles]
+    engine.model.prepare(profiles_NP, inputs.group_mask)
     start = _resume(run, engine, tell)
     if config.data.packing:
         _check_packing(config, engine, inputs)
@@ -84,18 +83,18 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     return run.folder
 
 
-def with_profile_width(adapters: CumaConfig, table: ProfileTable | None) -> CumaConfig:
-    """The adapters' configuration with the width of profile embeddings taken from the encoder.
+def with_profile_width(config: RunConfig, table: ProfileTable | None) -> RunConfig:
+    """The recipe with ``adapters.profile_dim`` taken from the encoder.
 
     Raises:
         ConfigError: the recipe asks for another width.
     """
     width = 0 if table is None else table.embeddings.shape[1]
-    if adapters.profile_dim not in (0, width):
+    if config.adapters.profile_dim not in (0, width):
         raise ConfigError(
-            f"adapters.profile_dim is {adapters.profile_dim}, but the encoder's embeddings have width {width}; leave it out"
+            f"adapters.profile_dim is {config.adapters.profile_dim}, but the encoder's embeddings have width {width}; leave it out"
         )
-    return adapters.model_copy(update={"profile_dim": width})
+    return config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": width})})
 
 
 def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, steps: range, tell: Say) -> None:
@@ -168,11 +167,11 @@ def _check_packing(config: RunConfig, engine: AdapterEngine, inputs: TrainingInp
     """Refuse ``data.packing`` for a model that does not tell the examples of one row apart."""
 
     def logits_of(batch: Batch) -> Tensor:
-        return forward(engine, inputs, batch).logits.cpu()
+        return engine.forward(batch, inputs.table).logits.cpu()
 
-    engine.engine.eval()
+    engine.train(False)
     apart = tells_examples_apart(logits_of, inputs.probe, inputs.pad_id)
-    engine.engine.train()
+    engine.train()
     if engine.dispatcher is not None:
         engine.dispatcher.take_bytes_sent()  # not of a step
     with agreement():
@@ -184,7 +183,7 @@ def _check_packing(config: RunConfig, engine: AdapterEngine, inputs: TrainingInp
 
 
 def _describe(engine: AdapterEngine, inputs: TrainingInputs, tell: Say) -> None:
-    base, draw = engine.model.base_model, inputs.draw
+    base, draw = engine.model.backbone, inputs.draw
     held, full = resident_bytes(base), full_bytes(base)
     tell(
         f"{engine.topology}, ZeRO stage {engine.stage}; backbone {held / 1e6:.1f} MB of {full / 1e6:.1f} MB per rank; "

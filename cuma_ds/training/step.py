@@ -5,17 +5,16 @@ Shapes: R routers, E experts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cuma_ds.config import RunConfig
-from cuma_ds.data.batch import Batch
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology
-from cuma_ds.training.inputs import TrainingInputs, model_inputs
+from cuma_ds.training.inputs import TrainingInputs
 from cuma_ds.training.schedule import learning_rate
 
 
@@ -57,10 +56,10 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
     sums: dict[str, Tensor] = {}
     for micro_step, batch in enumerate(batches):
         torch.manual_seed(dropout_seed(config.run.seed, step, micro_step, topology.rank))
-        out = forward(engine, inputs, batch)
+        out = engine.forward(batch, inputs.table)
         found = objective.loss(out.logits, batch.to(topology.device))
         loss = found.sum * (parts / weight)
-        balance = getattr(out, "balance_loss", None)
+        balance = out.balance_loss
         if balance is not None:
             if config.adapters.balance_scope == "run":
                 # A mean over this micro batch's tokens; weighted by them it becomes the mean over the step's.
@@ -71,21 +70,14 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
         engine.step(rate)
         for name, value in {"loss": found.sum, **found.metrics}.items():
             _add(sums, name, value)
-        routing = engine.model.routing_statistics()
-        if routing is not None:
-            _add(sums, "load_RE", routing.load_RE.double())
-            _add(sums, "entropy_R", routing.entropy_R.double())
-            _add(sums, "routed", routing.tokens.double())
+        if out.routing is not None:
+            _add(sums, "load_RE", out.routing.load_RE.double())
+            _add(sums, "entropy_R", out.routing.entropy_R.double())
+            _add(sums, "routed", out.routing.tokens.double())
     sums = _over_ranks(sums, topology)
-    if "load_RE" in sums:
-        engine.model.update_shares(sums["load_RE"])
+    engine.model.end_step(sums.get("load_RE"))
     bytes_sent = {} if engine.dispatcher is None else engine.dispatcher.take_bytes_sent()
     return StepResult(rate, weight, tokens, people, sums, bytes_sent)
-
-
-def forward(engine: AdapterEngine, inputs: TrainingInputs, batch: Batch) -> Any:
-    """The adapted model's output for one batch."""
-    return engine.forward(**model_inputs(batch, inputs.table, engine.topology.device, inputs.group_mask))
 
 
 def dropout_seed(run_seed: int, step: int, micro_step: int, rank: int) -> int:
