@@ -90,7 +90,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _extras(arguments: argparse.Namespace) -> list[Extra]:
     from cuma_ds.evaluation.generation import Generation
     from cuma_ds.evaluation.gradients import Interference
-    from cuma_ds.evaluation.judge import JudgeSettings
+    from cuma_ds.evaluation.judge_calls import JudgeSettings
     from cuma_ds.inference.sampling import Sampling
 
     judge = None

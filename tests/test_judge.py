@@ -25,7 +25,8 @@ from judge_server import BAD, GOOD, Reply, fault, judge_server, prefers_good, ve
 from ranks import free_port
 
 from cuma_ds.errors import ConfigError
-from cuma_ds.evaluation.judge import Comparison, JudgeSettings, Pair, compare, judge_messages, read_verdict
+from cuma_ds.evaluation.judge import Comparison, Pair, compare, judge_messages
+from cuma_ds.evaluation.judge_calls import JudgeSettings, read_verdict
 
 
 def pairs(count: int, swap: Callable[[int], bool] = lambda _: False) -> list[Pair]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cuma_ds.data.rendering import Message
 from cuma_ds.errors import ConfigError
-from cuma_ds.evaluation.judge import JudgeSettings, Pair, compare
+from cuma_ds.evaluation.judge import Pair, compare
+from cuma_ds.evaluation.judge_calls import JudgeSettings
 from cuma_ds.evaluation.metrics import distinct
 from cuma_ds.evaluation.report.model import Diversity, Report, number
 from cuma_ds.evaluation.report.model import Generation as GenerationSection
