@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cuma_ds.errors import DataError
+from cuma_ds.evaluation.contenders import collapse_reference, has_training_answers, nearest_reference, oracle_reference
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
 from cuma_ds.evaluation.metrics import (
     distance,
@@ -27,7 +28,6 @@ from cuma_ds.evaluation.metrics import (
     predicted_distributions,
     total_variation,
 )
-from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference
 from cuma_ds.evaluation.scores import Scorer
 
 
