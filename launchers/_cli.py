@@ -138,6 +138,17 @@ def warn_in_one_line() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--config`` and ``--set``, as :func:`cuma_ds.config.load_config` takes them."""
+    parser.add_argument(
+        "--config", required=True, nargs="+", metavar="RECIPE",
+        help="YAML recipe, or the name of one of launchers/recipes/; of several, a later one's keys win",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe"
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which trained model to load; read by :func:`load_talker`."""
     parser.add_argument("--run", metavar="FOLDER", help="run folder, output_dir/name of its recipe")

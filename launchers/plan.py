@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from _cli import run_main
+from _cli import add_recipe_arguments, run_main
 
 EPILOG = """\
 examples:
@@ -25,10 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML recipe")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe"
-    )
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--model-config", required=True, nargs="+", metavar="JSON", help="config.json of the backbone; no weights"
     )

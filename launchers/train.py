@@ -13,7 +13,7 @@ if (
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local_ranks))
 
-from _cli import run_main, warn_in_one_line
+from _cli import add_recipe_arguments, run_main, warn_in_one_line
 
 from cuma_ds.config import RunConfig, load_config
 from cuma_ds.errors import CumaError
@@ -65,10 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML recipe; see launchers/recipes/")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe"
-    )
+    add_recipe_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 

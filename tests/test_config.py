@@ -98,6 +98,57 @@ def test_a_key_that_stands_twice_in_a_recipe_is_refused_with_both_lines(tmp_path
         load_config(recipe(tmp_path, text))
 
 
+def test_files_merge_from_left_to_right_and_overrides_win(tmp_path):
+    backbone = tmp_path / "backbone.yaml"
+    backbone.write_text("model: {path: m, dtype: float32}\ntraining: {steps: 5, warmup_steps: 1}\n")
+    task = tmp_path / "task.yaml"
+    task.write_text("training:\n  steps: 7\nadapters: {method: lora}\nmodel:\ndata: {max_length: 99}\n")
+    method = tmp_path / "method.yaml"
+    groups = "gradient_mask: groups, num_experts: 2, gradient_groups: {country: {Norway: [0]}}"
+    method.write_text(f"adapters: {{method: mixlora, {groups}}}\n")
+    together = load_config([backbone, task, method], ["data.max_length=98"])
+    assert (together.model.path, together.model.dtype) == ("m", "float32")
+    assert (together.training.steps, together.training.warmup_steps) == (7, 1)
+    assert (together.adapters.method, together.data.max_length) == ("mixlora", 98)
+    assert load_config([task, backbone]).training.steps == 5
+    later = tmp_path / "later.yaml"
+    later.write_text("adapters:\n  gradient_groups: {country: {Peru: [1]}}\n")
+    assert load_config([backbone, method, later]).adapters.gradient_groups == {"country": {"Peru": (1,)}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "problem"),
+    [
+        ("training:\n  steps: 3\nmodel: {path: m}\n", "training:\n  steps: x\n", "{second}:2: training.steps is 'x'"),
+        (
+            "training:\n  steps: x\nmodel: {path: m}\n",
+            "training:\n  warmup_steps: 1\n",
+            "{first}:2: training.steps is 'x'",
+        ),
+        ("model: {path: m}\n", "trainign: {}\n", "{second}:1: unknown key 'trainign'"),
+        ("model: {path: m}\n", "model: 3\n", "{second}:1: model is 3"),
+        ("run: {name: a}\n", "run: {seed: 1}\n", "{first} + {second}: key 'model' is missing"),
+        ("run: {name: a}\n", "run: {seed: 1}\nrun: {seed: 2}\n", "{second}:2: broken YAML: key 'run' stands twice"),
+    ],
+)
+def test_a_mistake_in_one_of_several_files_is_named_with_its_own_place(tmp_path, first, second, problem):
+    files = {"first": tmp_path / "first.yaml", "second": tmp_path / "second.yaml"}
+    files["first"].write_text(first)
+    files["second"].write_text(second)
+    with pytest.raises(ConfigError) as raised:
+        load_config(list(files.values()))
+    assert str(raised.value).startswith(problem.format(**files))
+
+
+def test_recipes_that_come_with_the_package_go_by_their_names(tmp_path):
+    by_name = load_config(["quickstart"], ["training.steps=30"])
+    assert by_name == load_config(
+        Path(__file__).parents[1] / "launchers/recipes/quickstart.yaml", ["training.steps=30"]
+    )
+    with pytest.raises(ConfigError, match=r"cannot read the recipe quickstrat: .*quickstart.*; recipes that come with"):
+        load_config("quickstrat")
+
+
 def test_the_last_of_two_overrides_wins_and_keys_within_one_stand_once():
     values = {"model": {"path": "m"}, "adapters": {"method": "lora"}}
     assert make_config(values, ["training.steps=3", "training.steps=4"]).training.steps == 4

@@ -193,7 +193,7 @@ def check_training(script: str, arguments: list[str]) -> None:
     """What a launcher of many ranks would start: train.py with a recipe and keys that exist."""
     assert script == "launchers/train.py"
     parsed = runpy.run_path(str(ROOT / script))["_parser"]().parse_args(arguments)
-    load_config(ROOT / parsed.config, parsed.set)
+    load_config([ROOT / recipe for recipe in parsed.config], parsed.set)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cuma_ds.config import RunConfig
 from cuma_ds.errors import ConfigError, nearest
+from cuma_ds.resources import resource_folder
 from cuma_ds.strict_json import read_json
 
-DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+DS_CONFIGS = resource_folder("ds_configs")
 
 _Part = TypeVar("_Part", bound=BaseModel)
 
