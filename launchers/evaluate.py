@@ -26,7 +26,7 @@ examples
     python launchers/evaluate.py --adapter lora/profile-1 --data answers.jsonl --out reports/lora
     python launchers/evaluate.py --model models/SmolLM2-135M-Instruct --data answers.jsonl --out reports/bare
   conversations: 200 answers before and after training, compared by a judge behind an OpenAI-compatible endpoint:
-    python launchers/evaluate.py --run runs/chat --generate 200 --judge-url http://localhost:8000/v1 --judge-model NAME"""
+    python launchers/evaluate.py --run runs/chat --generate 200 --judge-url http://host:8000/v1 --judge-model NAME"""
 _KINDS = ("run", "export", "adapter", "model")
 
 

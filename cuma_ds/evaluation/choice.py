@@ -24,8 +24,8 @@ class ChoicePredictions:
 
     Attributes:
         probabilities: M arrays float64 [n].
-        letter_mass_M: share of the next-token probability that falls on the option letters, float64 [M]. Where it is small, the
-            model would rather say something else, and the options' probabilities tell little.
+        letter_mass_M: probability of the option letters together, float64 [M]. Where it is small, the model would rather
+            say something else.
         gates_MRE: mean gate weight over the prompt's tokens, float32 [M, R, E]; None if not recorded.
         router_names: R names; empty if not recorded.
         routing: of all distinct prompts together.
@@ -38,7 +38,7 @@ class ChoicePredictions:
     routing: RoutingTally = field(default_factory=RoutingTally)
 
     def averaged_with(self, other: ChoicePredictions) -> ChoicePredictions:
-        """Means with the answers to the same questions with options in another order; the routing stays that of this order."""
+        """Means with the answers to the same questions in another order of options; the routing is that of this order."""
         pairs = zip(self.probabilities, other.probabilities, strict=True)
         mass_M = (self.letter_mass_M + other.letter_mass_M) / 2
         return replace(self, probabilities=[(p + q) / 2 for p, q in pairs], letter_mass_M=mass_M)
@@ -54,7 +54,7 @@ def predict_choices(
 ) -> ChoicePredictions:
     """Softmax over the option letters' logits at the last position, float32; equal prompts of equal profiles run once.
 
-    Arguments as in :func:`cuma_ds.inference.forward.forward_batches`; ``examples`` have one target (a letter) per option.
+    Arguments as in :func:`cuma_ds.inference.forward.forward_batches`; examples have one target (a letter) per option.
     """
     first: dict[tuple, int] = {}
     distinct: list[EncodedExample] = []

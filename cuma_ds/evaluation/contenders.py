@@ -1,7 +1,7 @@
 """What a report compares: the model asked in several ways, and references without a model.
 
-The references are a perfect dense model (``collapse``), a perfectly informed one (``oracle``) and a look-up of the nearest
-training profile (``nearest``).
+The references are a perfect dense model (``collapse``), a perfectly informed one (``oracle``) and a look-up of the
+nearest training profile (``nearest``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Asking(NamedTuple):
 
 
 def ways_of_asking(subject: Subject, examples: ChoiceExamples) -> dict[str, Asking]:
-    """How each contender that is a model is asked: before training, trained, and with profiles swapped where there are."""
+    """How each contender that is a model is asked: before training, trained, and with profiles swapped."""
     if subject.untrained is None:
         return {"before": Asking("as it is", None, nullcontext)}
     ways = {

@@ -1,4 +1,4 @@
-"""Answers written to held-out conversations, before and after training: how varied they are, and which a judge prefers."""
+"""Generated answers to held-out conversations, before and after training: their variety, and a judge's preference."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class Generation:
         check_kind(subject, "chat", "--generate")
         if self.judge is not None and subject.untrained is None:
             raise ConfigError(
-                "--judge-url compares a trained model with its backbone; a model as it is has nothing to be compared with"
+                "--judge-url compares a trained model with its backbone; "
+                "a model as it is has nothing to be compared with"
             )
         split = evaluator.splits[0]
         requests = sample_requests(subject.data.splits[split], self.count, self.seed)

@@ -1,5 +1,6 @@
-"""Scores of one split of choice questions with bootstrap intervals. Every score is a function of per-person sums, so all
-replicates are one matrix product.
+"""Scores of one split of choice questions with bootstrap intervals.
+
+Every score is a function of per-person sums, so all replicates are one matrix product.
 
 Shapes: M examples, A answers, Y kinds of people, N most options of any question, C cells (question, group), Q
 questions, G groups, S subgroups of all profile fields, K bins of confidence, B replicates.
@@ -49,7 +50,7 @@ class SplitScores:
 
     Attributes:
         rows: contender -> metric -> score.
-        differences: contender -> metric -> score of the one it is compared with less its own, over the same drawn people.
+        differences: contender -> metric -> score of the main contender less its own, over the same drawn people.
         reliability: contender -> (accuracy, mean confidence, answers) of each bin [K]; nan where a bin is empty.
         subgroups: field -> label -> contender -> accuracy, of subgroups large enough to be named.
     """
@@ -213,7 +214,7 @@ class Scorer:
         }
 
     def _all(self, sums: list[dict[str, Array]], names: list[str], against: str) -> dict[tuple[str, ...], Array]:
-        """Every score [B], by ("row", contender, metric), ("difference", ...), ("subgroup", contender, field, label)."""
+        """Scores [B] by ("row", contender, metric), ("difference", ...), ("subgroup", contender, field, label)."""
         shared, *rest = sums
         by_name = {name: self._row(shared, own) for name, own in zip(names, rest, strict=True)}
         if {"collapse", "oracle"} <= by_name.keys():

@@ -56,7 +56,8 @@ def run_subject(
             encoder = ProfileEncoder(str(config.profiles.encoder), batch_size=config.profiles.batch_size)
             if encoder.fingerprint != table.fingerprint:
                 raise DataError(
-                    f"the sentence encoder {config.profiles.encoder} is not the one this run was trained with; restore it"
+                    f"the sentence encoder {config.profiles.encoder} is not the one this run was trained with; "
+                    "restore it"
                 )
             embeddings_NP = prepared.profile_table(encoder, config.profiles.cache_dir).embeddings
     return Subject(**vars(opened), data=prepared, embeddings_NP=embeddings_NP)

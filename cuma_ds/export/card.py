@@ -98,8 +98,8 @@ def _profiles(about: ProfileFacts, width: int) -> tuple[str, str]:
     fields = f" Fields it was trained with: {', '.join(about['fields'])}." if about.get("fields") else ""
     return 'profiles=[{"country": "Norway", "age": 34}], ', (
         f"A profile is text or fields, embedded by the sentence encoder {_short(encoder)} (template "
-        f"`{about['template']}`); `profile_embeddings` [B, {width}] work too.{fields} `base_model=` and `encoder=` name "
-        "other places."
+        f"`{about['template']}`); `profile_embeddings` [B, {width}] work too.{fields} `base_model=` and `encoder=` "
+        "name other places."
     )
 
 
