@@ -22,8 +22,9 @@ from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import gather_cells
 from cuma_ds.evaluation.report.model import Cosines, Gradients, Report
 from cuma_ds.evaluation.report.routing_plots import plot_interference
+from cuma_ds.evaluation.routing import mean_gates
 from cuma_ds.evaluation.run import Evaluator, Pictures, check_kind
-from cuma_ds.inference.forward import forward_batches, pad_id_of
+from cuma_ds.inference.forward import pad_id_of
 
 Array = NDArray[np.float64]
 
@@ -156,16 +157,8 @@ def averaged(
 
     The backbone is lent, not copied; ``model`` works again when the context ends.
     """
-    total, tokens = torch.zeros(()), 0
-    device = next(model.parameters()).device
-    for indices, _, _, gates_BRE in forward_batches(
-        model, examples, embeddings_NP, batch_size, pad_id, device=device, record=True
-    ):
-        for row, index in enumerate(indices):
-            assert gates_BRE is not None
-            total = total + gates_BRE[row].double() * len(examples[index].input_ids)
-            tokens += len(examples[index].input_ids)
-    state = {name: truncate(a, b, rank) for name, (a, b) in fold(model, total / tokens).items()}
+    gate_RE, device = mean_gates(model, examples, embeddings_NP, batch_size, pad_id), next(model.parameters()).device
+    state = {name: truncate(a, b, rank) for name, (a, b) in fold(model, gate_RE).items()}
     layers = dict(model.adapted_layers())
     dense = plain_lora(model, [state])
     try:

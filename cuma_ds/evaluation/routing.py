@@ -10,15 +10,19 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import pdist
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.manifold import MDS
+from torch import Tensor
 
+from cuma_ds.adapters.model import CumaModel
+from cuma_ds.data.batch import EncodedExample
 from cuma_ds.evaluation.metrics import Name, entropy, mean_by_group
 from cuma_ds.evaluation.report.model import RouterLoad
-from cuma_ds.inference.forward import RoutingTally
+from cuma_ds.inference.forward import RoutingTally, forward_batches
 
 Array = NDArray[np.float64]
 
@@ -42,6 +46,22 @@ def expert_load(tally: RoutingTally) -> list[RouterLoad]:
             )
         )
     return rows
+
+
+def mean_gates(
+    model: CumaModel, examples: Sequence[EncodedExample], embeddings_NP: Tensor | None, batch_size: int, pad_id: int
+) -> Tensor:
+    """Mean gate [R, E] over all tokens of the examples; arguments as in :func:`.forward_batches`."""
+    total_RE, tokens = torch.zeros(()), 0
+    device = next(model.parameters()).device
+    for indices, _, _, gates_BRE in forward_batches(
+        model, examples, embeddings_NP, batch_size, pad_id, device=device, record=True
+    ):
+        assert gates_BRE is not None
+        for gate_RE, index in zip(gates_BRE, indices, strict=True):
+            total_RE = total_RE + gate_RE.double() * len(examples[index].input_ids)
+            tokens += len(examples[index].input_ids)
+    return total_RE / tokens
 
 
 def comparable_means(
