@@ -271,7 +271,8 @@ def test_a_judge_that_refuses_anything_else_is_asked_once(server, tmp_path) -> N
     [
         ("A", "A"), (" b.\n", "B"), ("**B**", "B"), ("Answer A", "A"), ("TIE", "tie"), ("[[B]]", "B"), ("[[C]]", "tie"),
         ("<think>A is longer, but B</think>\nB", "B"), ("Because it is kinder: [[A]]", "A"),
-        ("", "unreadable"), ("A or B", "unreadable"), ("[[A]] no, [[B]]", "unreadable"), ("Both", "unreadable"), ("C", "unreadable"),
+        ("", "unreadable"), ("A or B", "unreadable"), ("[[A]] no, [[B]]", "unreadable"), ("Both", "unreadable"), ("C",
+        "unreadable"),
         ("A is better", "unreadable"),
     ],
 )  # fmt: skip

@@ -42,8 +42,8 @@ from cuma_ds.runs import Run
 class Divergence(TypedDict, total=False):
     """How far the predictions of a plain LoRA are from the mixture's.
 
-    kl_mean, kl_max: nats per predicted token.  emd_mean, emd_max: between the answer distributions; no distance to people's
-    answers changes by more.  distance: what those are, EMD, or TV for nominal questions.  All but KL need choice questions.
+    kl_mean, kl_max: nats per predicted token.  emd_mean, emd_max: between the answer distributions of choice
+    questions. No distance to people's answers changes by more.  distance: EMD, or TV for nominal questions.
     """
 
     kl_mean: float
@@ -54,7 +54,7 @@ class Divergence(TypedDict, total=False):
 
 
 class LoraRow(Divergence, total=False):
-    """One adapter: whether it equals the mixture, its rank, how far it is away, and on how many prompts of which split."""
+    """One adapter: whether it equals the mixture, its rank, and on which prompts the divergence was measured."""
 
     exact: bool
     rank: int
@@ -81,7 +81,7 @@ def write_lora(
         profiles: one adapter is written for each; empty for methods that take no profiles.
         out: a folder that does not exist or is empty.
         step: checkpoint; the newest by default.
-        prompts: training prompts that the gate is averaged over, and held-out prompts that the divergence is measured on.
+        prompts: training prompts to average the gate over, and held-out prompts to measure the divergence on.
 
     Raises:
         CumaError: the run, a profile or the output folder cannot be used.
@@ -170,8 +170,7 @@ def divergence(
     Args:
         before, after: log-probabilities [positions, V] of each example, of the mixture and of the plain LoRA.
         examples: the prompts.
-        nominal: for choice questions, whose options' letters are the targets, whether the options have no order; None for
-            conversations.
+        nominal: for choice questions, whether the options have no order; None for conversations.
     """
     kl = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(before, after, strict=True)]).clamp(min=0)
     found: Divergence = {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
