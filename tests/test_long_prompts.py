@@ -1,4 +1,6 @@
-"""Prompts that do not fit are refused or left out before anything is learned or judged; nothing of a question is ever cut."""
+"""Prompts that do not fit are refused or left out before anything is learned or judged; nothing of a question is ever
+cut.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Rows whose prompt is longer than a model reads: found and named before anything is learned or judged, never cut in silence.
+"""Rows whose prompt is longer than a model reads: found and named before anything is learned or judged, never cut in
+silence.
 
 Shapes: M rows of a split, Q questions, N profiles.
 """
@@ -47,7 +48,8 @@ def fitting(
         advice: what to do about a refusal, given the tokens that the longest row needs.
 
     Raises:
-        DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row numbers.
+        DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row
+            numbers.
         CumaError: a row cannot be rendered at all; names it.
     """
     if data.kind == "preference":
@@ -59,7 +61,8 @@ def fitting(
     if not found:
         return data
     what = "; ".join(
-        f"{len(rows.numbers)} of {len(data.splits[name])} rows of split {name} (row {', '.join(map(str, rows.numbers[:3]))}"
+        f"{len(rows.numbers)} of {len(data.splits[name])} rows of split {name} (row "
+        f"{', '.join(map(str, rows.numbers[:3]))}"
         f"{', ...' if len(rows.numbers) > 3 else ''}; the longest has {rows.longest} tokens)"
         for name, rows in found.items()
     )

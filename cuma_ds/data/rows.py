@@ -47,8 +47,8 @@ class Question:
     """A choice question.
 
     Attributes:
-        scale: ``ordinal`` where the order of the options means something, so that answers can be near or far from one another;
-            ``nominal`` where it means nothing.
+        scale: ``ordinal`` where the order of the options means something, so that answers can be near or far from one
+            another; ``nominal`` where it means nothing.
     """
 
     question_id: str
@@ -121,11 +121,11 @@ class ArrowFile:
 class Split:
     """Rows as mappings, columns as lists; read from disk when asked for.
 
-    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one number per
-    answer, those who chose the first option first) and group (the country, or ""). With survey weights counts are their sums,
-    and there are answers (people per option) and weights (of each of ``people``). A row of kind chat has profile, messages,
-    people (the one person) and group; one of kind preference profile, prompt, chosen, rejected, people and group. Numbers of
-    people mean nothing outside this data.
+    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one
+    number per answer, those who chose the first option first) and group (the country, or ""). With survey weights
+    counts are their sums, and there are answers (people per option) and weights (of each of ``people``). A row of kind
+    chat has profile, messages, people (the one person) and group; one of kind preference profile, prompt, chosen,
+    rejected, people and group. Numbers of people mean nothing outside this data.
 
     Args:
         kind: choice | chat | preference.
@@ -270,10 +270,16 @@ def single_answers(split: Split) -> Split:
             weight_A = batch.column("weights").flatten().to_numpy() if split.weighted else None
             yield choice_batch(
                 Histograms(
-                    batch.column("profile").to_numpy()[row_A], batch.column("question").to_numpy()[row_A], lengths[row_A],
-                    np.arange(len(row_A)), option_A, np.ones(len(row_A), np.int32), people_A, weight_A,
+                    batch.column("profile").to_numpy()[row_A],
+                    batch.column("question").to_numpy()[row_A],
+                    lengths[row_A],
+                    np.arange(len(row_A)),
+                    option_A,
+                    np.ones(len(row_A), np.int32),
+                    people_A,
+                    weight_A,
                 )
-            )  # fmt: skip
+            )
 
     rows = ArrowFile.collect(choice_schema(split.weighted), batches(), None)
     return Split("choice", rows, split.questions, split.groups)

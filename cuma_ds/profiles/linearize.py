@@ -20,8 +20,8 @@ _MISSING = {
     "rather not say", "don't know", "dont know", "do not know", "i don't know",
 }  # fmt: skip
 
-# Characters that are not seen: spaces of no width, marks of direction and of byte order. Joiners count only outside the scripts that
-# write with them (from Arabic on, and emoji).
+# Characters that are not seen: spaces of no width, marks of direction and of byte order. Joiners count only outside
+# the scripts that write with them (from Arabic on, and emoji).
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff]|(?<![\u0600-\u1fff\u2c00-\U0010ffff])[\u200c\u200d]")
 _OTHER = re.compile(r"(?:an)?others?(?: (?:religion|faith|denomination|gender)s?)?(?:\s*[,:;(].*)?", re.IGNORECASE)
 
@@ -57,9 +57,9 @@ _BELIEVERS = {
 _WITH_DEGREE = {"yes", "degree", "university degree", "university", "has a degree"}
 _WITHOUT_DEGREE = {"no", "no degree", "no university degree"}
 _WITH_ARTICLE = {
-    "united states", "united states of america", "usa", "us", "uk", "united kingdom", "netherlands", "philippines", "czech republic",
-    "dominican republic", "united arab emirates", "maldives", "bahamas", "gambia", "central african republic",
-    "democratic republic of the congo", "solomon islands", "marshall islands",
+    "united states", "united states of america", "usa", "us", "uk", "united kingdom", "netherlands", "philippines",
+    "czech republic", "dominican republic", "united arab emirates", "maldives", "bahamas", "gambia",
+    "central african republic", "democratic republic of the congo", "solomon islands", "marshall islands",
 }  # fmt: skip
 
 
@@ -69,8 +69,8 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
     Args:
         fields: profile fields, or a sentence that is passed through; anything that :func:`plain_profile` takes.
         template: ``wvs`` reads country, age, gender, religion and education as one English sentence and adds other
-            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order; ``authors`` is the sentence of
-            the authors' code for survey data, where what is not known stands as ``Unknown``.
+            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order; ``authors`` is the
+            sentence of the authors' code for survey data, where what is not known stands as ``Unknown``.
 
     Returns:
         One line, e.g. ``A 55-year-old Buddhist woman living in Thailand.``
@@ -101,7 +101,8 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
 def plain_profile(profile: Mapping[str, Any] | str) -> dict[str, Any] | str:
     """The profile with names and texts in one spelling.
 
-    A text that is a JSON object is read as the fields it holds; any other text is a sentence. Lists lose items without an answer.
+    A text that is a JSON object is read as the fields it holds; any other text is a sentence. Lists lose items without
+    an answer.
 
     Raises:
         DataError: broken JSON, a field that holds fields, or an age, country or gender that is true or false.

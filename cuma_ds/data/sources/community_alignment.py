@@ -1,4 +1,6 @@
-"""Community Alignment (facebook/community-alignment-dataset, v1.1): one CSV row a conversation of up to four turns, four answers each."""
+"""Community Alignment (facebook/community-alignment-dataset, v1.1): one CSV row a conversation of up to four turns,
+four answers each.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,17 @@ _KINDS = ("chat", "choice", "preference")
 def read(path: str, options: ReadOptions) -> Rows:
     """Read conversations by ``data.kind``.
 
-    ``chat`` (default): the conversation along the preferred answers. ``choice``: which of the four first answers the person
-    prefers; equal prompts with equal answers are one question. ``preference``: in each turn, the preferred answer against each
-    of the other three.
+    ``chat`` (default): the conversation along the preferred answers. ``choice``: which of the four first answers the
+    person prefers; equal prompts with equal answers are one question. ``preference``: in each turn, the preferred
+    answer against each of the other three.
 
     Args:
         path: the CSV file (also gzipped), or a folder that holds exactly one.
         options: how to read.
 
     Raises:
-        DataError: no or several CSV files, a missing column, an unknown preferred response, a conversation that comes twice.
+        DataError: no or several CSV files, a missing column, an unknown preferred response, a conversation that comes
+            twice.
     """
     file = _find(Path(path))
     turns = [
@@ -75,7 +78,8 @@ def convert_conversation(record: Row, where: str, kind: str) -> Converted:
         )
         if preferred is not None and preferred.removeprefix("response_") not in _LETTERS:
             raise DataError(
-                f"{where}: {turn}_turn_preferred_response is {preferred!r}; allowed: response_a to response_d, or nothing"
+                f"{where}: {turn}_turn_preferred_response is {preferred!r}; allowed: response_a to response_d, "
+                "or nothing"
             )
         chosen = answers[preferred.removeprefix("response_")] if preferred else ""
         if not prompt or not chosen:

@@ -1,4 +1,6 @@
-"""PRISM (HannahRoseKirk/prism-alignment): conversations in which a person rates several models' answers, and a survey of these people."""
+"""PRISM (HannahRoseKirk/prism-alignment): conversations in which a person rates several models' answers, and a survey
+of these people.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ _SURVEY_KEYS = ("user_id", *dict.fromkeys(place[0] for place in _FIELDS.values()
 def read(path: str, options: ReadOptions) -> Rows:
     """Read conversations by ``data.kind``.
 
-    ``chat`` (default): the whole conversation along the chosen answers. ``preference``: in each turn, the chosen answer against
-    each of the others.
+    ``chat`` (default): the whole conversation along the chosen answers. ``preference``: in each turn, the chosen
+    answer against each of the others.
 
     Args:
         path: folder with conversations.jsonl and survey.jsonl (either may be gzipped).

@@ -94,13 +94,15 @@ def profile_of(profile: Any, where: str) -> dict[str, Any] | str:
     for name, value in profile.items():
         if value is not None and not isinstance(value, str | int | float):
             raise DataError(
-                f"{where}: profile field {name!r} is {type(value).__name__}; allowed: text, a number, true, false or null"
+                f"{where}: profile field {name!r} is {type(value).__name__}; allowed: text, a number, true, "
+                "false or null"
             )
     return profile
 
 
 def person_of(row: Row, key: str, where: str) -> str | None:
-    """The id of a row's person, in one spelling; None for words that mean there is none ("", "nan", "None", "unknown", ...).
+    """The id of a row's person, in one spelling; None for words that mean there is none ("", "nan", "None", "unknown",
+    ...).
 
     Raises:
         DataError: neither text nor a whole number.
@@ -131,7 +133,8 @@ def question_of(row: dict[str, Any], where: str) -> Question:
     options = tuple(one_spelling(option) for option in options)
     if not 2 <= len(options) <= len(LETTERS) or len(set(options)) < len(options):
         raise DataError(
-            f"{where}: options has {len(options)} texts, {len(set(options))} different; allowed: 2 to {len(LETTERS)} different texts"
+            f"{where}: options has {len(options)} texts, {len(set(options))} different; allowed: "
+            f"2 to {len(LETTERS)} different texts"
         )
     text = one_spelling(text)
     question_id = _identifier(row, "question_id", where)
@@ -140,7 +143,8 @@ def question_of(row: dict[str, Any], where: str) -> Question:
     scale = row.get("scale", "ordinal")
     if scale not in SCALES:
         raise DataError(
-            f"{where}: scale is {scale!r}; allowed: {', '.join(SCALES)} (nominal: the order of the options means nothing)"
+            f"{where}: scale is {scale!r}; allowed: {', '.join(SCALES)} (nominal: "
+            "the order of the options means nothing)"
         )
     return Question(question_id, text, options, scale)
 
@@ -186,7 +190,8 @@ def messages_of(messages: Any, where: str, last: str = "assistant") -> list[dict
     if roles[-1] != last or "user" not in roles or "assistant" in roles[: roles.index("user")]:
         kind, article = ("conversation", "an") if last == "assistant" else ("prompt", "a")
         raise DataError(
-            f"{where}: a {kind} starts with a user message (after an optional system one) and ends with {article} {last} message"
+            f"{where}: a {kind} starts with a user message (after an optional system one) and ends with {article} "
+            f"{last} message"
         )
     return messages
 
