@@ -182,7 +182,7 @@ def test_evaluation_refuses_or_leaves_out_and_says_how(tmp_path, choices, tiny_l
     report = evaluate_run(
         folder, overrides=["data.max_length=140", "data.on_long_prompt=skip", "evaluation.min_answers=1"]
     )
-    assert set(json.loads((report.folder / "report.json").read_text())["splits"]) == {"test"}
+    assert set(report.splits) == {"test"}
 
 
 def test_average_asks_in_both_orders_and_takes_the_mean(tmp_path, tiny_llama, tiny_encoder) -> None:

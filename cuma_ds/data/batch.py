@@ -8,15 +8,16 @@ kept positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class EncodedExample:
 Unit = tuple[EncodedExample, ...]
 
 
-def encode_example(
-    row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str], config: DataSection
-) -> EncodedExample:
+def encode_example(row: Row, renderer: Renderer, sentences: Sequence[str], config: DataSection) -> EncodedExample:
     """Render one row of a prepared split.
 
     A choice row has one target per option, all at the prompt's last token, with the shares of its answers as weights

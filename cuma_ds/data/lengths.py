@@ -10,14 +10,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import PromptTooLong, Renderer
-from cuma_ds.data.rows import Split
+from cuma_ds.data.rows import Row, Split
 from cuma_ds.errors import CumaError, DataError
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,7 @@ def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequen
 
 
 def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
-    def length(number: int, row: dict[str, Any]) -> int:
+    def length(number: int, row: Row) -> int:
         return _tokens(lambda: renderer.encode_chat(row["messages"], sentences[row["profile"]])[0], name, number)
 
     tokens_M = np.array([length(number, row) for number, row in enumerate(split)])
@@ -134,7 +133,7 @@ def _without(data: PreparedData, found: dict[str, LongRows]) -> PreparedData:
     return dataclasses.replace(data, splits=splits, manifest=manifest)
 
 
-def _sizes(split: Split) -> dict[str, Any]:
+def _sizes(split: Split) -> dict[str, int]:
     people = split.rows.table["people"].combine_chunks().flatten().to_numpy()
     return {
         "examples": len(split),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ EVERYONE_ELSE = "*"
 
 
 def group_mask(
-    profiles: Sequence[Mapping[str, Any]], groups: Mapping[str, Mapping[str, Sequence[int]]], num_experts: int
+    profiles: Sequence[Mapping[str, object]], groups: Mapping[str, Mapping[str, Sequence[int]]], num_experts: int
 ) -> Tensor:
     """The gradient mask of ``adapters.gradient_groups``: 1 where a profile's group may teach an expert, 0 elsewhere.
 

@@ -6,7 +6,6 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
 
 from cuma_ds.errors import ConfigError, DataError, nearest
 from cuma_ds.strict_json import RepeatedKeyError, read_json
@@ -63,7 +62,7 @@ _WITH_ARTICLE = {
 }  # fmt: skip
 
 
-def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str:
+def linearize(fields: Mapping[str, object] | str, template: str = "generic") -> str:
     """Turn a profile into the sentence the encoder reads.
 
     Args:
@@ -98,7 +97,7 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
     return {"wvs": _wvs, "generic": _generic, "authors": _authors}[template](values)
 
 
-def plain_profile(profile: Mapping[str, Any] | str) -> dict[str, Any] | str:
+def plain_profile(profile: Mapping[str, object] | str) -> dict[str, object] | str:
     """The profile with names and texts in one spelling.
 
     A text that is a JSON object is read as the fields it holds; any other text is a sentence. Lists lose items without
@@ -122,7 +121,7 @@ def plain_profile(profile: Mapping[str, Any] | str) -> dict[str, Any] | str:
     return {one_spelling(str(name)): _plain_value(name, value) for name, value in profile.items()}
 
 
-def _plain_value(name: str, value: Any) -> Any:
+def _plain_value(name: str, value: object) -> object:
     if isinstance(value, str):
         return one_spelling(value)
     if isinstance(value, bool) and _canonical(str(name)) in ("age", "country", "gender"):
@@ -145,7 +144,7 @@ def one_spelling(text: str) -> str:
     return text.strip()
 
 
-def is_missing(value: Any) -> bool:
+def is_missing(value: object) -> bool:
     """Whether a field's value means that nothing is known (case-insensitive)."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return True
@@ -156,12 +155,12 @@ def is_missing(value: Any) -> bool:
     return one_spelling(str(value)).lower().replace("’", "'").rstrip(".") in _MISSING
 
 
-def country_of(fields: Mapping[str, Any] | str) -> str:
+def country_of(fields: Mapping[str, object] | str) -> str:
     """The profile's country as written, or an empty string."""
     return value_of(fields, "country")
 
 
-def value_of(fields: Mapping[str, Any] | str, field: str) -> str:
+def value_of(fields: Mapping[str, object] | str, field: str) -> str:
     """What the profile says in one field (under any name the field goes by), or an empty string."""
     if not isinstance(fields, str):
         for name, value in fields.items():
@@ -170,7 +169,7 @@ def value_of(fields: Mapping[str, Any] | str, field: str) -> str:
     return ""
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) and value.is_integer():

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cuma_ds.data.raw import ReadOptions, Rows
 from cuma_ds.data.sources.delimited import csv_columns, find_csv, require_columns
@@ -64,19 +63,17 @@ def convert_conversation(record: Row, where: str, kind: str) -> Converted:
             raise DataError(
                 f"{where}: {name} is {record.get(name) or 'empty'}; each conversation names itself and its annotator"
             )
-    profile = {field: _readable(field, record.get(column)) for column, field in _FIELDS.items()}
+    cells = {column: "" if value is None else str(value) for column, value in record.items()}
+    profile = {field: _readable(field, cells.get(column) or None) for column, field in _FIELDS.items()}
     if anonymous(profile):
         return Converted([], record["conversation_id"], "conversations of people of whom nothing is known")
     who = {"profile": profile, "person_id": record["annotator_id"]}
     messages: list[dict[str, str]] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for turn in _TURNS:
-        answers = {x: (record.get(f"{turn}_turn_response_{x}") or "").replace(_END, "").strip() for x in _LETTERS}
-        prompt, preferred = (
-            (record.get(f"{turn}_turn_prompt") or "").strip(),
-            record.get(f"{turn}_turn_preferred_response"),
-        )
-        if preferred is not None and preferred.removeprefix("response_") not in _LETTERS:
+        answers = {x: cells.get(f"{turn}_turn_response_{x}", "").replace(_END, "").strip() for x in _LETTERS}
+        prompt, preferred = cells.get(f"{turn}_turn_prompt", "").strip(), cells.get(f"{turn}_turn_preferred_response")
+        if preferred and preferred.removeprefix("response_") not in _LETTERS:
             raise DataError(
                 f"{where}: {turn}_turn_preferred_response is {preferred!r}; allowed: response_a to response_d, "
                 "or nothing"

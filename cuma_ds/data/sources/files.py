@@ -46,7 +46,7 @@ class Input:
     identity: dict[str, str]
 
 
-def decode(chunk: Chunk) -> Iterator[tuple[str, dict[str, Any]]]:
+def decode(chunk: Chunk) -> Iterator[tuple[str, dict[str, object]]]:
     """The chunk's records, each with its place (``file:line`` or ``file: row``).
 
     Raises:
@@ -184,7 +184,7 @@ def _dataset(rows: Any, where: str) -> Input:
     return Input(chunks, len(rows), {where: str(rows._fingerprint)})
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def _object(line: bytes, where: str) -> dict[str, object]:
     try:
         row = read_json(line.decode("utf-8-sig"))
         if b"\\ud" in line.lower():

@@ -169,7 +169,7 @@ def clean(text: str | None) -> str:
     return " ".join(one_spelling(text or "").split())
 
 
-def whole(code: Any) -> str:
+def whole(code: str) -> str:
     """``"3.0"`` as ``"3"``; other texts as they are."""
     text = clean(code)
     return text[:-2] if text.endswith(".0") else text

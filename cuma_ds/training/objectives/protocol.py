@@ -6,12 +6,13 @@ Shapes: B sequences, K kept positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from cuma_ds.data.batch import Batch, Unit
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 
 
 class Loss(NamedTuple):
@@ -37,7 +38,7 @@ class Objective(Protocol):
 
     reads: Sequence[str]
 
-    def unit(self, row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str]) -> Unit:
+    def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
         """The examples that a row becomes. They share a micro batch, which holds the examples of all its units in
         order.
 
