@@ -1,7 +1,7 @@
-"""How steadily the balance loss alone keeps experts in use: one router of 8 experts, started on two of them, for several decays.
+"""How steadily the balance loss alone keeps experts in use, for several decays: a router of 8 experts, two at first.
 
-The experts stay as they start (B = 0), so that nothing but the balance loss moves the router. AdamW scales any gradient to its learning
-rate, so this is the hardest case for shares that lag behind.
+The experts stay as they start (B = 0), so that only the balance loss moves the router. AdamW scales any gradient to its
+learning rate, so this is the hardest case for shares that lag behind.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class OneLinear(nn.Module):
 
 
 class NaiveLayer(nn.Module):
-    """What a research script does: a router on the concatenation of token and profile, and a K x E loop over experts."""
+    """What a research script does: a router on [token, profile], and a K x E loop over experts."""
 
     def __init__(self, base: nn.Linear, config: CumaConfig) -> None:
         super().__init__()

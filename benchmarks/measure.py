@@ -39,7 +39,7 @@ def turns(variants: Mapping[str, Run], rounds: int, device: str) -> dict[str, li
 
 
 def report(title: str, variants: Mapping[str, Run], moved: int, arguments: argparse.Namespace) -> None:
-    """Time the variants (the first is ours) and print medians and ratios, on CUDA also bandwidth against that of a copy.
+    """Time the variants (the first is ours); print medians and ratios, on CUDA also the bandwidth next to a copy's.
 
     Args:
         title: above the table.

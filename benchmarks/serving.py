@@ -25,7 +25,7 @@ from cuma_ds.inference.modeling import ProfileReader
 from cuma_ds.inference.open import open_model
 from cuma_ds.inference.sampling import Sampling
 from cuma_ds.inference.talk import Talker
-from cuma_ds.serving.app import make_app
+from cuma_ds.serving.app import Settings, make_app
 from cuma_ds.serving.scheduler import Limits, scheduler_of
 
 COUNTRIES = ["Norway", "Ghana", "Japan", "Peru", "Jordan", "Chile", "Kenya", "Nepal"]
@@ -99,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     talker = load(arguments)
     scheduler = scheduler_of(talker, Limits(max_batch=arguments.requests), [])  # all answers are long
-    app = make_app(talker, scheduler, "bench", arguments.max_tokens, 2048, 100_000)
+    app = make_app(talker, scheduler, Settings("bench", arguments.max_tokens, 2048, 100_000))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -22,7 +22,7 @@ CPU_FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trap
 
 
 def cpu_flags() -> list[str]:
-    """Compiler flags of the CPU kernels. On x86 they need AVX2, FMA and F16C, which library.py checks before it loads them."""
+    """Compiler flags of the CPU kernels. On x86 they need AVX2, FMA and F16C, which library.py checks."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     return CPU_FLAGS + (["-mavx2", "-mfma", "-mf16c"] if x86 else [])
 

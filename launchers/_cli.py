@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -10,10 +11,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cuma_ds.errors import ConfigError, CumaError
 from cuma_ds.files import first_line, quiet_transformers
@@ -25,8 +26,11 @@ _LAUNCHERS = (*_DEEPSPEED, "torchrun", "torch.distributed.run")
 _WATCH_SECONDS = 1.0
 
 if TYPE_CHECKING:
+    import psutil
+
     from cuma_ds.inference.sampling import Sampling
     from cuma_ds.inference.talk import Talker
+    from cuma_ds.parallel.topology import Topology
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -50,7 +54,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit with ``code`` for certain: process groups of peers that stopped too can abort or block an orderly shutdown."""
+    """Exit with ``code`` for certain: process groups of ranks that stopped too can block an orderly shutdown."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         sys.stdout.flush()
@@ -80,7 +84,7 @@ def _end_with_launcher() -> None:
         threading.Thread(target=_watch, args=(chain,), name="launcher watch", daemon=True).start()
 
 
-def _watch(chain: list[Any]) -> None:
+def _watch(chain: list[psutil.Process]) -> None:
     """End this process, and what it started, once a process of the chain no longer is the child of the next."""
     import psutil
 
@@ -98,7 +102,7 @@ def _watch(chain: list[Any]) -> None:
     os._exit(2)
 
 
-def read_profile(text: str) -> dict[str, Any] | str:
+def read_profile(text: str) -> dict[str, object] | str:
     """``--profile``: a JSON object of fields, or a sentence as it is.
 
     Raises:
@@ -174,20 +178,58 @@ def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
         raise ConfigError("--base and --encoder belong to --export; a run names its own")
 
 
-def load_talker(arguments: argparse.Namespace, sampling: Sampling) -> Talker:
-    """The model that :func:`add_model_arguments` names, ready to be asked."""
-    import torch
+def several_ranks() -> bool:
+    """Whether deepspeed or torchrun started this process as one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
+
+@contextlib.contextmanager
+def joined_ranks(run: str | None, overrides: Sequence[str] = ()) -> Iterator[Topology | None]:
+    """The ranks that deepspeed or torchrun started, with the run's expert-parallel groups; None for one process.
+
+    Only the main rank prints.
+
+    Raises:
+        ConfigError: there are several ranks but no run, whose recipe says how ranks hold a model together.
+        TopologyError: another rank is lost.
+    """
+    if not several_ranks():
+        yield None
+        return
+    if run is None:
+        raise ConfigError("several ranks need --run; only a run's recipe says how they hold a model together")
+    from cuma_ds.parallel.topology import peers_must_answer, start_processes, with_expert_groups
+    from cuma_ds.runs import Run
+
+    parallel = Run.open(run).config(overrides).parallel
+    topology = start_processes(parallel.timeout_seconds)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(peers_must_answer(topology, parallel.timeout_seconds))
+        if not topology.is_main:
+            warnings.simplefilter("ignore")
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield with_expert_groups(topology, parallel.ep_size)
+
+
+def load_talker(arguments: argparse.Namespace, sampling: Sampling, topology: Topology | None = None) -> Talker:
+    """The model that :func:`add_model_arguments` names, ready to be asked.
+
+    Args:
+        arguments: of the command line.
+        sampling: how answers are generated.
+        topology: of ranks that hold the model together; None for one process.
+    """
     quiet_transformers()
 
     from cuma_ds.inference.open import open_export, open_run
     from cuma_ds.inference.talk import Talker
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from None
+    if topology is not None:
+        if arguments.device is not None:
+            raise ConfigError("--device is for one process; each of several ranks takes an accelerator of its own")
+        return Talker(open_run(arguments.run, arguments.step, topology=topology), sampling)
+    device = _device(arguments.device)
     if arguments.run is not None:
         opened = open_run(arguments.run, arguments.step)
     else:
@@ -195,3 +237,19 @@ def load_talker(arguments: argparse.Namespace, sampling: Sampling) -> Talker:
         opened = open_export(arguments.export, arguments.base, arguments.encoder, trust_remote_code=trust)
     opened.model.to(device)
     return Talker(opened, sampling)
+
+
+def _device(name: str | None) -> str:
+    """``--device``; by default cuda where there is one.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from None
+    return device

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import run_main, warn_in_one_line
+from _cli import joined_ranks, run_main, several_ranks, warn_in_one_line
 
 from cuma_ds.errors import ConfigError
 from cuma_ds.files import is_hub_id, quiet_transformers
@@ -14,6 +16,7 @@ from cuma_ds.files import is_hub_id, quiet_transformers
 if TYPE_CHECKING:
     from cuma_ds.evaluation.run import Extra
     from cuma_ds.evaluation.subject import Subject
+    from cuma_ds.parallel.topology import Topology
 
 _EXAMPLES = """\
 examples
@@ -35,13 +38,24 @@ def main() -> None:
     arguments = _parser().parse_args()
     warn_in_one_line()
     _check(arguments)
+    _extras(arguments)  # mistakes show before anything is loaded
 
+    from cuma_ds.runs import Run
+
+    with joined_ranks(arguments.run, _overrides(arguments)) as topology, contextlib.ExitStack() as stack:
+        folder = Path(arguments.out) if arguments.out else Run(arguments.run).report_folder
+        if topology is not None and not topology.is_main:
+            # All ranks make the same report. That of the main rank is kept, and it alone asks the judge.
+            folder, arguments.judge_url = Path(stack.enter_context(tempfile.TemporaryDirectory())), None
+        _evaluate(arguments, topology, folder)
+
+
+def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cuma_ds.evaluation.report.tables import terminal_tables
     from cuma_ds.evaluation.run import evaluate, written_files
-    from cuma_ds.runs import Run
 
     quiet_transformers()
     extras = _extras(arguments)
@@ -57,8 +71,7 @@ def main() -> None:
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        folder = Path(arguments.out) if arguments.out else Run(arguments.run).report_folder
-        report = evaluate(_open(arguments), folder, progress, extras)
+        report = evaluate(_open(arguments, topology), folder, progress, extras)
     for table in terminal_tables(report):
         console.print(table)
     for file in written_files(folder, report):
@@ -83,6 +96,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--generate is {arguments.generate}; at least one conversation is needed")
     if (arguments.judge_url is None) != (arguments.judge_model is None):
         raise ConfigError("--judge-url and --judge-model belong together: the address and the name of the judge")
+    if arguments.gradients and several_ranks():
+        raise ConfigError("--gradients is for one process; start it without deepspeed or torchrun")
     if arguments.judge_url is not None and arguments.generate is None:
         raise ConfigError("--judge-url needs --generate N, the number of answers to compare")
 
@@ -112,15 +127,18 @@ def _extras(arguments: argparse.Namespace) -> list[Extra]:
     return extras
 
 
-def _open(arguments: argparse.Namespace) -> Subject:
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    batch_size = [] if arguments.batch_size is None else [f"evaluation.batch_size={arguments.batch_size}"]
+    return [*arguments.set, *batch_size]
+
+
+def _open(arguments: argparse.Namespace, topology: Topology | None) -> Subject:
     from cuma_ds.evaluation.subject import run_subject, subject
     from cuma_ds.inference.open import open_export, open_model, open_peft
 
-    overrides = list(arguments.set)
-    if arguments.batch_size is not None:
-        overrides.append(f"evaluation.batch_size={arguments.batch_size}")
+    overrides = _overrides(arguments)
     if arguments.run is not None:
-        return run_subject(arguments.run, arguments.step, arguments.data, overrides)
+        return run_subject(arguments.run, arguments.step, arguments.data, overrides, topology)
     if arguments.export is not None:
         opened = open_export(arguments.export, arguments.base, arguments.encoder, overrides)
     elif arguments.adapter is not None:
@@ -192,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a call that failed, with growing waits (default 5)",
     )
     more.add_argument("--judge-max-tokens", type=int, default=256, metavar="N", help="longest verdict (default 256)")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
 

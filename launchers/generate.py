@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from _cli import (
     add_model_arguments,
     check_model_arguments,
     check_text,
+    joined_ranks,
     load_talker,
     read_profile,
     run_main,
+    several_ranks,
     warn_in_one_line,
 )
 
@@ -21,17 +23,22 @@ from cuma_ds.errors import ConfigError, CumaError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cuma_ds.inference.modeling import Profile
     from cuma_ds.inference.talk import Talker
 
 _EXAMPLES = """\
 examples
   one answer, as it is written:
-    python launchers/generate.py --run runs/quickstart --profile '{"country": "Norway", "age": 34}' --prompt "What is a good life?"
+    python launchers/generate.py --run runs/quickstart --profile '{"country": "Norway", "age": 34}' \\
+        --prompt "What is a good life?"
   a choice question, answered by two people side by side, with the experts they used:
-    python launchers/generate.py --export exported --profile '{"country": "Norway"}' --profile '{"country": "Jordan"}' --compare \\
+    python launchers/generate.py --export exported --compare \\
+        --profile '{"country": "Norway"}' --profile '{"country": "Jordan"}' \\
         --prompt "How important is religion in your life?" --options "Very important" "Rather important" "Not important"
   a chat; /help lists what can be typed:
     python launchers/generate.py --run runs/quickstart --profile "A 55-year-old Buddhist living in Thailand."
+  an answer of two ranks that hold the model together, as the run's recipe says:
+    deepspeed --num_accelerators 2 launchers/generate.py --run runs/quickstart --profile "..." --prompt "..."
 
 Answers are what the model predicts for people like the profile; nobody in particular thinks so."""
 _HELP = """\
@@ -52,6 +59,8 @@ def main() -> None:
         check_text(name, "".join(texts))
     if arguments.prompt is None and (arguments.options or arguments.compare):
         raise ConfigError(f"{'--options' if arguments.options else '--compare'} needs --prompt, the question to ask")
+    if arguments.prompt is None and several_ranks():
+        raise ConfigError("a chat is for one process; with several ranks give --prompt")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise ConfigError("--prompt is empty")
     if arguments.options and len(arguments.options) < 2:
@@ -59,34 +68,40 @@ def main() -> None:
     if arguments.compare and len(profiles) < 2:
         raise ConfigError("--compare needs at least two --profile")
 
-    from rich.console import Console
-
     from cuma_ds.inference.sampling import Sampling
 
-    console = Console(highlight=False)
     sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    talker = load_talker(arguments, sampling)
+    with joined_ranks(arguments.run) as topology:
+        _answer(arguments, load_talker(arguments, sampling, topology), profiles)
+
+
+def _answer(arguments: argparse.Namespace, talker: Talker, profiles: Sequence[Profile]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
     if arguments.prompt is None:
         _chat(talker, profiles, console)
     elif arguments.compare:
         _compare(talker, profiles, arguments.prompt, arguments.options, console)
     else:
-        for number, who in enumerate([[profile] for profile in profiles] or [[]], start=1):
+        for number, asked in enumerate([[profile] for profile in profiles] or [[]], start=1):
             if len(profiles) > 1:
                 console.print(f"[bold]profile {number}[/bold]")
             if arguments.options:
-                _bars(talker.choose(arguments.prompt, arguments.options, who)[0], arguments.options, console)
+                _bars(talker.choose(arguments.prompt, arguments.options, asked)[0], arguments.options, console)
             else:
-                _stream(talker, [{"role": "user", "content": arguments.prompt}], who)
+                _stream(talker, [{"role": "user", "content": arguments.prompt}], asked)
 
 
-def _stream(talker: Talker, messages: Sequence[dict[str, str]], who: Sequence[Any]) -> str:
-    answer = talker.answers(messages, who, write=lambda text: print(text, end="", flush=True))[0]
+def _stream(talker: Talker, messages: Sequence[dict[str, str]], asked: Sequence[Profile]) -> str:
+    answer = talker.answers(messages, asked, write=lambda text: print(text, end="", flush=True))[0]
     print(flush=True)
     return answer
 
 
-def _compare(talker: Talker, profiles: Sequence[Any], prompt: str, options: Sequence[str], console: Console) -> None:
+def _compare(
+    talker: Talker, profiles: Sequence[Profile], prompt: str, options: Sequence[str], console: Console
+) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -123,11 +138,11 @@ def _bar(share: float, width: int) -> str:
     return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).rstrip().ljust(width)
 
 
-def _chat(talker: Talker, given: Sequence[Any], console: Console) -> None:
-    who = list(given[:1])
+def _chat(talker: Talker, given: Sequence[Profile], console: Console) -> None:
+    asked: list[Profile] = list(given[:1])
     messages: list[dict[str, str]] = []
     console.print("Type a message; /help lists the commands.")
-    if talker.takes_profiles and not who:
+    if talker.takes_profiles and not asked:
         console.print("Say who you are first: /profile ...")
     while True:
         try:
@@ -146,24 +161,24 @@ def _chat(talker: Talker, given: Sequence[Any], console: Console) -> None:
             elif command == "/clear":
                 messages = []
             elif command == "/profile":
-                who, messages = [_switch(talker, rest.strip(), given)], []
+                asked, messages = [_switch(talker, rest.strip(), given)], []
                 console.print("A new conversation, as that person.")
             elif command == "/choose":
                 question, *options = [part.strip() for part in rest.split("|")]
                 if not question or len(options) < 2:
                     raise ConfigError("write /choose QUESTION | OPTION | OPTION, with at least two options")
-                _bars(talker.choose(question, options, who)[0], options, console)
+                _bars(talker.choose(question, options, asked)[0], options, console)
             elif command.startswith("/"):
                 raise ConfigError(f"there is no command {command}; /help lists them")
             else:
                 turn = {"role": "user", "content": line}
-                answer = _stream(talker, [*messages, turn], who)
+                answer = _stream(talker, [*messages, turn], asked)
                 messages += [turn, {"role": "assistant", "content": answer}]
         except CumaError as error:
             console.print(f"error: {error}", markup=False, soft_wrap=True)
 
 
-def _switch(talker: Talker, text: str, given: Sequence[Any]) -> Any:
+def _switch(talker: Talker, text: str, given: Sequence[Profile]) -> Profile:
     if not text:
         raise ConfigError("/profile needs fields, a sentence, or the number of a --profile")
     if text.isdigit():
@@ -195,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, metavar="P", help="sample from this share of the probability"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
+    parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 
 

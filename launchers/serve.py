@@ -17,15 +17,16 @@ examples
   serve a run, then ask it as somebody:
     python launchers/serve.py --run runs/quickstart --port 8000
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
-        -d '{"model": "quickstart", "profile": {"country": "Norway"}, "messages": [{"role": "user", "content": "What is a good life?"}]}'
+        -d '{"model": "quickstart", "profile": {"country": "Norway"},
+             "messages": [{"role": "user", "content": "What is a good life?"}]}'
   with OpenAI's Python client:
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.chat.completions.create(model="quickstart", messages=[...], extra_body={"profile": {"country": "Norway"}})
   for others, with a key that clients must send:
     python launchers/serve.py --export exported --host 0.0.0.0 --api-key-file key.txt
 
-A profile is fields or a sentence. Requests of different people are answered in one batch. Logs are JSON lines on stderr and hold
-neither profiles nor messages. There is no encryption: on an open network put a TLS proxy in front."""
+A profile is fields or a sentence. Requests of different people are answered in one batch. Logs are JSON lines on stderr
+and hold neither profiles nor messages. There is no encryption: on an open network put a TLS proxy in front."""
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     import uvicorn
 
     from cuma_ds.inference.sampling import Sampling
-    from cuma_ds.serving.app import make_app
+    from cuma_ds.serving.app import Settings, make_app
     from cuma_ds.serving.logs import configure_logs
     from cuma_ds.serving.patience import Patience
     from cuma_ds.serving.scheduler import Limits, scheduler_of
@@ -62,7 +63,8 @@ def main() -> None:
     scheduler = scheduler_of(talker, Limits(arguments.max_batch, arguments.max_queue))
     scheduler.check()
     name = arguments.name or Path(arguments.run or arguments.export).resolve().name
-    app = make_app(talker, scheduler, name, max_tokens, max_length, arguments.max_body, api_key)
+    settings = Settings(name, max_tokens, max_length, arguments.max_body, api_key)
+    app = make_app(talker, scheduler, settings)
     host, port = listener.getsockname()[:2]
     print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     configure_logs()
@@ -71,7 +73,7 @@ def main() -> None:
 
 
 def _api_key(file: str | None) -> str | None:
-    """From the file, or from CUMA_API_KEY; never from the command line, which everybody on the machine can read."""
+    """From the file, or from CUMA_API_KEY. A command line could be read by all users of the machine."""
     source = "the environment variable CUMA_API_KEY" if file is None else f"--api-key-file {file}"
     if file is None and not os.environ.get("CUMA_API_KEY"):
         return None

@@ -137,7 +137,8 @@ def same(name: str, one: Tensor, other: Tensor) -> None:
 
 # T, E, K, N: one of all; odd sizes; tokens in several chunks; each number of lanes a token and experts a lane
 GATES = [(1, 1, 1, 1), (7, 5, 3, 2), (130, 8, 2, 3), (9, 13, 4, 2), (9, 16, 5, 2), (5, 33, 8, 9), (5, 20, 20, 2),
-         (21, 30, 8, 2), (5, 60, 9, 2), (4, 100, 2, 1), (4, 100, 20, 1), (3, 130, 3, 2), (2, 257, 2, 2), (3, 512, 8, 3)]  # fmt: skip
+         (21, 30, 8, 2), (5, 60, 9, 2), (4, 100, 2, 1), (4, 100, 20, 1), (3, 130, 3, 2), (2, 257, 2, 2),
+         (3, 512, 8, 3)]  # fmt: skip
 
 
 def compare_gate(

@@ -17,8 +17,8 @@ _USUAL = {
     "max_position_embeddings": 512,
 }  # fmt: skip
 _BART = {
-    **_ENDS, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_layers": 1,
-    "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "max_position_embeddings": 512,
+    **_ENDS, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64,
+    "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "max_position_embeddings": 512,
 }  # fmt: skip
 
 
@@ -88,8 +88,9 @@ def save_disagreeing(folder: Path, source: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
     said = {
-        "eos_token_id": [2, 4], "bos_token_id": 1, "pad_token_id": 0, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "top_k": 3,
-        "do_sample": True, "temperature": 0.6, "min_new_tokens": 5, "suppress_tokens": [20, 21], "bad_words_ids": [[30]],
+        "eos_token_id": [2, 4], "bos_token_id": 1, "pad_token_id": 0, "repetition_penalty": 1.5,
+        "no_repeat_ngram_size": 2, "top_k": 3, "do_sample": True, "temperature": 0.6, "min_new_tokens": 5,
+        "suppress_tokens": [20, 21], "bad_words_ids": [[30]],
     }  # fmt: skip
     (folder / "generation_config.json").write_text(json.dumps(said))
     return folder

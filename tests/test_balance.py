@@ -1,4 +1,4 @@
-"""The load-balance loss over the run: the same for any micro batch and any number of ranks, and it brings unused experts back."""
+"""The load-balance loss over the run: equal for any micro batch and number of ranks, and it revives unused experts."""
 
 from __future__ import annotations
 
@@ -134,9 +134,10 @@ class Linear(nn.Module):
 
 
 def used_experts(steps: int, **options: str) -> list[set[int]]:
-    """Train a router that starts with two experts for every token; return which experts get a hundredth of the tokens, step by step.
+    """Train a router that starts with two experts for every token. Returns the experts with 1% of the tokens, by step.
 
-    The experts stay as they start (B = 0) and float64 leaves no rounding, so that nothing but the balance loss moves the router.
+    The experts stay as they start (B = 0) and float64 leaves no rounding, so that only the balance loss moves the
+    router.
     """
     torch.manual_seed(0)
     config = CumaConfig(num_experts=8, lora_r=2, profile_dim=4, target_modules=["q_proj"], **options)

@@ -1,4 +1,4 @@
-"""What release 0.1.0 left behind (tests/golden/0.1.0, made by its own code) still opens, resumes and answers as it did."""
+"""A run and an export of release 0.1.0 (tests/golden/0.1.0, made by its own code) open, resume and answer as then."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def test_a_run_of_0_1_0_goes_on_as_it_would_have(world, tmp_path, places, expect
     assert "resuming" in output
     state = read_adapters(find_checkpoint(Run(tmp_path / "run").checkpoints))
     assert {f"state/{name}" for name in state} == expected.keys() - {"logits"}
-    # With one rank the batches are the release's own; more ranks round differently, and its balance loss depended on them.
+    # With one rank the batches are the release's own. More ranks round differently, and its balance loss depended on
+    # their number.
     tolerance = 1e-5 if world == 1 else 2e-2
     for name, tensor in state.items():
         torch.testing.assert_close(tensor, expected[f"state/{name}"], rtol=tolerance, atol=tolerance)

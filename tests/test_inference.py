@@ -1,4 +1,4 @@
-"""One decode loop for every model and every placement: what is written depends on the prompt, its profile and its seed alone."""
+"""One decode loop for every model and every placement: tokens depend on the prompt, its profile and its seed alone."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, random_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from ranks import run as run_ranks
+from ranks import run_recipes
 from run_folder import OPINIONS, lively, make_run
+from test_parallel_training import recipe
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
+from cuma_ds.config import load_config
 from cuma_ds.inference.generate import Completion, Decoder, generate
 from cuma_ds.inference.open import Opened, open_run
 from cuma_ds.inference.running import ModelForward, RunningBatch, SingleSequence, measured_batch
 from cuma_ds.inference.sampling import Sampling, mixed_seed
+from cuma_ds.parallel.stored import find_checkpoint, read_adapters
+from cuma_ds.runs import Run
 
 WIDTH = 6
 PROMPTS = [[9, 10, 11, 12, 13], list(range(20, 50)), [60], list(range(70, 80)), [7, 8]]
@@ -77,6 +83,19 @@ def test_a_model_that_keeps_nothing_reads_everything_again() -> None:
     completions = [Completion(prompt, Sampling(6), PROFILES[row]) for row, prompt in enumerate(PROMPTS)]
     generate(Decoder(batch, most, []), completions)
     assert [completion.tokens for completion in completions] == [tokens for tokens, _ in expected]
+
+
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig])
+def test_adapters_that_put_tokens_before_a_prompt_are_continued_as_peft_does(kind) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(random_model("llama"), kind(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
+    batch, most = measured_batch(ModelForward(model), 0, 4)
+    completions = [Completion(prompt, Sampling(6)) for prompt in PROMPTS]
+    generate(Decoder(batch, most, []), completions)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        found = model.generate(input_ids=torch.tensor([prompt]), **options)
+        assert completion.tokens == found[0, len(prompt) :].tolist()
 
 
 def test_samples_depend_on_the_seed_and_not_on_the_batch() -> None:
@@ -149,3 +168,72 @@ def test_ranks_that_hold_a_model_together_write_what_one_process_writes(world, r
             assert (tokens, finish) == (completion.tokens, completion.finish), (job["out"], number)
             assert scores == pytest.approx(completion.log_probabilities, abs=1e-4)
         assert found == [[]] * world
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory, tiny_llama, tiny_encoder) -> Path:
+    """A run of conversations that was trained on two or more ranks with a sharded backbone and expert parallelism."""
+    parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
+    settings = {"min_answers": 1, "bootstrap": 5}
+    folder = tmp_path_factory.mktemp("runs") / "chats"
+    source = OPINIONS.with_name("chats.jsonl")
+    return make_run(folder, tiny_llama, tiny_encoder, {}, source=source, parallel=parallel, evaluation=settings)[0]
+
+
+@pytest.mark.multirank
+def test_the_generate_command_prints_on_ranks_what_it_prints_alone(chats) -> None:
+    people = ["--profile", '{"country": "Norway"}', "--profile", '{"country": "Ghana"}']
+    command = ["launchers/generate.py", "--run", str(chats), *people, "--prompt", "What is a good life?"]
+    command += ["--max-new-tokens", "9", "--compare"]
+    outputs = {}
+    for world in (1, 2, 4):
+        ranks = run_ranks(world, command)
+        assert [code for code, _ in ranks] == [0] * world, ranks[0][1][-3000:]
+        outputs[world] = ranks[0][1][ranks[0][1].index("┏") :]
+        assert not any("answer" in output for _, output in ranks[1:])
+    assert outputs[1] == outputs[2] == outputs[4]
+
+
+@pytest.mark.multirank
+def test_the_evaluate_command_generates_on_ranks_what_it_generates_alone(chats, tmp_path) -> None:
+    answers, numbers = {}, {}
+    for world in (1, 2, 4):
+        out = tmp_path / str(world)
+        command = ["launchers/evaluate.py", "--run", str(chats), "--out", str(out), "--batch-size", "2"]
+        ranks = run_ranks(world, [*command, "--generate", "5", "--max-new-tokens", "9", "--temperature", "0.9"])
+        assert [code for code, _ in ranks] == [0] * world, ranks[0][1][-3000:]
+        answers[world] = (out / "answers.jsonl").read_text()
+        split = next(iter(json.loads((out / "report.json").read_text())["splits"].values()))
+        numbers[world] = split["rows"]["trained"]["loss"]
+        assert not any("report.json" in output for _, output in ranks[1:])
+    assert answers[1] == answers[2] == answers[4]
+    assert answers[1].count("\n") == 5
+    assert numbers[2] == pytest.approx(numbers[1], abs=1e-5)
+    assert numbers[4] == pytest.approx(numbers[1], abs=1e-5)
+
+
+@pytest.mark.multirank
+def test_what_is_for_one_process_is_refused_on_ranks_in_one_line(chats, tmp_path) -> None:
+    for command, message in (
+        (["launchers/generate.py", "--run", str(chats)], "a chat is for one process"),
+        (["launchers/generate.py", "--export", str(tmp_path), "--prompt", "Hi"], "several ranks need --run"),
+        (["launchers/evaluate.py", "--run", str(chats), "--gradients"], "--gradients is for one process"),
+    ):
+        for code, output in run_ranks(2, command):
+            assert code == 2
+            assert message in output
+
+
+@pytest.mark.multirank
+def test_generating_between_the_steps_of_training_changes_nothing_that_is_learned(
+    tmp_path, tiny_llama, tiny_encoder
+) -> None:
+    parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
+    changes = {"training": {"steps": 3, "warmup_steps": 0}, "parallel": parallel, "adapters": {"dropout": 0.1}}
+    paths = [recipe(tmp_path, tiny_llama, tiny_encoder, name, **changes) for name in ("plain", "rollouts")]
+    run_recipes(4, paths[:1])
+    for code, output in run_ranks(4, ["tests/train_with_rollouts.py", json.dumps([str(paths[1])])]):
+        assert code == 0, output[-3000:]
+    plain, rollouts = (read_adapters(find_checkpoint(Run(load_config(path).run_dir).checkpoints)) for path in paths)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(rollouts[name], tensor, rtol=0, atol=0)

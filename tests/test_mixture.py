@@ -61,7 +61,7 @@ def naive(
 
 
 def grouped_mm_of_a_gpu(a: torch.Tensor, b: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-    """torch's grouped product, with NaN where CUDA kernels may leave memory unwritten, and refusing what they refuse."""
+    """torch's grouped product, with NaN where CUDA kernels leave memory unwritten, and refusing what they refuse."""
     if not a.numel():
         raise RuntimeError("strides should be multiple of 16 bytes")
     product = F.grouped_mm(a, b, offs=offs)

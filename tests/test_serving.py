@@ -34,7 +34,7 @@ from cuma_ds.inference.running import ModelForward, RunningBatch
 from cuma_ds.inference.sampling import Sampler, Sampling, next_tokens
 from cuma_ds.inference.talk import Talker
 from cuma_ds.inference.text import TextStream
-from cuma_ds.serving.app import make_app
+from cuma_ds.serving.app import Settings, make_app
 from cuma_ds.serving.logs import JsonFormatter
 from cuma_ds.serving.patience import Patience
 from cuma_ds.serving.scheduler import Job, Limits, Piece, Scheduler, scheduler_of
@@ -93,7 +93,7 @@ def served(
     """The application behind a real socket, and a client that does not try again."""
     scheduler = scheduler_of(talker, limits or Limits(), ends)
     sizes = {"max_tokens": 100, "max_length": 200, "max_body": 20_000}
-    app = make_app(talker, scheduler, "opinions", **{**sizes, **options})
+    app = make_app(talker, scheduler, Settings("opinions", **{**sizes, **options}))
     with socket.create_server(("127.0.0.1", free_port())) as listener:
         server = uvicorn.Server(
             uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=1)
@@ -142,7 +142,7 @@ def gated(monkeypatch: pytest.MonkeyPatch, talker: Talker) -> Iterator[threading
 
 
 def test_64_concurrent_requests_of_16_people_get_the_answers_they_get_alone(run, talker, tmp_path) -> None:
-    """The launcher in its own process, half of the requests streamed, with a key; its logs know no profile and no message."""
+    """The launcher in its own process, half of the requests streamed, with a key. Logs hold no profile or message."""
     key = tmp_path / "key"
     key.write_text("open-sesame\n")
     expected = {
@@ -173,8 +173,8 @@ def test_64_concurrent_requests_of_16_people_get_the_answers_they_get_alone(run,
         async def one(client: openai.AsyncOpenAI, question: int, person: int) -> str:
             stream = (question + person) % 2 == 1
             answer = await client.chat.completions.create(
-                model="opinions", messages=[{"role": "user", "content": QUESTIONS[question]}], temperature=0, max_tokens=12,
-                stream=stream, extra_body={"profile": PEOPLE[person]},
+                model="opinions", messages=[{"role": "user", "content": QUESTIONS[question]}], temperature=0,
+                max_tokens=12, stream=stream, extra_body={"profile": PEOPLE[person]},
             )  # fmt: skip
             if not stream:
                 return answer.choices[0].message.content
@@ -303,7 +303,7 @@ def test_samples_are_drawn_as_a_plain_loop_draws_them() -> None:
 
 
 def test_numbers_that_float32_cannot_hold_hurt_nobody() -> None:
-    """Temperatures and top-p positive in double precision only, and a row of NaN, beside rows that are drawn as without them."""
+    """Temperatures and top-p positive in double precision only, and a row of NaN, change no other row."""
     logits = torch.randn(5, 17, generator=torch.Generator().manual_seed(0)) * 20
     good = [Sampler(0.7, 0.9, row) for row in range(2)]
     expected = next_tokens(logits[:2], [Sampler(0.7, 0.9, row) for row in range(2)])
@@ -367,7 +367,7 @@ def test_sequences_join_and_leave_between_any_two_steps(family) -> None:
             batch.keep(rows)
             running = [running[row] for row in rows]
             assert len(batch) == len(running)
-            assert batch.mask_BL.shape[1] == max((len(ids) for _, ids in running), default=0)
+            assert batch.length == max((len(ids) for _, ids in running), default=0)
     assert started > 20
 
 
@@ -548,7 +548,7 @@ def test_what_cannot_be_done_is_refused_in_openais_format(name, server) -> None:
 
 
 def test_what_clients_write_out_without_meaning_anything_changes_nothing(server) -> None:
-    """Messages dumped as OpenAI's client has them, and requests as LangChain and others write them, every optional field in them."""
+    """Messages dumped as OpenAI's client has them, and requests with every optional field, as LangChain writes them."""
     client, _ = server
     turns = [{"role": "user", "content": "Hi"}]
     plain = ask(client, messages=turns)
@@ -570,10 +570,11 @@ def test_what_clients_write_out_without_meaning_anything_changes_nothing(server)
     for answer in (dumped, plain.choices[0].message, {**said[1], **told}):
         assert ask(client, messages=[*turns, answer, user]).choices[0].message.content == expected
     empty = {
-        "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}, "logit_bias": {}, "n": 1,
-        "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0, "service_tier": "auto", "store": False, "user": "ann",
-        "metadata": {"a": "b"}, "modalities": ["text"], "stream_options": {"include_usage": False, "include_obfuscation": False},
-        "top_logprobs": 0, "functions": [], "function_call": "auto", "safety_identifier": "x", "prompt_cache_key": "y",
+        "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"},
+        "logit_bias": {}, "n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0,
+        "service_tier": "auto", "store": False, "user": "ann", "metadata": {"a": "b"}, "modalities": ["text"],
+        "stream_options": {"include_usage": False, "include_obfuscation": False}, "top_logprobs": 0,
+        "functions": [], "function_call": "auto", "safety_identifier": "x", "prompt_cache_key": "y",
     }  # fmt: skip
     nulls = dict.fromkeys(
         [*empty, "stop", "seed", "max_completion_tokens", "top_p", "stream", "reasoning_effort", "web_search_options"]
@@ -626,7 +627,8 @@ def test_large_bodies_are_refused_whether_announced_or_in_pieces(server) -> None
     assert refused.value.status_code == 413
     assert "larger than 20000 bytes" in refused.value.message
     with socket.create_connection(("127.0.0.1", client.base_url.port)) as wire:  # nobody says how long it will be
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += "Transfer-Encoding: chunked\r\n\r\n"
         wire.sendall(head.encode() + b"7000\r\n" + b"x" * 0x7000 + b"\r\n")
         assert b" 413 " in wire.recv(100)
 
@@ -634,7 +636,8 @@ def test_large_bodies_are_refused_whether_announced_or_in_pieces(server) -> None
 HALVES = {
     "nothing": b"",
     "head": b"GET /v1/models HTTP/1.1\r\nHost: x\r\n",
-    "body": b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"model":',
+    "body": b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b'Content-Length: 100\r\n\r\n{"model":',
     "second": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTT",
 }
 
@@ -693,7 +696,8 @@ def test_keys_open_everything_and_health_needs_none(talker) -> None:
 @pytest.mark.parametrize(
     ("content", "key"),
     [(b"a-key\n", "a-key"), (b"\xef\xbb\xbfa-key\r\n", "a-key"), (b"\n  s\xc3\xb6me key \n\n", "söme key"),
-     (b"one\ntwo\n", "holds 2 lines of text"), (b"\xef\xbb\xbf\n", "is empty"), ("a-key".encode("utf-16"), "is no UTF-8 text")],
+     (b"one\ntwo\n", "holds 2 lines of text"), (b"\xef\xbb\xbf\n", "is empty"),
+     ("a-key".encode("utf-16"), "is no UTF-8 text")],
 )  # fmt: skip
 def test_key_files_as_editors_write_them(content, key, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "launchers"))

@@ -176,9 +176,9 @@ def test_an_exported_model_called_with_a_padded_batch_and_its_mask(run, tmp_path
 class WithoutPositions(GPT2LMHeadModel):
     """Absolute positions that no caller can set, as in some models that bring their own code."""
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, logits_to_keep=0, **_):
-        known = {"past_key_values": past_key_values, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **known)
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, logits_to_keep=0, **options):
+        known = {"use_cache": options.get("use_cache"), "logits_to_keep": logits_to_keep}
+        return super().forward(input_ids, past_key_values, attention_mask=attention_mask, **known)
 
 
 class Forgetful(WithoutPositions):

@@ -108,7 +108,7 @@ class RoutingState:
         return self._indices[key]
 
     def _profile_of_input(self, batch: int, length: int, device: torch.device) -> Tensor:
-        """[batch, length] profile rows of the last positions. Generated ones have the last profile of their sequence."""
+        """[batch, length] profile rows of the last positions. Generated ones have their sequence's last profile."""
         assert self.profile_BS is not None
         profile_BS = self.profile_BS.to(device)
         rows, known = profile_BS.shape
@@ -163,7 +163,7 @@ class RoutingContext:
         return gate
 
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-        """``context_fn`` of torch.utils.checkpoint: recomputes with the state of this forward, without counting twice."""
+        """``context_fn`` of torch.utils.checkpoint: recomputes with the state of this forward and counts nothing."""
         return contextlib.nullcontext(), self._replay(self.state)
 
     @contextlib.contextmanager

@@ -205,7 +205,7 @@ class _Expand(torch.autograd.Function):
 
 
 def _grouped_mm(a: Tensor, b: Tensor, end_E: Tensor) -> Tensor:
-    """Rows of ``a`` [M, I] times their expert's ``b`` [E, I, J], or columns of ``a`` [I, M] times rows of ``b`` [M, J]."""
+    """Rows of ``a`` [M, I] times their expert's ``b`` [E, I, J], or per expert ``a`` [I, M] times ``b`` [M, J]."""
     if a.is_meta or not a.numel():  # torch has neither shapes for float32 on meta nor sums over no rows on CUDA
         return a.new_zeros((a.shape[0], b.shape[2]) if b.dim() == 3 else (len(end_E), a.shape[0], b.shape[1]))
     product = F.grouped_mm(a, b, offs=end_E)

@@ -171,7 +171,8 @@ class CumaModel(nn.Module):
                     f"profile_embeddings have shape {tuple(profile_embeddings.shape)}; expected [sequences, {width}]"
                 )
         num_profiles = profile_BS.shape[0] if profile_embeddings is None else profile_embeddings.shape[0]
-        if profile_BS.device.type == "cpu" and profile_BS.numel() and int(profile_BS.max()) >= num_profiles:
+        checked = profile_embeddings is not None and profile_BS.device.type == "cpu" and profile_BS.numel() > 0
+        if checked and int(profile_BS.max()) >= num_profiles:
             raise ModelError(
                 f"profile_index reaches {int(profile_BS.max())}, but only {num_profiles} profile embeddings were given"
             )
@@ -298,5 +299,5 @@ def _left_padded(mask: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _contiguous_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``logits_to_keep`` gives the head a strided slice. torch would copy the whole vocabulary matrix per sequence for it."""
+    """Copy the slice of ``logits_to_keep``: for a strided one torch copies the vocabulary matrix per sequence."""
     return (args[0].contiguous(), *args[1:])

@@ -57,7 +57,7 @@ class Router(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def logits(self, h_TD: Tensor, profiles_NP: Tensor | None, profile_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The two terms of the logits: [T, E] of the tokens, and [N, E] of the profiles or None. float32 (float64 stays).
+        """The two terms of the logits: [T, E] of tokens, and [N, E] of profiles or None. float32 (float64 stays).
 
         Args:
             h_TD: [T, D] the adapted linear's input.

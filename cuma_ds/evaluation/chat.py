@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from cuma_ds.data.batch import EncodedExample
 from cuma_ds.inference.forward import ForwardOptions, RoutingTally, forward_batches
@@ -41,7 +41,7 @@ class ChatLosses:
 
 
 def chat_losses(
-    model: Any,
+    model: nn.Module,
     examples: Sequence[EncodedExample],
     embeddings_NP: Tensor | None,
     batch_size: int,

@@ -1,4 +1,4 @@
-"""What a model answers to choice questions: the probability of each option, from one forward per prompt.
+"""Answers to choice questions: the probability of each option, from one forward per prompt.
 
 Shapes: M examples, n options, R routers, E experts.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from cuma_ds.data.batch import EncodedExample
 from cuma_ds.inference.forward import ForwardOptions, RoutingTally, asked_as, forward_batches
@@ -24,8 +24,8 @@ class ChoicePredictions:
 
     Attributes:
         probabilities: M arrays float64 [n].
-        letter_mass_M: share of the next-token probability that falls on the option letters, float64 [M]. Where it is small, the
-            model would rather say something else, and the options' probabilities tell little.
+        letter_mass_M: share of the next-token probability that falls on the option letters, float64 [M]. Where it is
+            small, other tokens are more probable, and the options' probabilities tell little.
         gates_MRE: mean gate weight over the prompt's tokens, float32 [M, R, E]; None if not recorded.
         router_names: R names; empty if not recorded.
         routing: of all distinct prompts together.
@@ -38,14 +38,14 @@ class ChoicePredictions:
     routing: RoutingTally = field(default_factory=RoutingTally)
 
     def averaged_with(self, other: ChoicePredictions) -> ChoicePredictions:
-        """Means with the answers to the same questions with options in another order; the routing stays that of this order."""
+        """Means with the answers to the same questions with options in another order. The routing stays as it is."""
         pairs = zip(self.probabilities, other.probabilities, strict=True)
         mass_M = (self.letter_mass_M + other.letter_mass_M) / 2
         return replace(self, probabilities=[(p + q) / 2 for p, q in pairs], letter_mass_M=mass_M)
 
 
 def predict_choices(
-    model: Any,
+    model: nn.Module,
     examples: Sequence[EncodedExample],
     embeddings_NP: Tensor | None,
     batch_size: int,
@@ -54,7 +54,8 @@ def predict_choices(
 ) -> ChoicePredictions:
     """Softmax over the option letters' logits at the last position, float32; equal prompts of equal profiles run once.
 
-    Arguments as in :func:`cuma_ds.inference.forward.forward_batches`; ``examples`` have one target (a letter) per option.
+    Arguments as in :func:`cuma_ds.inference.forward.forward_batches`. ``examples`` have one target (a letter) per
+    option.
     """
     first: dict[tuple, int] = {}
     distinct: list[EncodedExample] = []

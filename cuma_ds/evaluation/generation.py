@@ -1,4 +1,4 @@
-"""Answers written to held-out conversations, before and after training: how varied they are, and which a judge prefers."""
+"""Answers to held-out conversations, before and after training: how varied they are, and which a judge prefers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Request:
 
     Attributes:
         messages: the last one from the user.
-        profile: row of the profile that asks.
-        person: who asks.
+        profile: row of its profile.
+        person: number of the person who had the conversation.
     """
 
     messages: Sequence[Message]
@@ -59,9 +59,8 @@ class Generation:
         subject = evaluator.subject
         check_kind(subject, "chat", "--generate")
         if self.judge is not None and subject.untrained is None:
-            raise ConfigError(
-                "--judge-url compares a trained model with its backbone; a model as it is has nothing to be compared with"
-            )
+            compared = "a model as it is has nothing to be compared with"
+            raise ConfigError(f"--judge-url compares a trained model with its backbone; {compared}")
         split = evaluator.splits[0]
         requests = sample_requests(subject.data.splits[split], self.count, self.seed)
         rows: dict[str, list[str]] = {}
@@ -151,11 +150,11 @@ def answers(
     for place, prompt in enumerate(prompts):
         own = replace(sampling, seed=mixed_seed(sampling.seed, place))
         completions.append(Completion(prompt, own, None if profiles_MP is None else profiles_MP[place]))
-    decoder, ranks = subject.decoder(subject.config.evaluation.batch_size), subject.ranks
-    share = ranks.share(completions)
-    generate(decoder, share, ranks.all_done, progress)
+    decoder, peers = subject.decoder(subject.config.evaluation.batch_size), subject.peers
+    share = peers.share(completions)
+    generate(decoder, share, peers.all_done, progress)
     decode = subject.renderer.tokenizer.decode
-    return ranks.joined([decode(completion.tokens, **AS_WRITTEN).strip() for completion in share])
+    return peers.joined([decode(completion.tokens, **AS_WRITTEN).strip() for completion in share])
 
 
 def diversity(texts: Sequence[str]) -> Diversity:

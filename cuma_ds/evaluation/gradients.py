@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cuma_ds.adapters.fold import fold, plain_lora, set_lora
 from cuma_ds.adapters.model import CumaModel
 from cuma_ds.data.batch import EncodedExample, collate
 from cuma_ds.errors import ConfigError
@@ -23,7 +24,6 @@ from cuma_ds.evaluation.metrics import gather_cells
 from cuma_ds.evaluation.report.model import Cosines, Gradients, Report
 from cuma_ds.evaluation.report.routing_plots import plot_interference
 from cuma_ds.evaluation.run import Evaluator, Pictures, check_kind
-from cuma_ds.export.lora import fold, plain_lora, set_lora
 from cuma_ds.inference.forward import forward_batches, pad_id_of
 
 Array = NDArray[np.float64]

@@ -13,6 +13,7 @@ from cuma_ds.data import load_data
 from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.errors import DataError
 from cuma_ds.inference.open import Opened, open_trained
+from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileEncoder
 from cuma_ds.runs import Run
 
@@ -31,7 +32,11 @@ class Subject(Opened):
 
 
 def run_subject(
-    folder: str | Path, step: int | None = None, data: str | Path | None = None, overrides: Sequence[str] = ()
+    folder: str | Path,
+    step: int | None = None,
+    data: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    topology: Topology | None = None,
 ) -> Subject:
     """One checkpoint of a run on its own data, or on other data.
 
@@ -40,6 +45,7 @@ def run_subject(
         step: which checkpoint; the newest complete one by default.
         data: a prepared folder or a file of records instead of the run's own data.
         overrides: ``section.key=value`` on top of the run's recipe, e.g. ``evaluation.min_answers=50``.
+        topology: as in :func:`cuma_ds.inference.open.open_trained`.
 
     Raises:
         CumaError: the folder, its checkpoint, data or model cannot be used; says which and why.
@@ -47,7 +53,7 @@ def run_subject(
     run = Run.open(folder)
     config = run.config(overrides)
     trained = run.trained(config, step)
-    opened = open_trained(config, trained)
+    opened = open_trained(config, trained, topology)
     prepared, table = trained.data, trained.table
     embeddings_NP = None if table is None else table.embeddings
     if data is not None:
@@ -55,9 +61,8 @@ def run_subject(
         if table is not None:
             encoder = ProfileEncoder(str(config.profiles.encoder), batch_size=config.profiles.batch_size)
             if encoder.fingerprint != table.fingerprint:
-                raise DataError(
-                    f"the sentence encoder {config.profiles.encoder} is not the one this run was trained with; restore it"
-                )
+                what = f"the sentence encoder {config.profiles.encoder}"
+                raise DataError(f"{what} is not the one this run was trained with; restore it")
             embeddings_NP = prepared.profile_table(encoder, config.profiles.cache_dir).embeddings
     return Subject(**vars(opened), data=prepared, embeddings_NP=embeddings_NP)
 

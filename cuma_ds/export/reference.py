@@ -30,12 +30,12 @@ _NEEDED = ("lora_r", "lora_alpha", "num_experts", "top_k", "target_modules")
 _STORY = """\
 ## Origin
 
-Imported from a checkpoint of the authors' research code (base model there: {base}). Profile embeddings are used raw, neither centred nor
-scaled. Fields of a profile become the sentence their code writes for survey data ("You are a person from Norway, age group: ..."). For a
-checkpoint trained on Community Alignment or PRISM give the sentence itself ("Age: 34, Gender: ..."); it is embedded as it is. As in their
-code a sentence is cut after 128 tokens, and its vector is the mean over all of them, not normalised. Their batches also averaged over
-padding, which depended on the other sentences of a batch; that is left out. How it was trained and evaluated is not recorded in the
-checkpoint.
+Imported from a checkpoint of the authors' research code (base model there: {base}). Profile embeddings are used raw,
+neither centred nor scaled. Fields of a profile become the sentence their code writes for survey data ("You are a person
+from Norway, age group: ..."). For a checkpoint trained on Community Alignment or PRISM give the sentence itself
+("Age: 34, Gender: ..."); it is embedded as it is. As in their code a sentence is cut after 128 tokens, and its vector
+is the mean over all of them, not normalised. Their batches also averaged over padding, which depended on the other
+sentences of a batch; that is left out. How it was trained and evaluated is not recorded in the checkpoint.
 """
 
 
@@ -83,10 +83,8 @@ def read_reference(folder: str | Path, base: str, encoder: str | None = None) ->
     profiles |= {"pooling": "mean-all", "normalise": False, "max_tokens": 128}  # as the authors' code does it
     if encoder is not None:
         if theirs.get("num_encoder_proj_mlp_layers"):
-            raise ModelError(
-                f"{folder} was trained with a projection after the encoder, which the checkpoint does not hold; leave --encoder out "
-                "and give profile_embeddings"
-            )
+            missing = "a projection after the encoder, which the checkpoint does not hold"
+            raise ModelError(f"{folder} was trained with {missing}; leave --encoder out and give profile_embeddings")
         made_by = ProfileEncoder(encoder, pooling="mean-all", normalise=False, max_tokens=128)
         if made_by.dim != config.profile_dim:
             raise ModelError(
@@ -153,7 +151,7 @@ def _config(folder: Path, theirs: dict[str, Any], routers: list[list[dict[str, T
             router_hidden=linears[0]["weight"].shape[0],
             router_bias="bias" in linears[0],
             gate_norm="softmax_topk_softmax" if theirs.get("top_k_routing_strategy") else "softmax_topk",
-            # One flag of ours stands for both of theirs; where they differ, every linear gets its own copy of the router.
+            # One flag of ours means both of theirs. Where they differ, every linear gets its own copy of the router.
             share_router=all(theirs.get(flag) for flag, group in _SHARING.items() if len(leaves & set(group)) > 1),
             balance_weight=theirs.get("lambda_auxiliary") or 0.0,
             profile_dim=theirs.get("demographic_embed_dim") or 0,
@@ -188,10 +186,9 @@ def _routers(
 ) -> dict[str, Tensor]:
     numbers = _router_numbers([name for name, _ in model.adapted_layers()], theirs)
     if max(numbers.values()) + 1 != len(routers):
-        raise ModelError(
-            f"{folder} holds {len(routers)} routers, but its sharing flags and this base model make {max(numbers.values()) + 1}; "
-            "the checkpoint and the base model do not belong together"
-        )
+        made = f"its sharing flags and this base model make {max(numbers.values()) + 1}"
+        what = "the checkpoint and the base model do not belong together"
+        raise ModelError(f"{folder} holds {len(routers)} routers, but {made}; {what}")
     state: dict[str, Tensor] = {}
     for name, layer in model.adapted_layers():
         if layer.router is None:

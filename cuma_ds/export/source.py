@@ -9,7 +9,7 @@ from types import ModuleType
 
 from cuma_ds.adapters.config import CumaConfig
 
-# In the order they stand in the file; what a module takes from another of these is simply there.
+# In their order in the file. A module imports nothing from another of these: they are in one namespace.
 _MODULES = (
     "cuma_ds.errors",
     "cuma_ds.files",
@@ -29,9 +29,10 @@ _MODULES = (
     "cuma_ds.profiles.encoder",
     "cuma_ds.inference.modeling",
 )
-_HEAD = '''"""CuMA: a frozen language model with a mixture of LoRA experts routed by what is asked and who is asking (arXiv 2601.04885).
+_HEAD = '''"""CuMA (arXiv 2601.04885): a frozen language model and LoRA experts, routed by token and profile.
 
-Made by cuma-ds {version} from its own modules, joined in one file that needs torch and transformers only. Licence: Apache-2.0.
+Made by cuma-ds {version} from its own modules, joined in one file that needs torch and transformers only.
+Licence: Apache-2.0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from __future__ import annotations
 
 
 def modeling_source() -> str:
-    """The text of ``modeling_cuma.py``: every module without its imports of the package, under the imports of them all."""
+    """The text of ``modeling_cuma.py``: the imports of all modules, then each module without its own."""
     import cuma_ds
 
     imports: dict[str, set[str]] = {"dataclasses": {"dataclass"}, "typing": {"Literal"}}

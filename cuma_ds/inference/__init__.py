@@ -1,1 +1,1 @@
-"""Asking a model: opened from any place, run on batches, and continued token by token, on one process or on all ranks in step."""
+"""Models opened from any place, run on batches and continued token by token, by one process or by all ranks in step."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from transformers import GenerationConfig
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CumaError
@@ -19,21 +20,22 @@ _REPLACED = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "tempe
 _HARMLESS = ("_", "output_", "return_", "use_cache", "cache_", "compile_", "disable_compile", "transformers_version")
 
 
-def settle_generation(model: Any, renderer: Renderer) -> list[int]:
+def settle_generation(model: nn.Module, renderer: Renderer) -> list[int]:
     """Give a model the settings of :func:`settled_generation`, and return the tokens that end its answers.
 
     Args:
         model: a causal language model, or a wrapper of one (adapters of this package or of PEFT).
         renderer: of its tokenizer.
     """
-    holders = [module for module in model.modules() if "generation_config" in vars(module)]
+    found = [module for module in model.modules() if "generation_config" in vars(module)]
+    holders = cast("list[PreTrainedModel]", found)
     settled = settled_generation(holders[0].generation_config, holders[0].config, renderer)
     for holder in holders:
         holder.generation_config = settled
     return list(settled.eos_token_id or [])
 
 
-def settled_generation(found: GenerationConfig, config: Any, renderer: Renderer | None) -> GenerationConfig:
+def settled_generation(found: GenerationConfig, config: object, renderer: Renderer | None) -> GenerationConfig:
     """Greedy decoding by the model's own probabilities, with every token that ends an answer.
 
     A model folder's ``generation_config.json`` may hold sampling settings, such as a repetition penalty. They would
@@ -66,7 +68,7 @@ def settled_generation(found: GenerationConfig, config: Any, renderer: Renderer 
     return GenerationConfig(do_sample=False, **tokens, **{key: said[key] for key in _LENGTHS if key in said})
 
 
-def folder_generation(place: str | Path, model: Any) -> GenerationConfig:
+def folder_generation(place: str | Path, model: nn.Module) -> GenerationConfig:
     """The ``generation_config.json`` of a model folder or hub id.
 
     Without one, the settings that ``model`` took from its configuration.
@@ -75,7 +77,7 @@ def folder_generation(place: str | Path, model: Any) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(str(folder if folder.is_dir() else place))
     except (OSError, ValueError):
-        return model.generation_config
+        return cast("PreTrainedModel", model).generation_config
 
 
 def _end_of_turn(renderer: Renderer) -> int | None:

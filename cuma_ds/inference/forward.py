@@ -1,7 +1,7 @@
-"""Encoded examples through a model in batches of similar length, one forward each, nothing learned.
+"""Encoded examples run through a model in batches of similar length, without gradients.
 
-Shapes: B sequences of a batch, K positions that predict a target in any of them, V vocabulary, N profiles, P profile width,
-R routers, E experts.
+Shapes: B sequences of a batch, K positions that predict a target in any of them, V vocabulary, N profiles,
+P profile width, R routers, E experts.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from cuma_ds.adapters import CumaModel
 from cuma_ds.data.batch import Batch, EncodedExample, collate
 
 Progress = Callable[[int, int], None]
@@ -25,7 +27,7 @@ class ForwardOptions(TypedDict, total=False):
     """How examples are run, beside the model and the batch size.
 
     device: where batches go; default: the CPU.
-    profiles: rows of the embeddings to ask as, instead of the examples' own (the prompts stay as they are).
+    profiles: rows of the embeddings to use instead of the examples' own; the prompts do not change.
     record: also collect the routing.
     progress: called with (examples done, examples in all) after each batch.
     """
@@ -38,7 +40,7 @@ class ForwardOptions(TypedDict, total=False):
 
 @torch.no_grad()
 def forward_batches(
-    model: Any,
+    model: nn.Module,
     examples: Sequence[EncodedExample],
     embeddings_NP: Tensor | None,
     batch_size: int,
@@ -53,21 +55,21 @@ def forward_batches(
         batch_size: sequences per forward; does not change the result.
 
     Yields:
-        Indices of the batch's examples, the batch, its logits float32 [B, K, V], and with ``record`` the mean gates [B, R, E]
-        float32 (None where the model has no routers).
+        Indices of the batch's examples, the batch, its logits float32 [B, K, V], and with ``record`` the mean gates
+        [B, R, E] float32 (None where the model has no routers).
     """
     device, progress = options.get("device", "cpu"), options.get("progress")
-    record = bool(options.get("record")) and hasattr(model, "recording_routing")
+    recording = model.recording_routing if isinstance(model, CumaModel) and options.get("record") else nullcontext
     examples = asked_as(examples, options.get("profiles"))
     order = sorted(range(len(examples)), key=lambda index: -len(examples[index].input_ids))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         profiles = [examples[index].profile for index in indices]
         batch = collate([examples[index] for index in indices], pad_id).to(device)
-        inputs: dict[str, Any] = {}
+        inputs: dict[str, object] = {}
         if embeddings_NP is not None:
             inputs["profile_embeddings"] = embeddings_NP[profiles].to(device)
-        with model.recording_routing() if record else nullcontext() as routing:
+        with recording() as routing:
             out = model(**batch.inputs, **inputs)
         gates_BRE = routing.gates[0].transpose(0, 1).cpu() if routing is not None and routing.gates else None
         yield indices, batch, out.logits.float(), gates_BRE
@@ -82,14 +84,14 @@ def asked_as(examples: Sequence[EncodedExample], profiles: Sequence[int] | None)
     return [replace(example, profile=profile) for example, profile in zip(examples, profiles, strict=True)]
 
 
-def pad_id_of(tokenizer: Any) -> int:
-    """The token that fills up batches; which one does not matter, it is masked."""
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill up batches with. Which one does not matter: it is masked."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
 @dataclass
 class RoutingTally:
-    """Where the tokens of many forwards went.
+    """Which experts the tokens of many forwards were routed to.
 
     Attributes:
         router_names: R names; empty where nothing was routed.
@@ -105,11 +107,12 @@ class RoutingTally:
     entropy_R: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     tokens: float = 0.0
 
-    def add(self, model: Any, indices: Sequence[int], gates_BRE: Tensor | None) -> None:
+    def add(self, model: nn.Module, indices: Sequence[int], gates_BRE: Tensor | None) -> None:
         """Count the forward that ``model`` ran last; nothing where it was not recorded."""
-        if gates_BRE is None:
+        if gates_BRE is None or not isinstance(model, CumaModel):
             return
         statistics = model.routing_statistics()
+        assert statistics is not None  # there are gates
         self.gates.update(zip(indices, gates_BRE.numpy(), strict=True))
         if not self.router_names:
             self.router_names = tuple(model.router_names)

@@ -1,4 +1,4 @@
-"""Completions of prompts: one decode loop for evaluation, talking, serving and rollouts, on one process or on all ranks in step.
+"""Completions of prompts: one decode loop for evaluation, talking, serving and rollouts.
 
 Shapes: B completions, P profile width, V vocabulary.
 """
@@ -94,10 +94,11 @@ class Decoder:
 
     def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> Tensor:
         """Logits [B, V] of the token after each prompt, in as few forwards as there is room for; nothing is kept."""
-        parts = range(0, len(prompts), self.most)
-        own = [None if profiles_BP is None else profiles_BP[start : start + self.most] for start in parts]
-        read = self._batch.read
-        return torch.cat([read(prompts[i : i + self.most], part)[0] for i, part in zip(parts, own, strict=True)])
+        logits = []
+        for start in range(0, len(prompts), self.most):
+            part = slice(start, start + self.most)
+            logits.append(self._batch.read(prompts[part], None if profiles_BP is None else profiles_BP[part])[0])
+        return torch.cat(logits)
 
     def idle(self) -> None:
         """One forward that writes nothing."""

@@ -1,4 +1,4 @@
-"""An exported model, loaded and called with torch and transformers alone; its source travels inside every exported folder.
+"""An exported model, loaded and called with torch and transformers alone. Every exported folder holds this source.
 
 Shapes: B sequences, N profiles, P profile width.
 """
@@ -33,6 +33,11 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FOLDER = "adapter_config.json", "adapter_m
 BASE_FACTS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 # Profiles whose embeddings are kept.
 _REMEMBERED = 4096
+# Arguments of from_pretrained that say where an export is found, and those that transformers' Auto classes add.
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+_OF_AUTO_CLASSES = (
+    "config", "adapter_kwargs", "code_revision", "_from_auto", "_commit_hash", "force_download", "subfolder",
+)  # fmt: skip
 _ENCODER_SETTINGS = ("pooling", "normalise", "max_tokens")
 
 Profile = Mapping[str, object] | str
@@ -41,7 +46,7 @@ Profile = Mapping[str, object] | str
 class ProfileFacts(TypedDict, total=False):
     """How a profile becomes a vector: ``profiles`` of ``adapter_config.json``.
 
-    encoder: folder or hub id of the sentence encoder, None where only embeddings are taken.  fingerprint: of the encoder.
+    encoder: folder or hub id of the sentence encoder, None where only embeddings are taken.  fingerprint: of it.
     template: how fields become a sentence.  fields: names that training profiles had.  pooling, normalise, max_tokens:
     arguments of :class:`ProfileEncoder` where they are not the usual ones.
     """
@@ -121,9 +126,8 @@ class ProfileReader:
     def _load(self) -> ProfileEncoder:
         if self._encoder is None:
             if self.encoder_path is None:
-                raise ModelError(
-                    "this export names no sentence encoder, so it takes profile_embeddings; or load it with encoder=FOLDER"
-                )
+                taken = "so it takes profile_embeddings; or load it with encoder=FOLDER"
+                raise ModelError(f"this export names no sentence encoder, {taken}")
             settings: dict[str, Any] = {key: value for key, value in self.facts.items() if key in _ENCODER_SETTINGS}
             encoder, known = ProfileEncoder(self.encoder_path, **settings), self.facts.get("fingerprint")
             what = f"the sentence encoder {encoder.folder}"
@@ -161,11 +165,9 @@ class CumaForCausalLM(CumaModel):
     def from_pretrained(
         cls,
         folder: str | Path,
-        *_: Any,
         dtype: torch.dtype | str | None = None,
         base_model: str | None = None,
         encoder: str | None = None,
-        trust_remote_code: bool | None = None,
         **kwargs: Any,
     ) -> CumaForCausalLM:
         """Load an exported folder (or a hub id of one), in eval mode and frozen.
@@ -175,55 +177,39 @@ class CumaForCausalLM(CumaModel):
             dtype: of the backbone; by default the one it was trained with. Adapters are float32.
             base_model: folder or hub id of the backbone, if it is neither where the export says nor beside the export.
             encoder: folder or hub id of the sentence encoder, likewise.
-            trust_remote_code: allow code that comes with the *backbone*; only passed on if the training run needed it.
             kwargs: for the backbone's ``from_pretrained`` (``device_map``, ``attn_implementation``, ...).
+                ``trust_remote_code`` allows code that comes with the *backbone*; it is only passed on if the training
+                run needed it.
 
         Raises:
             CheckpointError: the folder is no export, or its weights were changed.
             ModelError: the backbone is missing or another one.
         """
-        hub: dict[str, Any] = {
-            key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
-        }
-        for key in (
-            "config",
-            "adapter_kwargs",
-            "code_revision",
-            "_from_auto",
-            "_commit_hash",
-            "force_download",
-            "subfolder",
-        ):
-            kwargs.pop(key, None)
+        place = _export_folder(str(folder), {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs})
+        kwargs = {key: value for key, value in kwargs.items() if key not in _OF_AUTO_CLASSES}
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
-        place = _export_folder(str(folder), hub)
         export = read_export(place)
-        state = _read_weights(place, export)
-        facts = export["base"]
+        state, facts = _read_weights(place, export), export["base"]
         inside = (place / BASE_FOLDER / "config.json").is_file()
         path = base_model or (str(place / BASE_FOLDER) if inside else _moved(export["base_model_name_or_path"], place))
+        if not inside:
+            export["base_model_name_or_path"] = full_path(str(path))
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code") and facts.get("trust_remote_code"))
         try:
-            base = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=facts["dtype"] if dtype in (None, "auto") else dtype,
-                trust_remote_code=bool(trust_remote_code and facts.get("trust_remote_code")),
-                **kwargs,
-            )
+            precision = facts["dtype"] if dtype in (None, "auto") else dtype
+            base = AutoModelForCausalLM.from_pretrained(path, dtype=precision, **kwargs)
         except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise ModelError(
-                f"the base model {path} cannot be loaded: {first_line(error)} (base_model= names another place)"
-            ) from None
+            reason = f"{first_line(error)} (base_model= names another place)"
+            raise ModelError(f"the base model {path} cannot be loaded: {reason}") from None
         _check_base(str(path), base.config, facts)
         # Earlier exports have no such file.
         if "generation_config" not in kwargs and (place / "generation_config.json").is_file():
             base.generation_config = GenerationConfig.from_pretrained(place)
-        named = export["profiles"].get("encoder")
-        if not inside:
-            export["base_model_name_or_path"] = full_path(str(path))
         injected = inject_adapters(base, CumaConfig(**export["adapters"]))
         model = cls(injected.base_model, injected.config, injected.context)
         model.load_adapter_state(state)
         model.export, model.folder = export, place
+        named = export["profiles"].get("encoder")
         encoder = encoder or (_moved(named, place) if named else None)
         model.embed_profiles = ProfileReader(export["profiles"], model.config.profile_dim, encoder)
         return model.eval().requires_grad_(False)
@@ -238,7 +224,8 @@ class CumaForCausalLM(CumaModel):
         """The backbone's forward, see :meth:`CumaModel.forward`.
 
         Args:
-            profiles: one per sequence, or a single one for all of them: a sentence, or fields such as ``{"country": "Norway"}``.
+            profiles: one per sequence, or a single one for all of them. Each is a sentence, or fields such as
+                ``{"country": "Norway"}``.
             profile_embeddings: [B, P] (or [1, P]) raw sentence embeddings instead of ``profiles``.
         """
         if kwargs.get("profile_index") is None:
@@ -264,9 +251,8 @@ class CumaForCausalLM(CumaModel):
         if embeddings is None or embeddings.dim() != 2:
             return embeddings  # refused further down, where the needed shape is known
         if embeddings.shape[0] not in (1, rows):
-            raise ModelError(
-                f"{embeddings.shape[0]} profiles were given for {rows} sequences; give one for each, or a single one for all"
-            )
+            given = f"{embeddings.shape[0]} profiles were given for {rows} sequences"
+            raise ModelError(f"{given}; give one for each, or a single one for all")
         return embeddings.expand(rows, -1)
 
     def __getattr__(self, name: str) -> Any:
@@ -277,7 +263,7 @@ class CumaForCausalLM(CumaModel):
                 raise
             return getattr(self.base_model, name)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         """Write the exported folder again, with the adapters as they are now; the backbone stays where it is.
 
         Args:
@@ -288,9 +274,8 @@ class CumaForCausalLM(CumaModel):
             ModelError: something is asked for that is not done here.
         """
         if refused := [name for name in ("push_to_hub", "state_dict") if kwargs.get(name)]:
-            raise ModelError(
-                f"save_pretrained takes no {refused[0]} here: it writes an exported folder, which can be uploaded as it is"
-            )
+            instead = "it writes an exported folder, which can be uploaded as it is"
+            raise ModelError(f"save_pretrained takes no {refused[0]} here: {instead}")
         target = Path(save_directory).expanduser()
         if not target.exists() or not target.samefile(self.folder):
             shutil.copytree(self.folder, target, dirs_exist_ok=True)
@@ -302,11 +287,10 @@ class CumaForCausalLM(CumaModel):
         export = {**self.export, "profiles": profiles, "sha256": file_sha256(target / ADAPTER_WEIGHTS)}
         (target / ADAPTER_CONFIG).write_text(json.dumps(export, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def push_to_hub(self, *_: Any, **__: Any) -> None:
-        """Refused: the backbone's own would upload names that nobody can load."""
-        raise ModelError(
-            "an exported folder is uploaded as it is (hf upload NAME FOLDER); after save_pretrained, where it was changed"
-        )
+    def push_to_hub(self, *_: object, **__: object) -> None:
+        """Refused: the backbone's own would upload names that cannot be loaded."""
+        how = "(hf upload NAME FOLDER); after save_pretrained, where it was changed"
+        raise ModelError(f"an exported folder is uploaded as it is {how}")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
@@ -330,9 +314,8 @@ def unknown_fields(profile: Profile, known: Sequence[str]) -> list[str]:
     for name in profile:
         if str(name).replace("_", " ").lower() not in plain:
             guess = nearest(str(name), known)
-            messages.append(
-                f"the profile field {str(name)!r} is unknown to this model{guess}; it was trained with {', '.join(known)}"
-            )
+            what = f"the profile field {str(name)!r} is unknown to this model{guess}"
+            messages.append(f"{what}; it was trained with {', '.join(known)}")
     return messages
 
 
@@ -362,12 +345,12 @@ def read_export(folder: Path) -> Export:
 
 
 def settings_sha256(export: Export) -> str:
-    """Hash of what decides the answers of an export beside its weights; places of base model and encoder are left out."""
+    """Hash of what decides the answers of an export beside its weights, without places of base model and encoder."""
     profiles = {key: value for key, value in export["profiles"].items() if key != "encoder"}
     return content_sha256([export["adapters"], profiles, export.get("prompt")])
 
 
-def _export_folder(path: str, hub: dict[str, Any]) -> Path:
+def _export_folder(path: str, hub: Mapping[str, Any]) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -405,7 +388,7 @@ def _read_weights(folder: Path, export: Export) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is no readable safetensors file: {error}") from None
 
 
-def _check_base(path: str, config: Any, facts: Mapping[str, Any]) -> None:
+def _check_base(path: str, config: object, facts: Mapping[str, Any]) -> None:
     for name in BASE_FACTS:
         wanted, there = facts.get(name), base_fact(config, name)
         if wanted is not None and there != wanted:

@@ -25,9 +25,13 @@ from cuma_ds.inference.decoding import settle_generation
 from cuma_ds.inference.forward import pad_id_of
 from cuma_ds.inference.generate import Decoder
 from cuma_ds.inference.modeling import ProfileFacts, ProfileReader, load_exported
-from cuma_ds.inference.ranks import ALONE, Ranks
+from cuma_ds.inference.peers import ALONE, Peers
 from cuma_ds.inference.running import ModelForward, measured_batch
+from cuma_ds.methods.cuma import CumaMethod
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
+from cuma_ds.parallel.ds_config import FrozenBackbone, read_deepspeed_config
+from cuma_ds.parallel.engine import AdapterEngine, place_model
+from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run, TrainedRun
 
@@ -47,7 +51,7 @@ class Opened:
         config: how it was trained, or what is known of that.
         reader: makes raw embeddings of profiles; None for a model that takes none.
         untrained: makes the model its own backbone for a while; None for a model that has nothing added.
-        ranks: that hold the model together.
+        peers: the ranks that hold the model together.
     """
 
     name: str
@@ -57,7 +61,7 @@ class Opened:
     config: RunConfig
     reader: ProfileReader | None = None
     untrained: Callable[[], AbstractContextManager[None]] | None = None
-    ranks: Ranks = ALONE
+    peers: Peers = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -80,32 +84,49 @@ class Opened:
         weight = cast("Tensor", self.backbone.get_input_embeddings().weight)
         return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed's shape of a sharded parameter
 
-    def decoder(self, most: int) -> Decoder:
-        """What continues prompts of this model, at most ``most`` at once."""
+    def decoder(self, most: int, scores: bool = False) -> Decoder:
+        """What continues prompts of this model (arguments as in :class:`Decoder`)."""
         end_ids, pad_id = settle_generation(self.model, self.renderer), pad_id_of(self.renderer.tokenizer)
-        batch, most = measured_batch(ModelForward(self.model, self.ranks.announce), pad_id, most)
-        return Decoder(batch, most, end_ids)
+        batch, most = measured_batch(ModelForward(self.model, self.peers.announce), pad_id, most)
+        return Decoder(batch, most, end_ids, scores)
 
 
-def open_run(folder: str | Path, step: int | None = None, overrides: Sequence[str] = ()) -> Opened:
+def open_run(
+    folder: str | Path,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    topology: Topology | None = None,
+) -> Opened:
     """One checkpoint of a run.
 
     Args:
         folder: a run folder as training leaves it.
         step: which checkpoint; the newest complete one by default.
         overrides: ``section.key=value`` on top of the run's recipe.
+        topology: as in :func:`open_trained`.
 
     Raises:
         CumaError: the folder, its checkpoint, data or model cannot be used; says which and why.
     """
     run = Run.open(folder)
     config = run.config(overrides)
-    return open_trained(config, run.trained(config, step))
+    return open_trained(config, run.trained(config, step), topology)
 
 
-def open_trained(config: RunConfig, trained: TrainedRun) -> Opened:
-    """One checkpoint of a run that was read already."""
-    model = load_trained(config, trained.adapters, trained.table)
+def open_trained(config: RunConfig, trained: TrainedRun, topology: Topology | None = None) -> Opened:
+    """One checkpoint of a run that was read already.
+
+    Args:
+        config: the recipe.
+        trained: the checkpoint.
+        topology: of ranks that hold the model together as the recipe's section ``parallel`` says, with expert-parallel
+            groups. All of them call this. None loads the model whole.
+    """
+    table, peers = trained.table, ALONE
+    if topology is None:
+        model = load_trained(config, trained.adapters, table)
+    else:
+        model, peers = _placed(_with_width(config, table), trained.adapters, topology)
     width = model.config.profile_dim
     return Opened(
         name=config.run.name,
@@ -113,8 +134,27 @@ def open_trained(config: RunConfig, trained: TrainedRun) -> Opened:
         model=model,
         renderer=Renderer.of(load_tokenizer(config.model), config.data),
         config=config,
-        reader=ProfileReader(profile_facts(config, trained.data, trained.table), width) if width else None,
+        reader=ProfileReader(profile_facts(config, trained.data, table), width) if width else None,
         untrained=model.adapters_disabled,
+        peers=peers,
+    )
+
+
+def open_engine(engine: AdapterEngine, config: RunConfig, renderer: Renderer) -> Opened:
+    """The model that an engine trains, to generate with between two of its steps. All its ranks call this.
+
+    ``engine.train(False)`` comes before generating and ``engine.train()`` after it.
+
+    Args:
+        engine: of the run.
+        config: the recipe.
+        renderer: of the model's tokenizer.
+    """
+    assert isinstance(engine.model, CumaMethod)
+    name, model, disabled = config.run.name, engine.model.cuma, engine.model.disabled
+    peers = Peers.of(engine.topology, engine.dispatcher)
+    return Opened(
+        name=name, checkpoint="now", model=model, renderer=renderer, config=config, untrained=disabled, peers=peers
     )
 
 
@@ -211,10 +251,31 @@ def load_trained(config: RunConfig, adapters: dict[str, Tensor], table: ProfileT
         adapters: as :func:`cuma_ds.parallel.stored.read_adapters` returns them.
         table: embedded profiles; None for methods without profiles.
     """
-    width = table.embeddings.shape[1] if table is not None else 0
-    model = inject_adapters(load_backbone(config.model), config.adapters.model_copy(update={"profile_dim": width}))
+    model = inject_adapters(load_backbone(config.model), _with_width(config, table).adapters)
     model.load_adapter_state(adapters)
     return model.eval()
+
+
+def _placed(config: RunConfig, adapters: dict[str, Tensor], topology: Topology) -> tuple[CumaModel, Peers]:
+    """This rank's part of a trained model, in eval mode."""
+    settings = read_deepspeed_config(config, 1, 1, topology.world)
+    if settings.stage == 3:  # also shards adapters, for their optimizer's sake
+        settings = dataclasses.replace(settings, stage=2, backbone=FrozenBackbone(sharded=True))
+    placed = place_model(config, settings, topology)
+    assert isinstance(placed.model, CumaMethod)
+    model = placed.model.cuma
+    first, count = topology.experts(config.adapters.num_experts)
+    for name, own in model.adapter_state().items():
+        if own.shape != adapters[name].shape:
+            adapters = adapters | {name: adapters[name][first : first + count]}
+    model.load_adapter_state(adapters)
+    return model.eval(), Peers.of(topology, placed.dispatcher)
+
+
+def _with_width(config: RunConfig, table: ProfileTable | None) -> RunConfig:
+    """The recipe with the width of the embedded profiles; 0 for methods without profiles."""
+    width = table.embeddings.shape[1] if table is not None else 0
+    return config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": width})})
 
 
 def profile_facts(config: RunConfig, data: PreparedData, table: ProfileTable | None) -> ProfileFacts:

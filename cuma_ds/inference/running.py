@@ -1,4 +1,4 @@
-"""Sequences of several profiles that are continued token by token; they join and leave between any two steps.
+"""Sequences with profiles of their own, continued token by token. They join and leave between any two steps.
 
 Shapes: B sequences, S positions of one forward, L positions so far, H key-value heads, D head width, P profile width,
 V vocabulary.
@@ -28,18 +28,18 @@ _ROUNDING = 0.05
 class Step(NamedTuple):
     """What one forward reads.
 
-    ids_BS: token ids.  profiles_BP: raw profile embeddings, None for a model that takes none.  mask_BL: 0 for padding, None
-    without padding.  positions_BS: None lets the model count.  cache: of the L - S positions before, None without.
-    keep: whether the model keeps states of these tokens.  filler: the tokens have no profile (-1).
+    ids_BS: token ids.  profile_BS: row of ``profiles_NP`` of each token, -1 for padding and fillers.  profiles_NP: raw
+    profile embeddings, None for a model that takes none.  mask_BL: 0 for padding, None without padding.  positions_BS:
+    None lets the model count.  cache: of the L - S positions before, None without.  keep: whether to return a cache.
     """
 
     ids_BS: Tensor
-    profiles_BP: Tensor | None = None
+    profile_BS: Tensor
+    profiles_NP: Tensor | None
     mask_BL: Tensor | None = None
     positions_BS: Tensor | None = None
     cache: Cache | None = None
     keep: bool = True
-    filler: bool = False
 
 
 class ModelForward:
@@ -67,6 +67,7 @@ class ModelForward:
         self.vocabulary = int(base_fact(backbone.config, "vocab_size"))
         self.profile_dim = model.config.profile_dim if isinstance(model, CumaModel) else 0
 
+    @torch.no_grad()
     def __call__(self, step: Step) -> tuple[Tensor, Cache | None]:
         """Logits [B, V] of the last position, and the model's cache of all L positions."""
         inputs: dict[str, object] = {"input_ids": step.ids_BS, self._cache_name: step.cache, "use_cache": step.keep}
@@ -76,34 +77,30 @@ class ModelForward:
             inputs["position_ids"] = step.positions_BS
         if "logits_to_keep" in self._names:
             inputs["logits_to_keep"] = 1
-        profile_BS = self._profiles(step)
         if self._adapted:
-            inputs |= {"profile_index": profile_BS, "profile_embeddings": step.profiles_BP}
+            inputs |= {"profile_index": step.profile_BS, "profile_embeddings": step.profiles_NP}
         if self._announce is not None:
-            self._announce((profile_BS >= 0).sum())
+            self._announce((step.profile_BS >= 0).sum())
         out = self._model(**inputs)
         return out.logits[:, -1], getattr(out, self._cache_name, None)
 
-    @torch.no_grad()
+    def single(self, ids: Sequence[int], profile_1P: Tensor | None, cache: Cache | None, keep: bool) -> Step:
+        """The step that reads tokens of one sequence, behind those of the cache."""
+        ids_1S = torch.tensor([ids], device=self.device)
+        return Step(ids_1S, torch.zeros_like(ids_1S), profile_1P, cache=cache, keep=keep)
+
     def fill(self) -> None:
         """One forward of a token that has no profile, for ranks whose peers still write."""
         profile_1P = torch.zeros(1, self.profile_dim, device=self.device) if self.profile_dim else None
-        self(Step(torch.zeros(1, 1, dtype=torch.long, device=self.device), profile_1P, keep=False, filler=True))
-
-    def _profiles(self, step: Step) -> Tensor:
-        """[B, S] row of ``profiles_BP`` of each token, -1 for padding and fillers."""
-        sequences, length = step.ids_BS.shape
-        if step.filler:
-            return torch.full_like(step.ids_BS, -1)
-        profile_BS = torch.arange(sequences, device=self.device)[:, None].expand(-1, length)
-        return profile_BS if step.mask_BL is None else profile_BS.masked_fill(step.mask_BL[:, -length:] == 0, -1)
+        step = self.single([0], profile_1P, None, keep=False)
+        self(step._replace(profile_BS=step.profile_BS - 1))
 
 
-class Newcomers(NamedTuple):
-    """Prompts that were read, left-padded to one length: cache, mask [B, S], lengths [B], raw profile embeddings [B, P]."""
+class _Running(NamedTuple):
+    """Left-padded sequences: their cache, mask, numbers of real tokens and raw profile embeddings."""
 
     cache: DynamicCache
-    mask_BS: Tensor
+    mask_BL: Tensor
     lengths_B: Tensor
     profiles_BP: Tensor | None
 
@@ -111,8 +108,8 @@ class Newcomers(NamedTuple):
 class RunningBatch:
     """The running sequences of one model, left-padded to one length: row b of every tensor is sequence b.
 
-    Positions count from the first real token of each sequence, so more padding in front of it changes nothing. A backbone
-    that takes no ``position_ids`` must find them by itself. :func:`measured_batch` measures whether it does.
+    Positions count from the first real token of each sequence, so more padding in front of it changes nothing. A
+    backbone that takes no ``position_ids`` must find them by itself. :func:`measured_batch` measures whether it does.
 
     Args:
         forward: of a model with a key-value cache of attention layers.
@@ -121,16 +118,15 @@ class RunningBatch:
 
     def __init__(self, forward: ModelForward, pad_id: int) -> None:
         self.forward, self.pad_id, self.device = forward, pad_id, forward.device
-        self._clear()
+        self._running: _Running | None = None
 
     def __len__(self) -> int:
-        return self.lengths_B.shape[0]
+        return 0 if self._running is None else self._running.mask_BL.shape[0]
 
-    def _clear(self) -> None:
-        self.cache = DynamicCache()  # without a configuration every layer keeps all positions; windows are masks
-        self.mask_BL = torch.zeros(0, 0, dtype=torch.long, device=self.device)
-        self.lengths_B = torch.zeros(0, dtype=torch.long, device=self.device)
-        self.profiles_BP: Tensor | None = None
+    @property
+    def length(self) -> int:
+        """L, the positions of the longest sequence."""
+        return 0 if self._running is None else self._running.mask_BL.shape[1]
 
     def join(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> Tensor:
         """:meth:`read` prompts, add them, and return the logits."""
@@ -138,7 +134,6 @@ class RunningBatch:
         add()
         return logits_BV
 
-    @torch.no_grad()
     def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Callable[[], None]]:
         """Read new prompts in one forward. The running sequences are as they were, whatever happens.
 
@@ -149,54 +144,58 @@ class RunningBatch:
         Returns:
             [new B, V] logits of their first answer tokens, and a function that adds them to the running sequences.
         """
-        profiles_BP = None if profiles_BP is None else profiles_BP.to(self.device)
         longest = max(len(prompt) for prompt in prompts)
         rows = [[self.pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        ids_BS = torch.tensor(rows, device=self.device)
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         mask_BS = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
-        positions_BS, cache = (mask_BS.cumsum(dim=1) - 1).clamp(min=0), DynamicCache()
-        logits_BV, _ = self.forward(Step(ids_BS, profiles_BP, mask_BS, positions_BS, cache))
-        return logits_BV, partial(self._add, Newcomers(cache, mask_BS, lengths_B, profiles_BP))
+        profiles_BP = None if profiles_BP is None else profiles_BP.to(self.device)
+        # Without a configuration every layer of the cache keeps all positions, and windows are masks.
+        new = _Running(DynamicCache(), mask_BS, lengths_B, profiles_BP)
+        positions_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
+        return self._logits(torch.tensor(rows, device=self.device), positions_BS, new), partial(self._add, new)
 
-    @torch.no_grad()
-    def _add(self, new: Newcomers) -> None:
-        if not len(self):
-            self.cache, self.mask_BL, self.lengths_B, self.profiles_BP = new
+    def _add(self, new: _Running) -> None:
+        if self._running is None:
+            self._running = new
             return
-        length = max(new.mask_BS.shape[1], self.mask_BL.shape[1])
-        for layer, other in zip(_layers(self.cache), _layers(new.cache), strict=True):
+        cache, masks, length = self._running.cache, (self._running.mask_BL, new.mask_BL), self.length
+        length = max(length, new.mask_BL.shape[1])
+        for layer, other in zip(_layers(cache), _layers(new.cache), strict=True):
             pairs = zip(_states(layer), _states(other), strict=True)
             layer.keys, layer.values = (torch.cat([_widened(a, length), _widened(b, length)]) for a, b in pairs)
-        self.mask_BL = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask_BL, new.mask_BS)])
-        self.lengths_B = torch.cat([self.lengths_B, new.lengths_B])
-        if self.profiles_BP is not None and new.profiles_BP is not None:
-            self.profiles_BP = torch.cat([self.profiles_BP, new.profiles_BP])
+        mask_BL = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        lengths_B, profiles_BP = torch.cat([self._running.lengths_B, new.lengths_B]), self._running.profiles_BP
+        if profiles_BP is not None and new.profiles_BP is not None:
+            profiles_BP = torch.cat([profiles_BP, new.profiles_BP])
+        self._running = _Running(cache, mask_BL, lengths_B, profiles_BP)
 
-    @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to every sequence and return the logits [B, V] of the next."""
-        ids_B1 = torch.tensor(tokens, device=self.device)[:, None]
-        self.mask_BL = F.pad(self.mask_BL, (0, 1), value=1)
-        step = Step(ids_B1, self.profiles_BP, self.mask_BL, self.lengths_B[:, None], self.cache)
-        logits_BV, _ = self.forward(step)
-        self.lengths_B = self.lengths_B + 1
-        return logits_BV
+        assert self._running is not None
+        cache, mask_BL, lengths_B, profiles_BP = self._running
+        self._running = _Running(cache, F.pad(mask_BL, (0, 1), value=1), lengths_B + 1, profiles_BP)
+        return self._logits(torch.tensor(tokens, device=self.device)[:, None], lengths_B[:, None], self._running)
 
-    @torch.no_grad()
     def keep(self, rows: Sequence[int]) -> None:
         """Remove all other sequences, and the padding that only they needed."""
-        if not rows:
-            self._clear()
+        if not rows or self._running is None:
+            self._running = None
             return
+        cache, mask_BL, lengths_B, profiles_BP = self._running
         index = torch.tensor(rows, device=self.device)
-        self.lengths_B = self.lengths_B[index]
-        first = self.mask_BL.shape[1] - int(self.lengths_B.max())
-        self.mask_BL = self.mask_BL[index, first:]
-        for layer in _layers(self.cache):
+        lengths_B = lengths_B[index]
+        first = mask_BL.shape[1] - int(lengths_B.max())
+        for layer in _layers(cache):
             layer.keys, layer.values = (state_BHLD[index, :, first:] for state_BHLD in _states(layer))
-        if self.profiles_BP is not None:
-            self.profiles_BP = self.profiles_BP[index]
+        profiles_BP = None if profiles_BP is None else profiles_BP[index]
+        self._running = _Running(cache, mask_BL[index, first:], lengths_B, profiles_BP)
+
+    def _logits(self, ids_BS: Tensor, positions_BS: Tensor, running: _Running) -> Tensor:
+        """Logits [B, V] after reading the last S positions of some sequences."""
+        profile_BS = torch.arange(len(ids_BS), device=self.device)[:, None].expand_as(ids_BS)
+        profile_BS = profile_BS.masked_fill(running.mask_BL[:, -ids_BS.shape[1] :] == 0, -1)
+        step = Step(ids_BS, profile_BS, running.profiles_BP, running.mask_BL, positions_BS, running.cache)
+        return self.forward(step)[0]
 
 
 class SingleSequence:
@@ -215,9 +214,8 @@ class SingleSequence:
 
     def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Callable[[], None]]:
         """Read one prompt, see :meth:`RunningBatch.read`."""
-        ids = list(prompts[0])
-        profile_1P = None if profiles_BP is None else profiles_BP.to(self.forward.device)
-        logits_BV, cache = self._forward(ids, profile_1P, None)
+        ids, profile_1P = list(prompts[0]), None if profiles_BP is None else profiles_BP.to(self.forward.device)
+        logits_BV, cache = self.forward(self.forward.single(ids, profile_1P, None, self._cached))
         return logits_BV, partial(self._add, ids, profile_1P, cache)
 
     def _add(self, ids: list[int], profile_1P: Tensor | None, cache: Cache | None) -> None:
@@ -226,7 +224,8 @@ class SingleSequence:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token and return the logits [1, V] of the next."""
         self._ids = [*self._ids, *tokens]
-        logits_BV, self._cache = self._forward(tokens if self._cached else self._ids, self._profile_1P, self._cache)
+        ids, cache = (tokens, self._cache) if self._cached else (self._ids, None)
+        logits_BV, self._cache = self.forward(self.forward.single(ids, self._profile_1P, cache, self._cached))
         return logits_BV
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -234,69 +233,40 @@ class SingleSequence:
         if not rows:
             self._add([], None, None)
 
-    @torch.no_grad()
-    def _forward(
-        self, ids: Sequence[int], profile_1P: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Cache | None]:
-        ids_BS = torch.tensor([ids], device=self.forward.device)
-        return self.forward(Step(ids_BS, profile_1P, cache=cache if self._cached else None, keep=self._cached))
-
 
 class Fit(NamedTuple):
-    """How a model continues a made-up prompt, each as logits [V] float32.
+    """Whether a model continues a made-up prompt as in one forward: token by token, and beside a longer prompt."""
 
-    whole_V: in one forward.  alone_V: token by token.  beside_V: token by token beside a longer prompt.
-    """
-
-    whole_V: Tensor
-    alone_V: Tensor
-    beside_V: Tensor
-
-    @property
-    def alone(self) -> bool:
-        """Whether token by token equals one forward."""
-        return self._same(self.alone_V)
-
-    @property
-    def beside(self) -> bool:
-        """Whether it also does in a padded batch."""
-        return self._same(self.beside_V)
-
-    def _same(self, found_V: Tensor) -> bool:
-        spread = (self.whole_V - self.whole_V.mean()).norm()
-        return bool((found_V - self.whole_V).norm() <= _ROUNDING * spread)
+    alone: bool
+    beside: bool
 
 
-@torch.no_grad()
 def measure(batch: RunningBatch | SingleSequence, profile_1P: Tensor | None) -> Fit:
     """Continue a made-up prompt in an empty batch, which is empty again afterwards.
 
     Args:
-        batch: of the model.
+        batch: of the model. Nothing runs beside another sequence in a :class:`SingleSequence`.
         profile_1P: any raw embedding; None for a model that takes none.
-
-    Returns:
-        The logits; those of a :class:`SingleSequence` have ``alone_V`` twice.
     """
     forward = batch.forward
     profile_1P = None if profile_1P is None else profile_1P.to(forward.device)
     long = [(7 * place + 3) % forward.vocabulary for place in range(24)]
     *short, last = long[3:8]
+    whole_BV, _ = forward(forward.single([*short, last], profile_1P, None, keep=False))
+    spread = (whole_BV[0].float() - whole_BV[0].float().mean()).norm()
 
-    def after(prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [V] of the newest prompt after ``last`` was appended to each."""
-        for prompt in prompts:
-            _, add = batch.read([prompt], profile_1P)
-            add()
-        return batch.step([last] * len(prompts))[-1].float()
+    def same_after(*prompts: Sequence[int]) -> bool:
+        """Append ``last`` to all prompts; the newest is the one that was read in one forward."""
+        try:
+            for prompt in prompts:
+                _, add = batch.read([prompt], profile_1P)
+                add()
+            found_V = batch.step([last] * len(prompts))[-1].float()
+            return bool((found_V - whole_BV[0].float()).norm() <= _ROUNDING * spread)
+        finally:
+            batch.keep([])
 
-    try:
-        whole_BV, _ = forward(Step(torch.tensor([[*short, last]], device=forward.device), profile_1P, keep=False))
-        alone_V = after([short])
-        batch.keep([])
-        return Fit(whole_BV[0].float(), alone_V, after([long, short]) if isinstance(batch, RunningBatch) else alone_V)
-    finally:
-        batch.keep([])
+    return Fit(same_after(short), isinstance(batch, RunningBatch) and same_after(long, short))
 
 
 def measured_batch(forward: ModelForward, pad_id: int, most: int) -> tuple[RunningBatch | SingleSequence, int]:
@@ -322,7 +292,7 @@ def measured_batch(forward: ModelForward, pad_id: int, most: int) -> tuple[Runni
         except Exception:  # the model's own code met states of another kind
             continue
         if fit.alone:
-            return batch, most if batch is running and fit.beside else 1
+            return batch, most if fit.beside else 1
     return SingleSequence(forward, cached=False), 1
 
 

@@ -82,7 +82,7 @@ class Talker:
             _Streamed(prompt, self.sampling, None if who_BP is None else who_BP[row], self.tokenizer, write)
             for row, prompt in enumerate(prompts)
         ]
-        generate(self.decoder, completions, self.opened.ranks.all_done)
+        generate(self.decoder, completions, self.opened.peers.all_done)
         return [self.tokenizer.decode(completion.tokens, **AS_WRITTEN).strip() for completion in completions]
 
     def choose(self, question: str, options: Sequence[str], profiles: Sequence[Profile]) -> list[list[float]]:

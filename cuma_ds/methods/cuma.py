@@ -119,9 +119,6 @@ def model_inputs(
     inputs = CumaInputs(**batch.inputs, profile_index=batch.profile_BS)
     if table is not None:
         inputs["profile_embeddings"] = table.embeddings[rows_N].to(device)
-    elif batch.position_ids_BS is not None:
-        # The model counts a profile per row where it gets no embeddings. Packed rows without profiles take no mask.
-        inputs["profile_index"] = batch.profile_BS.clamp(max=0)
     if mask_NE is not None:
         inputs["gradient_mask"] = mask_NE[rows_N].to(device)
     return inputs

@@ -8,7 +8,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,25 +25,28 @@ from cuma_ds.serving.protocol import ChatRequest, ServingError, chunk, completio
 from cuma_ds.serving.scheduler import Job, Piece, QueueFullError, Scheduler
 
 
-def make_app(
-    talker: Talker,
-    scheduler: Scheduler,
-    name: str,
-    max_tokens: int,
-    max_length: int,
-    max_body: int,
-    api_key: str | None = None,
-) -> FastAPI:
-    """The application; it starts and stops the scheduler.
+class Settings(NamedTuple):
+    """How the server is reached and what it allows.
+
+    name: what clients call the model.  max_tokens: of an answer; also the length where a request names none.
+    max_length: tokens of prompt and answer together.  max_body: bytes of a request.  api_key: what clients must send,
+    None asks for none.
+    """
+
+    name: str
+    max_tokens: int
+    max_length: int
+    max_body: int
+    api_key: str | None = None
+
+
+def make_app(talker: Talker, scheduler: Scheduler, settings: Settings) -> FastAPI:
+    """The application. It starts and stops the scheduler.
 
     Args:
         talker: model, tokenizer and how prompts are written.
         scheduler: of the same model, not yet started.
-        name: what clients call the model.
-        max_tokens: longest answer anybody may ask for, and what they get who ask for none.
-        max_length: tokens of prompt and answer together.
-        max_body: bytes of a request.
-        api_key: what clients must send; None lets everybody in.
+        settings: of the server.
     """
 
     @contextlib.asynccontextmanager
@@ -55,10 +58,10 @@ def make_app(
             scheduler.stop()
 
     app = FastAPI(title="cuma-ds", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, api_key=api_key, max_body=max_body)
+    app.add_middleware(Guard, api_key=settings.api_key, max_body=settings.max_body)
     for mistake in (ServingError, HTTPException, RequestValidationError):
         app.add_exception_handler(mistake, _refuse)
-    desk = Desk(talker, scheduler, name, max_tokens, max_length)
+    desk = Desk(talker, scheduler, settings)
 
     @app.get("/health")
     async def health() -> Response:
@@ -67,11 +70,11 @@ def make_app(
         return JSONResponse({"status": status, "running": running, "waiting": waiting}, 200 if scheduler.alive else 503)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> dict[str, object]:
         return {"object": "list", "data": [desk.model_card()]}
 
     @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
+    async def model(model: str) -> dict[str, object]:
         desk.check_model(model)
         return desk.model_card()
 
@@ -85,18 +88,17 @@ def make_app(
 class Desk:
     """Turns requests into jobs and their pieces into responses (arguments as in :func:`make_app`)."""
 
-    def __init__(self, talker: Talker, scheduler: Scheduler, name: str, max_tokens: int, max_length: int) -> None:
-        self.talker, self.scheduler, self.name = talker, scheduler, name
-        self.max_tokens, self.max_length = max_tokens, max_length
-        self._created = int(time.time())
+    def __init__(self, talker: Talker, scheduler: Scheduler, settings: Settings) -> None:
+        self.talker, self.scheduler, self.settings = talker, scheduler, settings
+        self.name, self._created = settings.name, int(time.time())
 
-    def model_card(self) -> dict[str, Any]:
+    def model_card(self) -> dict[str, object]:
         """The model as ``/v1/models`` shows it."""
         card = {"id": self.name, "object": "model", "created": self._created, "owned_by": "cuma-ds"}
-        return card | {"max_model_len": self.max_length, "takes_profiles": self.talker.takes_profiles}
+        return card | {"max_model_len": self.settings.max_length, "takes_profiles": self.talker.takes_profiles}
 
     def check_model(self, name: str) -> None:
-        """Refuse every name but ours."""
+        """Refuse every other name."""
         if name != self.name:
             raise ServingError(
                 404, f"there is no model of that name; this server has {self.name!r}", "model", "model_not_found"
@@ -105,7 +107,7 @@ class Desk:
     async def answer(self, body: ChatRequest, request: Request) -> Response:
         """Queue the request and answer it, as a stream or in one piece."""
         self.check_model(body.model)
-        sentence, warnings = self._who(body)
+        sentence, warnings = self._profile(body)
         prompt = self._prompt(body, sentence or "")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -127,7 +129,7 @@ class Desk:
                 "queue_full",
                 "rate_limit_error",
             ) from None
-        request.state.job = job  # the guard ends it with the request, whatever happens
+        request.state.job = job  # the guard cancels it at the end of the request
         identity = request.state.id
         if body.stream:
             stream = self._stream(
@@ -140,17 +142,18 @@ class Desk:
         gone.cancel()
         if not whole.done():
             whole.cancel()
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client is gone
         text, finish = whole.result()
         return JSONResponse(
             completion(identity, self.name, text, finish, usage(len(prompt), len(job.tokens)), warnings)
         )
 
-    def _who(self, body: ChatRequest) -> tuple[str | None, list[str]]:
-        """The profile's sentence, and what the client should know about it."""
+    def _profile(self, body: ChatRequest) -> tuple[str | None, list[str]]:
+        """The profile's sentence (None without a profile), and warnings for the client."""
         if body.profile is None:
             if self.talker.takes_profiles:
-                message = 'this model answers by who is asking; give a "profile": a sentence, or fields such as {"country": "Norway"}'
+                example = 'give a "profile": a sentence, or fields such as {"country": "Norway"}'
+                message = f"this model answers by who is asking; {example}"
                 raise ServingError(400, message, "profile", "profile_missing")
             return None, []
         if not self.talker.takes_profiles:
@@ -170,32 +173,38 @@ class Desk:
             prompt = self.talker.encode(messages, sentence)
         except CumaError as error:
             raise ServingError(400, str(error), "messages") from None
-        if len(prompt) >= self.max_length:
-            message = f"the messages have {len(prompt)} tokens; this server takes {self.max_length} with the answer"
+        if len(prompt) >= self.settings.max_length:
+            message = (
+                f"the messages have {len(prompt)} tokens; this server takes {self.settings.max_length} with the answer"
+            )
             raise ServingError(400, message, "messages", "context_length_exceeded")
         return prompt
 
     def _longest_answer(self, body: ChatRequest, prompt_tokens: int) -> int:
         asked = body.max_completion_tokens or body.max_tokens
-        room = self.max_length - prompt_tokens
+        room = self.settings.max_length - prompt_tokens
         if asked is None:
-            return min(self.max_tokens, room)
+            return min(self.settings.max_tokens, room)
         param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
-        if asked > self.max_tokens:
+        if asked > self.settings.max_tokens:
             raise ServingError(
-                400, f"{param} is {asked}; this server allows up to {self.max_tokens}", param, "max_tokens_exceeded"
+                400,
+                f"{param} is {asked}; this server allows up to {self.settings.max_tokens}",
+                param,
+                "max_tokens_exceeded",
             )
         if asked > room:
-            message = f"{param} is {asked} and the messages have {prompt_tokens} tokens; this server takes {self.max_length} together"
+            given = f"{param} is {asked} and the messages have {prompt_tokens} tokens"
+            message = f"{given}; this server takes {self.settings.max_length} together"
             raise ServingError(400, message, param, "context_length_exceeded")
         return asked
 
     async def _stream(
         self, identity: str, job: Job, pieces: asyncio.Queue[Piece], include_usage: bool, warnings: list[str]
     ) -> AsyncIterator[str]:
-        more: dict[str, Any] = {"usage": None} if include_usage else {}
+        more: dict[str, object] = {"usage": None} if include_usage else {}
         first = more | ({"warnings": warnings} if warnings else {})
-        yield _event(chunk(identity, self.name, {"role": "assistant", "content": ""}, **first))
+        yield _event(chunk(identity, self.name, {"role": "assistant", "content": ""}, more=first))
         while True:
             piece = await pieces.get()
             if piece.error is not None:
@@ -204,12 +213,12 @@ class Desk:
                 )
                 return
             if piece.text:
-                yield _event(chunk(identity, self.name, {"content": piece.text}, **more))
+                yield _event(chunk(identity, self.name, {"content": piece.text}, more=more))
             if piece.finish:
                 break
-        yield _event(chunk(identity, self.name, {}, piece.finish, **more))
+        yield _event(chunk(identity, self.name, {}, piece.finish, more))
         if include_usage:
-            yield _event(chunk(identity, self.name, None, usage=usage(len(job.prompt), len(job.tokens))))
+            yield _event(chunk(identity, self.name, None, more={"usage": usage(len(job.prompt), len(job.tokens))}))
         yield "data: [DONE]\n\n"
 
 
@@ -233,12 +242,12 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _event(content: dict[str, Any]) -> str:
+def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
 def _text(text: str, param: str) -> str:
-    """``text`` if it can be written as UTF-8; JSON can smuggle in half of a surrogate pair."""
+    """``text`` if it can be written as UTF-8. JSON can hold half of a surrogate pair, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

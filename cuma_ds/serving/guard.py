@@ -1,17 +1,17 @@
-"""What stands in front of every request: the API key, the size of the body, one line of log, and no traceback for the client."""
+"""Checks before every request (API key, size of the body), one line of log for each, no traceback for the client."""
 
 from __future__ import annotations
 
 import logging
 import secrets
 import time
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cuma_ds.serving.protocol import error_content
+from cuma_ds.serving.scheduler import Job
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Guard:
         return secrets.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
 
 
-def _facts(job: Any) -> dict[str, Any]:
+def _facts(job: Job) -> dict[str, object]:
     return {
         "prompt_tokens": len(job.prompt),
         "completion_tokens": len(job.tokens),

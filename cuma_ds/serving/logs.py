@@ -1,4 +1,4 @@
-"""Logs as one JSON object a line; what people asked, and who they are, is never in them."""
+"""Logs as one JSON object per line. They never hold messages or profiles."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, event and the facts a record carries; of an exception its type and places in the code, never its message."""
+    """Time, level, event and facts of a record. Of an exception its type and places in the code, never its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line: dict[str, Any] = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
+        line: dict[str, object] = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
         line |= getattr(record, "facts", {})
         if record.exc_info and record.exc_info[0] is not None:
             line |= {"error": record.exc_info[0].__name__, "at": _places(record.exc_info[2])}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -36,7 +36,7 @@ class ServingError(Exception):
         self.content = error_content(message, kind, param, code)
 
 
-def error_content(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_content(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
     """OpenAI's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -47,17 +47,17 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _given(cls, values: Any) -> Any:
+    def _given(cls, values: object) -> object:
         """What is null is not given; clients write out every optional field so, and send back the messages they got."""
         if not isinstance(values, dict):
             return values
         return {key: value for key, value in values.items() if value is not None}
 
 
-def _only(*allowed: Any) -> AfterValidator:
+def _only(*allowed: object) -> AfterValidator:
     """Takes the values of a parameter that change nothing here, and refuses all others."""
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> object:
         if value not in allowed:
             shown = " or ".join(json.dumps(one) for one in allowed)
             raise ValueError(f"this server does nothing with it; allowed: {shown}, or leave it out")
@@ -80,12 +80,12 @@ class ChatMessage(_Strict):
     content: list[TextPart]
     name: str | None = None  # chat templates know roles only
     # What an answer of this or another server carries beside its text.
-    annotations: Annotated[Any, _only([])] = None
-    tool_calls: Annotated[Any, _only([])] = None
+    annotations: Annotated[object, _only([])] = None
+    tool_calls: Annotated[object, _only([])] = None
 
     @field_validator("content", mode="before")
     @classmethod
-    def _parts(cls, value: Any) -> Any:
+    def _parts(cls, value: object) -> object:
         return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
     def plain(self) -> Message:
@@ -100,7 +100,7 @@ class StreamOptions(_Strict):
     """What a stream carries besides the answer."""
 
     include_usage: bool = False
-    include_obfuscation: Annotated[Any, _only(False)] = None
+    include_obfuscation: Annotated[object, _only(False)] = None
 
 
 class ChatRequest(_Strict):
@@ -108,7 +108,7 @@ class ChatRequest(_Strict):
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    profile: str | dict[str, Any] | None = None
+    profile: str | dict[str, object] | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
@@ -118,36 +118,36 @@ class ChatRequest(_Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     # Clients send these. None of them changes the answer at the values allowed here.
-    n: Annotated[Any, _only(1)] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    logit_bias: Annotated[Any, _only({})] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    modalities: Annotated[Any, _only(["text"])] = None
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, _only(True, False)] = None
-    service_tier: Annotated[Any, _only("auto", "default")] = None
-    store: Annotated[Any, _only(False)] = None
-    # For the records of whoever runs a server; this one keeps none.
-    user: Any = None
-    metadata: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
+    n: Annotated[object, _only(1)] = None
+    logprobs: Annotated[object, _only(False)] = None
+    top_logprobs: Annotated[object, _only(0)] = None
+    frequency_penalty: Annotated[object, _only(0)] = None
+    presence_penalty: Annotated[object, _only(0)] = None
+    logit_bias: Annotated[object, _only({})] = None
+    response_format: Annotated[object, _only({"type": "text"})] = None
+    modalities: Annotated[object, _only(["text"])] = None
+    tools: Annotated[object, _only([])] = None
+    tool_choice: Annotated[object, _only("none", "auto")] = None
+    functions: Annotated[object, _only([])] = None
+    function_call: Annotated[object, _only("none", "auto")] = None
+    parallel_tool_calls: Annotated[object, _only(True, False)] = None
+    service_tier: Annotated[object, _only("auto", "default")] = None
+    store: Annotated[object, _only(False)] = None
+    # For a server's own records. This one keeps none.
+    user: object = None
+    metadata: object = None
+    safety_identifier: object = None
+    prompt_cache_key: object = None
+    prompt_cache_retention: object = None
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _stops(cls, value: Any) -> Any:
+    def _stops(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
     @field_validator("profile", mode="before")
     @classmethod
-    def _profile(cls, value: Any) -> Any:
+    def _profile(cls, value: object) -> object:
         if value is not None and not isinstance(value, str | dict):
             raise ValueError('expected a sentence, or fields such as {"country": "Norway"}')
         return value
@@ -161,7 +161,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 def completion(
     identity: str, model: str, text: str, finish: str, used: dict[str, int], warnings: Sequence[str]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The answer in one piece."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None, "finish_reason": finish}
     return (
@@ -172,12 +172,16 @@ def completion(
 
 
 def chunk(
-    identity: str, model: str, delta: dict[str, str] | None, finish: str | None = None, **more: Any
-) -> dict[str, Any]:
+    identity: str,
+    model: str,
+    delta: dict[str, str] | None,
+    finish: str | None = None,
+    more: Mapping[str, object] | None = None,
+) -> dict[str, object]:
     """One piece of a streamed answer; without a delta it has no choice, only what ``more`` says."""
     choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
-    return _answer(identity, model, "chat.completion.chunk", choices) | more
+    return _answer(identity, model, "chat.completion.chunk", choices) | dict(more or {})
 
 
-def _answer(identity: str, model: str, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+def _answer(identity: str, model: str, kind: str, choices: list[dict[str, object]]) -> dict[str, object]:
     return {"id": identity, "object": kind, "created": int(time.time()), "model": model, "choices": choices}

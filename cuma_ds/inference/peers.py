@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
+from cuma_ds.parallel.topology import Topology
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Peers:
     """The place of this rank among them.
 
     Attributes:
@@ -28,6 +31,12 @@ class Ranks:
     world: int = 1
     device: torch.device | None = None
     announce: Callable[[Tensor], None] | None = None
+
+    @classmethod
+    def of(cls, topology: Topology, dispatcher: ExpertParallelDispatcher | None) -> Peers:
+        """All ranks of a topology; a dispatcher must know how many tokens each forward has."""
+        announce = None if dispatcher is None else dispatcher.agree_on_tokens
+        return cls(topology.rank, topology.world, topology.device, announce)
 
     def all_done(self, done: bool) -> bool:
         """Whether every rank says that it is done."""
@@ -50,4 +59,4 @@ class Ranks:
         return [share[turn] for turn in range(len(shares[0])) for share in shares if turn < len(share)]
 
 
-ALONE = Ranks()
+ALONE = Peers()
