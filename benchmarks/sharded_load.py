@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cuma_ds.config import ModelSection
 from cuma_ds.parallel import backbone
-from cuma_ds.parallel.ds_config import FrozenBackbone
+from cuma_ds.parallel.ds_config import DeepSpeedSettings, FrozenBackbone
 from cuma_ds.parallel.streaming import NotStreamable
 from cuma_ds.parallel.topology import leave_processes, start_processes
 
@@ -86,7 +86,8 @@ def load(folder: str, how: str) -> dict[str, float]:
     sampler = threading.Thread(target=sample)
     sampler.start()
     start = time.perf_counter()
-    model = backbone.ShardedBackbone(ModelSection(path=folder), FrozenBackbone(sharded=True)).model
+    settings = DeepSpeedSettings({}, 2, FrozenBackbone(sharded=True))
+    model, _ = backbone.place_backbone(ModelSection(path=folder), settings, torch.device("cpu"))
     seconds = time.perf_counter() - start
     done.set()
     sampler.join()

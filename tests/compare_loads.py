@@ -12,10 +12,11 @@ from ranks import ROOT
 
 from cuma_ds.config import ModelSection
 from cuma_ds.errors import ModelError
-from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, resident_bytes
-from cuma_ds.parallel.ds_config import FrozenBackbone
+from cuma_ds.parallel.backbone import load_backbone, place_backbone, resident_bytes
+from cuma_ds.parallel.ds_config import DeepSpeedSettings, FrozenBackbone
 from cuma_ds.parallel.topology import leave_processes, start_processes
 
+SHARDED = DeepSpeedSettings({}, 2, FrozenBackbone(sharded=True))
 topology = start_processes(120)
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import sharded_load  # noqa: E402
@@ -28,7 +29,7 @@ for name, path, dtype in json.loads(sys.argv[1]):
     section = ModelSection(path=path, dtype=dtype, attention="eager" if name == "gemma2" else "sdpa")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        sharded = ShardedBackbone(section, FrozenBackbone(sharded=True)).model
+        sharded, _ = place_backbone(section, SHARDED, topology.device)
     whole = load_backbone(section)
     ids = torch.arange(2, 20).view(2, 9)
     with torch.no_grad():
@@ -50,9 +51,8 @@ for name, path, dtype in json.loads(sys.argv[1]):
     if topology.is_main:
         print("seen " + json.dumps(seen))
 try:  # as on two machines whose copies differ
-    ShardedBackbone(
-        ModelSection(path=json.loads(sys.argv[1])[topology.rank][1], dtype="float32"), FrozenBackbone(sharded=True)
-    )
+    own = ModelSection(path=json.loads(sys.argv[1])[topology.rank][1], dtype="float32")
+    place_backbone(own, SHARDED, topology.device)
 except ModelError as error:
     print("seen " + json.dumps({"name": "refused", "error": str(error)}))
 leave_processes()

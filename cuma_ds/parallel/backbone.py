@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 from cuma_ds.identity import model_fingerprint
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.agreement import agreement
-from cuma_ds.parallel.ds_config import FrozenBackbone
+from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.streaming import NotStreamable, load_partitioned, plan_streaming
 
 
@@ -60,23 +60,25 @@ def backbone_fingerprint(model: ModelSection) -> dict[str, str]:
         return model_fingerprint(model.path)
 
 
-class ShardedBackbone:
-    """A frozen model of which every rank keeps one part in ``world``; whole layers exist only while they run.
+def place_backbone(
+    model: ModelSection, settings: DeepSpeedSettings, device: torch.device
+) -> tuple[PreTrainedModel, Callable[[], object]]:
+    """Load the frozen backbone as a DeepSpeed configuration holds it, whole or sharded; all ranks call it.
 
-    ZeRO-3 partitions and gathers the parameters, but there is no ZeRO-3 optimizer: the engine beside it may be at
-    stage 1 or 2 and hold expert-parallel adapters, which stage 3 cannot.
+    Of a sharded one, each rank keeps one part in ``world``, and whole layers exist only while they run. At stages 1
+    and 2 ZeRO-3 partitions and gathers it without an optimizer, so that the engine beside it may hold expert-parallel
+    adapters. With ``max_reuse_distance`` and ``prefetch_bucket_size`` 0, a rank holds its shards and one layer at most.
 
-    Attributes:
-        model: the frozen model, its parameters partitioned. Adapters must be injected after this object was made.
-        after_backward: to call after each backward pass; releases parameters whose layer had no backward of its own.
-
-    With ``max_reuse_distance`` and ``prefetch_bucket_size`` 0, a rank never holds more than its shards and one layer.
+    Returns:
+        The backbone, and what to call after each backward pass. Adapters are injected into it afterwards.
     """
-
-    def __init__(self, model: ModelSection, settings: FrozenBackbone) -> None:
-        config = stage3_config(model, settings.offload == "cpu")
-        self.model = load_sharded(model, config)
-        self.after_backward = compat.partition_frozen(self.model, config, settings)
+    if settings.stage == 3:
+        return load_sharded(model, stage3_config(model)), lambda: None
+    if not settings.backbone.sharded:
+        return load_backbone(model, device), lambda: None
+    config = stage3_config(model, settings.backbone.offload == "cpu")
+    backbone = load_sharded(model, config)
+    return backbone, compat.partition_frozen(backbone, config, settings.backbone)
 
 
 def load_sharded(model: ModelSection, stage3: dict[str, object]) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Every name of DeepSpeed that it may change without notice. Read in DeepSpeed 0.19.8, which setup.py asks for.
 
-The last lines of each docstring say what is relied on. tests/test_compat.py checks each of them, so that another
-release fails there with the reason, and not with a wrong gradient.
+Each says what it relies on. tests/test_compat.py checks that, so that another release fails there with the reason, and
+not with a wrong gradient.
 """
 
 from __future__ import annotations
@@ -38,28 +38,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def only_errors() -> None:
-    """Let DeepSpeed print errors alone.
-
-    Relies on ``deepspeed.utils.logger`` being the logger of the whole library.
-    """
+    """Let DeepSpeed print errors alone."""
+    # Relies on ``deepspeed.utils.logger`` being the logger of the whole library.
     logger.setLevel(logging.ERROR)
 
 
 def without_shared_memory_op() -> None:
-    """Keep DeepSpeed from compiling ``deepspeed_shm_comm`` at every start on a CPU. A stale lock file makes that hang.
-
-    Relies on ``deepspeed.ops.__compatible_ops__`` being asked whether the op may be built. Only DeepSpeed's inference
-    uses the op.
-    """
+    """Keep DeepSpeed from compiling ``deepspeed_shm_comm`` at every start on a CPU, which may hang."""
+    # Relies on ``deepspeed.ops.__compatible_ops__`` being asked first. Only DeepSpeed's inference uses the op.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def expert_group(ep_size: int) -> dist.ProcessGroup:
-    """This rank's expert-parallel group of ``ep_size`` consecutive ranks; the first call makes all groups of this size.
-
-    Relies on ``groups._create_expert_and_data_parallel`` making groups of consecutive ranks under the name
-    ``ep_size_N``.
-    """
+    """This rank's expert-parallel group of ``ep_size`` consecutive ranks; the first call makes the groups."""
+    # Relies on ``_create_expert_and_data_parallel`` making groups of consecutive ranks by the name ``ep_size_N``.
     name = _group_name(ep_size)
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
@@ -67,28 +59,23 @@ def expert_group(ep_size: int) -> dist.ProcessGroup:
 
 
 def mark_expert(parameter: nn.Parameter, ep_size: int) -> None:
-    """Have a parameter's gradient averaged over the ranks that hold the same experts, not over all ranks.
-
-    Relies on the attributes ``allreduce`` and ``group_name``, and on :class:`ExpertMark` being in the engine's module.
-    """
+    """Have a parameter's gradient averaged over the ranks that hold the same experts, not over all ranks."""
+    # Relies on the attributes ``allreduce`` and ``group_name``, and on an ExpertMark in the engine's module.
     parameter.allreduce = False  # type: ignore[attr-defined]
     parameter.group_name = _group_name(ep_size)  # type: ignore[attr-defined]
 
 
 def expert_param_group(parameters: list[nn.Parameter], ep_size: int) -> dict[str, object]:
-    """The optimizer's group of marked parameters.
-
-    Relies on ZeRO reading the group's keys ``moe`` and ``name``.
-    """
+    """The optimizer's group of marked parameters."""
+    # Relies on ZeRO reading the group's keys ``moe`` and ``name``.
     return {"params": parameters, "name": _group_name(ep_size), "moe": True}
 
 
 class ExpertMark(MoE):
-    """An empty module that tells the engine that some of its parameters are experts.
+    """An empty module that tells the engine that some of its parameters are experts."""
 
-    Relies on the engine looking for instances of ``MoE`` and reading ``num_experts`` of each, and nothing else at
-    stages 1 and 2.
-    """
+    # Relies on the engine looking for instances of ``MoE`` and reading ``num_experts`` of each, and nothing else at
+    # stages 1 and 2.
 
     def __init__(self, num_experts: int, ep_size: int) -> None:
         nn.Module.__init__(self)
@@ -105,9 +92,8 @@ def partition_frozen(model: nn.Module, config: dict[str, object], settings: Froz
     Returns:
         What to call after each backward pass. It releases layers whose own backward hook did not run, as none does
         below the first trained layer.
-
-    Relies on ``DeepSpeedZeRoOffload`` working without an optimizer, and on ``release_backward_leftovers``.
     """
+    # Relies on ``DeepSpeedZeRoOffload`` working without an optimizer, and on ``release_backward_leftovers``.
     offload = DeepSpeedZeRoOffload(
         model,
         timers=NoopTimer(),
@@ -121,12 +107,11 @@ def partition_frozen(model: nn.Module, config: dict[str, object], settings: Froz
 
 
 class Partitioner:
-    """Makes parameters of which each rank allocates its own part and, for a moment, the whole on its device.
+    """Makes parameters of which each rank allocates its own part and, for a moment, the whole on its device."""
 
-    Relies on ``deepspeed.zero.Init`` over a module without parameters converting nothing, on
-    ``_convert_to_deepspeed_param``, and on rank i of n holding elements ``i * size`` to ``(i + 1) * size`` of the
-    flat parameter, zero-padded at the end.
-    """
+    # Relies on ``deepspeed.zero.Init`` over a module without parameters converting nothing, on
+    # ``_convert_to_deepspeed_param``, and on rank i of n holding elements ``i * size`` to ``(i + 1) * size`` of the
+    # flat parameter, zero-padded at the end.
 
     def __init__(self, config: dict[str, object]) -> None:
         # A side effect is wanted: linears no longer keep gathered weights for the backward pass.
@@ -142,35 +127,27 @@ class Partitioner:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has partitioned a parameter, which is then empty while its layer does not run.
-
-    Relies on the attribute ``ds_tensor``.
-    """
+    """Whether ZeRO-3 has partitioned a parameter, which is then empty while its layer does not run."""
+    # Relies on the attribute ``ds_tensor``.
     return hasattr(parameter, "ds_tensor")
 
 
 def held(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter at rest: its flat part, or all of it where it is not partitioned.
-
-    Relies on the attribute ``ds_tensor``.
-    """
+    """What this rank holds of a parameter at rest: its flat part, or all of it where it is not partitioned."""
+    # Relies on the attribute ``ds_tensor``.
     return getattr(parameter, "ds_tensor", parameter)
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter, partitioned or not.
-
-    Relies on the attribute ``ds_shape``.
-    """
+    """The shape of the whole parameter, partitioned or not."""
+    # Relies on the attribute ``ds_shape``.
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def scale_losses(engine: DeepSpeedEngine, options: LossScale) -> LossScalerBase:
-    """Scale losses, although the trained parameters are float32: small gradients vanish in a float16 backbone.
-
-    Relies on the ZeRO-1/2 optimizer's attribute ``loss_scaler`` being read by ``backward``, ``step`` and the overflow
-    check.
-    """
+    """Scale losses, although the trained parameters are float32: small gradients vanish in a float16 backbone."""
+    # Relies on the ZeRO-1/2 optimizer's attribute ``loss_scaler`` being read by ``backward``, ``step`` and the
+    # overflow check.
     scaler: LossScalerBase = LossScaler(options.loss_scale)
     if not options.loss_scale:
         scaler = DynamicLossScaler(
@@ -186,20 +163,16 @@ def scale_losses(engine: DeepSpeedEngine, options: LossScale) -> LossScalerBase:
 
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:
-    """How often Adam has stepped at ZeRO stage 1 or 2. A step whose gradients overflowed does not count.
-
-    Relies on what :func:`create_moments` relies on.
-    """
+    """How often Adam has stepped at ZeRO stage 1 or 2. A step whose gradients overflowed does not count."""
+    # Relies on what :func:`create_moments` relies on.
     states = [engine.optimizer.optimizer.state.get(flat) for flat in _flat_parameters(engine)]
     return max((int(state["step"]) for state in states if state), default=0)
 
 
 def create_moments(engine: DeepSpeedEngine, step: int) -> None:
-    """Give Adam the state that it has after ``step`` steps, with moments of zero.
-
-    Relies on the wrapped optimizer stepping on the flat float32 tensors of ``single_partition_of_fp32_groups``
-    (stages 1 and 2) or ``fp32_partitioned_groups_flat`` (stage 3), with its state keyed by them.
-    """
+    """Give Adam the state that it has after ``step`` steps, with moments of zero."""
+    # Relies on the wrapped optimizer stepping on the flat float32 tensors of ``single_partition_of_fp32_groups``
+    # (stages 1 and 2) or ``fp32_partitioned_groups_flat`` (stage 3), with its state keyed by them.
     for flat in _flat_parameters(engine):
         engine.optimizer.optimizer.state[flat] = {
             "step": torch.tensor(float(step)),  # one tensor each: a shared counter would be advanced several times
@@ -209,11 +182,9 @@ def create_moments(engine: DeepSpeedEngine, step: int) -> None:
 
 
 def link_moments(engine: DeepSpeedEngine) -> None:
-    """Let :func:`whole_value` and :func:`set_whole_value` find the moments of all parameter groups.
-
-    Relies on ``bit16_groups`` being the parameters behind ``single_partition_of_fp32_groups``. DeepSpeed itself links
-    the first group alone at stages 1 and 2.
-    """
+    """Let :func:`whole_value` and :func:`set_whole_value` find the moments of all parameter groups."""
+    # Relies on ``bit16_groups`` being the parameters behind ``single_partition_of_fp32_groups``. DeepSpeed itself
+    # links the first group alone at stages 1 and 2.
     if engine.zero_optimization_stage() == 3:
         return
     zero = engine.optimizer
@@ -222,21 +193,17 @@ def link_moments(engine: DeepSpeedEngine) -> None:
 
 
 def whole_value(parameter: nn.Parameter, moment: str | None) -> Tensor:
-    """The float32 master weight of a parameter (None) or one of its moments, in its whole shape; all ranks call it.
-
-    Relies on ``safe_get_full_fp32_param`` and ``safe_get_full_optimizer_state``.
-    """
+    """The float32 master weight of a parameter (None) or one of its moments, in its whole shape; all ranks call it."""
+    # Relies on ``safe_get_full_fp32_param`` and ``safe_get_full_optimizer_state``.
     if moment is None:
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, moment)
 
 
 def set_whole_value(parameter: nn.Parameter, moment: str | None, value: Tensor) -> None:
-    """Set one of a parameter's moments, or (None) its master weight and what the forward reads; all ranks call it.
-
-    Relies on ``safe_set_full_*`` at stages 1 and 2. At stage 3 those do not expect the padding of the last rank's
-    part, so this relies on ``safe_set_local_*`` and the layout that :class:`Partitioner` describes.
-    """
+    """Set one of a parameter's moments, or (None) its master weight and what the forward reads; all ranks call it."""
+    # Relies on ``safe_set_full_*`` at stages 1 and 2. At stage 3 those do not expect the padding of the last rank's
+    # part, so this relies on ``safe_set_local_*`` and the layout that :class:`Partitioner` describes.
     if is_partitioned(parameter):
         part = held(parameter).data
         padded = nn.functional.pad(value.flatten(), (0, part.numel() * dist.get_world_size() - value.numel()))

@@ -37,7 +37,7 @@ class FrozenBackbone(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sharded: bool = Field(False, description="partition the backbone over all ranks")
-    offload: Literal["none", "cpu"] = Field("none", description="where the shards live")
+    offload: Literal["none", "cpu"] = Field("none", description="where the shards are kept")
     max_reuse_distance: int = Field(
         0, ge=0, description="keep a gathered layer that is used again within so many elements"
     )

@@ -14,7 +14,7 @@ from cuma_ds.data.batch import Batch
 from cuma_ds.methods import METHODS
 from cuma_ds.methods.model import AdaptedModel, Output, Spread, Trained
 from cuma_ds.parallel import deepspeed_compat as compat
-from cuma_ds.parallel.backbone import ShardedBackbone, load_backbone, load_sharded, stage3_config
+from cuma_ds.parallel.backbone import place_backbone
 from cuma_ds.parallel.dispatch import ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.topology import Topology
@@ -32,7 +32,7 @@ class Placed(NamedTuple):
 
     model: AdaptedModel
     dispatcher: ExpertParallelDispatcher | None
-    after_backward: Callable[[], None]
+    after_backward: Callable[[], object]
 
 
 def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topology) -> Placed:
@@ -43,19 +43,7 @@ def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topolo
         settings: says whether the backbone is sharded.
         topology: with expert-parallel groups.
     """
-
-    def nothing() -> None:
-        pass
-
-    after_backward: Callable[[], None] = nothing
-    if settings.backbone.sharded:
-        sharded = ShardedBackbone(config.model, settings.backbone)
-        backbone: nn.Module = sharded.model
-        after_backward = sharded.after_backward
-    elif settings.stage == 3:
-        backbone = load_sharded(config.model, stage3_config(config.model))
-    else:
-        backbone = load_backbone(config.model, topology.device)
+    backbone, after_backward = place_backbone(config.model, settings, topology.device)
     model = METHODS[config.adapters.method](backbone, config).to(topology.device)
     if config.model.gradient_checkpointing:
         model.recompute_activations()

@@ -54,7 +54,7 @@ class Topology:
         return self.rank < self.ep_size
 
     def experts(self, num_experts: int) -> tuple[int, int]:
-        """First expert and number of experts that live on this rank."""
+        """First expert and number of the experts that this rank holds."""
         count = num_experts // self.ep_size
         return self.ep_rank * count, count
 

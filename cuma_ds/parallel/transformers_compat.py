@@ -1,6 +1,6 @@
 """Every name of transformers' loading that it may change without notice. Read in transformers 5.23.0.
 
-The last lines of each docstring say what is relied on; tests/test_compat.py checks each of them.
+Each says what it relies on; tests/test_compat.py checks that.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ class WeightNames:
 
 
 def keeps_float32(backbone: PreTrainedModel, dtype: torch.dtype) -> bool:
-    """Whether ``from_pretrained`` in this dtype keeps some weights in float32.
-
-    Relies on ``_get_dtype_plan`` naming them.
-    """
+    """Whether ``from_pretrained`` in this dtype keeps some weights in float32."""
+    # Relies on ``_get_dtype_plan`` naming them.
     return bool(backbone._get_dtype_plan(dtype))

@@ -1,4 +1,4 @@
-"""What one placement of a model costs: bytes that a rank holds, bytes that it sends, seconds of one optimizer step.
+"""What one layout of a model costs: bytes that a rank holds, bytes that it sends, seconds of one optimizer step.
 
 Backbone shards, trained state and sent bytes are counted as the engine places and sends them. Only time is an
 estimate, from the FLOP/s and bandwidths that the caller assumes.
@@ -83,7 +83,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Layout:
     """One recipe on so many ranks, with the work of one of them."""
 
     sizes: Sizes

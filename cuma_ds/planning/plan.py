@@ -12,7 +12,7 @@ from cuma_ds.config import RunConfig
 from cuma_ds.errors import TopologyError
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.planning.activations import ActivationPeak, activation_peak
-from cuma_ds.planning.cost import Hardware, Placement, Sizes, Work
+from cuma_ds.planning.cost import Hardware, Layout, Sizes, Work
 from cuma_ds.planning.skeleton import Setup, gathered_parameters
 
 
@@ -83,20 +83,20 @@ class Planner:
                 f"parallel.ep_size is {ep_size}, which does not divide {gpus} GPUs; allowed: multiples of {ep_size}"
             )
         settings = read_deepspeed_config(self.config, work.sequences, work.accumulation, gpus)
-        placement = Placement(self.sizes, self.config, settings, gpus, work)
-        held = placement.held()
-        host = {name: held.pop(name) for name in placement.on_host()}
-        peak, extra = self._peak(work), placement.dispatch_memory()
+        layout = Layout(self.sizes, self.config, settings, gpus, work)
+        held = layout.held()
+        host = {name: held.pop(name) for name in layout.on_host()}
+        peak, extra = self._peak(work), layout.dispatch_memory()
         memory = {**held, "activations": peak.bytes(work.sequences) + extra * work.sequences}
         room = hardware.memory - hardware.reserved - sum(held.values()) - peak.fixed
         per_sequence = peak.per_sequence + extra
-        seconds = placement.seconds(hardware)
+        seconds = layout.seconds(hardware)
         return Plan(
             gpus=gpus,
             memory=memory,
             host_memory=host,
-            wire=placement.wire(),
-            dispatch=placement.dispatch,
+            wire=layout.wire(),
+            dispatch=layout.dispatch,
             seconds=seconds,
             tokens_per_second=work.tokens * work.accumulation * gpus / sum(seconds.values()),
             max_micro_batch=max(0, int(room // per_sequence)) if per_sequence > 0 else 0,
