@@ -25,6 +25,7 @@ from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.metrics import distance, distance_name
 from cuma_ds.evaluation.routing import mean_gates
@@ -235,7 +236,7 @@ class _Measure:
         averaged = min(self._prompts, len(self._data.splits["train"]))
         return {"averaged over": averaged, "measured on": len(mixture.examples), "split": self._split}
 
-    def _chosen(self, split: str) -> list[dict]:
+    def _chosen(self, split: str) -> list[Row]:
         rows = self._data.splits[split]
         return [rows[int(row)] for row in np.random.default_rng(0).permutation(len(rows))[: self._prompts]]
 
