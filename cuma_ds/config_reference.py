@@ -1,4 +1,6 @@
-"""Writes docs/configuration.md from the models of a recipe: ``python -m cuma_ds.config_reference > docs/configuration.md``."""
+"""Writes docs/configuration.md from the models of a recipe: ``python -m cuma_ds.config_reference >
+docs/configuration.md``.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ _HEAD = """\
 <!-- Written by `python -m cuma_ds.config_reference > docs/configuration.md`.
      Edit the descriptions in cuma_ds/config.py and cuma_ds/adapters/config.py, then run that again. -->
 
-One run is one YAML file with these sections; [quickstart.yaml](../launchers/recipes/quickstart.yaml) is one. What a recipe leaves out has
-its default. An unknown key, a value of another type and an impossible combination are errors that name the file, the line and what is
-allowed. On the command line `--set section.key=value` wins over the file; values are YAML, so `adapters.target_modules=[q_proj,v_proj]` is
-a list and `null` is nothing. `config.yaml` of a run folder is the recipe as it was run, with every default written out.
+One run is one YAML file with these sections; [quickstart.yaml](../launchers/recipes/quickstart.yaml) is one. What a
+recipe leaves out has its default. An unknown key, a value of another type and an impossible combination are errors that
+name the file, the line and what is allowed. `--config a.yaml b.yaml` merges several files: where two have the same key,
+the later wins. On the command line `--set section.key=value` wins over all files; values are YAML, so
+`adapters.target_modules=[q_proj,v_proj]` is a list and `null` is nothing. `config.yaml` of a run folder is the recipe
+as it was run, with every default written out.
 """
 _KINDS = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
 _BOUNDS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}

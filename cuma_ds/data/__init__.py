@@ -57,7 +57,8 @@ def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
     }
     if "split" not in manifest:
         warnings.warn(
-            f"{config.path} was prepared by release 0.1.0, which split each kind of a source in its own way; it is used as it is, "
+            f"{config.path} was prepared by release 0.1.0, which split each kind of a source in its own way; "
+            "it is used as it is, "
             "but prepare it again before one model learns from several kinds",
             stacklevel=3,
         )

@@ -22,6 +22,7 @@ from cuma_ds.adapters import CumaModel
 from cuma_ds.adapters.fold import constant_gates, fixed_gate, fold, plain_lora, set_lora
 from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.metrics import distance, distance_name
 from cuma_ds.export.hf import output_folder
@@ -79,7 +80,7 @@ def write_lora(
         embeddings = [None] if table is None else list(_embed(sentences, table, str(config.profiles.encoder)))
         measure = _Measure(config.evaluation.batch_size, pad_id_of(tokenizer))
 
-        def chosen(split: str) -> list[dict[str, Any]]:
+        def chosen(split: str) -> list[Row]:
             rows = data.splits[split]
             return [rows[int(row)] for row in np.random.default_rng(0).permutation(len(rows))[:prompts]]
 

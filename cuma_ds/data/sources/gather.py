@@ -132,13 +132,14 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
 def read_records(source: Input, convert: Convert, options: ReadOptions) -> Rows:
     """Read all records of a source, in as many processes as are worth it.
 
-    Kept in memory are four small integers per row, the distinct profiles, and the ids of people and questions; texts go to
-    ``options.spool`` as they are read.
+    Kept in memory are four small integers per row, the distinct profiles, and the ids of people and questions; texts
+    go to ``options.spool`` as they are read.
 
     Args:
         source: undecoded records.
         convert: a module's function (or a ``functools.partial`` of one), so that other processes find it.
-        options: ``workers``: one per core for inputs above 64 MB if None, else none besides this one. ``progress`` is told bytes.
+        options: ``workers``: one per core for inputs above 64 MB if None, else none besides this one. ``progress`` is
+            told bytes.
 
     Raises:
         DataError: the first thing that is wrong.
@@ -200,7 +201,8 @@ class _Gathered:
         self.weights = array("d")
         self.has_weights = False
         self.profiles = ProfileList(options.template)
-        # Question id to its number, the hash of all that belongs to it, and where it came first; the texts are in the spool.
+        # Question id to its number, the hash of all that belongs to it, and where it came first; the texts are in the
+        # spool.
         self.questions: dict[str, tuple[int, bytes, str]] = {}
         self.skipped: Counter[str] = Counter()
         self._records: set[bytes] = set()
@@ -262,13 +264,16 @@ class _Gathered:
             known = self.questions[question.question_id] = (len(self.questions), content, where)
         elif known[1] != content:
             raise DataError(
-                f"{where}: question_id {question.question_id!r} has another text, other options or another scale than at {known[2]}; "
+                f"{where}: question_id {question.question_id!r} has another text, "
+                f"other options or another scale than at {known[2]}; "
                 "one question has one of each"
             )
         return known[0]
 
     def finished(self, inputs: dict[str, str]) -> Rows:
-        """Everything, ready to be split. People are numbered by their sorted ids, then come rows without a person, in their order."""
+        """Everything, ready to be split. People are numbered by their sorted ids, then come rows without a person, in
+        their order.
+        """
         rows = np.frombuffer(self.rows, np.int32).reshape(-1, 4)
         names = sorted(self.persons)
         place = np.empty(len(names) + 1, np.int32)
@@ -314,7 +319,8 @@ def _warn_of_one_for_many(rows_P: np.ndarray, names: list[str], rows: int) -> No
     if len(rows_P) and rows_P[most] > max(50, rows / 100):
         name = names[most] if len(names[most]) <= 6 else f"{names[most][:4]}..."
         warnings.warn(
-            f"one person, with the id {name!r}, has {rows_P[most]:,} of {rows:,} rows; where that id stands for nobody, "
+            f"one person, with the id {name!r}, has {rows_P[most]:,} of {rows:,} rows; "
+            "where that id stands for nobody, "
             "leave it out: each such row is then a person of its own",
             stacklevel=2,
         )
