@@ -47,7 +47,7 @@ class ModelSection(_Section):
 
 
 class ProfilesSection(_Section):
-    """Who is asking: from fields to one sentence to one vector."""
+    """Profiles: how their fields become a sentence, and the sentence a vector."""
 
     encoder: str | None = Field(None, description="folder or hub id of a sentence encoder; needed by method cuma")
     template: Literal["wvs", "generic", "authors"] = Field(

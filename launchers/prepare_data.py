@@ -6,12 +6,16 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from _cli import run_main, warn_in_one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cuma_ds.config import DataSection
     from cuma_ds.data import PreparedData
+    from cuma_ds.profiles import ProfileEncoder
 
 _DESCRIPTION = """\
 Prepare data once, train on it often. The result is one folder that a recipe names as data.path:
@@ -114,12 +118,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
 class _Told:
     """An encoder that tells how far it is."""
 
-    def __init__(self, encoder: Any, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, encoder: ProfileEncoder, progress: Callable[[int, int], None]) -> None:
         self.fingerprint = encoder.fingerprint
         self._encoder = encoder
         self._progress = progress
 
-    def __call__(self, sentences: list[str]) -> Any:
+    def __call__(self, sentences: list[str]) -> Tensor:
         return self._encoder(sentences, progress=self._progress)
 
 
@@ -140,7 +144,7 @@ def _bar() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         yield start
 
 
-def _section(arguments: argparse.Namespace) -> Any:
+def _section(arguments: argparse.Namespace) -> DataSection:
     from pydantic import ValidationError
 
     from cuma_ds.config import DataSection
@@ -209,7 +213,7 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, soft_wrap=True)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

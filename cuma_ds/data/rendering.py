@@ -122,7 +122,7 @@ class Renderer:
         Args:
             question: the question as asked.
             options: answers in order, shown as A, B, C, ... (from the last one on with ``option_order: reversed``).
-            sentence: who is asking; used only with ``profile_in_prompt``.
+            sentence: the profile sentence; used only with ``profile_in_prompt``.
 
         Raises:
             PromptTooLong: the prompt has more than ``max_length`` tokens.

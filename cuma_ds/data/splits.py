@@ -50,9 +50,9 @@ def assign_splits(people: Share, units: Share, profiles: Share, given_N: np.ndar
 
     Units whose number lies below their fraction are held out with all their answers, then profiles, then people (for
     testing). The other answers of people who ever answered in a held-out unit or as a held-out profile are for testing
-    too. Two exceptions keep tiny data usable. Where nobody would be left for training, the one with the largest number
-    is (the same for units and profiles). Where nobody would be tested, the one of at least two people with the
-    smallest number is.
+    too. Two exceptions keep tiny data usable. Where no person would be left for training, the one with the largest
+    number is (the same for units and profiles). Where no person would be tested, the one of at least two people with
+    the smallest number is.
 
     Args:
         people: the share for testing.

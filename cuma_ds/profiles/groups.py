@@ -28,7 +28,7 @@ def group_mask(
         [N, E] float32.
 
     Raises:
-        ConfigError: no profile has the field, or nobody is in a group.
+        ConfigError: no profile has the field, or no profile is in a group.
     """
     ((field, experts_by_given),) = groups.items()
     experts_by_value = {one_spelling(value): experts for value, experts in experts_by_given.items()}

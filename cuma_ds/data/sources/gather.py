@@ -230,7 +230,7 @@ class _Gathered:
         if self.kind and part.kind != self.kind:
             raise DataError(f"{part.where}: a {part.kind} row after {self.kind} rows; one data set holds one kind")
         self.kind = part.kind
-        # The last entry maps "nobody" (-1) to itself.
+        # The last entry maps -1 (no person is named) to itself.
         persons = np.array([*(self.persons.setdefault(name, len(self.persons)) for name in part.persons), -1], np.int32)
         profiles = np.array(
             [self.profiles.merge(part.profiles, row) for row in range(len(part.profiles.profiles))], np.int32
@@ -279,11 +279,11 @@ class _Gathered:
         place = np.empty(len(names) + 1, np.int32)
         place[[self.persons[name] for name in names]] = np.arange(len(names), dtype=np.int32)
         person_N = place[rows[:, 0]]
-        nobody_N = rows[:, 0] < 0
-        person_N[nobody_N] = len(names) + np.arange(nobody_N.sum(), dtype=np.int32)
+        unnamed_N = rows[:, 0] < 0
+        person_N[unnamed_N] = len(names) + np.arange(unnamed_N.sum(), dtype=np.int32)
         questions = self._asked.read() if self._asked is not None else ArrowFile(QUESTION_SCHEMA.empty_table())
         payload = self._texts.read() if self._texts is not None else None
-        _warn_of_one_for_many(np.bincount(person_N[~nobody_N]), names, len(rows))
+        _warn_of_one_for_many(np.bincount(person_N[~unnamed_N]), names, len(rows))
         self._check_weights(inputs)
         draw_P = np.concatenate(
             [draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)]
@@ -314,7 +314,7 @@ class _Gathered:
 
 
 def _warn_of_one_for_many(rows_P: np.ndarray, names: list[str], rows: int) -> None:
-    """Say which id has so many rows that it may stand for nobody."""
+    """Say which id has so many rows that it may stand for no person in particular."""
     most = int(rows_P.argmax()) if len(rows_P) else 0
     if len(rows_P) and rows_P[most] > max(50, rows / 100):
         name = names[most] if len(names[most]) <= 6 else f"{names[most][:4]}..."
