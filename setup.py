@@ -13,7 +13,7 @@ _spec.loader.exec_module(build_operators)
 
 
 class BuildWithResources(build_py):
-    """Copies the recipes and the DeepSpeed configurations into the package; cuma_ds/resources.py looks for them there."""
+    """Copies recipes and DeepSpeed configurations into the package, where cuma_ds/resources.py looks for them."""
 
     def run(self) -> None:
         """Build, then copy."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from cuma_ds.adapters import CumaConfig, inject_adapters
 from cuma_ds.config import DataSection, ModelSection
 from cuma_ds.data.batch import encode_example
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.inference.forward import pad_id_of
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
@@ -28,7 +28,7 @@ from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 OPTIONS = ["Let anyone come", "Let people come while there are jobs", "Set strict limits", "Let nobody come"]
 
 
-def answers(profiles: int, people: int, alone: bool) -> list[dict[str, Any]]:
+def answers(profiles: int, people: int, alone: bool) -> list[Row]:
     """Merged rows of ``people`` answers; with ``alone`` every one is a row of its own with its own question."""
     if alone:
         return [
@@ -68,12 +68,12 @@ def main() -> None:
     model.set_profile_standardisation(embeddings_NP, 3.0)
     sentences, data, pad_id = [""] * arguments.profiles, DataSection(), pad_id_of(renderer.tokenizer)
 
-    def ours(rows: list[dict[str, Any]]) -> None:
+    def ours(rows: list[Row]) -> None:
         encoded = [encode_example(row, renderer, sentences, data) for row in rows]
         predict_choices(model, encoded, embeddings_NP, arguments.batch, pad_id, device=arguments.device)
 
     @torch.no_grad()
-    def loop(rows: list[dict[str, Any]]) -> None:
+    def loop(rows: list[Row]) -> None:
         for row in rows:
             example = encode_example(row, renderer, sentences, data)
             ids = torch.tensor([example.input_ids], device=arguments.device)

@@ -47,7 +47,7 @@ class ModelSection(_Section):
 
 
 class ProfilesSection(_Section):
-    """Who is asking: from fields to one sentence to one vector."""
+    """Profiles: how their fields become a sentence, and the sentence a vector."""
 
     encoder: str | None = Field(None, description="folder or hub id of a sentence encoder; needed by method cuma")
     template: Literal["wvs", "generic", "authors"] = Field(
@@ -93,18 +93,24 @@ class DataSection(_Section):
     )
     prompt_style: Literal["letters", "metadata"] = Field(
         "letters",
-        description="letters leaves out the number scale that WorldValuesBench puts before its questions; metadata keeps it",
+        description=(
+            "letters leaves out the number scale that WorldValuesBench puts before its questions; metadata keeps it"
+        ),
     )
     option_order: Literal["fixed", "reversed", "average"] = Field(
         "fixed",
-        description="reversed shows options from the last one on; average (evaluation only) asks both ways and takes the mean",
+        description=(
+            "reversed shows options from the last one on; average (evaluation only) asks both ways and takes the mean"
+        ),
     )
     max_length: int = Field(
         256, ge=8, description="tokens of a prompt with its answer; conversations lose early turns to fit"
     )
     on_long_prompt: Literal["refuse", "skip"] = Field(
         "refuse",
-        description="examples that do not fit max_length: stop before the first step and name them, or leave them out and count",
+        description=(
+            "examples that do not fit max_length: stop before the first step and name them, or leave them out and count"
+        ),
     )
     packing: bool = Field(
         False, description="several examples per row of max_length tokens, none seeing another; less padding"
@@ -112,7 +118,10 @@ class DataSection(_Section):
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
     heldout_fraction: float | None = Field(
         None, ge=0, lt=1,
-        description="share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, community-alignment and prism",
+        description=(
+            "share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, "
+            "community-alignment and prism"
+        ),
     )  # fmt: skip
     heldout_profile_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the other profiles held out entirely"
@@ -186,7 +195,10 @@ class ParallelSection(_Section):
     )
     overlap_dispatch: bool = Field(
         False,
-        description="on GPUs, tokens and experts travel on a stream of their own beside the frozen product (not yet tried on a GPU)",
+        description=(
+            "on GPUs, tokens and experts travel on a stream of their own beside the frozen product (not yet tried on "
+            "a GPU)"
+        ),
     )
     timeout_seconds: int = Field(120, ge=10, description="seconds to wait for a silent peer before stopping")
 
@@ -265,12 +277,14 @@ class RunConfig(_Section):
             )
         if self.data.packing and self.adapters.gradient_mask != "none" and not self.adapters.uses_profiles:
             raise ValueError(
-                f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences apart, and method "
+                f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences "
+                "apart, and method "
                 f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
             )
         if self.adapters.num_experts % self.parallel.ep_size:
             raise ValueError(
-                f"parallel.ep_size is {self.parallel.ep_size}, which does not divide adapters.num_experts {self.adapters.num_experts}"
+                f"parallel.ep_size is {self.parallel.ep_size}, which does not divide adapters.num_experts "
+                f"{self.adapters.num_experts}"
             )
         return self
 
@@ -288,7 +302,8 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
     """Read a recipe, or several that are merged from left to right, and apply ``section.key=value`` overrides.
 
     Args:
-        paths: YAML files, or names of recipes that come with the package. Where two files have the same key, the later wins.
+        paths: YAML files, or names of recipes that come with the package. Where two files have the same key, the later
+            wins.
         overrides: e.g. ``["training.steps=20"]``; values are YAML, and win over the files.
 
     Raises:
@@ -343,7 +358,9 @@ def _read_recipe(file: Path) -> tuple[dict[str, object], dict[Key, str]]:
 def _merge(
     values: dict[str, object], places: dict[Key, str], more: dict[str, object], more_places: dict[Key, str]
 ) -> None:
-    """Add the keys of a later file to those of earlier ones. Below ``section.key`` nothing is merged: the value is replaced."""
+    """Add the keys of a later file to those of earlier ones. Below ``section.key`` nothing is merged: the value is
+    replaced.
+    """
     for section, keys in more.items():
         before = values.get(section)
         if keys is None and section in values:

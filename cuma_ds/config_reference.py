@@ -1,9 +1,11 @@
-"""Writes docs/configuration.md from the models of a recipe: ``python -m cuma_ds.config_reference > docs/configuration.md``."""
+"""Writes docs/configuration.md from the models of a recipe: ``python -m cuma_ds.config_reference >
+docs/configuration.md``.
+"""
 
 from __future__ import annotations
 
 import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -18,12 +20,14 @@ _HEAD = """\
 <!-- Written by `python -m cuma_ds.config_reference > docs/configuration.md`.
      Edit the descriptions in cuma_ds/config.py and cuma_ds/adapters/config.py, then run that again. -->
 
-One run is one YAML file with these sections; [quickstart.yaml](../launchers/recipes/quickstart.yaml) is one. What a recipe leaves out has
-its default. An unknown key, a value of another type and an impossible combination are errors that name the file, the line and what is
-allowed. On the command line `--set section.key=value` wins over the file; values are YAML, so `adapters.target_modules=[q_proj,v_proj]` is
-a list and `null` is nothing. `config.yaml` of a run folder is the recipe as it was run, with every default written out.
+One run is one YAML file with these sections; [quickstart.yaml](../launchers/recipes/quickstart.yaml) is one. What a
+recipe leaves out has its default. An unknown key, a value of another type and an impossible combination are errors that
+name the file, the line and what is allowed. `--config a.yaml b.yaml` merges several files: where two have the same key,
+the later wins. On the command line `--set section.key=value` wins over all files; values are YAML, so
+`adapters.target_modules=[q_proj,v_proj]` is a list and `null` is nothing. `config.yaml` of a run folder is the recipe
+as it was run, with every default written out.
 """
-_KINDS = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
+_KINDS: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
 _BOUNDS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
 
 
@@ -47,7 +51,7 @@ def _row(key: str, field: FieldInfo) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _kind(annotation: Any) -> str:
+def _kind(annotation: object) -> str:
     """What a value may be, in words."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
@@ -75,7 +79,7 @@ def _bounds(field: FieldInfo) -> str:
     return ", ".join(words)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     return (
         yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=1000)
         .strip()

@@ -21,7 +21,7 @@ SEAL = "sealed"
 _SAMPLED_BYTES = 64 * 2**20
 _TENSOR_BYTES = 64 * 2**10
 _BLOCK_BYTES = 4096
-# Keys of config.json and tokenizer_config.json that change without changing an answer, beside token ids and private keys.
+# Keys of config.json and tokenizer_config.json that change no answer, beside token ids and private keys.
 _NOT_IDENTITY = {
     "transformers_version",
     "dtype",
@@ -32,8 +32,8 @@ _NOT_IDENTITY = {
     "processor_class",
 }
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
 
 
@@ -152,12 +152,14 @@ def model_file(path: str | Path, name: str) -> Path | None:
 
 
 def model_fingerprint(path: str | Path) -> dict[str, str]:
-    """What tells one model from another, wherever its folder lies, whatever it is called, and however it is cut into files.
+    """Hashes that tell one model from another. They do not depend on the folder's place or name, or on how the weights
+    are cut into files.
 
-    ``weights`` hashes the name, dtype and shape of every tensor and a sample of its bytes: all of a small tensor, else blocks spread
-    evenly from its first byte to its last. At most 64 MiB are read, so a change of a few numbers of a large tensor can go unnoticed;
-    other training, another release or another precision cannot. Of ``.bin`` files the sample is taken over the file, and their end,
-    which holds checksums of all tensors, is always in it. ``config`` hashes what config.json says, ``tokenizer`` the tokenizer's files.
+    ``weights`` hashes the name, dtype and shape of every tensor and a sample of its bytes: all of a small tensor, else
+    blocks spread evenly from its first byte to its last. At most 64 MiB are read. A change of a few numbers of a large
+    tensor can go unnoticed; other training, another release or another precision cannot. ``.bin`` files are sampled as
+    a whole, with their end, which holds checksums of all tensors. ``config`` hashes the content of config.json,
+    ``tokenizer`` the tokenizer's files.
 
     Args:
         path: a folder, or a hub id that is brought to the local hub cache.
@@ -182,7 +184,7 @@ def model_fingerprint(path: str | Path) -> dict[str, str]:
 
 
 def base_fact(config: object, name: str) -> Any:
-    """What a transformers configuration says (its text part, for models with several), e.g. ``vocab_size``; else None."""
+    """A value of a transformers configuration (of its text part, for models with several); None where there is none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config if name == "model_type" else text, name, None)
 
@@ -225,7 +227,7 @@ def _weights_sha256(files: Sequence[Path]) -> str:
 
 
 def _blocks(size: int, most: int) -> list[tuple[int, int]]:
-    """Offset and length of what is read of ``size`` bytes: all of them, or ``most`` in blocks from the first byte to the last."""
+    """Offset and length of the blocks read of ``size`` bytes: one of all, or several of ``most`` together."""
     if size <= most:
         return [(0, size)]
     count = max(2, most // _BLOCK_BYTES)

@@ -36,7 +36,7 @@ class Difference(NamedTuple):
 def with_started_defaults(config: RunConfig, started: RunConfig) -> RunConfig:
     """The recipe of a run that may have been started by an earlier release.
 
-    Where a default has changed since, and the recipe does not name the key, the run goes on with the value it was started with.
+    Where a default has changed since and the recipe does not name the key, the run keeps the value it was started with.
     """
     sections: dict[str, BaseModel] = {}
     for (section, key), released in (NEW_SINCE_0_1_0 | CHANGED_SINCE_0_1_0).items():
@@ -49,12 +49,13 @@ def with_started_defaults(config: RunConfig, started: RunConfig) -> RunConfig:
 def learned_settings(config: RunConfig, names: bool = False) -> dict[str, object]:
     """The settings that decide what is learned, by ``section.key``.
 
-    Keys that release 0.1.0 did not have are left out where they say what it did, so that its checkpoints are still recognised.
+    Keys that release 0.1.0 did not have are left out where their value is what it did. Its checkpoints are recognised
+    by that.
 
     Args:
         config: the recipe.
-        names: with the names of the folders of model, encoder and data, which were all that release 0.1.0 knew of them. Today a run
-            holds hashes of their content, so folders may move and be renamed.
+        names: with the names of the folders of model, encoder and data, as in release 0.1.0. Today a run holds hashes
+            of their content, so folders may be renamed.
     """
     flat: dict[str, object] = {"run.seed": config.run.seed}
     for section, values in json.loads(config.model_dump_json()).items():

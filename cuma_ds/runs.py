@@ -94,7 +94,8 @@ class Run:
 
         Raises:
             ConfigError: the folder holds a run of another recipe; names the first setting that differs.
-            CheckpointError: the folder holds something else, cannot be written, or was started with another model, encoder or data.
+            CheckpointError: the folder holds something else, cannot be written, or was started with another model,
+                encoder or data.
         """
         run = cls(config.run_dir)
         if run.recipe.is_file():
@@ -178,8 +179,8 @@ class Run:
         if any(self.checkpoints.glob("step-*")):
             identity["fingerprint_0_1_0"] = fingerprint(config, names=True)
             warnings.warn(
-                f"{self.folder} was started by release 0.1.0, which wrote no hashes: model, encoder and data are taken as they are "
-                "now and checked from here on",
+                f"{self.folder} was started by release 0.1.0, which wrote no hashes: "
+                "model, encoder and data are taken as they are now and checked from here on",
                 stacklevel=2,
             )
         write_atomically(self._identity_file, json.dumps(sealed(identity), indent=2, ensure_ascii=False) + "\n")
@@ -189,7 +190,7 @@ class Run:
         return {fingerprint(config), self.identity().get("fingerprint_0_1_0", "")} - {""}
 
     def trained(self, config: RunConfig, step: int | None = None) -> TrainedRun:
-        """Read one checkpoint with its data and profiles, and check that all of them and the backbone are as in training.
+        """Read one checkpoint with its data and profiles. All of them and the backbone must be those of training.
 
         Args:
             config: the recipe of the run; its ``model.path`` is the backbone that will be used.
@@ -234,7 +235,8 @@ class Run:
         ):
             if known is not None and now is not None and known != now:
                 raise DataError(
-                    f"{self.folder}: {place} is not what this run was trained with; restore it from a copy of the run folder"
+                    f"{self.folder}: {place} is not what this run was trained with; "
+                    "restore it from a copy of the run folder"
                 )
 
     def _check_recipe(self, config: RunConfig) -> None:
@@ -253,8 +255,8 @@ class Run:
     def _check_started_with(self, config: RunConfig) -> None:
         """Refuse another model, encoder or data than the run was started with.
 
-        The run does not need encoder and data any more, so a warning is enough where they are gone. Of a run of release 0.1.0 only
-        the hashes of raw files are known.
+        The run no longer needs encoder and data, so a warning is enough where they are gone. Of a run of release 0.1.0
+        only the hashes of raw files are known.
         """
         encoder, data, identity = config.profiles.encoder, config.data, self.identity()
         self.check_backbone(config, identity)
@@ -278,12 +280,13 @@ class Run:
         if changed:
             what = "is new" if changed[0] not in known else "is missing" if changed[0] not in now else "has changed"
             raise CheckpointError(
-                f"data.path: {changed[0]} in {data.path} {what} since {self.folder} was started, and the run keeps the data it "
-                "was started with; restore it to resume, or choose another run.name to train on the data as it is now"
+                f"data.path: {changed[0]} in {data.path} {what} since {self.folder} was started, and the run keeps "
+                "the data it was started with; restore it to resume, or choose another run.name to train on the data "
+                "as it is now"
             )
 
     def _is_gone(self, key: str, place: str) -> bool:
-        """Whether a folder or file of this machine no longer is there, which is warned about. Hub ids are never gone."""
+        """Whether a place on this machine no longer exists, with a warning. Hub ids are never gone."""
         gone = not Path(place).expanduser().exists() and not is_hub_id(place)
         if gone:
             warnings.warn(
@@ -294,7 +297,7 @@ class Run:
 
 
 def source_hashes(data: DataSection, known: Iterable[str] = ()) -> dict[str, str]:
-    """SHA-256 of each file that ``data.path`` names now, by its name; empty where nothing is there, or a hub id is named.
+    """SHA-256 of each file at ``data.path``, by its name; empty for a hub id, and where nothing is there.
 
     Args:
         data: the recipe's data section. Of a prepared folder these are the hashes its manifest holds.

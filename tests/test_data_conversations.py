@@ -20,8 +20,8 @@ from cuma_ds.data.sources.records import as_is
 from cuma_ds.errors import DataError
 
 CHOICES = [
-    {"profile": {"country": f"C{i % 5}", "age": 20 + i % 7}, "question": f"Q{i % 3}?", "options": ["Yes", "No", "?"], "answer": i % 3,
-     "person_id": f"p{i % 40}"}
+    {"profile": {"country": f"C{i % 5}", "age": 20 + i % 7}, "question": f"Q{i % 3}?", "options": ["Yes", "No", "?"],
+     "answer": i % 3, "person_id": f"p{i % 40}"}
     for i in range(120)
 ]  # fmt: skip
 CHATS = [
@@ -422,7 +422,9 @@ def test_a_hub_id_is_asked_of_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("given", "workers"), [(CHOICES, 0), (CHATS, 2)], ids=["choice", "chat"])
 def test_processes_and_chunks_change_nothing(tmp_path, monkeypatch, given, workers):
-    """Chunks of a few lines, read by other processes or this one and spooled to disk, give what one process reads in one go."""
+    """Chunks of a few lines, read by other processes or this one and spooled to disk, give what one process reads in
+    one go.
+    """
     path = write_jsonl(tmp_path / "a.jsonl", given)
     expected = load_data(DataSection(path=str(path)))
     monkeypatch.setattr("cuma_ds.data.sources.files.CHUNK_BYTES", 2_000)

@@ -19,14 +19,17 @@ CHAT = [
     {"role": "assistant", "content": "Bye"},
 ]
 GENERATION_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}"
-    "{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% "
+    "generation %}"
+    "{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ "
+    "'\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Writes an empty thought before the last answer only, as templates of reasoning models do.
 THINKING_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] | trim }}<|im_end|>\n"
+    "{% if message['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] | "
+    "trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
@@ -201,7 +204,9 @@ def test_an_answer_is_learned_behind_the_tokens_it_is_asked_with(name):
 
 @pytest.mark.embedded
 def test_a_blank_at_the_end_of_a_prompt_is_not_part_of_the_first_word(embedded_models):
-    """Byte-level merges: 'Assistant: Hi' alone would be read with the token ' Hi', which is not what follows the prompt's blank."""
+    """Byte-level merges: 'Assistant: Hi' alone would be read with the token ' Hi', which is not what follows the
+    prompt's blank.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_models[0])
@@ -232,7 +237,8 @@ def test_a_prompt_to_be_continued_loses_early_turns_alone(tokenizer):
 @pytest.mark.parametrize(
     "today",
     [
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}\n",
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: "
+        "{{ date_string }}\n",
         "Today: {{ strftime_now('%d %b %Y') }}\n",
     ],
 )
@@ -310,7 +316,8 @@ def test_smollm2_prompt_letters_and_answers(embedded_models):
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
     assert tokenizer.decode(ids) == (
         f"<|im_start|>system\nYou are answering for this person: {WHO}<|im_end|>\n"
-        "<|im_start|>user\nTea?\nA. Yes\nB. No\nC. Maybe\nAnswer with one letter, A to C.<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>user\nTea?\nA. Yes\nB. No\nC. Maybe\nAnswer with one letter, "
+        "A to C.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert [tokenizer.decode([token]) for token in renderer.letter_ids(4)] == ["A", "B", "C", "D"]
     messages = [{"role": "user", "content": "Où dîner?"}, {"role": "assistant", "content": "À  vingt heures 🙂."}]

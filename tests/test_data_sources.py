@@ -110,8 +110,8 @@ def test_people_stand_beside_the_answers_they_gave(tmp_path, histogram_targets):
     rng = np.random.default_rng(1)
     rows = [
         {
-            **CHOICE, "profile": {"country": str(rng.choice(["Chad", "Mali", "Peru"]))}, "question_id": question, "person_id": f"p{i:03d}",
-            "answer": int(rng.integers(2)),
+            **CHOICE, "profile": {"country": str(rng.choice(["Chad", "Mali", "Peru"]))}, "question_id": question,
+            "person_id": f"p{i:03d}", "answer": int(rng.integers(2)),
         }
         for i in range(80) for question in ("tea", "coffee")
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""WorldValuesBench: what is read from the benchmark's files and from the survey's CSV, counted again by pandas alone."""
+"""WorldValuesBench: what is read from the benchmark's files and from the survey's CSV, counted again by pandas."""
 
 from __future__ import annotations
 

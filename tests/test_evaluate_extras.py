@@ -19,7 +19,7 @@ from cuma_ds.data.batch import EncodedExample
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
 from cuma_ds.evaluation.generation import Generation, answers, sample_requests
 from cuma_ds.evaluation.gradients import Interference, averaged, cosines, group_gradients, truncate
-from cuma_ds.evaluation.judge import JudgeSettings
+from cuma_ds.evaluation.judge_calls import JudgeSettings
 from cuma_ds.evaluation.metrics import distinct
 from cuma_ds.evaluation.run import evaluate
 from cuma_ds.evaluation.subject import run_subject, subject

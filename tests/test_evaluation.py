@@ -33,7 +33,7 @@ from cuma_ds.evaluation.chat import chat_losses
 from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.report.markdown import markdown
-from cuma_ds.evaluation.report.model import ChoiceReport
+from cuma_ds.evaluation.report.model import Cell, ChoiceReport
 from cuma_ds.evaluation.report.pictures import _mean_answer, expert_picture
 from cuma_ds.evaluation.report.plots import (
     discriminating_routers,
@@ -54,7 +54,8 @@ ADAPTERS = CumaConfig(num_experts=4, top_k=2, lora_r=2, target_modules=("q_proj"
 COUNTRIES = ["Chile", "Ghana", "Iran", "Japan", "Kenya", "Norway", "Peru", "Spain"]
 HIDDEN = "Tuvalu"
 METRICS = {
-    "emd", "recovered", "emd_questions", "emd_argmax", "accuracy", "macro_f1", "macro_f1_questions", "group_accuracy", "inequity",
+    "emd", "recovered", "emd_questions", "emd_argmax", "accuracy", "macro_f1", "macro_f1_questions", "group_accuracy",
+    "inequity",
     "entropy", "calibration_error",
 }  # fmt: skip
 
@@ -397,7 +398,7 @@ def test_a_model_that_answers_with_letters_is_not_warned_about(report) -> None:
 
 
 def test_questions_without_an_order_are_judged_by_total_variation(tmp_path, tiny_llama, tiny_encoder) -> None:
-    """The same people and answers, the options of one question in two orders: what does not depend on the model stays the same."""
+    """The options of one question in two orders: what does not depend on the model stays the same."""
     write_answers(tmp_path / "answers.jsonl")
     records = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     rows = {}
@@ -462,7 +463,8 @@ def test_files_of_a_report_are_there_and_pictures_are_pictures(run_dir) -> None:
     folder = run_dir / "evaluation"
     assert json.loads((folder / "report.json").read_text()) == content(report)
     assert set(report.pictures) == {
-        "distributions-1.png", "distributions-2.png", "emd-by-group.png", "reliability.png", "subgroups.png", "experts-by-group.png",
+        "distributions-1.png", "distributions-2.png", "emd-by-group.png", "reliability.png", "subgroups.png",
+        "experts-by-group.png",
         "expert-load.png", "information.png", "cultural-map.png",
     }  # fmt: skip
     for name in report.pictures:
@@ -652,15 +654,18 @@ def test_pictures_of_any_number_of_groups(tmp_path: Path, groups: int) -> None:
     rng = np.random.default_rng(0)
     names = [f"A rather long name of group number ${k}" for k in range(groups)]
     shares = rng.dirichlet(np.ones(5), size=groups)
-    plot_distributions(
-        tmp_path / "d.png",
-        "Is it $5 or \\alpha? " * 9,
-        ["one $", *"bcde"],
-        names[:8],
-        shares[:8],
-        shares[:8],
-        shares[0],
-    )
+    cells = [
+        Cell(
+            question_id="q",
+            group=name,
+            answers=30,
+            observed=list(row),
+            predicted={"trained": list(row), "collapse": list(shares[0])},
+            emd={},
+        )
+        for name, row in zip(names[:8], shares, strict=False)
+    ]
+    plot_distributions(tmp_path / "d.png", "Is it $5 or \\alpha? " * 9, ["one $", *"bcde"], cells, "trained")
     plot_group_emd(tmp_path / "e.png", names, *rng.random((3, groups)))
     plot_expert_use(
         tmp_path / "x.png", names, rng.dirichlet(np.ones(4), size=(groups, 2)), ["model.layers.0.q_proj", "odd"]

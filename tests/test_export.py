@@ -55,7 +55,8 @@ def save_tiny(folder: Path, kind: str, tied: bool) -> Path:
 
     sizes = {
         "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 5,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 5,
         "tie_word_embeddings": tied, "initializer_range": 0.2,
     }  # fmt: skip
     classes = {
@@ -116,7 +117,8 @@ for folder in sys.argv[2:]:
         brain = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
         for units in (False, True):  # mixed in float32, and in bfloat16 as on CPUs that multiply it
             with mock.patch('torch.cpu.get_capabilities', return_value={'avx512_bf16': units}):
-                results[folder + f"/bf16 {units}"] = brain(**inputs, profile_embeddings=embeddings).logits.float().contiguous()
+                found = brain(**inputs, profile_embeddings=embeddings).logits
+                results[folder + f"/bf16 {units}"] = found.float().contiguous()
     results[folder + "/words"] = model.generate(
         **inputs, profile_embeddings=embeddings, max_new_tokens=8, do_sample=False, pad_token_id=0)
     with torch.no_grad():
@@ -572,7 +574,7 @@ def test_stock_peft_reads_an_exact_lora(variant, tmp_path, tiny_llama, tiny_enco
 
 @pytest.mark.parametrize("kind", ["choice", "nominal", "chat"])
 def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, tiny_llama, tiny_encoder) -> None:
-    """The report's KL and EMD are those of stock PEFT against the mixture on every held-out prompt, computed again one by one."""
+    """The report's KL and EMD are those of stock PEFT against the mixture, computed again prompt by prompt."""
     from cuma_ds.config import load_config
     from cuma_ds.data.batch import encode_example
     from cuma_ds.data.prepared import PreparedData
@@ -635,7 +637,7 @@ TARGETS = ("q_proj", "v_proj", "gate_proj", "up_proj")
 
 
 def write_authors_checkpoint(folder: Path, backbone: Path, hydra, layers, renormalise, qkv, w_i, profile_dim=6):
-    """A checkpoint in the authors' format, and the model it means: their equations on the plain backbone, token by token."""
+    """A checkpoint in the authors' format, and its model: their equations on the plain backbone, token by token."""
     experts, top_k, rank, alpha, hidden, width = 4, 2, 3, 6, 5, profile_dim
     model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(11)
@@ -684,9 +686,11 @@ def write_authors_checkpoint(folder: Path, backbone: Path, hydra, layers, renorm
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     about = {
-        "peft_type": "CuMA", "lora_r": rank, "lora_alpha": alpha, "num_experts": experts, "top_k": top_k, "use_hydra_lora": hydra,
+        "peft_type": "CuMA", "lora_r": rank, "lora_alpha": alpha, "num_experts": experts, "top_k": top_k,
+        "use_hydra_lora": hydra,
         "demographic_embed_dim": profile_dim, "router_hidden_dim": hidden, "num_router_mlp_layers": layers,
-        "top_k_routing_strategy": renormalise, "target_modules": list(TARGETS), "share_router_for_qkv": qkv, "share_router_for_w_i": w_i,
+        "top_k_routing_strategy": renormalise, "target_modules": list(TARGETS), "share_router_for_qkv": qkv,
+        "share_router_for_w_i": w_i,
         "lambda_auxiliary": 0.01, "torch_dtype": "torch.float32", "base_model": "theirs/base",
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(about))
@@ -723,7 +727,7 @@ def test_the_authors_checkpoints_give_the_same_logits(variant, tmp_path, backbon
 def test_an_imported_checkpoint_with_an_encoder_embeds_profiles_as_the_authors_code_does(
     tmp_path, backbones, tiny_encoder
 ) -> None:
-    """Their sentence, at most 128 tokens, the mean of all, not normalised: the logits of their equations with their own vectors."""
+    """Their sentence, at most 128 tokens, mean of all, not normalised: logits of their equations and vectors."""
     from transformers import AutoModel, AutoTokenizer
 
     theirs = write_authors_checkpoint(
@@ -736,9 +740,11 @@ def test_an_imported_checkpoint_with_an_encoder_embeds_profiles_as_the_authors_c
         "template": "authors", "pooling": "mean-all", "normalise": False, "max_tokens": 128,
     }  # fmt: skip
     profiles = {
-        "You are a person from Egypt, age group: 16-24 years old, gender: Male, education: Unknown, marital status: Single, "
+        "You are a person from Egypt, age group: 16-24 years old, gender: Male, education: Unknown, "
+        "marital status: Single, "
         "religion: Muslim, ethnicity: EG: Coptic, employment: Unemployed.": {
-            "country": "Egypt", "age_group": "16-24 years", "gender": "Male", "marital_status": "Single", "religion": "Muslim",
+            "country": "Egypt", "age_group": "16-24 years", "gender": "Male", "marital_status": "Single",
+            "religion": "Muslim",
             "ethnicity": "EG: Coptic", "employment": "Unemployed",
         },
         "You are a person from Unknown, age group: 38, gender: Unknown, education: Unknown, marital status: Unknown, "
@@ -878,8 +884,8 @@ def test_what_two_sharded_ranks_trained_answers_as_their_engine_did(
 ) -> None:
     """2 ranks, sharded backbone, ep 2 -> hf -> a fresh environment: equal words and logits to 1e-5 in float32.
 
-    In bfloat16 the engine adds what two ranks made in another order than one process. Two answers may be as far apart as the
-    engine's own rounding put it from the same model in float32.
+    In bfloat16 the engine adds what two ranks made in another order than one process. Two answers may be as far apart as
+    the engine's own rounding put it from the same model in float32.
     """
     from ranks import run as run_ranks
     from test_parallel_training import recipe

@@ -1,4 +1,4 @@
-"""Which model, encoder and data a run was started with is decided by their content, wherever they lie and whatever they are called."""
+"""Model, encoder and data of a run are told apart by their content, not by their place or name."""
 
 from __future__ import annotations
 
@@ -194,9 +194,11 @@ def test_embeddings_of_a_prepared_folder_are_used_by_training_where_its_encoder_
 
     def start(name: str) -> ProfileTable:
         values = {
-            "run": {"name": name, "output_dir": str(tmp_path)}, "model": {"path": str(places["model"]), "dtype": "float32"},
+            "run": {"name": name, "output_dir": str(tmp_path)},
+            "model": {"path": str(places["model"]), "dtype": "float32"},
             "profiles": {"encoder": str(places["encoder"]), "cache_dir": str(tmp_path / f"cache-{name}")},
-            "data": {"path": str(tmp_path / "prepared")}, "adapters": {"num_experts": 2, "top_k": 1, "target_modules": ["q_proj"]},
+            "data": {"path": str(tmp_path / "prepared")},
+            "adapters": {"num_experts": 2, "top_k": 1, "target_modules": ["q_proj"]},
         }  # fmt: skip
         prepare_run(RunConfig.model_validate(values))
         return ProfileTable.load(tmp_path / name / "profiles.safetensors")

@@ -25,7 +25,8 @@ from judge_server import BAD, GOOD, Reply, fault, judge_server, prefers_good, ve
 from ranks import free_port
 
 from cuma_ds.errors import ConfigError
-from cuma_ds.evaluation.judge import Comparison, JudgeSettings, Pair, compare, judge_messages, read_verdict
+from cuma_ds.evaluation.judge import Comparison, Pair, compare, judge_messages
+from cuma_ds.evaluation.judge_calls import JudgeSettings, read_verdict
 
 
 def pairs(count: int, swap: Callable[[int], bool] = lambda _: False) -> list[Pair]:
@@ -270,7 +271,8 @@ def test_a_judge_that_refuses_anything_else_is_asked_once(server, tmp_path) -> N
     [
         ("A", "A"), (" b.\n", "B"), ("**B**", "B"), ("Answer A", "A"), ("TIE", "tie"), ("[[B]]", "B"), ("[[C]]", "tie"),
         ("<think>A is longer, but B</think>\nB", "B"), ("Because it is kinder: [[A]]", "A"),
-        ("", "unreadable"), ("A or B", "unreadable"), ("[[A]] no, [[B]]", "unreadable"), ("Both", "unreadable"), ("C", "unreadable"),
+        ("", "unreadable"), ("A or B", "unreadable"), ("[[A]] no, [[B]]", "unreadable"), ("Both", "unreadable"), ("C",
+        "unreadable"),
         ("A is better", "unreadable"),
     ],
 )  # fmt: skip

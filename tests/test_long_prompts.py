@@ -1,4 +1,6 @@
-"""Prompts that do not fit are refused or left out before anything is learned or judged; nothing of a question is ever cut."""
+"""Prompts that do not fit are refused or left out before anything is learned or judged; nothing of a question is ever
+cut.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
-from cuma_ds.evaluation.choice import predict_choices
+from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.run import Evaluator, evaluate_run
 from cuma_ds.evaluation.subject import run_subject
 from cuma_ds.learned_settings import learned_settings
@@ -180,7 +182,7 @@ def test_evaluation_refuses_or_leaves_out_and_says_how(tmp_path, choices, tiny_l
     report = evaluate_run(
         folder, overrides=["data.max_length=140", "data.on_long_prompt=skip", "evaluation.min_answers=1"]
     )
-    assert set(json.loads((report.folder / "report.json").read_text())["splits"]) == {"test"}
+    assert set(report.splits) == {"test"}
 
 
 def test_average_asks_in_both_orders_and_takes_the_mean(tmp_path, tiny_llama, tiny_encoder) -> None:
@@ -188,8 +190,8 @@ def test_average_asks_in_both_orders_and_takes_the_mean(tmp_path, tiny_llama, ti
     found = {}
     for order in ("fixed", "reversed", "average"):
         evaluator = Evaluator(run_subject(folder, overrides=[f"data.option_order={order}"]), tmp_path)
-        names = [str(index) for index in range(len(evaluator.subject.data.splits["test"]))]
-        found[order] = evaluator._passes(predict_choices, "test", names, names)["trained"]
+        examples = ChoiceExamples.of(evaluator.subject.data.splits["test"])
+        found[order] = evaluator._choices("test", examples)["trained"]
     row = evaluator.subject.data.splits["test"][0]
     sentence = evaluator.subject.data.sentences[row["profile"]]
     turned = Renderer(evaluator.subject.renderer.tokenizer, 500).encode_choice(

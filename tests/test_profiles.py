@@ -86,7 +86,8 @@ def test_negative_answers_are_answers(value):
 
 def test_the_authors_sentence_has_all_their_fields_in_their_order_and_others_behind():
     assert linearize({"hobby": "chess", "age": "25-34 years", "country": "Peru", "sex": "Female"}, "authors") == (
-        "You are a person from Peru, age group: 25-34 years old, gender: Female, education: Unknown, marital status: Unknown, "
+        "You are a person from Peru, age group: 25-34 years old, gender: Female, education: Unknown, marital status: "
+        "Unknown, "
         "religion: Unknown, ethnicity: Unknown, employment: Unknown, hobby: chess."
     )
 
@@ -122,7 +123,8 @@ def test_one_value_has_one_spelling(spelling):
         **expected,
         "tea": ["Côte d'Ivoire"],
     }
-    mask_NE = group_mask([{"country": "Peru"}, {"country": "Côte d'Ivoire"}], {"country": {spelling: [0], "*": [1]}}, 2)
+    profiles = [{"country": "Peru"}, {"country": "Côte d'Ivoire"}]
+    mask_NE = group_mask(profiles, {"country": {spelling: [0], "*": [1]}}, 2)
     assert mask_NE.tolist() == [[0, 1], [1, 0]]
 
 
@@ -234,9 +236,8 @@ def test_pool_finds_the_first_and_last_real_token_on_either_padding_side(side):
     mask = torch.tensor([[0, 0, 1, 1]] if side == "left" else [[1, 1, 0, 0]])
     hidden = torch.arange(4.0).view(1, 4, 1)
     first, last = (2.0, 3.0) if side == "left" else (0.0, 1.0)
-    assert (pool(hidden, mask, "cls").item(), pool(hidden, mask, "lasttoken").item(), pool(hidden, mask, "mean").item()) == (
-        first, last, (first + last) / 2,
-    )  # fmt: skip
+    found = [pool(hidden, mask, mode).item() for mode in ("cls", "lasttoken", "mean")]
+    assert found == [first, last, (first + last) / 2]
 
 
 @pytest.mark.parametrize("cached", [False, True])

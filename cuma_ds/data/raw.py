@@ -131,6 +131,7 @@ def check_questions(config: DataSection, known: Collection[str]) -> list[str]:
     for question in config.questions or ():
         if question not in known:
             raise DataError(
-                f"data.questions: there is no question {question!r}{nearest(question, known)}; the data has {', '.join(known)}"
+                f"data.questions: there is no question {question!r}{nearest(question, known)}; "
+                f"the data has {', '.join(known)}"
             )
     return [question for question in known if config.questions is None or question in config.questions]

@@ -48,7 +48,8 @@ class PromptTooLong(DataError):
 
     def __init__(self, tokens: int, limit: int, what: str) -> None:
         super().__init__(
-            f"{what} has {tokens} tokens, but only {limit} can be read, and nothing is cut; shorten it, or allow more tokens"
+            f"{what} has {tokens} tokens, but only {limit} can be read, and nothing is cut; shorten it, "
+            "or allow more tokens"
         )
         self.tokens = tokens
 
@@ -57,13 +58,15 @@ class Renderer:
     """Renders for one tokenizer; every token id of training and evaluation comes from here.
 
     Args:
-        tokenizer: a fast ``transformers`` tokenizer; without a chat template, plain ``User: ... Assistant:`` text is used.
+        tokenizer: a fast ``transformers`` tokenizer; without a chat template, plain ``User: ... Assistant:`` text is
+            used.
         max_length: tokens of a prompt with its answer. Conversations lose early turns to fit; nothing else is ever cut.
         profile_in_prompt: put the profile sentence into the system prompt as well.
         system_prompt: for conversations without one; None leaves it to the template.
-        prompt_style: ``letters`` leaves out the number scale that a question of WorldValuesBench starts with; ``metadata`` asks
-            it as the benchmark words it.
-        option_order: ``reversed`` shows the last option as A. ``average`` is for who asks twice; here it is as ``fixed``.
+        prompt_style: ``letters`` leaves out the number scale that a question of WorldValuesBench starts with;
+            ``metadata`` asks it as the benchmark words it.
+        option_order: ``reversed`` shows the last option as A. ``average`` is for who asks twice; here it is as
+            ``fixed``.
 
     Raises:
         ModelError: the tokenizer cannot map text to tokens (not a fast one) or its template cannot be rendered.
@@ -119,7 +122,7 @@ class Renderer:
         Args:
             question: the question as asked.
             options: answers in order, shown as A, B, C, ... (from the last one on with ``option_order: reversed``).
-            sentence: who is asking; used only with ``profile_in_prompt``.
+            sentence: the profile sentence; used only with ``profile_in_prompt``.
 
         Raises:
             PromptTooLong: the prompt has more than ``max_length`` tokens.
@@ -171,7 +174,8 @@ class Renderer:
                 tokens = self._continuation(prompt, answer)
                 if len(tokens) != 1 or tokens[0] in ids:
                     raise DataError(
-                        f"the letter {letter!r} is not a token of its own after the prompt of {self.tokenizer.name_or_path!r}"
+                        f"the letter {letter!r} is not a token of its own after the prompt of "
+                        f"{self.tokenizer.name_or_path!r}"
                     )
                 ids += tokens
             self._letters[count] = ids
@@ -181,9 +185,10 @@ class Renderer:
     def encode_chat(self, messages: Sequence[Message], sentence: str) -> tuple[list[int], list[int]]:
         """Token ids of a conversation and the positions whose logits predict an assistant token.
 
-        Only what the assistant says is a target (its end-of-turn marker included): position p predicts ``ids[p + 1]``. The last
-        answer follows exactly the tokens of :meth:`encode_prompt`. Earlier answers are learned as the template shows them there.
-        A conversation longer than ``max_length`` loses whole early turns, but never its system message.
+        Only what the assistant says is a target (its end-of-turn marker included): position p predicts ``ids[p + 1]``.
+        The last answer follows exactly the tokens of :meth:`encode_prompt`. Earlier answers are learned as the
+        template shows them there. A conversation longer than ``max_length`` loses whole early turns, but never its
+        system message.
 
         Raises:
             PromptTooLong: the last question with its answer has more than ``max_length`` tokens.
@@ -215,12 +220,15 @@ class Renderer:
         return ids + answered, positions
 
     def _asked(self, conversation: Sequence[Message]) -> tuple[str, str, str]:
-        """The prompt for the conversation's last answer, that answer as the template writes it, and its end-of-turn marker."""
+        """The prompt for the conversation's last answer, that answer as the template writes it, and its end-of-turn
+        marker.
+        """
         *before, last = conversation
         prompt = self._apply(before, answer_next=True)
         whole = self._apply(conversation)
         header, suffix = self._around([*before, {**last, "content": _MARK}])
-        # Where the prompt has more than the template writes before an answer (a thought, a blank), the answer follows the prompt.
+        # Where the prompt has more than the template writes before an answer (a thought, a blank), the answer follows
+        # the prompt.
         start = len(prompt) if header.startswith(prompt) else len(header)
         return prompt, whole[start : len(whole) - len(suffix)], suffix.rstrip()
 
@@ -238,13 +246,15 @@ class Renderer:
         before, mark, after = self._apply(conversation, answer_next).rpartition(_MARK)
         if not mark:
             raise DataError(
-                f"the chat template of {self.tokenizer.name_or_path!r} does not show each answer of a conversation as it is"
+                f"the chat template of {self.tokenizer.name_or_path!r} does not show each answer of a conversation "
+                "as it is"
             )
         return before, after
 
     def _continuation(self, prompt: str, text: str) -> list[int]:
         """Token ids of what is written after a prompt whose own tokens stand already."""
-        # Where the prompt's last token would join the text's first (a blank does), the text is read as after a line break.
+        # Where the prompt's last token would join the text's first (a blank does), the text is read as after a line
+        # break.
         for lead in (prompt, "\n"):
             ids, whole = self._ids(lead), self._ids(lead + text)
             if whole[: len(ids)] == ids:
@@ -287,7 +297,7 @@ class Renderer:
 
 
 def _without_first_turn(messages: Sequence[Message]) -> Sequence[Message] | None:
-    """The conversation from its second question on, behind its system message; None where there is no other question."""
+    """The conversation from its second question on, behind its system message; None where that is the only one."""
     system = [message for message in messages[:1] if message["role"] == "system"]
     questions = [turn for turn, message in enumerate(messages) if message["role"] == "user"]
     return [*system, *messages[questions[1] :]] if len(questions) > 1 else None

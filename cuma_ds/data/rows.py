@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Required, TypedDict, get_args, overload
 
 import numpy as np
 import pyarrow as pa
@@ -47,8 +47,8 @@ class Question:
     """A choice question.
 
     Attributes:
-        scale: ``ordinal`` where the order of the options means something, so that answers can be near or far from one another;
-            ``nominal`` where it means nothing.
+        scale: ``ordinal`` where the order of the options means something, so that answers can be near or far from one
+            another; ``nominal`` where it means nothing.
     """
 
     question_id: str
@@ -56,9 +56,28 @@ class Question:
     options: tuple[str, ...]
     scale: Scale = "ordinal"
 
-    def columns(self) -> list[Any]:
+    def columns(self) -> list[str | list[str]]:
         """The question as one row of ``QUESTION_SCHEMA``."""
         return [self.question_id, self.text, list(self.options), self.scale]
+
+
+class Row(TypedDict, total=False):
+    """A row of a split, see :class:`Split` for the keys that each kind has."""
+
+    profile: Required[int]
+    people: list[int]
+    group: str
+    question_id: str
+    question: str
+    options: list[str]
+    scale: Scale
+    counts: list[float]
+    answers: list[int]
+    weights: list[float]
+    messages: list[dict[str, str]]
+    prompt: list[dict[str, str]]
+    chosen: str
+    rejected: str
 
 
 class ArrowFile:
@@ -121,11 +140,11 @@ class ArrowFile:
 class Split:
     """Rows as mappings, columns as lists; read from disk when asked for.
 
-    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one number per
-    answer, those who chose the first option first) and group (the country, or ""). With survey weights counts are their sums,
-    and there are answers (people per option) and weights (of each of ``people``). A row of kind chat has profile, messages,
-    people (the one person) and group; one of kind preference profile, prompt, chosen, rejected, people and group. Numbers of
-    people mean nothing outside this data.
+    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one
+    number per answer, those who chose the first option first) and group (the country, or ""). With survey weights
+    counts are their sums, and there are answers (people per option) and weights (of each of ``people``). A row of kind
+    chat has profile, messages, people (the one person) and group; one of kind preference profile, prompt, chosen,
+    rejected, people and group. Numbers of people mean nothing outside this data.
 
     Args:
         kind: choice | chat | preference.
@@ -160,12 +179,18 @@ class Split:
     def __len__(self) -> int:
         return self.rows.table.num_rows
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         for batch in self.rows.table.to_batches(4096):
             for row in batch.to_pylist():
                 yield self._complete(row)
 
-    def __getitem__(self, key: Any) -> Any:
+    @overload
+    def __getitem__(self, key: str) -> list[Any]: ...
+
+    @overload
+    def __getitem__(self, key: int | np.integer) -> Row: ...
+
+    def __getitem__(self, key: str | int | np.integer) -> list[Any] | Row:
         """One row by number, or one column by name as a list."""
         if isinstance(key, str):
             return self._column(key)
@@ -177,7 +202,7 @@ class Split:
         batch = self._batches[place].slice(number - self._starts[place], 1)
         return self._complete(batch.to_pylist()[0])
 
-    def to_list(self) -> list[dict[str, Any]]:
+    def to_list(self) -> list[Row]:
         """All rows."""
         return list(self)
 
@@ -234,11 +259,12 @@ class Split:
             raise KeyError(name)
         return self.rows.table[name].to_pylist()
 
-    def _complete(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _complete(self, row: Any) -> Row:
         if self.kind == "choice":
             asked = dict(zip(QUESTION_SCHEMA.names, self.question(row["question"]).columns(), strict=True))
             row = {**row, **asked}
-        return {**row, "group": self.groups[row["profile"]]}
+        row["group"] = self.groups[row["profile"]]
+        return row
 
 
 def _characters(column: pa.ChunkedArray) -> np.ndarray:
@@ -270,10 +296,16 @@ def single_answers(split: Split) -> Split:
             weight_A = batch.column("weights").flatten().to_numpy() if split.weighted else None
             yield choice_batch(
                 Histograms(
-                    batch.column("profile").to_numpy()[row_A], batch.column("question").to_numpy()[row_A], lengths[row_A],
-                    np.arange(len(row_A)), option_A, np.ones(len(row_A), np.int32), people_A, weight_A,
+                    batch.column("profile").to_numpy()[row_A],
+                    batch.column("question").to_numpy()[row_A],
+                    lengths[row_A],
+                    np.arange(len(row_A)),
+                    option_A,
+                    np.ones(len(row_A), np.int32),
+                    people_A,
+                    weight_A,
                 )
-            )  # fmt: skip
+            )
 
     rows = ArrowFile.collect(choice_schema(split.weighted), batches(), None)
     return Split("choice", rows, split.questions, split.groups)

@@ -1,7 +1,7 @@
 """Who is held out: whole countries and profiles first, then people; one person never stands on two sides of training.
 
-A hash of the seed and a name decides, whatever else is in the data. So all kinds, stages and files of one source agree on who is
-held out.
+A hash of the seed and a name decides, whatever else is in the data. So all kinds, stages and files of one source agree
+on who is held out.
 
 Shapes: N answers, P people, U units (countries, or profiles where there are no countries), G profiles.
 """
@@ -33,7 +33,8 @@ class Share(NamedTuple):
 
 
 def draws(seed: int, what: str, names: Iterable[str]) -> np.ndarray:
-    """A number in [0, 1) for each name: the first 53 bits of SHA-256 of ``seed``, ``what`` and the name, divided by 2 ** 53.
+    """A number in [0, 1) for each name: the first 53 bits of SHA-256 of ``seed``, ``what`` and the name, divided by 2
+    ** 53.
 
     Args:
         seed: the split seed.
@@ -47,16 +48,18 @@ def draws(seed: int, what: str, names: Iterable[str]) -> np.ndarray:
 def assign_splits(people: Share, units: Share, profiles: Share, given_N: np.ndarray | None = None) -> np.ndarray:
     """Give each answer its split.
 
-    Units whose number lies below their fraction are held out with all their answers, then profiles, then people (for testing).
-    The other answers of people who ever answered in a held-out unit or as a held-out profile are for testing too. Two exceptions
-    keep tiny data usable. Where nobody would be left for training, the one with the largest number is (the same for units and
-    profiles). Where nobody would be tested, the one of at least two people with the smallest number is.
+    Units whose number lies below their fraction are held out with all their answers, then profiles, then people (for
+    testing). The other answers of people who ever answered in a held-out unit or as a held-out profile are for testing
+    too. Two exceptions keep tiny data usable. Where no person would be left for training, the one with the largest
+    number is (the same for units and profiles). Where no person would be tested, the one of at least two people with
+    the smallest number is.
 
     Args:
         people: the share for testing.
         units: countries, or profiles where there are no countries.
         profiles: of the other units.
-        given_N: [N] int, TRAIN, VALID or TEST of each answer's person where the source says so; then no people are drawn.
+        given_N: [N] int, TRAIN, VALID or TEST of each answer's person where the source says so; then no people are
+            drawn.
 
     Returns:
         [N] int8: index into ``SPLITS``.
@@ -78,7 +81,9 @@ def assign_splits(people: Share, units: Share, profiles: Share, given_N: np.ndar
 
 
 def _chosen(share: Share, present_N: np.ndarray) -> np.ndarray:
-    """Those of ``present_N`` whose number lies below the fraction; the one with the largest number is never among them."""
+    """Those of ``present_N`` whose number lies below the fraction; the one with the largest number is never among
+    them.
+    """
     present = np.unique(present_N)
     draw = share.draw[present]
     chosen = draw < share.fraction

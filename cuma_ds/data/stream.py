@@ -1,4 +1,6 @@
-"""The micro batches of each step, a pure function of (seed, step, rank): any number of ranks sees the same units in the same step."""
+"""The micro batches of each step, a pure function of (seed, step, rank): any number of ranks sees the same units in
+the same step.
+"""
 
 from __future__ import annotations
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cuma_ds.data.rows import Split
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class ChoiceExamples:
     weights: list[NDArray[np.float64]] | None = None
 
     @classmethod
-    def of(cls, split: Any) -> ChoiceExamples:
-        """Read a ``datasets.Dataset`` with the columns of a choice split (or a mapping of such columns)."""
+    def of(cls, split: Split | Mapping[str, Sequence]) -> ChoiceExamples:
+        """Read a choice split, or a mapping of its columns."""
         profiles = [int(profile) for profile in split["profile"]]
         questions = list(split["question_id"])
         texts: dict[str, tuple[str, list[str]]] = {}
         for question, text, options in zip(questions, split["question"], split["options"], strict=True):
             texts.setdefault(question, (text, list(options)))
-        names = getattr(split, "column_names", None) or list(split)
+        names = split.column_names if isinstance(split, Split) else list(split)
         weighted = "weights" in names
         scales = split["scale"] if "scale" in names else ["ordinal"] * len(questions)
         return cls(
@@ -81,9 +82,9 @@ class ChoiceExamples:
 
 
 def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequence[int], seed: int = 0) -> list[int]:
-    """Give every example the profile of somebody else in its unit (its question), of another group wherever that is possible.
+    """Another profile for every example: one of its unit (its question), of another group where there is one.
 
-    A unit that only one group was asked has nobody to swap with: its profiles are swapped as those of all examples together are.
+    In a unit of a single group, profiles are swapped as those of all examples together are.
 
     Args:
         units, groups, profiles: of each of M examples.
@@ -107,8 +108,8 @@ def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequenc
 def _derangement(group_of: Mapping[int, str], seed: int) -> dict[int, int]:
     """The profile that each of several profiles is swapped with.
 
-    The profiles stand group by group, groups in a seeded order, and move on by the size of the largest group, which never stays
-    within a group unless that one holds more than half of them.
+    The profiles stand group by group, groups in a seeded order, and are shifted by the size of the largest group. That
+    leaves no profile in its group unless one group holds more than half of them.
 
     Args:
         group_of: profile -> its group.

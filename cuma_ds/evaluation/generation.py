@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from cuma_ds.data.rendering import Message
+from cuma_ds.data.rows import Split
 from cuma_ds.errors import ConfigError
-from cuma_ds.evaluation.judge import JudgeSettings, Pair, compare
+from cuma_ds.evaluation.judge import Pair, compare
+from cuma_ds.evaluation.judge_calls import JudgeSettings
 from cuma_ds.evaluation.metrics import distinct
 from cuma_ds.evaluation.report.model import Diversity, Report, number
 from cuma_ds.evaluation.report.model import Generation as GenerationSection
@@ -105,7 +106,7 @@ class Generation:
         return answers(subject, prompts, profiles_MP, self.sampling, progress)
 
 
-def sample_requests(split: Any, count: int, seed: int = 0) -> list[Request]:
+def sample_requests(split: Split, count: int, seed: int = 0) -> list[Request]:
     """Up to ``count`` conversations of a chat split, each without its last answer and what follows it."""
     chosen = sorted(np.random.default_rng(seed).permutation(len(split))[:count].tolist())
     found = []

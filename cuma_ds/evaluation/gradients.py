@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,18 +22,19 @@ from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import gather_cells
 from cuma_ds.evaluation.report.model import Cosines, Gradients, Report
 from cuma_ds.evaluation.report.routing_plots import plot_interference
+from cuma_ds.evaluation.routing import mean_gates
 from cuma_ds.evaluation.run import Evaluator, Pictures, check_kind
-from cuma_ds.inference.forward import forward_batches, pad_id_of
+from cuma_ds.inference.forward import pad_id_of
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interference:
-    """An extra of a report: section ``gradients``, cosines between groups' gradients on the experts and on one dense LoRA.
+    """Adds the section ``gradients`` to a report: cosines between groups' gradients on the experts and on a dense LoRA.
 
-    The dense LoRA has the rank K r that answers a token in the mixture. It is the mixture averaged over all groups, cut to its
-    leading K r directions: what is left of the adapters when nobody is told apart.
+    The dense LoRA has rank K r, as many as answer a token in the mixture. It is the mixture averaged over all groups,
+    cut to its leading K r directions.
 
     Attributes:
         groups: most groups, those with most held-out answers.
@@ -76,9 +76,9 @@ class Interference:
         by_kind[f"CuMA, top {model.config.top_k} of {model.config.num_experts}"] = measure(model, "the experts")
         plot_interference(evaluator.folder / "gradients.png", list(chosen), by_kind)
         caption = (
-            "Cosine between the gradients of groups. Dense LoRA: the trained mixture averaged over all groups, cut to the rank that "
-            "answers a token in CuMA. Conflicting groups push shared weights in opposite directions (blue); experts of their own keep "
-            "them apart."
+            "Cosine between the gradients of groups. Dense LoRA: the trained mixture averaged over all groups, cut to "
+            "the rank that answers a token in CuMA. Conflicting groups push shared weights in opposite directions "
+            "(blue); experts of their own keep them apart."
         )
         rows = {kind: _cosines(cosine_GG) for kind, cosine_GG in by_kind.items()}
         report.gradients = Gradients(split=split, groups=list(chosen), rows=rows)
@@ -123,7 +123,7 @@ def group_gradients(
             for start in range(0, len(examples), batch_size):
                 part = examples[start : start + batch_size]
                 batch = collate(part, pad_id).to(device)
-                inputs: dict[str, Any] = {}
+                inputs: dict[str, Tensor] = {}
                 if embeddings_NP is not None:
                     inputs["profile_embeddings"] = embeddings_NP[[example.profile for example in part]].to(device)
                 out = model(**batch.inputs, **inputs)
@@ -153,20 +153,12 @@ def averaged(
     pad_id: int,
     rank: int,
 ) -> Iterator[CumaModel]:
-    """The same backbone with one dense LoRA: the mixture with every gate at its mean over the examples' tokens, best rank-``rank`` part.
+    """The same backbone with one dense LoRA: the best approximation of rank ``rank`` of the mixture with mean gates.
 
     The backbone is lent, not copied; ``model`` works again when the context ends.
     """
-    total, tokens = torch.zeros(()), 0
-    device = next(model.parameters()).device
-    for indices, _, _, gates_BRE in forward_batches(
-        model, examples, embeddings_NP, batch_size, pad_id, device=device, record=True
-    ):
-        for row, index in enumerate(indices):
-            assert gates_BRE is not None
-            total = total + gates_BRE[row].double() * len(examples[index].input_ids)
-            tokens += len(examples[index].input_ids)
-    state = {name: truncate(a, b, rank) for name, (a, b) in fold(model, total / tokens).items()}
+    gate_RE, device = mean_gates(model, examples, embeddings_NP, batch_size, pad_id), next(model.parameters()).device
+    state = {name: truncate(a, b, rank) for name, (a, b) in fold(model, gate_RE).items()}
     layers = dict(model.adapted_layers())
     dense = plain_lora(model, [state])
     try:

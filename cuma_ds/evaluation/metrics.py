@@ -1,6 +1,6 @@
 """The numbers a run is judged by, as pure functions of NumPy arrays.
 
-Shapes: M examples, n options of one question (in their order), E experts, R routers. Probabilities are float, counts are answers.
+Shapes: M examples, n options of one question (in their order), E experts, R routers.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def total_variation(p: ArrayLike, q: ArrayLike) -> Array:
 
 
 def distance(p: ArrayLike, q: ArrayLike, nominal: ArrayLike, steps: ArrayLike | None = None) -> Array:
-    """:func:`total_variation` where ``nominal`` [...] is true (the order of the options means nothing), else :func:`emd`."""
+    """:func:`total_variation` where ``nominal`` [...] is true (options without an order), else :func:`emd`."""
     if not np.any(nominal):
         return emd(p, q, steps)
     return np.where(nominal, total_variation(p, q), emd(p, q, steps))
@@ -87,7 +87,7 @@ def calibration_error(right: ArrayLike, confidence: ArrayLike, total: ArrayLike)
     """Expected calibration error: mean over answers of |accuracy - confidence| of the bin they fall into.
 
     Args:
-        right, confidence: [..., bins] correct answers, and summed confidence (probability of the predicted option), of each bin.
+        right, confidence: [..., bins] correct answers of each bin, and summed probability of the predicted option.
         total: [...] answers in all.
     """
     gap = np.abs(np.asarray(right, dtype=np.float64) - np.asarray(confidence, dtype=np.float64)).sum(axis=-1)
@@ -120,7 +120,7 @@ def inequity(accuracies: Sequence[ArrayLike], size: int = 1) -> Array:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct-n: different n-grams over all n-grams of the texts' words (lower case, split at white space); nan without any."""
+    """Distinct-n: different n-grams over all n-grams of the texts' words (lower case); nan where there are none."""
     grams = [
         tuple(words[start : start + n])
         for words in (text.lower().split() for text in texts)
@@ -132,8 +132,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 def mean_collapse_recovered(collapse: float, oracle: float, value: float) -> float | None:
     """Share of the way from one global distribution to each group's own: (collapse - value) / (collapse - oracle).
 
-    1 = as close as the group's own training answers, 0 = everyone gets the global distribution; beyond both is possible.
-    None where groups do not differ more than sampling noise (oracle not below collapse).
+    1 = as close as the group's own training answers, 0 = everyone gets the global distribution; beyond both is
+    possible. None where groups do not differ more than sampling noise (oracle not below collapse).
     """
     span = collapse - oracle
     return (collapse - value) / span if span > 0 else None

@@ -1,7 +1,8 @@
-"""What each contender predicted of each example, kept beside a report so that two runs can be compared example by example.
+"""The prediction of each contender for each example, kept beside a report: two runs can be compared example by example.
 
-``predictions.npz`` is read by :func:`read_predictions`, or by ``numpy.load``. Its arrays are named ``<split>/<what>``, with M examples and
-N options of the question that has most; beyond an example's own options stands nan. For choice questions::
+``predictions.npz`` is read by :func:`read_predictions`, or by ``numpy.load``. Its arrays are named ``<split>/<what>``,
+with M examples and N options of the question that has most; beyond an example's own options stands nan. For choice
+questions::
 
     ids           [M] text      see :func:`example_ids`
     questions     [M] text      id of the question
@@ -10,11 +11,11 @@ N options of the question that has most; beyond an example's own options stands 
     people_each   [M] int64     how many of ``people`` belong to each example
     predicted/<contender>       [M, N] float32    probability of each option
 
-For conversations ``questions`` are empty, ``counts`` [M, 1] are the assistant's tokens, and what a contender predicted [M, 1] is its mean
-loss, nats per token.
+For conversations ``questions`` are empty, ``counts`` [M, 1] are the assistant's tokens, and what a contender predicted
+[M, 1] is its mean loss, nats per token.
 
-In every run on the same data an example has the same id: examples with one id have the same question and were answered by the same people.
-Neither profiles nor names of groups are in the file.
+In every run on the same data an example has the same id: examples with one id have the same question and were answered
+by the same people. Neither profiles nor names of groups are in the file.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def collect_talks(talks: ChoiceExamples, losses: Mapping[str, ChatLosses]) -> Pr
 
 
 def example_ids(examples: ChoiceExamples) -> list[str]:
-    """A name for each example of a split: a hash of its question and of the numbers of its people, of its profile where they are unknown.
+    """A name for each example: a hash of its question and of its people (of its profile where they are unknown).
 
-    Of several conversations of one person, the second and later ones have a number behind it.
+    The second and later conversations of one person have a number behind it.
     """
     seen: Counter[str] = Counter()
     ids = []
@@ -122,7 +123,8 @@ def read_predictions(folder: Path) -> dict[str, Predictions]:
         return {name: _split(arrays, name) for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{folder / PREDICTIONS_FILE} cannot be read ({first_line(error)}); evaluate again with launchers/evaluate.py"
+            f"{folder / PREDICTIONS_FILE} cannot be read ({first_line(error)}); "
+            "evaluate again with launchers/evaluate.py"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Who gave which answer, and bootstrap samples of people: whoever is drawn comes with all of their answers.
+"""The answers of a split one by one, and bootstrap samples of people with all of their answers.
 
 Shapes: A answers, M examples, U people, Y kinds of people (with exactly the same answers), B replicates.
 """
@@ -94,10 +94,11 @@ def resample(people_Y: Indices, replicates: int, seed: int, chunk: int) -> Itera
 def interval(values_B: Array, value: float, level: float = 0.95) -> tuple[float, float] | None:
     """The percentile interval of bootstrap replicates, moved so that their mean is the measured value.
 
-    Drawing people adds noise that a distance counts as distance: without the move, the interval of a small EMD lies above the EMD.
+    Drawing people adds noise that a distance counts as distance. Without the move, the interval of a small EMD would
+    lie above the EMD.
 
     Returns:
-        The ends; None where the value, or so many replicates that the interval could not do without them, are no numbers.
+        The ends; None where the value, or more than ``1 - level`` of the replicates, are no numbers.
     """
     values = values_B[np.isfinite(values_B)]
     if not len(values) or len(values) < level * len(values_B) or not np.isfinite(value):

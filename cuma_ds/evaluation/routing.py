@@ -1,4 +1,4 @@
-"""What routing knows of culture: expert load, information about profile fields, and a map of profiles by their routing.
+"""Expert load, information of routing about profile fields, and a map of profiles by their routing.
 
 Shapes: N profiles, R routers, E experts, L labels of a profile field.
 """
@@ -8,18 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import pdist
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.manifold import MDS
+from torch import Tensor
 
-from cuma_ds.evaluation.metrics import entropy, mean_by_group
+from cuma_ds.adapters.model import CumaModel
+from cuma_ds.data.batch import EncodedExample
+from cuma_ds.evaluation.metrics import Name, entropy, mean_by_group
 from cuma_ds.evaluation.report.model import RouterLoad
-from cuma_ds.inference.forward import RoutingTally
+from cuma_ds.inference.forward import RoutingTally, forward_batches
 
 Array = NDArray[np.float64]
 
@@ -45,13 +48,29 @@ def expert_load(tally: RoutingTally) -> list[RouterLoad]:
     return rows
 
 
+def mean_gates(
+    model: CumaModel, examples: Sequence[EncodedExample], embeddings_NP: Tensor | None, batch_size: int, pad_id: int
+) -> Tensor:
+    """Mean gate [R, E] over all tokens of the examples; arguments as in :func:`.forward_batches`."""
+    total_RE, tokens = torch.zeros(()), 0
+    device = next(model.parameters()).device
+    for indices, _, _, gates_BRE in forward_batches(
+        model, examples, embeddings_NP, batch_size, pad_id, device=device, record=True
+    ):
+        assert gates_BRE is not None
+        for gate_RE, index in zip(gates_BRE, indices, strict=True):
+            total_RE = total_RE + gate_RE.double() * len(examples[index].input_ids)
+            tokens += len(examples[index].input_ids)
+    return total_RE / tokens
+
+
 def comparable_means(
-    questions: Sequence[str], names: Sequence[Hashable], weights: Sequence[float], gates_MRE: NDArray[np.float32]
-) -> dict[Any, Array]:
+    questions: Sequence[str], names: Sequence[Name], weights: Sequence[float], gates_MRE: NDArray[np.float32]
+) -> dict[Name, Array]:
     """Mean routing [R, E] of each name over the questions that all of them were asked.
 
-    Where no question was put to everybody, the one put to most is taken, so that differences come from who asks and not from
-    what is asked.
+    Where there is no such question, the one put to most is taken. Differences then come from the profiles and not from
+    the questions.
 
     Args:
         questions, names, weights: of each of M examples.
@@ -85,8 +104,8 @@ class Information:
 
     Attributes:
         value_R: as measured; biased upwards when profiles are few.
-        null_R, high_R: mean and 95th percentile over random permutations of the labels; None where every profile has a label of
-            its own, so that permuting means nothing.
+        null_R, high_R: mean and 95th percentile over random permutations of the labels; None where every profile has a
+            label of its own.
     """
 
     value_R: Array
@@ -143,9 +162,9 @@ class CulturalMap:
 
 
 def cultural_map(gates_NRE: NDArray[np.floating]) -> CulturalMap:
-    """The latent cultural topology in two dimensions: metric multidimensional scaling of routings, from the classical solution.
+    """The latent cultural topology in two dimensions, by metric multidimensional scaling of routings.
 
-    The same routings always give the same map (no random start; signs are fixed).
+    It starts from the classical solution and fixes the signs, so the same routings always give the same map.
 
     Args:
         gates_NRE: routing of at least three profiles.

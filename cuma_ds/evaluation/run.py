@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple, TypedDict
-
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import TypedDict
 
 from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.lengths import fitting
@@ -18,10 +13,10 @@ from cuma_ds.data.rows import Split
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import ChatLosses, chat_losses
 from cuma_ds.evaluation.choice import ChoicePredictions, predict_choices
-from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
+from cuma_ds.evaluation.contenders import Asking, references, ways_of_asking
+from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import gather_cells
 from cuma_ds.evaluation.predictions import PREDICTIONS_FILE, Predictions, collect, collect_talks, write_predictions
-from cuma_ds.evaluation.references import collapse_reference, has_training_answers, nearest_reference, oracle_reference
 from cuma_ds.evaluation.report.markdown import markdown
 from cuma_ds.evaluation.report.model import (
     FORMAT_VERSION,
@@ -42,28 +37,12 @@ from cuma_ds.files import write_atomically
 from cuma_ds.inference.forward import ForwardOptions, pad_id_of
 from cuma_ds.runs import Run
 
-Array = NDArray[np.float64]
-
 # Called with (what is being run, examples done, examples in all).
 Progress = Callable[[str, int, int], None]
 # File name -> caption.
 Pictures = dict[str, str]
 # Measures something beside the rest: adds its section to the report and returns its pictures.
 Extra = Callable[["Evaluator", Report], Pictures]
-
-
-class _Pass(NamedTuple):
-    """One way of asking a model.
-
-    label: said of its progress.  embeddings_NP: raw embeddings of the profiles, None to ask without.  model_as: makes the model what it
-    is asked as.  profiles: rows of the embeddings to ask as, instead of the examples' own.  record: also collect the routing.
-    """
-
-    label: str
-    embeddings_NP: Tensor | None
-    model_as: Callable[[], AbstractContextManager[object]]
-    profiles: Sequence[int] | None = None
-    record: bool = False
 
 
 class _About(TypedDict):
@@ -79,7 +58,7 @@ class _About(TypedDict):
 def evaluate_run(
     run_dir: str | Path, step: int | None = None, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Report:
-    """Evaluate one checkpoint of a run and write its report (arguments as in :func:`cuma_ds.evaluation.subject.run_subject`)."""
+    """Evaluate one checkpoint and write the run's report; arguments as in :func:`.subject.run_subject`."""
     return evaluate(run_subject(run_dir, step, overrides=overrides), Run(run_dir).report_folder, progress)
 
 
@@ -144,7 +123,10 @@ class Evaluator:
             )
         data = fitting(
             subject.data, subject.renderer, subject.config.data, self.splits,
-            lambda needed: f"evaluate with --set data.max_length={needed}, or leave them out with --set data.on_long_prompt=skip",
+            lambda needed: (
+                f"evaluate with --set data.max_length={needed}, "
+                "or leave them out with --set data.on_long_prompt=skip"
+            ),
         )  # fmt: skip
         self.subject = dataclasses.replace(subject, data=data)
         self.splits = data.evaluation_splits
@@ -161,7 +143,7 @@ class Evaluator:
             answers = self._choices(name, examples)
             models = {contender: found.probabilities for contender, found in answers.items()}
             mass = {contender: found.letter_mass_M for contender, found in answers.items()}
-            contenders = self._references(train, examples) | models
+            contenders = references(train, examples, self.subject.embeddings_NP, settings.min_answers) | models
             self.predictions[name] = collect(examples, contenders)
             splits[name] = choice_split(examples, contenders, fields, settings, self.main, mass)
             unseen = _unseen(train, examples) if name == "test" else []
@@ -169,7 +151,7 @@ class Evaluator:
                 part = examples.only(unseen)
                 models = {contender: [values[index] for index in unseen] for contender, values in models.items()}
                 mass = {contender: mass_M[unseen] for contender, mass_M in mass.items()}
-                contenders = self._references(train, part) | models
+                contenders = references(train, part, self.subject.embeddings_NP, settings.min_answers) | models
                 splits["unseen"] = choice_split(part, contenders, fields, settings, self.main, mass)
             if not pictures and splits[name].cells:
                 pictures = choice_pictures(self.folder, splits[name], self.main)
@@ -226,38 +208,13 @@ class Evaluator:
             "bootstrap": settings.bootstrap,
         }
 
-    def _references(self, train: ChoiceExamples, examples: ChoiceExamples) -> dict[str, Sequence[Array]]:
-        """The contenders that are no models."""
-        least, embeddings_NP = self.subject.config.evaluation.min_answers, self.subject.embeddings_NP
-        found: dict[str, Sequence[Array]] = {"collapse": collapse_reference(train, examples)}
-        if has_training_answers(train, examples, least):
-            found["oracle"] = oracle_reference(train, examples, least)
-        if embeddings_NP is not None and set(train.profiles).isdisjoint(examples.profiles):
-            found["nearest"] = nearest_reference(train, examples, embeddings_NP.numpy(), least)
-        return found
-
-    def _passes(self, examples: ChoiceExamples) -> dict[str, _Pass]:
-        """How the contenders that are models are asked: before, trained, and swapped where there are profiles to swap."""
-        subject = self.subject
-        if subject.untrained is None:
-            return {"before": _Pass("as it is", None, nullcontext)}
-        passes = {
-            "before": _Pass("before training", None, subject.untrained),
-            "trained": _Pass("trained", subject.embeddings_NP, nullcontext, record=True),
-        }
-        if subject.embeddings_NP is not None:
-            swapped = swap_profiles(examples.questions, examples.groups, examples.profiles)
-            if swapped != examples.profiles:
-                passes["swapped"] = _Pass("profiles swapped", subject.embeddings_NP, nullcontext, profiles=swapped)
-        return passes
-
     def _choices(self, split: str, examples: ChoiceExamples) -> dict[str, ChoicePredictions]:
         """What the models answer, by contender."""
         subject, pad_id = self.subject, pad_id_of(self.subject.renderer.tokenizer)
         batch_size, average = subject.config.evaluation.batch_size, subject.config.data.option_order == "average"
         encoded, turned = self.encode(split), self.encode(split, options_reversed=True) if average else []
         found = {}
-        for name, one in self._passes(examples).items():
+        for name, one in ways_of_asking(subject, examples).items():
             table = one.embeddings_NP
             with one.model_as():
                 told = self._options(one, f"{split}: {one.label}")
@@ -273,13 +230,13 @@ class Evaluator:
         """The models' losses, by contender."""
         subject, pad_id = self.subject, pad_id_of(self.subject.renderer.tokenizer)
         encoded, batch_size, found = self.encode(split), subject.config.evaluation.batch_size, {}
-        for name, one in self._passes(talks).items():
+        for name, one in ways_of_asking(subject, talks).items():
             with one.model_as():
                 told = self._options(one, f"{split}: {one.label}")
                 found[name] = chat_losses(subject.model, encoded, one.embeddings_NP, batch_size, pad_id, **told)
         return found
 
-    def _options(self, one: _Pass, what: str) -> ForwardOptions:
+    def _options(self, one: Asking, what: str) -> ForwardOptions:
         return {
             "device": self.subject.device,
             "profiles": one.profiles,
@@ -321,8 +278,10 @@ def _unseen(train: ChoiceExamples, test: ChoiceExamples) -> list[int]:
 
 
 def _as_examples(split: Split) -> ChoiceExamples:
-    """Conversations as examples of one question with one answer each, for what only needs to know the people and groups."""
-    columns = {name: split[name] for name in ("profile", "group", "people") if name in split.column_names}
+    """Conversations as examples of one question with one answer each."""
+    columns: dict[str, Sequence] = {
+        name: split[name] for name in ("profile", "group", "people") if name in split.column_names
+    }
     count = len(split)
     return ChoiceExamples.of(
         {

@@ -1,18 +1,18 @@
-"""Every number of a split of choice questions, with intervals: functions of sums over people, so that resampling is one product.
+"""Scores of one split of choice questions with bootstrap intervals.
 
-Shapes: M examples, A answers, Y kinds of people, N most options of any question, C cells (question, group), Q questions, G groups,
-S subgroups of all profile fields, K bins of confidence, B replicates.
+Every score is a function of per-person sums, so all replicates are one matrix product.
+
+Shapes: M examples, A answers, Y kinds of people, N most options of any question, C cells (question, group), Q
+questions, G groups, S subgroups of all profile fields, K bins of confidence, B replicates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import csr_array
 
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import (
@@ -26,6 +26,7 @@ from cuma_ds.evaluation.metrics import (
     normalise,
 )
 from cuma_ds.evaluation.resampling import Answers, interval, resample
+from cuma_ds.evaluation.sums import Block, Layout, codes, join, mean, ratio
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -48,10 +49,10 @@ class SplitScores:
     """What :meth:`Scorer.scores` found.
 
     Attributes:
-        rows: row name -> metric -> score.
-        differences: row name -> metric -> score of the named row minus this one, over the same drawn people.
-        reliability: row name -> (accuracy, mean confidence, answers) of each bin [K]; nan where a bin is empty.
-        subgroups: field -> label -> row name -> accuracy, of subgroups large enough to be named.
+        rows: contender -> metric -> score.
+        differences: contender -> metric -> score of the main contender less its own, over the same drawn people.
+        reliability: contender -> (accuracy, mean confidence, answers) of each bin [K]; nan where a bin is empty.
+        subgroups: field -> label -> contender -> accuracy, of subgroups large enough to be named.
     """
 
     rows: dict[str, dict[str, Score]]
@@ -63,8 +64,8 @@ class SplitScores:
 class Scorer:
     """Judges predictions for the examples of one split.
 
-    The distance ``emd`` is that of cells (question, group) with at least ``min_answers`` answers; everything else counts every answer.
-    It is EMD, and for nominal questions total variation.
+    The distance ``emd`` is that of cells (question, group) with at least ``min_answers`` answers; everything else
+    counts every answer. It is EMD, and for nominal questions total variation.
 
     Args:
         examples: the split.
@@ -99,7 +100,7 @@ class Scorer:
         self._cell_M = np.full(len(examples), -1)
         for cell, members in enumerate(self.cells.members):
             self._cell_M[members] = cell
-        self._question_M = _codes(examples.questions)
+        self._question_M = codes(examples.questions)
         self._steps_C = np.array([max(len(shares) - 1, 1) for shares in self.cells.observed], dtype=np.float64)
         self._steps_Q = np.ones(int(self._question_M.max(initial=-1)) + 1)
         self._steps_Q[self._question_M] = np.maximum(self._options_M - 1, 1)
@@ -108,7 +109,7 @@ class Scorer:
             [question in examples.nominal for question in dict.fromkeys(examples.questions)], dtype=bool
         )
 
-        group_M = _codes(examples.groups)
+        group_M = codes(examples.groups)
         self._group_M = np.where(self._people_of(group_M)[group_M] >= min_subgroup, group_M, -1)
         self.sizes: dict[str, dict[str, int]] = {}
         self._labels: list[tuple[str, str, bool]] = []
@@ -124,24 +125,28 @@ class Scorer:
             self._labels += [(field, name, self.sizes[field][name] >= min_subgroup) for name in names]
 
     def scores(
-        self, rows: Mapping[str, Sequence[ArrayLike]], replicates: int = 0, seed: int = 0, against: str = "trained"
+        self,
+        contenders: Mapping[str, Sequence[ArrayLike]],
+        replicates: int = 0,
+        seed: int = 0,
+        against: str = "trained",
     ) -> SplitScores:
-        """Score option probabilities of every example, by row name.
+        """Score the option probabilities of every contender.
 
         Args:
-            rows: M arrays [n] each; rows ``collapse`` and ``oracle`` give ``recovered`` its ends.
+            contenders: M arrays [n] each; ``collapse`` and ``oracle`` give ``recovered`` its ends.
             replicates: bootstrap samples of people; 0 gives no intervals.
-            seed: of the bootstrap; all rows meet the same people.
-            against: the row that differences are taken from.
+            seed: of the bootstrap; all contenders are judged by the same people.
+            against: the contender that differences are taken from.
         """
-        shared, blocks = self._shared(), {name: self._of_row(row) for name, row in rows.items()}
-        layout = _Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
-        point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(rows), against)
+        shared, blocks = self._shared(), {name: self._of(probabilities) for name, probabilities in contenders.items()}
+        layout = Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
+        point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(contenders), against)
         drawn: list[dict[tuple[str, ...], Array]] = []
         if replicates and len(self._people_Y):
             chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
             for weights_BY in resample(self._people_Y, replicates, seed, chunk):
-                drawn.append(self._all(layout.sums(weights_BY), list(rows), against))
+                drawn.append(self._all(layout.sums(weights_BY), list(contenders), against))
         found = {}
         for key, value in point.items():
             number = float(value[0])
@@ -154,7 +159,7 @@ class Scorer:
         return SplitScores(
             rows=_nested(found, "row"),
             differences=_nested(found, "difference"),
-            reliability={name: self._reliability(row) for name, row in rows.items()},
+            reliability={name: self._reliability(probabilities) for name, probabilities in contenders.items()},
             subgroups=subgroups,
         )
 
@@ -165,19 +170,19 @@ class Scorer:
         pairs = np.unique(code_A[known] * self.answers.people + self.answers.person_A[known])
         return np.bincount(pairs // max(self.answers.people, 1), minlength=int(code_M.max(initial=-1)) + 1)
 
-    def _shared(self) -> dict[str, _Block]:
+    def _shared(self) -> dict[str, Block]:
         example_A, option_A, width = self._example_A, self._option_A, self._width
         one_A = np.ones(len(example_A))
         return {
-            "cell": _Block(len(self._steps_C) * width, [(_join(self._cell_M[example_A], option_A, width), one_A)]),
-            "question": _Block(
-                len(self._steps_Q) * width, [(_join(self._question_M[example_A], option_A, width), one_A)]
+            "cell": Block(len(self._steps_C) * width, [(join(self._cell_M[example_A], option_A, width), one_A)]),
+            "question": Block(
+                len(self._steps_Q) * width, [(join(self._question_M[example_A], option_A, width), one_A)]
             ),
-            "group": _Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], one_A)]),
-            "subgroup": _Block(len(self._labels), [(codes[example_A], one_A) for codes in self._subgroup_M]),
+            "group": Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], one_A)]),
+            "subgroup": Block(len(self._labels), [(code_M[example_A], one_A) for code_M in self._subgroup_M]),
         }
 
-    def _of_row(self, probabilities: Sequence[ArrayLike]) -> dict[str, _Block]:
+    def _of(self, probabilities: Sequence[ArrayLike]) -> dict[str, Block]:
         example_A, option_A, width = self._example_A, self._option_A, self._width
         shares_MN = np.zeros((len(self.examples), width))
         for example, shares in enumerate(probabilities):
@@ -192,42 +197,42 @@ class Scorer:
 
         def spread(code_A: Indices, values_MN: Array) -> list[tuple[Indices, Array]]:
             return [
-                (_join(code_A, np.full_like(code_A, option), width), values_MN[example_A, option])
+                (join(code_A, np.full_like(code_A, option), width), values_MN[example_A, option])
                 for option in range(width)
             ]
 
         return {
-            "cell_predicted": _Block(len(self._steps_C) * width, spread(cell_A, shares_MN)),
-            "question_predicted": _Block(len(self._steps_Q) * width, spread(question_A, shares_MN)),
-            "question_mode": _Block(len(self._steps_Q) * width, spread(question_A, mode_MN)),
-            "question_both": _Block(len(self._steps_Q) * width, [(_join(question_A, option_A, width), right_A)]),
-            "group_right": _Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], right_A)]),
-            "subgroup_right": _Block(len(self._labels), [(codes[example_A], right_A) for codes in self._subgroup_M]),
-            "bin_right": _Block(BINS, [(bin_A, right_A)]),
-            "bin_confidence": _Block(BINS, [(bin_A, confidence_M[example_A])]),
-            "entropy": _Block(1, [(np.zeros_like(option_A), entropy_M[example_A])]),
+            "cell_predicted": Block(len(self._steps_C) * width, spread(cell_A, shares_MN)),
+            "question_predicted": Block(len(self._steps_Q) * width, spread(question_A, shares_MN)),
+            "question_mode": Block(len(self._steps_Q) * width, spread(question_A, mode_MN)),
+            "question_both": Block(len(self._steps_Q) * width, [(join(question_A, option_A, width), right_A)]),
+            "group_right": Block(int(self._group_M.max(initial=-1)) + 1, [(self._group_M[example_A], right_A)]),
+            "subgroup_right": Block(len(self._labels), [(code_M[example_A], right_A) for code_M in self._subgroup_M]),
+            "bin_right": Block(BINS, [(bin_A, right_A)]),
+            "bin_confidence": Block(BINS, [(bin_A, confidence_M[example_A])]),
+            "entropy": Block(1, [(np.zeros_like(option_A), entropy_M[example_A])]),
         }
 
     def _all(self, sums: list[dict[str, Array]], names: list[str], against: str) -> dict[tuple[str, ...], Array]:
-        """Every number of every row [B], by ("row", row, metric), ("difference", ...) or ("subgroup", row, field, label)."""
+        """Scores [B] by ("row", contender, metric), ("difference", ...), ("subgroup", contender, field, label)."""
         shared, *rest = sums
-        by_row = {name: self._row(shared, own) for name, own in zip(names, rest, strict=True)}
-        if {"collapse", "oracle"} <= by_row.keys():
-            ends = by_row["collapse"]["emd"], by_row["oracle"]["emd"]
-            for row in by_row.values():
+        by_name = {name: self._row(shared, own) for name, own in zip(names, rest, strict=True)}
+        if {"collapse", "oracle"} <= by_name.keys():
+            ends = by_name["collapse"]["emd"], by_name["oracle"]["emd"]
+            for row in by_name.values():
                 row["recovered"] = np.array(
                     [_or_nan(mean_collapse_recovered(c, o, v)) for c, o, v in zip(*ends, row["emd"], strict=True)]
                 )
         found: dict[tuple[str, ...], Array] = {
-            ("row", name, metric): value for name, row in by_row.items() for metric, value in row.items()
+            ("row", name, metric): value for name, row in by_name.items() for metric, value in row.items()
         }
-        for name, row in by_row.items():
-            if against in by_row and name != against:
+        for name, row in by_name.items():
+            if against in by_name and name != against:
                 found |= {
-                    ("difference", name, metric): by_row[against][metric] - value for metric, value in row.items()
+                    ("difference", name, metric): by_name[against][metric] - value for metric, value in row.items()
                 }
         for name, own in zip(names, rest, strict=True):
-            accuracy_BS = _ratio(own["subgroup_right"], shared["subgroup"])
+            accuracy_BS = ratio(own["subgroup_right"], shared["subgroup"])
             found |= {
                 ("subgroup", name, field, label): accuracy_BS[:, s] for s, (field, label, _) in enumerate(self._labels)
             }
@@ -248,12 +253,12 @@ class Scorer:
             ),
             "emd_questions": questions(own["question_predicted"]),
             "emd_argmax": questions(own["question_mode"]),
-            "accuracy": _ratio(own["question_both"].sum(axis=1), total_B),
+            "accuracy": ratio(own["question_both"].sum(axis=1), total_B),
             "macro_f1": macro_f1(*(sums.sum(axis=1) for sums in by_question)),
-            "macro_f1_questions": _mean(np.where(by_question[0].any(axis=-1), macro_f1(*by_question), np.nan)),
-            "group_accuracy": _mean(_ratio(own["group_right"], shared["group"])),
-            "inequity": self._inequity(_ratio(own["subgroup_right"], shared["subgroup"])),
-            "entropy": _ratio(own["entropy"][:, 0], total_B),
+            "macro_f1_questions": mean(np.where(by_question[0].any(axis=-1), macro_f1(*by_question), np.nan)),
+            "group_accuracy": mean(ratio(own["group_right"], shared["group"])),
+            "inequity": self._inequity(ratio(own["subgroup_right"], shared["subgroup"])),
+            "entropy": ratio(own["entropy"][:, 0], total_B),
             "calibration_error": calibration_error(own["bin_right"], own["bin_confidence"], total_B),
         }
 
@@ -264,11 +269,9 @@ class Scorer:
         shape = (len(observed), len(steps), self._width)
         observed, predicted = observed.reshape(shape), predicted.reshape(shape)
         answers = observed.sum(axis=-1)
-        distances = distance(
-            _ratio(predicted, answers[..., None]), _ratio(observed, answers[..., None]), nominal, steps
-        )
+        distances = distance(ratio(predicted, answers[..., None]), ratio(observed, answers[..., None]), nominal, steps)
         weights = answers if by_answers else (answers > 0).astype(np.float64)
-        return _ratio(np.where(answers > 0, distances * weights, 0.0).sum(axis=1), weights.sum(axis=1))
+        return ratio(np.where(answers > 0, distances * weights, 0.0).sum(axis=1), weights.sum(axis=1))
 
     def _by_question(self, sums: Array) -> Array:
         return sums.reshape(len(sums), len(self._steps_Q), self._width)
@@ -281,79 +284,23 @@ class Scorer:
         return inequity([accuracy_BS[:, chosen] for chosen in columns if len(chosen) > 1], len(accuracy_BS))
 
     def _reliability(self, probabilities: Sequence[ArrayLike]) -> tuple[Array, Array, Array]:
-        row = self._of_row(probabilities)
+        row = self._of(probabilities)
         parts = {name: row[name] for name in ("bin_right", "bin_confidence")}
         bin_A, _ = parts["bin_right"].parts[0]
-        parts["total"] = _Block(BINS, [(bin_A, np.ones(len(bin_A)))])
-        (sums,) = _Layout([parts], self._kind_A, self._weight_A, len(self._people_Y)).sums(
+        parts["total"] = Block(BINS, [(bin_A, np.ones(len(bin_A)))])
+        (sums,) = Layout([parts], self._kind_A, self._weight_A, len(self._people_Y)).sums(
             self._people_Y[None].astype(np.float64)
         )
         total = sums["total"][0]
-        return _ratio(sums["bin_right"][0], total), _ratio(sums["bin_confidence"][0], total), total
+        return ratio(sums["bin_right"][0], total), ratio(sums["bin_confidence"][0], total), total
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Columns of sums: what each answer adds to which of ``width`` columns (-1: to none), in one or several parts."""
-
-    width: int
-    parts: list[tuple[Indices, Array]]
-
-
-class _Layout:
-    """All blocks as one sparse matrix [Y, columns]: what one person of each kind adds to every sum, each answer by its weight."""
-
-    def __init__(self, groups: Sequence[Mapping[str, _Block]], kind_A: Indices, weight_A: Array, kinds: int) -> None:
-        self.places: list[dict[str, slice]] = []
-        rows, columns, values = [], [], []
-        self.width = 0
-        for group in groups:
-            self.places.append({})
-            for name, block in group.items():
-                self.places[-1][name] = slice(self.width, self.width + block.width)
-                for column_A, value_A in block.parts:
-                    used = (column_A >= 0) & (value_A != 0)
-                    rows.append(kind_A[used])
-                    columns.append(column_A[used] + self.width)
-                    values.append(value_A[used] * weight_A[used])
-                self.width += block.width
-        shape = (kinds, self.width)
-        self._matrix = csr_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=shape)
-
-    def sums(self, weights_BY: Array) -> list[dict[str, Array]]:
-        """The sums [B, width] of every block when each kind of people counts ``weights_BY`` times."""
-        total = np.asarray((self._matrix.T @ weights_BY.T).T)
-        return [{name: total[:, place] for name, place in group.items()} for group in self.places]
-
-
-def _nested(found: Mapping[tuple[str, ...], Any], kind: str) -> dict[str, dict[str, Any]]:
-    result: dict[str, dict[str, Any]] = {}
+def _nested(found: Mapping[tuple[str, ...], Score], kind: str) -> dict[str, dict[str, Score]]:
+    result: dict[str, dict[str, Score]] = {}
     for key, score in found.items():
         if key[0] == kind:
             result.setdefault(key[1], {})[key[2]] = score
     return result
-
-
-def _codes(names: Sequence[str]) -> Indices:
-    place = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    return np.array([place[name] for name in names], dtype=np.int64)
-
-
-def _join(code_A: Indices, option_A: Indices, width: int) -> Indices:
-    return np.where(code_A >= 0, code_A * width + option_A, -1)
-
-
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """Quotient; nan where the denominator is zero."""
-    return np.divide(
-        numerator, denominator, out=np.full(np.broadcast(numerator, denominator).shape, np.nan), where=denominator > 0
-    )
-
-
-def _mean(values_BG: Array) -> Array:
-    """Mean over the last axis of what is a number; nan where nothing is."""
-    known = np.isfinite(values_BG)
-    return _ratio(np.where(known, values_BG, 0.0).sum(axis=-1), known.sum(axis=-1).astype(np.float64))
 
 
 def _or_nan(value: float | None) -> float:

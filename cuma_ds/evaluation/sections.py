@@ -58,15 +58,15 @@ def choice_split(
     main: str = "trained",
     letter_mass: Mapping[str, Array] | None = None,
 ) -> ChoiceSplit:
-    """Scores of one split of choice questions: overall with intervals, per question, per subgroup and per (question, group).
+    """Scores of one split of choice questions: overall with intervals, by question, by subgroup and by cell.
 
     Args:
         examples: the split, M examples.
-        contenders: option probabilities of every example, by keys of :data:`cuma_ds.evaluation.report.model.CONTENDERS`.
+        contenders: option probabilities of every example, by contender.
         fields: subgroup of every profile, by field.
         settings: smallest groups, number of bootstrap samples.
         main: the contender that the others are compared with.
-        letter_mass: by contender, probability of the option letters together, of every example [M]; only models have one.
+        letter_mass: by contender that is a model, probability of the option letters together, of every example [M].
     """
     scorer = Scorer(examples, fields, settings.min_answers, settings.min_subgroup)
     scores = scorer.scores(contenders, settings.bootstrap, against=main)
@@ -180,7 +180,7 @@ def _subgroups(
     scores: Mapping[str, Mapping[str, Mapping[str, Score]]],
     contenders: Predictions,
 ) -> Subgroups:
-    """Accuracy of the subgroups of one field that are large enough to be named, and distance over their questions that are."""
+    """Accuracy and distance of the subgroups of one field that are large enough to be named."""
     examples = scorer.examples
     places = _places([labels[profile] for profile in examples.profiles])
     shown = []
@@ -210,7 +210,7 @@ def _places(names: Sequence[Name]) -> dict[Name, list[int]]:
 
 
 def _letter_mass(cells: Cells, examples: ChoiceExamples, mass_M: Array) -> LetterMass:
-    """Mean over answers of the probability that the model gives to the option letters, and the cell where it is lowest."""
+    """Probability of the option letters together: mean over answers, and the cell where it is lowest."""
     answers_M = np.array([counts.sum() for counts in examples.counts])
     means = [float(np.average(mass_M[members], weights=answers_M[members])) for members in cells.members]
     lowest = None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from cuma_ds.data.raw import Profile
 from cuma_ds.profiles.linearize import is_missing
 
 # A field of numbers with more values than this (an age in years) is cut into four groups of about equal size.
 _MOST_NUMBERS = 12
 
 
-def subgroups(profiles: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
+def subgroups(profiles: Sequence[Profile]) -> dict[str, list[str | None]]:
     """The subgroup of every profile, for each field that has at least two.
 
     Args:
@@ -32,15 +32,19 @@ def subgroups(profiles: Sequence[Mapping[str, Any]]) -> dict[str, list[str | Non
     return found
 
 
-def _labels(values: Sequence[Any]) -> list[str | None]:
-    known = [value for value in values if value is not None]
-    numbers = [value for value in known if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) < len(known) or len(set(numbers)) <= _MOST_NUMBERS:
+def _labels(values: Sequence[object]) -> list[str | None]:
+    """A label for each value; None stays None. Numbers with many values get the span of the quarter they lie in."""
+    numbers = {
+        place: value
+        for place, value in enumerate(values)
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    known = sum(value is not None for value in values)
+    if len(numbers) < known or len(set(numbers.values())) <= _MOST_NUMBERS:
         return [None if value is None else " ".join(str(value).split()) for value in values]
-    edges = np.unique(np.quantile(numbers, [0.25, 0.5, 0.75]))
-    place = [None if value is None else int(np.searchsorted(edges, value, side="right")) for value in values]
-    spans = {}
-    for group in {spot for spot in place if spot is not None}:
-        inside = [value for value, spot in zip(values, place, strict=True) if spot == group]
-        spans[group] = f"{min(inside):g} to {max(inside):g}"
-    return [None if spot is None else spans[spot] for spot in place]
+    edges = np.unique(np.quantile(list(numbers.values()), [0.25, 0.5, 0.75]))
+    inside: dict[int, list[float]] = {}
+    for value in numbers.values():
+        inside.setdefault(int(np.searchsorted(edges, value, side="right")), []).append(value)
+    span = {value: f"{min(quarter):g} to {max(quarter):g}" for quarter in inside.values() for value in quarter}
+    return [span[numbers[place]] if place in numbers else None for place in range(len(values))]

@@ -1,11 +1,9 @@
-"""The model card of an export: what it was trained on, how it was judged, what it is for and what it must not be used for."""
+"""The model card of an export: its training, its evaluation, what it is for and what it must not be used for."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from cuma_ds.config import RunConfig
 from cuma_ds.data.prepared import PreparedData
@@ -13,6 +11,7 @@ from cuma_ds.errors import DataError
 from cuma_ds.evaluation.report.legend import legend
 from cuma_ds.evaluation.report.model import SPLITS, read_report
 from cuma_ds.evaluation.report.tables import split_tables
+from cuma_ds.inference.modeling import Export, ProfileFacts
 
 _USE = """\
 ## Use
@@ -26,23 +25,39 @@ inputs = tokenizer("Happiness is", return_tensors="pt")
 tokens = model.generate(**inputs, {argument}max_new_tokens=20)
 ```
 
-`FOLDER` is this folder on your disk: with PEFT installed, transformers would take a hub id for a PEFT adapter, so download it first
-(`huggingface_hub.snapshot_download`). {profiles}
+`FOLDER` is this folder on your disk: with PEFT installed, transformers would take a hub id for a PEFT adapter, so
+download it first (`huggingface_hub.snapshot_download`). {profiles}
 With cuma-ds installed, `cuma_ds.load_exported(FOLDER)` does the same and runs no code from this folder.
 """
 _RISK = """\
 ## Intended use and risks
 
-Meant for research on how opinions differ between groups of people, and for assistants whose users chose to say who they are. The model
-predicts what people with a profile *on average* answered; **it stereotypes by construction**. Individuals differ from the average
-of their country, religion or age group, and groups with few answers are represented badly. Do not use it to infer what a particular person
-believes, to decide about people (hiring, credit, policing, health, asylum), to impersonate groups in public debate, or in place of
-asking them.
+Meant for research on how opinions differ between groups of people, and for assistants whose users chose to say who they
+are. The model predicts what people with a profile *on average* answered; **it stereotypes by construction**.
+Individuals differ from the average of their country, religion or age group, and groups with few answers are represented
+badly. Do not use it to infer what a particular person believes, to decide about people (hiring, credit, policing,
+health, asylum), to impersonate groups in public debate, or in place of asking them.
 Profiles are sensitive personal data: ask for consent, do not log them, and let people leave fields out.
 """
+_HEAD = """\
+---
+license: {licence}
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {name}
+tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]
+---
+
+# CuMA adapters for {name}
+"""
+_SPLITS = {
+    "train": "training",
+    "test": "test (other people, same countries)",
+    "heldout": "held out (never trained on)",
+}
 
 
-def model_card(export: Mapping[str, Any], story: str, base: Path, merged: bool) -> str:
+def model_card(export: Export, story: str, base: Path, merged: bool) -> str:
     """README.md of an exported folder.
 
     Args:
@@ -51,58 +66,50 @@ def model_card(export: Mapping[str, Any], story: str, base: Path, merged: bool) 
         base: the base model's folder, if it is one; its licence is read there.
         merged: whether the base weights are inside.
     """
-    licence = base_licence(base)
-    name = str(export["base_model_name_or_path"])
-    name = Path(name).name if Path(name).is_dir() else name
-    head = [
-        "---",
-        f"license: {licence or 'other'}",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"base_model: {name}",
-    ]
-    head += [
-        "tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]",
-        "---",
-        "",
-        f"# CuMA adapters for {name}",
-        "",
-    ]
-    adapters = export["adapters"]
+    licence, name, adapters = base_licence(base), _short(export["base_model_name_or_path"]), export["adapters"]
     routed = "the token and the profile" if adapters["profile_dim"] else "the token"
     if adapters["method"] == "lora":
         routed = "nothing (one expert)"
-    text = (
+    inside = "The base weights are inside, in `base/`." if merged else "The base weights are not inside."
+    about = (
         f"A frozen {name} with {adapters['num_experts']} LoRA experts of rank {adapters['lora_r']} beside each of "
         f"{', '.join(adapters['target_modules'])}, {adapters['top_k']} of them active per token, routed by {routed} "
-        "([CuMA](https://arxiv.org/abs/2601.04885)). "
-        + ("The base weights are inside, in `base/`." if merged else "The base weights are not inside.")
+        f"([CuMA](https://arxiv.org/abs/2601.04885)). {inside}"
     )
-    about = export["profiles"]
-    if not adapters["profile_dim"]:
-        argument, profiles = "", "These adapters take no profiles."
-    elif about.get("encoder"):
-        encoder = Path(about["encoder"]).name if Path(about["encoder"]).is_dir() else about["encoder"]
-        argument = 'profiles=[{"country": "Norway", "age": 34}], '
-        fields = f" Fields it was trained with: {', '.join(about['fields'])}." if about.get("fields") else ""
-        profiles = (
-            f"A profile is text or fields, embedded by the sentence encoder {encoder} (template `{about['template']}`); "
-            f"`profile_embeddings` [B, {adapters['profile_dim']}] work too.{fields} `base_model=` and `encoder=` name other places."
-        )
-    else:
-        argument = "profile_embeddings=embeddings, "
-        profiles = f"No sentence encoder is named: give `profile_embeddings` [B, {adapters['profile_dim']}], or load with `encoder=FOLDER`."
-    licence_text = (
-        f"The base model's licence ({licence}) applies to it and to what is derived from it."
-        if licence
-        else "The base model's licence applies to it and to what is derived from it; its folder names none; look it up."
-    )
+    argument, profiles = _profiles(export["profiles"], adapters["profile_dim"])
     use = _USE.replace("{argument}", argument).replace("{profiles}", profiles)
-    return "\n".join([*head, text, "", story.strip(), "", use, _RISK, "## Licence", "", licence_text, ""])
+    applies = "applies to it and to what is derived from it"
+    licence_text = f"The base model's licence {applies}; its folder names none; look it up."
+    if licence:
+        licence_text = f"The base model's licence ({licence}) {applies}."
+    head = _HEAD.format(licence=licence or "other", name=name)
+    return "\n".join([head, about, "", story.strip(), "", use, _RISK, "## Licence", "", licence_text, ""])
+
+
+def _profiles(about: ProfileFacts, width: int) -> tuple[str, str]:
+    """How profiles are given: an argument of the example, and what to say about it."""
+    if not width:
+        return "", "These adapters take no profiles."
+    encoder = about.get("encoder")
+    if not encoder:
+        return "profile_embeddings=embeddings, ", (
+            f"No sentence encoder is named: give `profile_embeddings` [B, {width}], or load with `encoder=FOLDER`."
+        )
+    fields = f" Fields it was trained with: {', '.join(about['fields'])}." if about.get("fields") else ""
+    return 'profiles=[{"country": "Norway", "age": 34}], ', (
+        f"A profile is text or fields, embedded by the sentence encoder {_short(encoder)} (template "
+        f"`{about['template']}`); `profile_embeddings` [B, {width}] work too.{fields} `base_model=` and `encoder=` "
+        "name other places."
+    )
+
+
+def _short(place: str) -> str:
+    """The name of a folder without the folders it is in; a hub id as it is."""
+    return Path(place).name if Path(place).is_dir() else place
 
 
 def run_section(report_folder: Path, config: RunConfig, data: PreparedData, checkpoint: str) -> str:
-    """What a run was trained on and how it did, as Markdown."""
+    """The training and evaluation of a run, as Markdown."""
     kind = "choice questions" if data.kind == "choice" else "conversations"
     lines = [
         "## Training", "",
@@ -111,13 +118,10 @@ def run_section(report_folder: Path, config: RunConfig, data: PreparedData, chec
         f"Data: {data.manifest['source']} ({kind}), split by person; profiles in {len(data.profiles):,} variants.",
         "", "| split | people | answers | profiles |", "|---|---:|---:|---:|",
     ]  # fmt: skip
-    names = {
-        "train": "training",
-        "test": "test (other people, same countries)",
-        "heldout": "held out (never trained on)",
-    }
     for split, size in data.manifest["splits"].items():
-        lines.append(f"| {names.get(split, split)} | {size['people']:,} | {size['answers']:,} | {size['profiles']:,} |")
+        lines.append(
+            f"| {_SPLITS.get(split, split)} | {size['people']:,} | {size['answers']:,} | {size['profiles']:,} |"
+        )
     return "\n".join([*lines, "", "## Evaluation", "", *_metrics(report_folder, checkpoint)])
 
 

@@ -1,13 +1,13 @@
-"""Trained adapters as a folder that transformers loads: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+"""Trained adapters as a folder that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads.
 
 The folder holds::
 
-    config.json, modeling_cuma.py            what transformers needs; the code is the package's own, in one file
-    adapter_config.json                      the adapters, the base model, how a profile becomes a vector, how prompts were written
-    adapter_model.safetensors                routers, experts (float32, full expert dimension) and the profile standardisation
-    generation_config.json                   which tokens end an answer; greedy decoding
-    tokenizer files, README.md               the base model's tokenizer; a model card written from the run
-    base/                                    only in ``hf-merged-repo``: the base model itself
+    config.json, modeling_cuma.py    what transformers needs; the code is the package's own, in one file
+    adapter_config.json              the adapters, the base model, how profiles are embedded, how prompts were written
+    adapter_model.safetensors        routers, experts (float32, full expert dimension), profile standardisation
+    generation_config.json           which tokens end an answer; greedy decoding
+    tokenizer files, README.md       the base model's tokenizer; a model card written from the run
+    base/                            only in ``hf-merged-repo``: the base model itself
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -46,6 +45,15 @@ from cuma_ds.inference.open import profile_facts
 from cuma_ds.parallel.backbone import backbone_fingerprint, load_tokenizer, skeleton
 from cuma_ds.runs import Run
 
+_CONFIG = {
+    "model_type": "cuma",
+    "architectures": ["CumaForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "modeling_cuma.CumaExportConfig",
+        "AutoModelForCausalLM": "modeling_cuma.CumaForCausalLM",
+    },
+}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -65,13 +73,13 @@ class Trained:
     state: dict[str, Tensor]
     base: ModelSection
     profiles: ProfileFacts
-    prompt: dict[str, Any] = field(default_factory=dict)
+    prompt: dict[str, str | int | bool | None] = field(default_factory=dict)
     story: str = ""
     backbone: dict[str, str] = field(default_factory=dict)
 
 
 def read_run(run_dir: str | Path, step: int | None = None) -> Trained:
-    """The adapters of one checkpoint of a run, written by any world size and ZeRO stage; no process group, no backbone weights.
+    """The adapters of one checkpoint of a run, without a process group and without the weights of the backbone.
 
     Args:
         run_dir: a run folder as training leaves it.
@@ -109,30 +117,22 @@ def write_hf(trained: Trained, out: str | Path, merged: bool = False) -> Path:
     """
     with output_folder(out) as folder:
         bare = skeleton(trained.base)
-        inject_adapters(bare, trained.adapters).load_adapter_state(
-            trained.state
-        )  # on no memory; checks every name and shape
-        save_tensors(
-            folder / ADAPTER_WEIGHTS, trained.state, {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"}
-        )
+        # The skeleton has no memory; this checks every name and shape.
+        inject_adapters(bare, trained.adapters).load_adapter_state(trained.state)
+        made_by = {"format": "pt", "made_by": f"cuma-ds {cuma_ds.__version__}"}
+        save_tensors(folder / ADAPTER_WEIGHTS, trained.state, made_by)
         place = Path(trained.base.path).expanduser()
         export = describe(trained, bare.config)
         export["sha256"] = file_sha256(folder / ADAPTER_WEIGHTS)
         export["settings_sha256"] = settings_sha256(export)
         _dump(folder / ADAPTER_CONFIG, export)
-        auto_map = {
-            "AutoConfig": "modeling_cuma.CumaExportConfig",
-            "AutoModelForCausalLM": "modeling_cuma.CumaForCausalLM",
-        }
-        _dump(
-            folder / "config.json", {"model_type": "cuma", "architectures": ["CumaForCausalLM"], "auto_map": auto_map}
-        )
+        _dump(folder / "config.json", _CONFIG)
         (folder / "modeling_cuma.py").write_text(modeling_source(), encoding="utf-8")
         renderer = None
         with contextlib.suppress(ModelError):  # without one, the export takes token ids only
             tokenizer = load_tokenizer(trained.base)
             tokenizer.save_pretrained(folder)
-            renderer = Renderer(tokenizer, trained.prompt.get("max_length", 2048))
+            renderer = Renderer(tokenizer, int(trained.prompt.get("max_length") or 2048))
         settled_generation(folder_generation(trained.base.path, bare), bare.config, renderer).save_pretrained(folder)
         if merged:
             if not place.is_dir():

@@ -1,7 +1,8 @@
 """One profile as a plain LoRA adapter, for PEFT and multi-LoRA serving engines that know nothing of routing.
 
-With a fixed gate g, sum_i g_i B_i A_i is one low-rank product: the A_i stacked, the g_i B_i side by side. The gate of one profile is fixed
-where the router does not look at the token; elsewhere its mean over prompts is taken, and what that costs is measured.
+With a fixed gate g, sum_i g_i B_i A_i is one low-rank product: the A_i stacked, the g_i B_i side by side. The gate of a
+profile is fixed where the router does not look at the token. Elsewhere its mean over prompts is taken, and the error of
+that is measured.
 
 Shapes: R routers, E experts, D input features, O output features, r rank of one expert, P profile width.
 """
@@ -12,7 +13,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -20,10 +21,14 @@ from torch import Tensor
 
 from cuma_ds.adapters import CumaModel
 from cuma_ds.adapters.fold import constant_gates, fixed_gate, fold, plain_lora, set_lora
+from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import EncodedExample, encode_example
+from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.metrics import distance, distance_name
+from cuma_ds.evaluation.routing import mean_gates
 from cuma_ds.export.hf import output_folder
 from cuma_ds.export.weights import save_tensors
 from cuma_ds.files import full_path
@@ -35,36 +40,56 @@ from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
 from cuma_ds.runs import Run
 
 
+class Divergence(TypedDict, total=False):
+    """How far the predictions of a plain LoRA are from the mixture's.
+
+    kl_mean, kl_max: nats per predicted token.  emd_mean, emd_max: between the answer distributions of choice
+    questions. No distance to people's answers changes by more.  distance: EMD, or TV for nominal questions.
+    """
+
+    kl_mean: float
+    kl_max: float
+    emd_mean: float
+    emd_max: float
+    distance: str
+
+
+class LoraRow(Divergence, total=False):
+    """One adapter: whether it equals the mixture, its rank, and on which prompts the divergence was measured."""
+
+    exact: bool
+    rank: int
+    prompts: dict[str, int | str]
+
+
+class LoraReport(TypedDict):
+    """The content of ``report.json``; ``profiles`` has one row per adapter."""
+
+    run: str
+    checkpoint: str
+    profiles: list[LoraRow]
+
+
 def write_lora(
     run_dir: str | Path, profiles: Sequence[Profile], out: str | Path, step: int | None = None, prompts: int = 64
-) -> dict[str, Any]:
+) -> LoraReport:
     """Write ``out/profile-N/`` for the N-th profile, each a PEFT adapter, and ``out/report.json``.
 
     No profile text is written: adapters are numbered in the order of ``profiles``.
 
     Args:
         run_dir: a run folder as training leaves it.
-        profiles: whom the adapters are for; empty for methods that take no profiles.
+        profiles: one adapter is written for each; empty for methods that take no profiles.
         out: a folder that does not exist or is empty.
         step: checkpoint; the newest by default.
-        prompts: training prompts that the gate is averaged over, and held-out prompts that the divergence is measured on.
-
-    Returns:
-        The report: for each profile ``exact``, ``rank``, and without exactness ``kl_mean``, ``kl_max`` (nats per predicted token) and
-        ``emd_mean``, ``emd_max`` (between the answer distributions; no distance to people's answers changes by more) and their
-        ``distance`` (EMD, or TV for nominal questions).
+        prompts: training prompts to average the gate over, and held-out prompts to measure the divergence on.
 
     Raises:
         CumaError: the run, a profile or the output folder cannot be used.
     """
     run = Run.open(run_dir)
     config = run.config()
-    if config.adapters.uses_profiles and not profiles:
-        raise ConfigError("--format lora needs at least one --profile: these adapters are routed by who is asking")
-    if profiles and not config.adapters.uses_profiles:
-        raise ConfigError(f"--profile was given, but method {config.adapters.method!r} takes no profiles; leave it out")
-    if prompts < 1:
-        raise ConfigError(f"--calibration is {prompts}; at least one prompt is needed")
+    _check(config, profiles, prompts)
     trained = run.trained(config, step)
     data, table = trained.data, trained.table
     sentences = [linearize(profile, config.profiles.template) for profile in profiles]
@@ -74,49 +99,35 @@ def write_lora(
             warnings.warn(message, UserWarning, stacklevel=2)
     with output_folder(out) as folder:
         model = load_trained(config, trained.adapters, table)
-        tokenizer = load_tokenizer(config.model)
-        renderer = Renderer.of(tokenizer, config.data)
+        measure = _Measure(config, data, prompts)
         embeddings = [None] if table is None else list(_embed(sentences, table, str(config.profiles.encoder)))
-        measure = _Measure(config.evaluation.batch_size, pad_id_of(tokenizer))
-
-        def chosen(split: str) -> list[dict[str, Any]]:
-            rows = data.splits[split]
-            return [rows[int(row)] for row in np.random.default_rng(0).permutation(len(rows))[:prompts]]
-
-        def examples(split: str, sentence: str) -> list[EncodedExample]:
-            return [encode_example({**row, "profile": 0}, renderer, [sentence], config.data) for row in chosen(split)]
-
-        split = next((name for name in ("test", "heldout") if len(data.splits[name])), "train")
-        nominal = [row["scale"] == "nominal" for row in chosen(split)] if data.kind == "choice" else None
-        found = []
-        for sentence, embedding in zip(sentences or [""], embeddings, strict=True):
-            exact = all(fixed_gate(router) for router in model.context.routers)
-            gate_RE = (
-                constant_gates(model, embedding)
-                if exact
-                else measure.mean_gates(model, examples("train", sentence), embedding)
-            )
-            held_out = [] if exact else examples(split, sentence)
-            found.append((exact, gate_RE, held_out, [] if exact else measure.distributions(model, held_out, embedding)))
-        states = [fold(model, gate_RE) for _, gate_RE, _, _ in found]
+        mixtures = [
+            measure.mixture(model, sentence, embedding)
+            for sentence, embedding in zip(sentences or [""], embeddings, strict=True)
+        ]
+        states = [fold(model, mixture.gate_RE) for mixture in mixtures]
         plain = plain_lora(model, states)
-        rows = []
-        for number, (state, (exact, _, held_out, before)) in enumerate(zip(states, found, strict=True), start=1):
-            rank = next(iter(state.values()))[0].shape[0]
-            row: dict[str, Any] = {"exact": exact, "rank": rank}
-            if not exact:
+        rows: list[LoraRow] = []
+        for number, (state, mixture) in enumerate(zip(states, mixtures, strict=True), start=1):
+            row: LoraRow = {"exact": mixture.exact, "rank": next(iter(state.values()))[0].shape[0]}
+            if not mixture.exact:
                 set_lora(plain, state)
-                row |= divergence(before, measure.distributions(plain, held_out, None), held_out, nominal)
-                row["prompts"] = {
-                    "averaged over": min(prompts, len(data.splits["train"])),
-                    "measured on": len(held_out),
-                    "split": split,
-                }
+                row |= measure.divergence(mixture, plain)
+                row["prompts"] = measure.counts(mixture)
             rows.append(row)
             write_peft(folder / f"profile-{number}", state, model, full_path(config.model.path))
-        report = {"run": config.run.name, "checkpoint": trained.checkpoint.name, "profiles": rows}
+        report: LoraReport = {"run": config.run.name, "checkpoint": trained.checkpoint.name, "profiles": rows}
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _check(config: RunConfig, profiles: Sequence[Profile], prompts: int) -> None:
+    if config.adapters.uses_profiles and not profiles:
+        raise ConfigError("--format lora needs at least one --profile: these adapters are routed by who is asking")
+    if profiles and not config.adapters.uses_profiles:
+        raise ConfigError(f"--profile was given, but method {config.adapters.method!r} takes no profiles; leave it out")
+    if prompts < 1:
+        raise ConfigError(f"--calibration is {prompts}; at least one prompt is needed")
 
 
 def write_peft(folder: Path, state: Mapping[str, tuple[Tensor, Tensor]], model: CumaModel, base: str) -> None:
@@ -154,16 +165,16 @@ def divergence(
     after: Sequence[Tensor],
     examples: Sequence[EncodedExample],
     nominal: Sequence[bool] | None,
-) -> dict[str, Any]:
+) -> Divergence:
     """How far the plain LoRA's predictions are from the mixture's.
 
     Args:
         before, after: log-probabilities [positions, V] of each example, of the mixture and of the plain LoRA.
         examples: the prompts.
-        nominal: for choice questions, whose options' letters are the targets, whether the options have no order; None for chats.
+        nominal: for choice questions, whether the options have no order; None for conversations.
     """
     kl = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(before, after, strict=True)]).clamp(min=0)
-    found: dict[str, Any] = {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
+    found: Divergence = {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
     if nominal is not None:
         answers = [
             (p[-1, example.target_token].softmax(dim=0).numpy(), q[-1, example.target_token].softmax(dim=0).numpy())
@@ -174,39 +185,80 @@ def divergence(
     return found
 
 
+class _Mixture(NamedTuple):
+    """The mixture as one profile.
+
+    exact: whether no router looks at the token.  gate_RE: its gates, fixed or averaged.  Where it is not exact also the
+    prompts it is measured on and its log-probabilities [positions, V] there.
+    """
+
+    exact: bool
+    gate_RE: Tensor
+    examples: list[EncodedExample]
+    log_probabilities: list[Tensor]
+
+
 class _Measure:
-    """Runs examples through a model as one profile."""
+    """Asks a model a run's prompts as one profile.
 
-    def __init__(self, batch_size: int, pad_id: int) -> None:
-        self.batch_size, self.pad_id = batch_size, pad_id
+    Args:
+        config: the recipe of the run.
+        data: its data.
+        prompts: most prompts of a split.
+    """
 
-    def mean_gates(self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None) -> Tensor:
-        """Mean gate [R, E] over all real tokens of the prompts."""
-        total_RE, tokens = torch.zeros(()), 0
-        for indices, _, _, gates_BRE in self._run(model, examples, embedding_P, record=True):
-            for row, index in enumerate(indices):
-                assert gates_BRE is not None
-                total_RE = total_RE + gates_BRE[row].double() * len(examples[index].input_ids)
-                tokens += len(examples[index].input_ids)
-        return total_RE / tokens
+    def __init__(self, config: RunConfig, data: PreparedData, prompts: int) -> None:
+        tokenizer = load_tokenizer(config.model)
+        self._renderer, self._pad_id = Renderer.of(tokenizer, config.data), pad_id_of(tokenizer)
+        self._config, self._data, self._prompts = config, data, prompts
+        self._split = next((name for name in ("test", "heldout") if len(data.splits[name])), "train")
 
-    def distributions(
-        self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None
+    def mixture(self, model: CumaModel, sentence: str, embedding_P: Tensor | None) -> _Mixture:
+        """The gates of a profile, and what the mixture predicts for it."""
+        if all(fixed_gate(router) for router in model.context.routers):
+            return _Mixture(True, constant_gates(model, embedding_P), [], [])
+        table = None if embedding_P is None else embedding_P[None]
+        batch_size, training = self._config.evaluation.batch_size, self._examples("train", sentence)
+        gate_RE = mean_gates(model, training, table, batch_size, self._pad_id)
+        examples = self._examples(self._split, sentence)
+        return _Mixture(False, gate_RE, examples, self._predicted(model, examples, table))
+
+    def divergence(self, mixture: _Mixture, plain: CumaModel) -> Divergence:
+        """How far the plain LoRA is from the mixture on held-out prompts."""
+        nominal = None
+        if self._data.kind == "choice":
+            nominal = [row["scale"] == "nominal" for row in self._chosen(self._split)]
+        after = self._predicted(plain, mixture.examples, None)
+        return divergence(mixture.log_probabilities, after, mixture.examples, nominal)
+
+    def counts(self, mixture: _Mixture) -> dict[str, int | str]:
+        """How many prompts were used, and of which split."""
+        averaged = min(self._prompts, len(self._data.splits["train"]))
+        return {"averaged over": averaged, "measured on": len(mixture.examples), "split": self._split}
+
+    def _chosen(self, split: str) -> list[Row]:
+        rows = self._data.splits[split]
+        return [rows[int(row)] for row in np.random.default_rng(0).permutation(len(rows))[: self._prompts]]
+
+    def _examples(self, split: str, sentence: str) -> list[EncodedExample]:
+        return [
+            encode_example({**row, "profile": 0}, self._renderer, [sentence], self._config.data)
+            for row in self._chosen(split)
+        ]
+
+    def _predicted(
+        self, model: CumaModel, examples: Sequence[EncodedExample], embeddings_NP: Tensor | None
     ) -> list[Tensor]:
         """Next-token log-probabilities [positions, V] of each example, at the positions that predict a target."""
+        device, batch_size = next(model.parameters()).device, self._config.evaluation.batch_size
         found: list[Tensor] = [torch.empty(0)] * len(examples)
-        for indices, batch, logits, _ in self._run(model, examples, embedding_P):
+        for indices, batch, logits, _ in forward_batches(
+            model, examples, embeddings_NP, batch_size, self._pad_id, device=device
+        ):
             for row, index in enumerate(indices):
                 positions = batch.targets.position_L[batch.targets.row_L == row].unique()
                 found[index] = logits[row, positions].cpu().double().log_softmax(dim=-1)
         return found
-
-    def _run(
-        self, model: CumaModel, examples: Sequence[EncodedExample], embedding_P: Tensor | None, record: bool = False
-    ) -> Any:
-        embeddings = None if embedding_P is None else embedding_P[None]
-        device = next(model.parameters()).device
-        return forward_batches(model, examples, embeddings, self.batch_size, self.pad_id, device=device, record=record)
 
 
 def _embed(sentences: Sequence[str], table: ProfileTable, encoder: str) -> Tensor:

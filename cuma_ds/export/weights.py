@@ -1,4 +1,4 @@
-"""Safetensors written piece by piece: adapters are not held twice, and base weights are copied into shards without being held at all."""
+"""Safetensors written piece by piece: adapters are not held twice, base weights are not held at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -73,9 +73,9 @@ def _write(path: Path, tensors: dict[str, StoredTensor]) -> None:
                 _copy(stream, out, stored.size)
 
 
-def _header(abouts: Mapping[str, dict[str, Any]], sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
+def _header(abouts: Mapping[str, Mapping[str, object]], sizes: Mapping[str, int], metadata: Mapping[str, str]) -> bytes:
     """The start of a safetensors file whose tensors follow in this order without gaps."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, about in abouts.items():
         header[name] = {**about, "data_offsets": [offset, offset + sizes[name]]}
@@ -85,7 +85,7 @@ def _header(abouts: Mapping[str, dict[str, Any]], sizes: Mapping[str, int], meta
     return struct.pack("<Q", len(text)) + text
 
 
-def _copy(stream: Any, out: Any, size: int) -> None:
+def _copy(stream: BinaryIO, out: BinaryIO, size: int) -> None:
     while size:
         chunk = stream.read(min(size, _CHUNK))
         out.write(chunk)

@@ -34,9 +34,8 @@ class Trained(NamedTuple):
 class Output(NamedTuple):
     """What a forward gives.
 
-    logits: [B, K, V] at the positions that the batch keeps.  balance_loss: a scalar, while training a method that has
-    one.
-    routing: what the routers did; None for methods without routers.
+    logits: [B, K, V] at the positions that the batch keeps.  balance_loss: a scalar, while training a method that
+    has one.  routing: what the routers did; None for methods without routers.
     """
 
     logits: Tensor

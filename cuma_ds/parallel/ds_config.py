@@ -61,8 +61,8 @@ class DeepSpeedSettings:
     """A DeepSpeed configuration taken apart.
 
     engine: what ``deepspeed.initialize`` gets.  stage: its ZeRO stage.  backbone: how the frozen backbone is held
-    beside it.
-    loss_scale: for a float16 backbone at stages 1 and 2, else None (at stage 3 the engine scales by itself).
+    beside it.  loss_scale: for a float16 backbone at stages 1 and 2, else None (at stage 3 the engine scales by
+    itself).
     """
 
     engine: dict[str, Any]
@@ -81,20 +81,10 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         world: number of ranks.
 
     Raises:
-        ConfigError: the file is missing, is no JSON object, sets what the recipe decides, or cannot hold what it asks
-            for.
+        ConfigError: the file is missing, is no JSON object, sets what the recipe decides, or cannot do what it asks.
     """
     path = find_deepspeed_config(config.parallel.deepspeed_config)
-    try:
-        values = read_json(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"cannot read the DeepSpeed configuration {path}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: a DeepSpeed configuration is a JSON object, not {type(values).__name__}")
+    values = _read_object(path)
     for key, ours in _FROM_RECIPE.items():
         if key in values:
             raise ConfigError(f"{path}: {key!r} is decided by the recipe ({ours}); remove it here")
@@ -130,6 +120,20 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
     elif config.model.dtype == "bfloat16":
         engine["bf16"] = {"enabled": True}
     return DeepSpeedSettings(engine, stage, backbone)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = read_json(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"cannot read the DeepSpeed configuration {path}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: a DeepSpeed configuration is a JSON object, not {type(values).__name__}")
+    return values
 
 
 def _part(kind: type[_Part], path: Path, key: str, values: dict[str, Any]) -> _Part:

@@ -34,9 +34,8 @@ FORMAT_VERSION = 1
 class State(TypedDict, total=False):
     """``state.json``.
 
-    optimizer_steps: fewer than ``step`` where float16 gradients overflowed.  identity: what the run was started with.
-    written_by: world,
-    ep_size and zero_stage.  files, sha256: size in bytes and hash of every other file, by name.
+    optimizer_steps: fewer than ``step`` where float16 gradients overflowed.  identity: what the run was started
+    with.  written_by: world, ep_size and zero_stage.  files, sha256: size in bytes and hash of each other file.
     """
 
     format_version: int

@@ -30,9 +30,8 @@ class Hardware:
     """What is assumed of the cluster; every figure is per GPU.
 
     memory: bytes.  reserved: bytes of it for the CUDA context, NCCL and fragmentation.  flops: peak FLOP/s in the
-    backbone's dtype.
-    efficiency: share of the peak that is reached.  intra_bandwidth, inter_bandwidth: bytes/s to GPUs of the same and
-    of other machines.
+    backbone's dtype.  efficiency: share of the peak that is reached.  intra_bandwidth, inter_bandwidth: bytes/s to
+    GPUs of the same and of other machines.
     """
 
     gpus_per_node: int = 8
@@ -64,11 +63,10 @@ class Sizes:
     """Numbers in the model of one recipe, over all ranks.
 
     backbone: of each frozen parameter.  gathered: of the frozen parameters that one micro step gathers, in order.
-    itemsize: bytes of one
-    of them.  shared, expert: trained on every rank, and trained with an expert dimension.  layers: experts of each
-    adapted linear.
-    active: experts that answer for one token.  multiplied: numbers of the backbone that each token is multiplied
-    with.  attention: FLOPs of one token's attention per token of its sequence.
+    itemsize: bytes of one of them.  shared, expert: trained on every rank, and trained with an expert dimension.
+    layers: experts of each adapted linear.  active: experts that answer for one token.  multiplied: numbers of the
+    backbone that each token is multiplied with.  attention: FLOPs of one token's attention per token of its
+    sequence.
     """
 
     backbone: tuple[int, ...]

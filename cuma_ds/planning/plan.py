@@ -21,10 +21,9 @@ class Plan:
     """The prediction for one cluster size.
 
     memory: bytes per GPU by purpose.  host_memory: bytes per rank that offloading puts into CPU memory.  wire: bytes
-    one rank sends
-    per optimizer step, by purpose and collective.  dispatch: what ``parallel.dispatch`` comes to.  seconds: of one
-    step, by part.
-    max_micro_batch: most sequences of this length per forward that fit; 0 when not even one does.
+    one rank sends per optimizer step, by purpose and collective.  dispatch: what ``parallel.dispatch`` comes to.
+    seconds: of one step, by part.  max_micro_batch: most sequences of this length per forward that fit; 0 when not
+    even one does.
     """
 
     gpus: int

@@ -1,4 +1,4 @@
-"""Who is asking: a profile becomes one sentence, and a sentence one vector."""
+"""Profiles: each becomes one sentence, and a sentence one vector."""
 
 from cuma_ds.profiles.encoder import ProfileEncoder
 from cuma_ds.profiles.linearize import linearize

@@ -24,15 +24,17 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 class ProfileEncoder:
     """Embeds profile sentences with any sentence-embedding folder that ``transformers`` reads.
 
-    By default pooling is what the folder's ``1_Pooling/config.json`` says (mean, cls or lasttoken) and the mean over real
-    tokens without one, and vectors have length 1. Padding never counts. Vectors are float32. Weights are loaded at the first call.
+    By default pooling is what the folder's ``1_Pooling/config.json`` says (mean, cls or lasttoken) and the mean over
+    real tokens without one, and vectors have length 1. Padding never counts. Vectors are float32. Weights are loaded
+    at the first call.
 
     Args:
         path: a folder, or a hub id that is brought to the local hub cache.
         device: where to embed; default: the first GPU, else the CPU.
         batch_size: sentences per forward.
-        pooling: auto (what the folder says) | mean | cls | last | mean-all. The last is the mean over every position, as the authors'
-            code takes it. There it depended on the padding of a batch; here each sentence is embedded alone, without padding.
+        pooling: auto (what the folder says) | mean | cls | last | mean-all. The last is the mean over every position,
+            as the authors' code takes it. There it depended on the padding of a batch; here each sentence is embedded
+            alone, without padding.
         normalise: whether vectors are scaled to length 1.
         max_tokens: sentences are cut after so many tokens; default: what the folder says.
 
@@ -113,12 +115,16 @@ class ProfileEncoder:
         lengths = [len(ids) for ids in whole if len(ids) > limit]
         if not lengths:
             return
-        about = f"{len(lengths)} of {len(texts)} profile sentences have more than the {limit} tokens that {self.folder} reads"
+        about = (
+            f"{len(lengths)} of {len(texts)} profile sentences have more than the {limit} tokens that {self.folder} "
+            "reads"
+        )
         about = f"{about} (the longest has {max(lengths)})"
         read = {tuple(ids) for ids in tokenizer(near, truncation=True, max_length=limit)["input_ids"]}
         if apart and len(read) < len({tuple(ids) for ids in whole}):
             raise DataError(
-                f"{about}, and some of them differ only in what is not read: different people would get one vector; put fewer fields "
+                f"{about}, and some of them differ only in what is not read: different people would get one vector; "
+                "put fewer fields "
                 "into profiles, or the telling ones first, or use an encoder that reads more"
             )
         warnings.warn(f"{about}; their ends are not read", stacklevel=2)
@@ -235,7 +241,8 @@ def _pooling(folder: Path) -> str:
     modes = [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes] or ["mean"]
     if len(modes) > 1 or modes[0] not in _POOLINGS:
         raise ModelError(
-            f"{folder / place / 'config.json'} asks for pooling {' + '.join(modes)}; supported: one of {', '.join(_POOLINGS)}"
+            f"{folder / place / 'config.json'} asks for pooling {' + '.join(modes)}; supported: "
+            f"one of {', '.join(_POOLINGS)}"
         )
     return modes[0]
 

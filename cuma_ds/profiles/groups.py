@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +14,21 @@ EVERYONE_ELSE = "*"
 
 
 def group_mask(
-    profiles: Sequence[Mapping[str, Any]], groups: Mapping[str, Mapping[str, Sequence[int]]], num_experts: int
+    profiles: Sequence[Mapping[str, object]], groups: Mapping[str, Mapping[str, Sequence[int]]], num_experts: int
 ) -> Tensor:
     """The gradient mask of ``adapters.gradient_groups``: 1 where a profile's group may teach an expert, 0 elsewhere.
 
     Args:
         profiles: the fields of N profiles.
-        groups: ``{field: {value: experts}}`` with one field; ``*`` stands for every other value, and for profiles without the field.
-            Without ``*`` those teach all experts.
+        groups: ``{field: {value: experts}}`` with one field; ``*`` stands for every other value, and for profiles
+            without the field. Without ``*`` those teach all experts.
         num_experts: E.
 
     Returns:
         [N, E] float32.
 
     Raises:
-        ConfigError: no profile has the field, or nobody is in a group.
+        ConfigError: no profile has the field, or no profile is in a group.
     """
     ((field, experts_by_given),) = groups.items()
     experts_by_value = {one_spelling(value): experts for value, experts in experts_by_given.items()}
@@ -37,7 +36,8 @@ def group_mask(
     if not any(values):
         known = list(dict.fromkeys(name for fields in profiles if not isinstance(fields, str) for name in fields))
         raise ConfigError(
-            f"adapters.gradient_groups: no profile has the field {field!r}{nearest(field, known)}; they have {', '.join(known) or 'none'}"
+            f"adapters.gradient_groups: no profile has the field {field!r}{nearest(field, known)}; "
+            f"they have {', '.join(known) or 'none'}"
         )
     for value in experts_by_value:
         if value != EVERYONE_ELSE and value not in values:

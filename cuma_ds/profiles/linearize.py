@@ -6,7 +6,6 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
 
 from cuma_ds.errors import ConfigError, DataError, nearest
 from cuma_ds.strict_json import RepeatedKeyError, read_json
@@ -20,8 +19,8 @@ _MISSING = {
     "rather not say", "don't know", "dont know", "do not know", "i don't know",
 }  # fmt: skip
 
-# Characters that are not seen: spaces of no width, marks of direction and of byte order. Joiners count only outside the scripts that
-# write with them (from Arabic on, and emoji).
+# Characters that are not seen: spaces of no width, marks of direction and of byte order. Joiners count only outside
+# the scripts that write with them (from Arabic on, and emoji).
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u2060\ufeff]|(?<![\u0600-\u1fff\u2c00-\U0010ffff])[\u200c\u200d]")
 _OTHER = re.compile(r"(?:an)?others?(?: (?:religion|faith|denomination|gender)s?)?(?:\s*[,:;(].*)?", re.IGNORECASE)
 
@@ -57,20 +56,20 @@ _BELIEVERS = {
 _WITH_DEGREE = {"yes", "degree", "university degree", "university", "has a degree"}
 _WITHOUT_DEGREE = {"no", "no degree", "no university degree"}
 _WITH_ARTICLE = {
-    "united states", "united states of america", "usa", "us", "uk", "united kingdom", "netherlands", "philippines", "czech republic",
-    "dominican republic", "united arab emirates", "maldives", "bahamas", "gambia", "central african republic",
-    "democratic republic of the congo", "solomon islands", "marshall islands",
+    "united states", "united states of america", "usa", "us", "uk", "united kingdom", "netherlands", "philippines",
+    "czech republic", "dominican republic", "united arab emirates", "maldives", "bahamas", "gambia",
+    "central african republic", "democratic republic of the congo", "solomon islands", "marshall islands",
 }  # fmt: skip
 
 
-def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str:
+def linearize(fields: Mapping[str, object] | str, template: str = "generic") -> str:
     """Turn a profile into the sentence the encoder reads.
 
     Args:
         fields: profile fields, or a sentence that is passed through; anything that :func:`plain_profile` takes.
         template: ``wvs`` reads country, age, gender, religion and education as one English sentence and adds other
-            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order; ``authors`` is the sentence of
-            the authors' code for survey data, where what is not known stands as ``Unknown``.
+            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order; ``authors`` is the
+            sentence of the authors' code for survey data, where what is not known stands as ``Unknown``.
 
     Returns:
         One line, e.g. ``A 55-year-old Buddhist woman living in Thailand.``
@@ -98,10 +97,11 @@ def linearize(fields: Mapping[str, Any] | str, template: str = "generic") -> str
     return {"wvs": _wvs, "generic": _generic, "authors": _authors}[template](values)
 
 
-def plain_profile(profile: Mapping[str, Any] | str) -> dict[str, Any] | str:
+def plain_profile(profile: Mapping[str, object] | str) -> dict[str, object] | str:
     """The profile with names and texts in one spelling.
 
-    A text that is a JSON object is read as the fields it holds; any other text is a sentence. Lists lose items without an answer.
+    A text that is a JSON object is read as the fields it holds; any other text is a sentence. Lists lose items without
+    an answer.
 
     Raises:
         DataError: broken JSON, a field that holds fields, or an age, country or gender that is true or false.
@@ -121,7 +121,7 @@ def plain_profile(profile: Mapping[str, Any] | str) -> dict[str, Any] | str:
     return {one_spelling(str(name)): _plain_value(name, value) for name, value in profile.items()}
 
 
-def _plain_value(name: str, value: Any) -> Any:
+def _plain_value(name: str, value: object) -> object:
     if isinstance(value, str):
         return one_spelling(value)
     if isinstance(value, bool) and _canonical(str(name)) in ("age", "country", "gender"):
@@ -144,7 +144,7 @@ def one_spelling(text: str) -> str:
     return text.strip()
 
 
-def is_missing(value: Any) -> bool:
+def is_missing(value: object) -> bool:
     """Whether a field's value means that nothing is known (case-insensitive)."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return True
@@ -155,12 +155,12 @@ def is_missing(value: Any) -> bool:
     return one_spelling(str(value)).lower().replace("’", "'").rstrip(".") in _MISSING
 
 
-def country_of(fields: Mapping[str, Any] | str) -> str:
+def country_of(fields: Mapping[str, object] | str) -> str:
     """The profile's country as written, or an empty string."""
     return value_of(fields, "country")
 
 
-def value_of(fields: Mapping[str, Any] | str, field: str) -> str:
+def value_of(fields: Mapping[str, object] | str, field: str) -> str:
     """What the profile says in one field (under any name the field goes by), or an empty string."""
     if not isinstance(fields, str):
         for name, value in fields.items():
@@ -169,7 +169,7 @@ def value_of(fields: Mapping[str, Any] | str, field: str) -> str:
     return ""
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) and value.is_integer():

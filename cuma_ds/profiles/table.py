@@ -102,7 +102,8 @@ class ProfileTable:
             raise DataError(f"cannot read the table of profiles {path}: {first_line(error)}") from None
         if metadata["format"] == _FORMAT and metadata.get("sha256") != table.sha256:
             raise DataError(
-                f"the table of profiles {path} is damaged: its content has changed since it was written; restore or remove it"
+                f"the table of profiles {path} is damaged: its content has changed since it was written; "
+                "restore or remove it"
             )
         return table
 

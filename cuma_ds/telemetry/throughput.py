@@ -39,8 +39,8 @@ class Throughput:
         """Rates of the steps since the last row (or since this was made).
 
         Returns:
-            ``seconds`` (of one step, their mean), ``tokens_per_second``, ``people_per_second``, ``memory_gib`` (peak resident)
-            and, on CUDA, ``gpu_memory_gib`` (peak allocated).
+            ``seconds`` (of one step, their mean), ``tokens_per_second``, ``people_per_second``, ``memory_gib`` (peak
+            resident) and, on CUDA, ``gpu_memory_gib`` (peak allocated).
         """
         now = self._clock()
         seconds = max(now - self._last, 1e-9)
@@ -54,7 +54,9 @@ class Throughput:
 
 
 def memory(device: torch.device | str = "cpu") -> dict[str, float]:
-    """Peak memory of this process in GiB: ``memory_gib`` resident and, on CUDA, ``gpu_memory_gib`` allocated by PyTorch."""
+    """Peak memory of this process in GiB: ``memory_gib`` resident and, on CUDA, ``gpu_memory_gib`` allocated by
+    PyTorch.
+    """
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     usage = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}

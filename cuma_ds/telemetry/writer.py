@@ -147,7 +147,7 @@ class MetricsWriter:
         self.close()
 
     def is_due(self, step: int) -> bool:
-        """Whether step ``step`` (from 1) gets a row: every ``log_every``-th and the last one. The same on every rank."""
+        """Whether step ``step`` (from 1) gets a row, as every ``log_every``-th and the last do; equal on all ranks."""
         return step % self._config.log_every == 0 or step == self._total_steps
 
     def _show(self, step: int, values: dict[str, float]) -> None:

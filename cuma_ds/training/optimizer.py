@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from cuma_ds.config import TrainingSection
 
 
-def make_optimizer(groups: list[dict[str, Any]], training: TrainingSection) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict[str, object]], training: TrainingSection) -> torch.optim.Optimizer:
     """AdamW with the recipe's betas, epsilon and weight decay; the learning rate is set anew at every step."""
     return torch.optim.AdamW(
         groups,

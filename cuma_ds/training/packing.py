@@ -20,9 +20,9 @@ _TOLERATED = 0.1
 def tells_examples_apart(logits_of: Callable[[Batch], Tensor], example: EncodedExample, pad_id: int) -> bool:
     """Whether an example behind another one in a packed row is answered as it is alone.
 
-    The probe is answered in a row of its own, packed behind another one, and as the continuation of that other one. A model that
-    tells examples apart by their positions answers the first two alike. A model that does not (ALiBi, a recurrent state, attention
-    without a mask for packed rows) answers the second like the third.
+    The probe is answered in a row of its own, packed behind another one, and as the continuation of that other one. A
+    model that tells examples apart by their positions answers the first two alike. A model that does not (ALiBi, a
+    recurrent state, attention without a mask for packed rows) answers the second like the third.
 
     Args:
         logits_of: logits [B, K, V] of a batch; all ranks call it together.

@@ -92,13 +92,14 @@ def with_profile_width(config: RunConfig, table: ProfileTable | None) -> RunConf
     width = 0 if table is None else table.embeddings.shape[1]
     if config.adapters.profile_dim not in (0, width):
         raise ConfigError(
-            f"adapters.profile_dim is {config.adapters.profile_dim}, but the encoder's embeddings have width {width}; leave it out"
+            f"adapters.profile_dim is {config.adapters.profile_dim}, but the encoder's embeddings have width "
+            f"{width}; leave it out"
         )
     return config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": width})})
 
 
 def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, steps: range, tell: Say) -> None:
-    """Learn, log and save. Numbers of a step stay on the device until they are logged or a checkpoint depends on them."""
+    """Learn, log and save. Numbers of a step stay on the device until a row is logged or a checkpoint is saved."""
     run, is_main = Run(config.run_dir), engine.topology.is_main
     identity, throughput = run.identity(), Throughput(engine.topology.device)
     losses: list[Tensor] = []

@@ -8,7 +8,9 @@ from cuma_ds.config import TrainingSection
 
 
 def learning_rate(step: int, training: TrainingSection) -> float:
-    """Rate of optimizer step ``step`` (from 0): linear warm-up to the peak, then constant, linear to 0 or half a cosine to 0."""
+    """Rate of optimizer step ``step`` (from 0): linear warm-up to the peak, then constant, linear to 0 or half a
+    cosine to 0.
+    """
     peak, warmup = training.learning_rate, training.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup

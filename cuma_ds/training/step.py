@@ -1,4 +1,5 @@
-"""One optimizer step of any objective: forward and backward of its micro batches, and sums over them and over all ranks.
+"""One optimizer step of any objective: forward and backward of its micro batches, and sums over them and over all
+ranks.
 
 Shapes: R routers, E experts.
 """
@@ -26,8 +27,9 @@ class StepResult(NamedTuple):
         weight: what sums of the objective are divided by for the mean over the global batch.
         tokens: real tokens.
         people: answers or conversations behind the examples.
-        sums: tensors on the device, float64. ``loss`` and the objective's metrics; ``balance``, the load-balance loss summed over
-            ranks; and with routers ``load_RE`` (top-k assignments), ``entropy_R`` (gate entropy in nats) and ``routed`` (tokens).
+        sums: tensors on the device, float64. ``loss`` and the objective's metrics; ``balance``, the load-balance loss
+            summed over ranks; and with routers ``load_RE`` (top-k assignments), ``entropy_R`` (gate entropy in nats)
+            and ``routed`` (tokens).
         bytes_sent: of expert parallelism on this rank, by kind; empty without it.
     """
 
@@ -83,8 +85,8 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
 def dropout_seed(run_seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of torch's generators before one micro batch, so that resuming needs no generator state.
 
-    It is the first 63 bits that ``numpy.random.SeedSequence([run_seed, step, micro_step, rank])`` generates: a fixed mix of the
-    four integers, the same on every machine, in every version of numpy and of Python.
+    It is the first 63 bits that ``numpy.random.SeedSequence([run_seed, step, micro_step, rank])`` generates: a fixed
+    mix of the four integers, the same on every machine, in every version of numpy and of Python.
     """
     return int(
         np.random.SeedSequence([run_seed, step, micro_step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)

@@ -1,4 +1,6 @@
-"""Where answers come from: a source is one file here with ``read(path, options) -> Rows``, and one line in :data:`SOURCES`."""
+"""Where answers come from: a source is one file here with ``read(path, options) -> Rows``, and one line in
+:data:`SOURCES`.
+"""
 
 from __future__ import annotations
 

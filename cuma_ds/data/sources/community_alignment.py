@@ -1,11 +1,12 @@
-"""Community Alignment (facebook/community-alignment-dataset, v1.1): one CSV row a conversation of up to four turns, four answers each."""
+"""Community Alignment (facebook/community-alignment-dataset, v1.1): one CSV row a conversation of up to four turns,
+four answers each.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cuma_ds.data.raw import ReadOptions, Rows
 from cuma_ds.data.sources.delimited import csv_columns, find_csv, require_columns
@@ -31,16 +32,17 @@ _KINDS = ("chat", "choice", "preference")
 def read(path: str, options: ReadOptions) -> Rows:
     """Read conversations by ``data.kind``.
 
-    ``chat`` (default): the conversation along the preferred answers. ``choice``: which of the four first answers the person
-    prefers; equal prompts with equal answers are one question. ``preference``: in each turn, the preferred answer against each
-    of the other three.
+    ``chat`` (default): the conversation along the preferred answers. ``choice``: which of the four first answers the
+    person prefers; equal prompts with equal answers are one question. ``preference``: in each turn, the preferred
+    answer against each of the other three.
 
     Args:
         path: the CSV file (also gzipped), or a folder that holds exactly one.
         options: how to read.
 
     Raises:
-        DataError: no or several CSV files, a missing column, an unknown preferred response, a conversation that comes twice.
+        DataError: no or several CSV files, a missing column, an unknown preferred response, a conversation that comes
+            twice.
     """
     file = _find(Path(path))
     turns = [
@@ -61,21 +63,20 @@ def convert_conversation(record: Row, where: str, kind: str) -> Converted:
             raise DataError(
                 f"{where}: {name} is {record.get(name) or 'empty'}; each conversation names itself and its annotator"
             )
-    profile = {field: _readable(field, record.get(column)) for column, field in _FIELDS.items()}
+    cells = {column: "" if value is None else str(value) for column, value in record.items()}
+    profile = {field: _readable(field, cells.get(column) or None) for column, field in _FIELDS.items()}
     if anonymous(profile):
         return Converted([], record["conversation_id"], "conversations of people of whom nothing is known")
     who = {"profile": profile, "person_id": record["annotator_id"]}
     messages: list[dict[str, str]] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for turn in _TURNS:
-        answers = {x: (record.get(f"{turn}_turn_response_{x}") or "").replace(_END, "").strip() for x in _LETTERS}
-        prompt, preferred = (
-            (record.get(f"{turn}_turn_prompt") or "").strip(),
-            record.get(f"{turn}_turn_preferred_response"),
-        )
-        if preferred is not None and preferred.removeprefix("response_") not in _LETTERS:
+        answers = {x: cells.get(f"{turn}_turn_response_{x}", "").replace(_END, "").strip() for x in _LETTERS}
+        prompt, preferred = cells.get(f"{turn}_turn_prompt", "").strip(), cells.get(f"{turn}_turn_preferred_response")
+        if preferred and preferred.removeprefix("response_") not in _LETTERS:
             raise DataError(
-                f"{where}: {turn}_turn_preferred_response is {preferred!r}; allowed: response_a to response_d, or nothing"
+                f"{where}: {turn}_turn_preferred_response is {preferred!r}; allowed: response_a to response_d, "
+                "or nothing"
             )
         chosen = answers[preferred.removeprefix("response_")] if preferred else ""
         if not prompt or not chosen:

@@ -79,7 +79,9 @@ def csv_columns(file: Path) -> list[str]:
 
 
 def _header(file: Path) -> tuple[list[str], str]:
-    """The columns of a delimited file, and what separates them: comma, semicolon or tabulator, whichever the header has."""
+    """The columns of a delimited file, and what separates them: comma, semicolon or tabulator, whichever the header
+    has.
+    """
     opener: Callable[..., IO[str]] = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="") as lines:

@@ -46,7 +46,7 @@ class Input:
     identity: dict[str, str]
 
 
-def decode(chunk: Chunk) -> Iterator[tuple[str, dict[str, Any]]]:
+def decode(chunk: Chunk) -> Iterator[tuple[str, dict[str, object]]]:
     """The chunk's records, each with its place (``file:line`` or ``file: row``).
 
     Raises:
@@ -63,7 +63,8 @@ def decode(chunk: Chunk) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def find_input(path: str | Path, split: str | None = None) -> Input:
-    """Whatever a user may call data: a .jsonl, .jsonl.gz or .parquet file, a folder of them, a ``datasets`` folder, a hub id.
+    """Whatever a user may call data: a .jsonl, .jsonl.gz or .parquet file, a folder of them, a ``datasets`` folder, a
+    hub id.
 
     Args:
         split: of a hub id or a folder of several splits; default: ``train``, or the only one.
@@ -78,7 +79,8 @@ def find_input(path: str | Path, split: str | None = None) -> Input:
         files = sorted(file for pattern in _KINDS for file in place.glob(pattern))
         if not files:
             raise DataError(
-                f"{path} is neither a prepared folder nor a folder with .jsonl, .jsonl.gz or .parquet files, nor one that datasets saved"
+                f"{path} is neither a prepared folder nor a folder with .jsonl, .jsonl.gz or .parquet files, "
+                "nor one that datasets saved"
             )
         return _files(files)
     if place.is_file():
@@ -86,7 +88,8 @@ def find_input(path: str | Path, split: str | None = None) -> Input:
     if is_hub_id(str(path)) and not place.suffix and not place.parent.is_dir():
         return _hub(str(path), split)
     raise DataError(
-        f"there is no data at {path}; expected a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id"
+        f"there is no data at {path}; expected a .jsonl, .jsonl.gz or .parquet file, a folder of them, "
+        "a datasets folder or a hub id"
     )
 
 
@@ -181,7 +184,7 @@ def _dataset(rows: Any, where: str) -> Input:
     return Input(chunks, len(rows), {where: str(rows._fingerprint)})
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
+def _object(line: bytes, where: str) -> dict[str, object]:
     try:
         row = read_json(line.decode("utf-8-sig"))
         if b"\\ud" in line.lower():

@@ -132,13 +132,14 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
 def read_records(source: Input, convert: Convert, options: ReadOptions) -> Rows:
     """Read all records of a source, in as many processes as are worth it.
 
-    Kept in memory are four small integers per row, the distinct profiles, and the ids of people and questions; texts go to
-    ``options.spool`` as they are read.
+    Kept in memory are four small integers per row, the distinct profiles, and the ids of people and questions; texts
+    go to ``options.spool`` as they are read.
 
     Args:
         source: undecoded records.
         convert: a module's function (or a ``functools.partial`` of one), so that other processes find it.
-        options: ``workers``: one per core for inputs above 64 MB if None, else none besides this one. ``progress`` is told bytes.
+        options: ``workers``: one per core for inputs above 64 MB if None, else none besides this one. ``progress`` is
+            told bytes.
 
     Raises:
         DataError: the first thing that is wrong.
@@ -200,7 +201,8 @@ class _Gathered:
         self.weights = array("d")
         self.has_weights = False
         self.profiles = ProfileList(options.template)
-        # Question id to its number, the hash of all that belongs to it, and where it came first; the texts are in the spool.
+        # Question id to its number, the hash of all that belongs to it, and where it came first; the texts are in the
+        # spool.
         self.questions: dict[str, tuple[int, bytes, str]] = {}
         self.skipped: Counter[str] = Counter()
         self._records: set[bytes] = set()
@@ -228,7 +230,7 @@ class _Gathered:
         if self.kind and part.kind != self.kind:
             raise DataError(f"{part.where}: a {part.kind} row after {self.kind} rows; one data set holds one kind")
         self.kind = part.kind
-        # The last entry maps "nobody" (-1) to itself.
+        # The last entry maps -1 (no person is named) to itself.
         persons = np.array([*(self.persons.setdefault(name, len(self.persons)) for name in part.persons), -1], np.int32)
         profiles = np.array(
             [self.profiles.merge(part.profiles, row) for row in range(len(part.profiles.profiles))], np.int32
@@ -262,23 +264,26 @@ class _Gathered:
             known = self.questions[question.question_id] = (len(self.questions), content, where)
         elif known[1] != content:
             raise DataError(
-                f"{where}: question_id {question.question_id!r} has another text, other options or another scale than at {known[2]}; "
+                f"{where}: question_id {question.question_id!r} has another text, "
+                f"other options or another scale than at {known[2]}; "
                 "one question has one of each"
             )
         return known[0]
 
     def finished(self, inputs: dict[str, str]) -> Rows:
-        """Everything, ready to be split. People are numbered by their sorted ids, then come rows without a person, in their order."""
+        """Everything, ready to be split. People are numbered by their sorted ids, then come rows without a person, in
+        their order.
+        """
         rows = np.frombuffer(self.rows, np.int32).reshape(-1, 4)
         names = sorted(self.persons)
         place = np.empty(len(names) + 1, np.int32)
         place[[self.persons[name] for name in names]] = np.arange(len(names), dtype=np.int32)
         person_N = place[rows[:, 0]]
-        nobody_N = rows[:, 0] < 0
-        person_N[nobody_N] = len(names) + np.arange(nobody_N.sum(), dtype=np.int32)
+        unnamed_N = rows[:, 0] < 0
+        person_N[unnamed_N] = len(names) + np.arange(unnamed_N.sum(), dtype=np.int32)
         questions = self._asked.read() if self._asked is not None else ArrowFile(QUESTION_SCHEMA.empty_table())
         payload = self._texts.read() if self._texts is not None else None
-        _warn_of_one_for_many(np.bincount(person_N[~nobody_N]), names, len(rows))
+        _warn_of_one_for_many(np.bincount(person_N[~unnamed_N]), names, len(rows))
         self._check_weights(inputs)
         draw_P = np.concatenate(
             [draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)]
@@ -309,12 +314,13 @@ class _Gathered:
 
 
 def _warn_of_one_for_many(rows_P: np.ndarray, names: list[str], rows: int) -> None:
-    """Say which id has so many rows that it may stand for nobody."""
+    """Say which id has so many rows that it may stand for no person in particular."""
     most = int(rows_P.argmax()) if len(rows_P) else 0
     if len(rows_P) and rows_P[most] > max(50, rows / 100):
         name = names[most] if len(names[most]) <= 6 else f"{names[most][:4]}..."
         warnings.warn(
-            f"one person, with the id {name!r}, has {rows_P[most]:,} of {rows:,} rows; where that id stands for nobody, "
+            f"one person, with the id {name!r}, has {rows_P[most]:,} of {rows:,} rows; "
+            "where that id stands for nobody, "
             "leave it out: each such row is then a person of its own",
             stacklevel=2,
         )

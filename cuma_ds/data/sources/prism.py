@@ -1,10 +1,11 @@
-"""PRISM (HannahRoseKirk/prism-alignment): conversations in which a person rates several models' answers, and a survey of these people."""
+"""PRISM (HannahRoseKirk/prism-alignment): conversations in which a person rates several models' answers, and a survey
+of these people.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cuma_ds.data.raw import ReadOptions, Rows
 from cuma_ds.data.sources.files import Input, decode, find_input
@@ -32,8 +33,8 @@ _SURVEY_KEYS = ("user_id", *dict.fromkeys(place[0] for place in _FIELDS.values()
 def read(path: str, options: ReadOptions) -> Rows:
     """Read conversations by ``data.kind``.
 
-    ``chat`` (default): the whole conversation along the chosen answers. ``preference``: in each turn, the chosen answer against
-    each of the others.
+    ``chat`` (default): the whole conversation along the chosen answers. ``preference``: in each turn, the chosen
+    answer against each of the others.
 
     Args:
         path: folder with conversations.jsonl and survey.jsonl (either may be gzipped).
@@ -52,9 +53,9 @@ def read(path: str, options: ReadOptions) -> Rows:
     return read_records(source, convert, options)
 
 
-def read_survey(source: Input) -> dict[str, dict[str, Any]]:
+def read_survey(source: Input) -> dict[str, dict[str, object]]:
     """Profile fields by user_id."""
-    people: dict[str, dict[str, Any]] = {}
+    people: dict[str, dict[str, object]] = {}
     for chunk in source.chunks():
         for where, record in decode(chunk):
             for key in _SURVEY_KEYS:
@@ -67,7 +68,7 @@ def read_survey(source: Input) -> dict[str, dict[str, Any]]:
     return people
 
 
-def convert_conversation(record: Row, where: str, kind: str, people: dict[str, dict[str, Any]]) -> Converted:
+def convert_conversation(record: Row, where: str, kind: str, people: dict[str, dict[str, object]]) -> Converted:
     """Rows of one conversation; a turn without exactly one chosen answer ends it."""
     for key in ("conversation_id", "user_id", "conversation_history"):
         if key not in record:
@@ -81,7 +82,7 @@ def convert_conversation(record: Row, where: str, kind: str, people: dict[str, d
     if anonymous(people[user]):
         return Converted([], record["conversation_id"], "conversations of people of whom nothing is known")
     messages: list[dict[str, str]] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for prompt, answers in _turns(record["conversation_history"], where):
         chosen = [_text(answer) for answer in answers if answer.get("if_chosen")]
         if len(chosen) != 1 or not chosen[0] or not prompt:
@@ -101,12 +102,12 @@ def convert_conversation(record: Row, where: str, kind: str, people: dict[str, d
     return Converted(rows, record["conversation_id"], None if rows else "conversations without a rejected answer")
 
 
-def _turns(history: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
+def _turns(history: object, where: str) -> list[tuple[str, list[dict[str, object]]]]:
     if not isinstance(history, list):
         raise DataError(
             f"{where}: conversation_history is {type(history).__name__}; allowed: a list of user and model entries"
         )
-    turns: dict[int, tuple[list[str], list[dict[str, Any]]]] = {}
+    turns: dict[int, tuple[list[str], list[dict[str, object]]]] = {}
     for number, entry in enumerate(history, start=1):
         if (
             not isinstance(entry, dict)
@@ -128,9 +129,9 @@ def _turns(history: Any, where: str) -> list[tuple[str, list[dict[str, Any]]]]:
     return [("\n".join(prompts), answers) for _, (prompts, answers) in sorted(turns.items())]
 
 
-def _text(entry: dict[str, Any]) -> str:
+def _text(entry: dict[str, object]) -> str:
     """What an entry says; PRISM writes EMPTY STRING where a model said nothing."""
-    text = entry["content"].strip()
+    text = str(entry["content"]).strip()
     return "" if text == "EMPTY STRING" else text
 
 
@@ -141,8 +142,8 @@ def _user(record: Row, where: str) -> str:
     return user
 
 
-def _profile(record: Row, where: str) -> dict[str, Any]:
-    profile: dict[str, Any] = {}
+def _profile(record: Row, where: str) -> dict[str, object]:
+    profile: dict[str, object] = {}
     for field, (key, *inner) in _FIELDS.items():
         value = record[key]
         if inner:

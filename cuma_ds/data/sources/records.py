@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from cuma_ds.data.rendering import LETTERS
 from cuma_ds.data.rows import SCALES, Question
@@ -32,7 +31,7 @@ _OPTIONAL = ("question_id", "person_id", "scale", "weight")
 # Besides the words that mean a missing value in a profile.
 _NOBODY = {"none", "nil", "undefined", "anonymous"}
 _ROLES = ("system", "user", "assistant")
-Row = dict[str, Any]
+Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Converted:
     """
 
     rows: list[Row]
-    record_id: str | None = None
+    record_id: object = None
     skipped: str | None = None
 
 
@@ -55,12 +54,12 @@ def as_is(record: Row, where: str) -> Converted:
     return Converted([record])
 
 
-def anonymous(profile: Mapping[str, Any]) -> bool:
+def anonymous(profile: Mapping[str, object]) -> bool:
     """Whether no field of a profile has a usable value."""
     return all(is_missing(value) for value in profile.values())
 
 
-def row_kind(row: dict[str, Any], where: str) -> str:
+def row_kind(row: dict[str, object], where: str) -> str:
     """``choice``, ``chat`` or ``preference`` by the row's keys.
 
     Raises:
@@ -86,7 +85,7 @@ def expected_keys(kind: str) -> str:
     return ", ".join(key for key in KEYS[kind] if key not in _OPTIONAL)
 
 
-def profile_of(profile: Any, where: str) -> dict[str, Any] | str:
+def profile_of(profile: object, where: str) -> dict[str, object] | str:
     if isinstance(profile, str):
         return profile
     if not isinstance(profile, dict):
@@ -94,13 +93,15 @@ def profile_of(profile: Any, where: str) -> dict[str, Any] | str:
     for name, value in profile.items():
         if value is not None and not isinstance(value, str | int | float):
             raise DataError(
-                f"{where}: profile field {name!r} is {type(value).__name__}; allowed: text, a number, true, false or null"
+                f"{where}: profile field {name!r} is {type(value).__name__}; allowed: text, a number, true, "
+                "false or null"
             )
     return profile
 
 
 def person_of(row: Row, key: str, where: str) -> str | None:
-    """The id of a row's person, in one spelling; None for words that mean there is none ("", "nan", "None", "unknown", ...).
+    """The id of a row's person, in one spelling; None for words that mean there is none ("", "nan", "None", "unknown",
+    ...).
 
     Raises:
         DataError: neither text nor a whole number.
@@ -122,7 +123,7 @@ def _identifier(row: Row, key: str, where: str) -> str | None:
     return None if value is None else one_spelling(str(value)) or None
 
 
-def question_of(row: dict[str, Any], where: str) -> Question:
+def question_of(row: dict[str, object], where: str) -> Question:
     text, options = row["question"], row["options"]
     if not isinstance(text, str) or not one_spelling(text):
         raise DataError(f"{where}: question is empty or not text; allowed: the question as asked")
@@ -131,7 +132,8 @@ def question_of(row: dict[str, Any], where: str) -> Question:
     options = tuple(one_spelling(option) for option in options)
     if not 2 <= len(options) <= len(LETTERS) or len(set(options)) < len(options):
         raise DataError(
-            f"{where}: options has {len(options)} texts, {len(set(options))} different; allowed: 2 to {len(LETTERS)} different texts"
+            f"{where}: options has {len(options)} texts, {len(set(options))} different; allowed: "
+            f"2 to {len(LETTERS)} different texts"
         )
     text = one_spelling(text)
     question_id = _identifier(row, "question_id", where)
@@ -140,12 +142,13 @@ def question_of(row: dict[str, Any], where: str) -> Question:
     scale = row.get("scale", "ordinal")
     if scale not in SCALES:
         raise DataError(
-            f"{where}: scale is {scale!r}; allowed: {', '.join(SCALES)} (nominal: the order of the options means nothing)"
+            f"{where}: scale is {scale!r}; allowed: {', '.join(SCALES)} (nominal: "
+            "the order of the options means nothing)"
         )
     return Question(question_id, text, options, scale)
 
 
-def answer_of(answer: Any, options: tuple[str, ...], where: str) -> int:
+def answer_of(answer: object, options: tuple[str, ...], where: str) -> int:
     if isinstance(answer, str) and one_spelling(answer) in options:
         return options.index(one_spelling(answer))
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
@@ -168,7 +171,7 @@ def weight_of(row: Row, where: str) -> float:
     return float(weight)
 
 
-def messages_of(messages: Any, where: str, last: str = "assistant") -> list[dict[str, str]]:
+def messages_of(messages: object, where: str, last: str = "assistant") -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages is empty or not a list; allowed: objects with role and content")
     for number, message in enumerate(messages):
@@ -186,16 +189,18 @@ def messages_of(messages: Any, where: str, last: str = "assistant") -> list[dict
     if roles[-1] != last or "user" not in roles or "assistant" in roles[: roles.index("user")]:
         kind, article = ("conversation", "an") if last == "assistant" else ("prompt", "a")
         raise DataError(
-            f"{where}: a {kind} starts with a user message (after an optional system one) and ends with {article} {last} message"
+            f"{where}: a {kind} starts with a user message (after an optional system one) and ends with {article} "
+            f"{last} message"
         )
     return messages
 
 
-def prompt_of(prompt: Any, where: str) -> list[dict[str, str]]:
+def prompt_of(prompt: object, where: str) -> list[dict[str, str]]:
     return messages_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where, last="user")
 
 
-def answer_text_of(row: dict[str, Any], key: str, where: str) -> str:
-    if not isinstance(row[key], str) or not row[key].strip():
+def answer_text_of(row: dict[str, object], key: str, where: str) -> str:
+    text = row[key]
+    if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: {key} is empty or not text; allowed: an answer")
-    return row[key]
+    return text

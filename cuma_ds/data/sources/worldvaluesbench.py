@@ -31,7 +31,8 @@ Tell = Callable[[float], None]
 
 
 def read(path: str, options: ReadOptions) -> Rows:
-    """Read people's answers, column by column: memory grows with people times one byte per question, the rest goes to disk.
+    """Read people's answers, column by column: memory grows with people times one byte per question, the rest goes to
+    disk.
 
     The benchmark's own split of people is kept where train, valid and test files are there; else people are drawn.
 
@@ -80,7 +81,8 @@ def read(path: str, options: ReadOptions) -> Rows:
     names = map(str, people.ids[kept_N].tolist())
     return Rows(
         "choice", np.arange(kept_N.sum(), dtype=np.int32), draws(config.split_seed, "person", names),
-        profile_N[kept_N], profiles, {**codebook.inputs, **inputs}, table, option_NQ=people.option_NQ[kept_N], skipped=skipped,
+        profile_N[kept_N], profiles, {**codebook.inputs, **inputs}, table,
+        option_NQ=people.option_NQ[kept_N], skipped=skipped,
         given_N=None if people.given_N is None else people.given_N[kept_N],
         weight_N=None if people.weight_N is None else people.weight_N[kept_N],
     )  # fmt: skip
@@ -90,8 +92,10 @@ def read(path: str, options: ReadOptions) -> Rows:
 class People:
     """Who answered what.
 
-    ids: [N] int64.  option_NQ: [N, Q] int8 option chosen, -1 for none.  value_NF: [N, F] int16 places in ``Codebook.values``, -1 for
-    no answer.  given_N: [N] split the benchmark gives, if it does.  weight_N: [N] survey weights, where they are asked for.
+    ids: [N] int64.  option_NQ: [N, Q] int8 option chosen, -1 for none.  value_NF: [N, F] int16 places in
+        ``Codebook.values``, -1 for
+    no answer.  given_N: [N] split the benchmark gives, if it does.  weight_N: [N] survey weights, where they are asked
+    for.
     """
 
     ids: np.ndarray
@@ -277,7 +281,8 @@ def _find_answers(root: Path) -> Path | dict[str, tuple[Path, Path]]:
     surveys = sorted(file for pattern in ("*.csv", "*.csv.gz") for file in root.glob(pattern))
     if len(surveys) != 1:
         raise DataError(
-            f"{root} holds neither the benchmark's train/train_value_qa.tsv and so on, nor full/full_value_qa.tsv, nor one WVS-7 CSV "
+            f"{root} holds neither the benchmark's train/train_value_qa.tsv and so on, nor full/full_value_qa.tsv, "
+            "nor one WVS-7 CSV "
             f"({len(surveys)} CSV files)"
         )
     return surveys[0]

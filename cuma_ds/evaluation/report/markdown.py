@@ -111,9 +111,9 @@ def _routing(section: Routing) -> list[str]:
     lines = [
         "## Routing",
         "",
-        f"Over {section.tokens:,} tokens and {len(routers)} routers: entropy of the expert load {load_entropy:.2f} of log E "
-        f"(1 = every expert gets the same), entropy of a token's gate {gate_entropy:.2f} nats (0 = one expert answers), "
-        f"{unused:.1f} of {len(routers[0].load)} experts per router nearly unused.",
+        f"Over {section.tokens:,} tokens and {len(routers)} routers: entropy of the expert load {load_entropy:.2f} of "
+        f"log E (1 = every expert gets the same), entropy of a token's gate {gate_entropy:.2f} nats (0 = one expert "
+        f"answers), {unused:.1f} of {len(routers[0].load)} experts per router nearly unused.",
         "",
     ]
     return lines if section.information is None else lines + _information(section.information)
@@ -121,7 +121,8 @@ def _routing(section: Routing) -> list[str]:
 
 def _information(information: RoutingInformation) -> list[str]:
     lines = [
-        "| mutual information with the chosen expert (nats, mean over routers) | measured | shuffled labels | above shuffled |",
+        "| mutual information with the chosen expert (nats, mean over routers) "
+        "| measured | shuffled labels | above shuffled |",
         "|---|---:|---:|---:|",
         f"| whole profile | {_mean(information.profile):.4f} | – | – |",
     ]

@@ -1,7 +1,8 @@
 """What report.json holds. It is built from these classes, written by one function and read by attribute.
 
-Groups with fewer answers than ``min_answers`` are counted and named nowhere. A key that does not apply is not written: ``routing``,
-``generation`` and ``gradients`` stand there where they were measured, ``effective_answers`` where answers have weights.
+Groups with fewer answers than ``min_answers`` are counted and named nowhere. A key that does not apply is not written:
+``routing``, ``generation`` and ``gradients`` stand there where they were measured, ``effective_answers`` where answers
+have weights.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ class RouterLoad(BaseModel):
 
 
 class FieldInformation(BaseModel):
-    """Information between the expert and a profile field, nats, by router: measured, of shuffled labels, above those."""
+    """Information between expert and profile field by router, in nats: measured, with shuffled labels, above those."""
 
     value: list[float]
     shuffled: list[float] | None

@@ -59,16 +59,7 @@ def choice_pictures(folder: Path, split: ChoiceSplit, main: str = "trained") -> 
         cells = sorted(cells, key=lambda cell: -(cell.emd["collapse"] or 0.0))[:_MOST_DIFFERENT]
         name = f"distributions-{place}.png"
         asked = split.questions[question]
-        plot_distributions(
-            folder / name,
-            asked.question,
-            asked.options,
-            [cell.group for cell in cells],
-            np.array([cell.observed for cell in cells], dtype=float),
-            np.array([cell.predicted[main] for cell in cells], dtype=float),
-            np.array(cells[0].predicted["collapse"], dtype=float),
-            "trained model" if main == "trained" else "model as it is",
-        )
+        plot_distributions(folder / name, asked.question, asked.options, cells, main)
         pictures[name] = (
             f"Predicted and observed answers of the {len(cells)} groups that differ most from the global distribution."
         )
@@ -124,7 +115,10 @@ def expert_picture(
         np.stack([means[group] for group in chosen]),
         names,
     )
-    caption = "Experts used by each group in the routers that tell groups apart best; groups with similar routing stand together."
+    caption = (
+        "Experts used by each group in the routers that tell groups apart best; "
+        "groups with similar routing stand together."
+    )
     return {"experts-by-group.png": caption + _shown(chosen, means)}
 
 
@@ -177,7 +171,8 @@ def routing_pictures(
     telling = sorted(by_field, key=lambda field: -float(by_field[field].corrected_R.sum()))[:_MOST_FIELDS]
     plot_information(folder / "information.png", names, whole, {field: by_field[field] for field in telling})
     pictures["information.png"] = (
-        "Mutual information between the chosen expert and profile fields along the routers, less that of shuffled labels."
+        "Mutual information between the chosen expert and profile fields along the routers, "
+        "less that of shuffled labels."
         + (
             " A field that tells every profile apart has no shuffled labels to compare with."
             if any(f.null_R is None for f in by_field.values())
@@ -220,8 +215,9 @@ def _map_picture(
         for group, (x, y) in zip(group_N, drawn.xy_N2, strict=True)
     ]
     caption = (
-        f"The latent cultural topology: {len(profiles):,} profiles placed by their routing ({drawn.method}; rank correlation of distances "
-        f"{drawn.fidelity:.2f}). Neighbours are answered by the same experts; the axes have no meaning of their own."
+        f"The latent cultural topology: {len(profiles):,} profiles placed by their routing ({drawn.method}; rank "
+        f"correlation of distances {drawn.fidelity:.2f}). Neighbours are answered by the same experts; "
+        "the axes have no meaning of their own."
     )
     found = CulturalMap(method=drawn.method, fidelity=number(drawn.fidelity), points=points)
     return found, {"cultural-map.png": caption}

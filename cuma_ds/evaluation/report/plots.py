@@ -9,65 +9,65 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import dendrogram, leaves_list, linkage, optimal_leaf_ordering
 
-from cuma_ds.evaluation.report.model import Reliability, Subgroup
+from cuma_ds.evaluation.report.model import Cell, Reliability, Subgroup
 from cuma_ds.files import write_atomically
 
 Array = NDArray[np.floating]
 
 # Okabe and Ito's palette.
 BLUE, VERMILLION, GREY, LIGHT, INK = "#0072B2", "#D55E00", "#9A9A9A", "#E4E4E4", "#222222"
+_COLLAPSE = "one global distribution"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def plot_distributions(
-    path: Path,
-    question: str,
-    options: Sequence[str],
-    groups: Sequence[str],
-    observed_Gn: Array,
-    predicted_Gn: Array,
-    global_n: Array,
-    model: str = "trained model",
-) -> None:
-    """Paired bars of observed and predicted answers, one small panel per group, the global distribution as a line over each pair."""
-    columns = min(4, len(groups))
-    rows = -(-len(groups) // columns)
+def plot_distributions(path: Path, question: str, options: Sequence[str], cells: Sequence[Cell], main: str) -> None:
+    """Paired bars of observed and predicted answers, one panel per group; a line marks the global distribution.
+
+    Args:
+        path: the picture.
+        question, options: what was asked.
+        cells: observed and predicted answers of each group.
+        main: the contender that is drawn.
+    """
+    columns = min(4, len(cells))
+    rows = -(-len(cells) // columns)
     width = max(2.35 * columns, 6.4)
     title, answers = _wrap(question, 11 * width), _answers(options, 13 * width)
+    model = "trained model" if main == "trained" else "model as it is"
     header, body = 0.65 + 0.2 * title.count("\n"), 1.75 * rows + 0.45 + 0.17 * answers.count("\n")
     figure = new_figure(width, header + body)
-    subfigures: Any = figure.subfigures(2, 1, height_ratios=[header, body])
-    top, bottom = subfigures
+    top, bottom = cast(Sequence[SubFigure], figure.subfigures(2, 1, height_ratios=[header, body]))
     top.suptitle(title, fontsize=11.5, x=0.01, ha="left")
     handles = [
         Patch(color=GREY, label="observed, held-out people"),
         Patch(color=BLUE, label=f"predicted, {model}"),
-        Line2D([], [], color=VERMILLION, linewidth=1.8, label="one global distribution"),
+        Line2D([], [], color=VERMILLION, linewidth=1.8, label=_COLLAPSE),
     ]
     top.legend(handles=handles, loc="lower left", ncols=3, frameon=False, fontsize=9.5)
 
     panels = np.atleast_1d(bottom.subplots(rows, columns, sharex=True, sharey=True)).ravel()
     place = np.arange(len(options))
-    for panel, name, observed, predicted in zip(panels, groups, observed_Gn, predicted_Gn, strict=False):
-        panel.bar(place - 0.2, observed, 0.36, color=GREY)
-        panel.bar(place + 0.2, predicted, 0.36, color=BLUE)
-        panel.hlines(global_n, place - 0.44, place + 0.44, color=VERMILLION, linewidth=1.8)
-        panel.set_title(short(name, 26), fontsize=10)
+    for panel, cell in zip(panels, cells, strict=False):
+        panel.bar(place - 0.2, cell.observed, 0.36, color=GREY)
+        panel.bar(place + 0.2, cell.predicted[main], 0.36, color=BLUE)
+        panel.hlines(cell.predicted["collapse"], place - 0.44, place + 0.44, color=VERMILLION, linewidth=1.8)
+        panel.set_title(short(cell.group, 26), fontsize=10)
         panel.set_xticks(place, _marks(len(options)))
         panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         bare(panel)
         panel.tick_params(labelbottom=True)
-    for panel in panels[len(groups) :]:
+    for panel in panels[len(cells) :]:
         panel.remove()
     bottom.supxlabel(answers, fontsize=9.5, x=0.01, ha="left")
     save(figure, path)
@@ -76,11 +76,13 @@ def plot_distributions(
 def plot_group_emd(
     path: Path, groups: Sequence[str], before: Array, after: Array, collapse: Array, distance: str = "EMD"
 ) -> None:
-    """A dumbbell per group from the bare backbone's distance to the trained model's, sorted, in two columns where there are many groups.
+    """A line per group from the bare backbone's distance to the trained model's, sorted; many groups take two columns.
 
     Args:
-        before, after, collapse: distance of each group [G]; ``collapse`` is that of the global distribution. The same array twice draws
-            an untrained model by itself.
+        path: the picture.
+        groups: G names.
+        before, after, collapse: distance of each group [G], of the backbone, the trained model and the global
+            distribution. The same array twice draws an untrained model by itself.
         distance: its name.
     """
     trained = after is not before
@@ -113,38 +115,15 @@ def plot_group_emd(
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)
     figure.supxlabel(f"{distance} between predicted and observed answers (0 = equal)", fontsize=10)
+    after_label, size = "trained" if trained else "model as it is", 5.5
     handles = [
-        Line2D(
-            [],
-            [],
-            marker="o",
-            linestyle="",
-            markerfacecolor="white",
-            markeredgecolor=GREY,
-            markersize=5.5,
-            label="backbone before training",
-        ),
-        Line2D(
-            [],
-            [],
-            marker="o",
-            linestyle="",
-            color=BLUE,
-            markersize=5.5,
-            label="trained" if trained else "model as it is",
-        ),
-        Line2D(
-            [],
-            [],
-            marker="|",
-            linestyle="",
-            color=VERMILLION,
-            markersize=9,
-            markeredgewidth=1.8,
-            label="one global distribution",
-        ),
+        Line2D([], [], linestyle="", marker="o", color=BLUE, markersize=size, label=after_label),
+        Line2D([], [], linestyle="", marker="|", color=VERMILLION, markersize=9, markeredgewidth=1.8, label=_COLLAPSE),
     ]
-    handles = handles if trained else handles[1:]
+    if trained:
+        ring = Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=GREY, markersize=size)
+        ring.set_label("backbone before training")
+        handles.insert(0, ring)
     figure.legend(
         handles=handles,
         loc="outside upper left",
@@ -160,7 +139,7 @@ def plot_group_emd(
 def plot_expert_use(
     path: Path, groups: Sequence[str], gates_GRE: Array, router_names: Sequence[str], shown: int = 3
 ) -> None:
-    """Heat-maps groups x experts of the routers that tell groups apart best; groups with similar routing stand together.
+    """Heat-maps groups x experts of the routers that tell groups apart best.
 
     Groups are ordered by hierarchical clustering of their whole routing (all routers), drawn as a tree beside the maps.
 
@@ -177,9 +156,8 @@ def plot_expert_use(
     figure = new_figure(2.0 + (width + 0.15) * len(chosen) + 1.3, 0.165 * count + 1.5)
     panels = np.atleast_1d(figure.subplots(1, len(chosen) + 1, width_ratios=[width] * len(chosen) + [0.8]))
     top = float(max(gates_GRE[:, chosen].max(), 1e-6))
-    image: Any = None
     for column, router in enumerate(chosen):
-        panel: Any = panels[column]
+        panel: Axes = panels[column]
         image = panel.imshow(
             gates_GRE[order, router], aspect="auto", cmap="Blues", vmin=0.0, vmax=top, interpolation="nearest"
         )
@@ -206,7 +184,7 @@ def plot_expert_use(
 
 
 def plot_reliability(path: Path, rows: Mapping[str, tuple[Reliability, float]]) -> None:
-    """Reliability diagrams side by side: accuracy against confidence of each bin, and below how many answers each bin holds.
+    """Reliability diagrams side by side: accuracy against confidence of each bin, below them the answers of each bin.
 
     Args:
         rows: title -> the bins, and the expected calibration error.
@@ -270,7 +248,7 @@ def plot_subgroups(path: Path, fields: Mapping[str, Sequence[Subgroup]], main: s
 
 
 def group_tree(gates_GRE: Array) -> NDArray[np.float64] | None:
-    """Ward linkage of groups by their whole routing, leaves turned so that neighbours are alike; None for a single group."""
+    """Ward linkage of groups by their whole routing, neighbouring leaves alike; None for a single group."""
     if len(gates_GRE) < 2:
         return None
     vectors = np.asarray(gates_GRE, dtype=np.float64).reshape(len(gates_GRE), -1)
@@ -283,7 +261,7 @@ def discriminating_routers(gates_GRE: Array, shown: int) -> list[int]:
     return sorted(int(router) for router in np.argsort(-spread, kind="stable")[:shown])
 
 
-def _draw_tree(panel: Any, tree: NDArray[np.float64] | None, count: int) -> None:
+def _draw_tree(panel: Axes, tree: NDArray[np.float64] | None, count: int) -> None:
     panel.axis("off")
     if tree is None:
         return
@@ -324,7 +302,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=170, layout="constrained")
 
 
-def bare(axes: Any) -> None:
+def bare(axes: Axes) -> None:
     """Leave away the lines that say nothing."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)

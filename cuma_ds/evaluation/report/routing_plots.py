@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
@@ -38,7 +39,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F
 
 
 def plot_load(path: Path, routers: Sequence[RouterLoad]) -> None:
-    """A heat-map routers x experts of their share of the tokens, and beside it how even the load and how sharp the gates are."""
+    """A heat-map routers x experts of their share of the tokens, and the entropies of load and gates beside it."""
     load_RE = np.array([router.load for router in routers])
     count, experts = load_RE.shape
     places, labels = _router_axis([router.router for router in routers])
@@ -85,7 +86,7 @@ def plot_information(
 ) -> None:
     """Information between expert and profile field along the routers, above what shuffled labels give."""
     figure = new_figure(7.0, 3.6)
-    axes: Any = figure.subplots()
+    axes = figure.subplots()
     place = np.arange(len(router_names))
     axes.fill_between(place, 0, profile.value_R, color=LIGHT, linewidth=0, label="whole profile (upper bound)")
     for color, (field, information) in zip(PALETTE, fields.items(), strict=False):
@@ -125,7 +126,7 @@ def plot_map(
         values: legend and number of each profile.
         fields: label of each profile, by field; fields of at most eight labels.
     """
-    kinds: list[tuple[str, Any]] = ([("", values)] if values is not None else []) + list(fields.items())
+    kinds: list[str | None] = [*([] if values is None else [None]), *fields]
     columns = max(len(kinds), 1) if len(kinds) < 4 else 2
     rows = -(-max(len(kinds), 1) // columns)
     side = 7.4 if columns == 1 else 4.9
@@ -133,27 +134,20 @@ def plot_map(
     figure = new_figure(side * columns, side * float(np.clip(1.1 * height / width, 0.5, 0.95)) * rows + 0.5)
     panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     area = 14 + 60 * np.sqrt(sizes_N / max(float(np.max(sizes_N)), 1.0))
-    for panel, (field, coloured) in zip(panels, kinds or [("", None)], strict=False):
-        if field == "":
-            colours: dict[str, Any] = {"color": BLUE} if coloured is None else {"c": coloured[1], "cmap": "cividis"}
-            shown = panel.scatter(*xy_N2.T, s=area, edgecolor="white", linewidth=0.6, zorder=3, **colours)
-            if coloured is not None:
-                bar = figure.colorbar(shown, ax=panel, location="top", shrink=0.7, aspect=35, pad=0.01)
-                bar.set_label(short(coloured[0], 90), fontsize=9.5)
-                bar.ax.tick_params(labelsize=8.5)
-        else:
-            labels = list(dict.fromkeys(label for label in coloured if label is not None))
-            for color, label in zip(PALETTE, sorted(labels), strict=False):
-                inside = np.array([other == label for other in coloured])
-                panel.scatter(
-                    *xy_N2[inside].T,
-                    s=area[inside],
-                    color=color,
-                    edgecolor="white",
-                    linewidth=0.6,
-                    zorder=3,
-                    label=short(label, 26),
-                )
+    dots = {"edgecolor": "white", "linewidth": 0.6, "zorder": 3}
+    for panel, field in zip(panels, kinds or [None], strict=False):
+        if field is None and values is None:
+            panel.scatter(*xy_N2.T, s=area, color=BLUE, **dots)
+        elif field is None and values is not None:
+            shown = panel.scatter(*xy_N2.T, s=area, c=values[1], cmap="cividis", **dots)
+            bar = figure.colorbar(shown, ax=panel, location="top", shrink=0.7, aspect=35, pad=0.01)
+            bar.set_label(short(values[0], 90), fontsize=9.5)
+            bar.ax.tick_params(labelsize=8.5)
+        elif field is not None:
+            labels = sorted({label for label in fields[field] if label is not None})
+            for color, label in zip(PALETTE, labels, strict=False):
+                inside = np.array([other == label for other in fields[field]])
+                panel.scatter(*xy_N2[inside].T, s=area[inside], color=color, label=short(label, 26), **dots)
             panel.set_title(field.replace("_", " "), fontsize=10.5, loc="left")
             panel.legend(frameon=False, fontsize=8, markerscale=0.9, handletextpad=0.2, loc="best")
         panel.set_aspect("equal", adjustable="datalim")
@@ -177,7 +171,6 @@ def plot_interference(path: Path, groups: Sequence[str], cosines: Mapping[str, A
     cell = min(0.32, 4.2 / len(groups))
     figure = new_figure(1.9 + len(cosines) * (cell * len(groups) + 0.35) + 0.9, cell * len(groups) + 2.0)
     panels = np.atleast_1d(figure.subplots(1, len(cosines), sharey=True))
-    image: Any = None
     for column, (panel, (title, cosine_GG)) in enumerate(zip(panels, cosines.items(), strict=True)):
         image = panel.imshow(
             np.asarray(cosine_GG)[np.ix_(order, order)], cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest"
@@ -207,7 +200,7 @@ def _router_axis(names: Sequence[str]) -> tuple[list[int], list[str]]:
     return places, [short(" ".join(labels[place]), 18) for place in places]
 
 
-def _write_names(figure: Any, panel: Any, xy_N2: Array, area_N: Array, names: Sequence[str]) -> None:
+def _write_names(figure: Figure, panel: Axes, xy_N2: Array, area_N: Array, names: Sequence[str]) -> None:
     """Write each name on the side of its point where it covers least; names that fit nowhere are left out."""
     pixels = panel.transData.transform(xy_N2)
     scale = figure.dpi / 72
@@ -231,7 +224,8 @@ def _write_names(figure: Any, panel: Any, xy_N2: Array, area_N: Array, names: Se
         if not fits:
             text.remove()
             continue
-        text.set_position(panel.transData.inverted().transform((fits[0].x0, fits[0].y0 + size.height * 0.22)))
+        x, y = panel.transData.inverted().transform((fits[0].x0, fits[0].y0 + size.height * 0.22))
+        text.set_position((float(x), float(y)))
         taken.append(fits[0])
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from cuma_ds.evaluation.report.model import CONTENDERS, SPLITS, ChatScores, ChatSplit, ChoiceScores, Report, Scored
 
-# By name of the score: the head of its column and how it is written. {distance} stands for what the questions of a table are judged by.
+# Score -> head of its column and format. {distance} stands for the distance that the questions are judged by.
 Columns = dict[str, tuple[str, str]]
 _DISTRIBUTIONS: Columns = {
     "emd": ("{distance}", "{:.4f}"),

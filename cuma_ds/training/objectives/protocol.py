@@ -6,21 +6,23 @@ Shapes: B sequences, K kept positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from cuma_ds.data.batch import Batch, Unit
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 
 
 class Loss(NamedTuple):
     """What an objective makes of one micro batch.
 
     Attributes:
-        sum: a scalar with gradients. Divided by the weight of the whole step it is part of the mean over the global batch.
-        metrics: further scalars by name, without gradients and on the device. They are summed and divided as ``sum`` is, and
-            written to the row of the step. Every micro batch has the same names, in the same order.
+        sum: a scalar with gradients. Divided by the weight of the whole step it is part of the mean over the global
+            batch.
+        metrics: further scalars by name, without gradients and on the device. They are summed and divided as ``sum``
+            is, and written to the row of the step. Every micro batch has the same names, in the same order.
     """
 
     sum: Tensor
@@ -36,8 +38,9 @@ class Objective(Protocol):
 
     reads: Sequence[str]
 
-    def unit(self, row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str]) -> Unit:
-        """The examples that a row becomes. They share a micro batch, which holds the examples of all its units in order.
+    def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
+        """The examples that a row becomes. They share a micro batch, which holds the examples of all its units in
+        order.
 
         Args:
             row: of a prepared split.

@@ -5,14 +5,14 @@ Shapes: B sequences, K kept positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, Targets, Unit, encode_example
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rows import Row
 from cuma_ds.training.objectives.protocol import Loss
 
 
@@ -24,7 +24,7 @@ class Sft:
     def __init__(self, config: RunConfig) -> None:
         self._data = config.data
 
-    def unit(self, row: Mapping[str, Any], renderer: Renderer, sentences: Sequence[str]) -> Unit:
+    def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
         """One example, see :func:`~cuma_ds.data.batch.encode_example`."""
         return (encode_example(row, renderer, sentences, self._data),)
 

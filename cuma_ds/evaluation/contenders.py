@@ -1,17 +1,70 @@
-"""What a perfect dense model and a perfectly informed one would answer: the two ends every run is measured between."""
+"""What a report compares: the model asked in several ways, and references without a model.
+
+The references are a perfect dense model (``collapse``), a perfectly informed one (``oracle``) and a look-up of the
+nearest training profile (``nearest``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cuma_ds.errors import DataError
-from cuma_ds.evaluation.examples import ChoiceExamples
+from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
 from cuma_ds.evaluation.metrics import normalise
+from cuma_ds.evaluation.subject import Subject
 
 Array = NDArray[np.float64]
+
+
+class Asking(NamedTuple):
+    """One way of asking a model.
+
+    Attributes:
+        label: its name in progress.
+        embeddings_NP: raw embeddings of the profiles; None to ask without.
+        model_as: context in which the model is asked.
+        profiles: rows of ``embeddings_NP`` instead of the examples' own.
+        record: also collect the routing.
+    """
+
+    label: str
+    embeddings_NP: Tensor | None
+    model_as: Callable[[], AbstractContextManager[object]]
+    profiles: Sequence[int] | None = None
+    record: bool = False
+
+
+def ways_of_asking(subject: Subject, examples: ChoiceExamples) -> dict[str, Asking]:
+    """How each contender that is a model is asked: before training, trained, and with profiles swapped."""
+    if subject.untrained is None:
+        return {"before": Asking("as it is", None, nullcontext)}
+    ways = {
+        "before": Asking("before training", None, subject.untrained),
+        "trained": Asking("trained", subject.embeddings_NP, nullcontext, record=True),
+    }
+    if subject.embeddings_NP is not None:
+        swapped = swap_profiles(examples.questions, examples.groups, examples.profiles)
+        if swapped != examples.profiles:
+            ways["swapped"] = Asking("profiles swapped", subject.embeddings_NP, nullcontext, profiles=swapped)
+    return ways
+
+
+def references(
+    train: ChoiceExamples, test: ChoiceExamples, embeddings_NP: Tensor | None, min_answers: int
+) -> dict[str, Sequence[Array]]:
+    """Distributions [n] of every test example by each reference that the data allows."""
+    found: dict[str, Sequence[Array]] = {"collapse": collapse_reference(train, test)}
+    if has_training_answers(train, test, min_answers):
+        found["oracle"] = oracle_reference(train, test, min_answers)
+    if embeddings_NP is not None and set(train.profiles).isdisjoint(test.profiles):
+        found["nearest"] = nearest_reference(train, test, embeddings_NP.numpy(), min_answers)
+    return found
 
 
 def collapse_reference(train: ChoiceExamples, test: ChoiceExamples) -> list[Array]:
@@ -33,8 +86,9 @@ def collapse_reference(train: ChoiceExamples, test: ChoiceExamples) -> list[Arra
 def oracle_reference(train: ChoiceExamples, test: ChoiceExamples, min_answers: int) -> list[Array]:
     """Each example gets the training answers of its own people to its question.
 
-    Its own people are those of the same profile where they gave at least ``min_answers`` training answers to the question, else those
-    of the same group, else everybody. A profile that one or two people share says nothing about how the next of them answers.
+    Its own people are those of the same profile where they gave at least ``min_answers`` training answers to the
+    question, else those of the same group, else everybody. A profile that one or two people share says nothing about
+    how the next of them answers.
 
     Returns:
         One distribution [n] per test example.
@@ -48,9 +102,9 @@ def oracle_reference(train: ChoiceExamples, test: ChoiceExamples, min_answers: i
 def nearest_reference(
     train: ChoiceExamples, test: ChoiceExamples, embeddings_NP: NDArray[np.floating], min_answers: int
 ) -> list[Array]:
-    """Each example gets what :func:`oracle_reference` gives to the training profile whose sentence embedding is nearest (cosine).
+    """Each example gets the :func:`oracle_reference` of the training profile with the nearest embedding (cosine).
 
-    What a look-up by similarity achieves for profiles that were never trained on.
+    This is what a look-up by similarity achieves for profiles that were never trained on.
 
     Args:
         embeddings_NP: raw embeddings of all profiles.
@@ -64,7 +118,7 @@ def nearest_reference(
 
 
 def has_training_answers(train: ChoiceExamples, test: ChoiceExamples, min_answers: int) -> bool:
-    """Whether any (question, group) of ``test`` has ``min_answers`` answers in ``train``, so that there is an oracle at all."""
+    """Whether any (question, group) of ``test`` has ``min_answers`` answers in ``train``; else there is no oracle."""
     known = _histograms(zip(train.questions, train.groups, strict=True), train)
     enough = {key for key, counts in known.items() if counts.sum() >= min_answers}
     return not enough.isdisjoint(zip(test.questions, test.groups, strict=True))

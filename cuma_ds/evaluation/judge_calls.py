@@ -1,0 +1,226 @@
+"""Calls of a judge behind an OpenAI-compatible endpoint: several at a time, with a cache of its verdicts."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cuma_ds.errors import ConfigError
+from cuma_ds.profiles.table import default_cache_dir
+
+if TYPE_CHECKING:
+    import openai
+
+_READABLE = re.compile(r"^(?:answer\s+)?(a|b|tie)$", re.IGNORECASE)
+_BRACKETED = re.compile(r"\[\[(a|b|c|tie)\]\]", re.IGNORECASE)
+_THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
+# What is done about an argument that a judge does not take.
+_WITHOUT = {
+    "max_tokens": "max_completion_tokens is sent in its place",
+    "temperature": "it answers at its own temperature, so that its verdicts may differ from run to run",
+}
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """The judge, and the limits of its calls.
+
+    Attributes:
+        url: base address, e.g. ``http://localhost:8000/v1``.
+        model: its name there.
+        key_variable: environment variable that holds the key; servers without keys need none.
+        concurrency: most calls at a time.
+        timeout: seconds of one call.
+        retries: of a call that timed out, was refused for its rate, or met a failing server; waits grow exponentially.
+        max_tokens: longest verdict; raise it for judges that think aloud first.
+        cache_dir: where verdicts are kept, those of each url and model apart; default: the user's cache folder.
+    """
+
+    url: str
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout: float = 60.0
+    retries: int = 5
+    max_tokens: int = 256
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"--judge-url {self.url!r} is no address; expected e.g. http://localhost:8000/v1")
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0 or self.max_tokens < 1:
+            raise ConfigError(
+                "a judge needs a concurrency and max tokens of at least 1, a positive timeout and no negative retries"
+            )
+
+
+@dataclass
+class Asked:
+    verdicts: list[str]
+    failures: Counter[str] = field(default_factory=Counter)
+    cached: int = 0
+    refused: set[str] = field(default_factory=set)
+
+
+async def ask_all(
+    requests: Sequence[list[dict[str, str]]], settings: JudgeSettings, progress: Callable[[int, int], None] | None
+) -> Asked:
+    """Ask the judge every request that its cache does not hold.
+
+    Raises:
+        ConfigError: the ``openai`` package is missing, or the judge refuses the key or does not know the model.
+    """
+    try:
+        import openai
+    except ImportError:
+        raise ConfigError(
+            "a judge is asked through the package openai, which is not installed; pip install 'cuma-ds[judge]'"
+        ) from None
+
+    cache = _Cache(settings.cache_dir or default_cache_dir().parent / "judge")
+    asked = Asked([""] * len(requests))
+    limit = asyncio.Semaphore(settings.concurrency)
+    done = 0
+
+    async def ask(client: openai.AsyncOpenAI, index: int) -> None:
+        nonlocal done
+        key = _key(settings, requests[index])
+        known = cache.verdicts.get(key)
+        if known is not None:
+            asked.verdicts[index] = known
+            asked.cached += 1
+        else:
+            async with limit:
+                asked.verdicts[index], failure = await _call(client, settings, requests[index], asked.refused)
+            if failure:
+                asked.failures[failure] += 1
+            elif asked.verdicts[index] != "unreadable":
+                cache.add(key, asked.verdicts[index])
+        done += 1
+        if progress is not None:
+            progress(done, len(requests))
+
+    key = os.environ.get(settings.key_variable) or "none"
+    async with openai.AsyncOpenAI(
+        base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.retries
+    ) as client:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for index in range(len(requests)):
+                    group.create_task(ask(client, index))
+        except* ConfigError as errors:
+            raise errors.exceptions[0] from None
+    return asked
+
+
+async def _call(
+    client: Any, settings: JudgeSettings, messages: list[dict[str, str]], refused: set[str]
+) -> tuple[str, str]:
+    """A verdict, and the kind of failure ("" for none).
+
+    Args:
+        refused: arguments that this judge does not take. What it refuses now is added, and the call is made again.
+    """
+    import openai
+
+    known = frozenset(refused)
+    try:
+        answer = await client.chat.completions.create(messages=messages, **_arguments(settings, known))
+        text = answer.choices[0].message.content
+    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+        raise ConfigError(
+            f"the judge at {settings.url} refuses the key in {settings.key_variable} (status {error.status_code})"
+        ) from None
+    except openai.NotFoundError:
+        raise ConfigError(
+            f"the judge at {settings.url} knows no model {settings.model!r}, or the address is wrong (status 404)"
+        ) from None
+    except openai.APIStatusError as error:
+        more = _named_in(error) - known
+        if not more:
+            return "failed", f"status {error.status_code}"
+        for name in sorted(more - refused):
+            warnings.warn(
+                f"the judge {settings.model} at {settings.url} refuses {name}; {_WITHOUT[name]}",
+                UserWarning,
+                stacklevel=2,
+            )
+        refused |= more
+        return await _call(client, settings, messages, refused)
+    except openai.OpenAIError as error:
+        return "failed", type(error).__name__
+    except (AttributeError, IndexError, TypeError, ValueError):
+        # An answer that is no chat completion.
+        return "failed", "no chat completion"
+    return (read_verdict(text), "") if isinstance(text, str) else ("failed", "no chat completion")
+
+
+def read_verdict(text: str) -> str:
+    """``A``, ``B``, ``tie``, or ``unreadable`` for anything that does not say exactly one of them."""
+    text = _THOUGHTS.sub("", text).strip()
+    bracketed = {found.lower() for found in _BRACKETED.findall(text)}
+    if len(bracketed) == 1:
+        said = bracketed.pop()
+        return "tie" if said in ("c", "tie") else said.upper()
+    plain = _READABLE.match(text.strip(" \t\n.!*_\"'`"))
+    if plain is None or bracketed:
+        return "unreadable"
+    return "tie" if plain[1].lower() == "tie" else plain[1].upper()
+
+
+def _arguments(settings: JudgeSettings, refused: Collection[str]) -> dict[str, object]:
+    limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
+    temperature = {} if "temperature" in refused else {"temperature": 0.0}
+    return {"model": settings.model, limit: settings.max_tokens, **temperature}
+
+
+def _named_in(error: openai.APIStatusError) -> frozenset[str]:
+    """The arguments that a bad request (status 400 or 422) is about, by its ``param`` or its words."""
+    if error.status_code not in (400, 422):
+        return frozenset()
+    return frozenset(name for name in _WITHOUT if name in f"{error.param} {error.message}")
+
+
+def _key(settings: JudgeSettings, messages: list[dict[str, str]]) -> str:
+    content = json.dumps([settings.url.rstrip("/"), settings.model, settings.max_tokens, messages], ensure_ascii=False)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class _Cache:
+    """Verdicts by hash of who was asked what, one JSON line each; no text of a profile, prompt or answer is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "verdicts-2.jsonl"
+        self.verdicts: dict[str, str] = {}
+        before = folder / "verdicts.jsonl"
+        if before.is_file() and not self.file.is_file():
+            warnings.warn(
+                f"verdicts in {before} are not used: they do not say at which address the judge was; "
+                "delete the file if you like",
+                UserWarning,
+                stacklevel=2,
+            )
+        if self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                try:
+                    key, verdict = json.loads(line)
+                except (ValueError, TypeError):
+                    continue  # A line cut off by a stop only costs asking again.
+                if verdict in ("A", "B", "tie"):
+                    self.verdicts[key] = verdict
+
+    def add(self, key: str, verdict: str) -> None:
+        """Remember a verdict at once, so that a stopped run has lost nothing."""
+        self.verdicts[key] = verdict
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps([key, verdict]) + "\n")
