@@ -43,7 +43,7 @@ test-16-bit: demo
 	CUMA_TEST_UNITS=forced $(MAKE) test PYTEST="-m sixteen_bit"
 
 test-cuda-compile: $(INSTALLED)
-	$(BIN)/python tests/cuda_compile.py
+	$(BIN)/python tests/helpers/cuda_compile.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -16,10 +16,10 @@ major_minor=$("$python" -c 'import torch; print("".join(map(str, torch.cuda.get_
 }
 step env CUMA_DS_CUDA=1 CUMA_DS_CUDA_ARCHITECTURES="$major_minor" "$python" setup.py --quiet build_ext --inplace
 step "$python" -m cuma_ds.ops
-step "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py
+step "$python" -m pytest -q -p no:cacheprovider tests/ops/test_ops.py
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        step compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider tests/test_ops.py \
+        step compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_ops.py \
             -k "cuda and (33 or 65 or 4100)"
     done
 else

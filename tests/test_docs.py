@@ -1,7 +1,7 @@
 """Every command and every Python block in README and docs runs as it stands there, on a tiny model where a real one is named.
 
 A block that cannot run here is marked ``<!-- not run: reason -->`` in the text, and listed in NOT_RUN below. Of ``deepspeed`` and
-``torchrun`` only the arguments are checked; tests/test_launchers.py starts them.
+``torchrun`` only the arguments are checked; tests/launchers/test_launchers.py starts them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from authors import AUTHORS, write_authors_checkpoint
 from conftest import character_tokenizer
 from ranks import ROOT, environment, free_port
-from test_export import AUTHORS, write_authors_checkpoint
 
 from cuma_ds.config import load_config
 from cuma_ds.config_reference import reference
@@ -92,11 +92,11 @@ def commands(block: Block) -> list[list[str]]:
 
 
 class Server:
-    """Runs Python commands through tests/command_server.py."""
+    """Runs Python commands through tests/helpers/command_server.py."""
 
     def __init__(self) -> None:
         run = environment() | {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, "tests/command_server.py"]
+        command = [sys.executable, "tests/helpers/command_server.py"]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TRAIN, one_line
 from ranks import run
 from run_folder import OPINIONS, make_run
 from safetensors.torch import load_file, save_file
-from test_launchers import TRAIN, one_line
-from test_parallel_training import recipe
+from small_runs import recipe
 from transformers import AutoModelForCausalLM
 
 from cuma_ds import identity, load_exported

@@ -1,0 +1,14 @@
+"""``python with_units.py SCRIPT ARGUMENTS``: the script with the units of tests/helpers/units.py."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from units import force_units
+
+force_units()
+del sys.argv[0]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))  # as python itself does
+runpy.run_path(sys.argv[0], run_name="__main__")
