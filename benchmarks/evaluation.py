@@ -1,8 +1,9 @@
 """Evaluation throughput: answers per second of ours against a loop that encodes and runs one answer at a time.
 
-Both ask the same adapted model about the same answers of people; the loop runs a sample of them. Rounds take turns, so that a drifting
-machine hurts both alike; medians and ratios are printed. Two cases: people of one profile share their prompt (survey answers of
-countries), and nobody shares anything (every answer has a profile and a question of its own), where only batching helps.
+Both ask the same adapted model about the same answers of people; the loop runs a sample of them. Rounds take turns, so
+that a drifting machine hurts both alike; medians and ratios are printed. Two cases: people of one profile share their
+prompt (survey answers of countries), and nobody shares anything (every answer has a profile and a question of its
+own), where only batching helps.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def main() -> None:
             logits[0, -1, example.target_token].float().softmax(dim=-1).cpu()
 
     table = Table(
-        title=f"evaluation, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads, batch {arguments.batch}"
+        title=f"evaluation, {arguments.dtype}, {arguments.device}, {torch.get_num_threads()} threads, "
+        f"batch {arguments.batch}"
     )
     for heading in ("case", "answers", "ours, answers/s", "loop, answers/s", "ratio", "min", "max"):
         table.add_column(heading, justify="left" if heading == "case" else "right")

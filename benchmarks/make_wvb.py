@@ -1,4 +1,5 @@
-"""Write WorldValuesBench-shaped TSV files with random answers, from the benchmark's own codebook: same columns, texts, codes and gaps.
+"""Write WorldValuesBench-shaped TSV files with random answers, from the benchmark's own codebook: same columns, texts,
+codes and gaps.
 
 Answers are drawn per country, so that countries differ; nobody's real answers are in them.
 """

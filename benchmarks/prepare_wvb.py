@@ -1,4 +1,5 @@
-"""Prepare WorldValuesBench-sized data (15 million answers) and print time, peak memory of all processes together and folder size.
+"""Prepare WorldValuesBench-sized data (15 million answers) and print time, peak memory of all processes together and
+folder size.
 
 The raw files are made from the benchmark's own codebook with random answers (make_wvb.py); making them is not timed.
 """

@@ -1,7 +1,7 @@
 """Throughput of the server when many people ask at once, against the same requests one after another.
 
-Real HTTP, OpenAI's client, one process. Both ways take turns, so that a drifting machine hurts them alike; medians and their ratio are
-printed.
+Real HTTP, OpenAI's client, one process. Both ways take turns, so that a drifting machine hurts them alike; medians and
+their ratio are printed.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ async def tokens_per_second(client: openai.AsyncOpenAI, requests: int, together:
 
     async def one(number: int) -> int:
         answer = await client.chat.completions.create(
-            model="bench", messages=[{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}], temperature=0, max_tokens=max_tokens,
+            model="bench",
+            messages=[{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}],
+            temperature=0,
+            max_tokens=max_tokens,
             extra_body={"profile": {"country": COUNTRIES[number % len(COUNTRIES)], "age": 20 + number}},
-        )  # fmt: skip
+        )
         assert answer.usage is not None
         return answer.usage.completion_tokens
 
@@ -110,7 +113,8 @@ def main() -> None:
             server.should_exit = True
             thread.join()
     table = Table(
-        title=f"served answers of {arguments.max_tokens} tokens, {arguments.dtype}, {arguments.device}, {arguments.threads} threads, "
+        title=f"served answers of {arguments.max_tokens} tokens, {arguments.dtype}, {arguments.device}, "
+        f"{arguments.threads} threads, "
         f"median of {arguments.rounds} rounds"
     )
     for heading in ("requests", "tokens per second", "ratio", "min", "max"):

@@ -195,10 +195,7 @@ class ParallelSection(_Section):
     )
     overlap_dispatch: bool = Field(
         False,
-        description=(
-            "on GPUs, tokens and experts travel on a stream of their own beside the frozen product (not yet tried on "
-            "a GPU)"
-        ),
+        description="tokens and experts are sent while the frozen product runs (not yet tried on a GPU)",
     )
     timeout_seconds: int = Field(120, ge=10, description="seconds to wait for a silent peer before stopping")
 

@@ -27,8 +27,9 @@ def read_json(text: str) -> Any:
     """What a JSON text holds.
 
     Raises:
-        ValueError: broken JSON (``json.JSONDecodeError``), or in one line what else cannot be read: a key that stands twice (with
-            both values, or with both lines of a longer text), too many nested lists or objects, a number with too many digits.
+        ValueError: broken JSON (``json.JSONDecodeError``), or in one line what else cannot be read: a key that stands
+            twice (with both values, or with both lines of a longer text), too many nested lists or objects, a number
+            with too many digits.
     """
     try:
         return json.loads(text, object_pairs_hook=unique_keys)

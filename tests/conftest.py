@@ -60,9 +60,18 @@ def tiny_llama(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=5, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=5,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
     return folder
@@ -119,7 +128,7 @@ class Launched:
 
 @pytest.fixture
 def launch(monkeypatch, capsys):
-    """Run ``launchers/NAME.py ARGUMENTS`` in this process (typed input from ``stdin``), as a person's terminal would."""
+    """Run ``launchers/NAME.py ARGUMENTS`` in this process, with typed input from ``stdin``."""
 
     def go(name: str, *arguments: str, stdin: str = "") -> Launched:
         import io

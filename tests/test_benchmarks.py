@@ -1,4 +1,4 @@
-"""Benchmarks run to their tables at small sizes, which tell nothing about speed. Loading and preparing have their own tests."""
+"""Benchmarks run to their tables at small sizes, which tell nothing about speed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Every command and every Python block in README and docs runs as it stands there, on a tiny model where a real one is named.
+"""Every command and every Python block in README and docs runs as it stands there, on a tiny model where a real one is
+named.
 
-A block that cannot run here is marked ``<!-- not run: reason -->`` in the text, and listed in NOT_RUN below. Of ``deepspeed`` and
-``torchrun`` only the arguments are checked; tests/launchers/test_launchers.py starts them.
+A block that cannot run here is marked ``<!-- not run: reason -->`` in the text, and listed in NOT_RUN below. Of
+``deepspeed`` and ``torchrun`` only the arguments are checked; tests/launchers/test_launchers.py starts them.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Server:
 
 
 class Checkout:
-    """A folder in which a page's commands run: the repository, tiny models where real ones would be, and the quickstart's run."""
+    """A folder in which a page's commands run: the repository, tiny models for real ones, and the quickstart's run."""
 
     def __init__(self, folder: Path, server: Server, models: dict[str, Path], runs: Path | None) -> None:
         self.folder, self.server = folder, server

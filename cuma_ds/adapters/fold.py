@@ -1,6 +1,7 @@
 """A mixture with fixed gates is one plain LoRA: the A_i stacked, the g_i B_i side by side.
 
-Shapes: R routers, E experts, K kept experts, D input features, O output features, P profile width, T tokens, N profiles.
+Shapes: R routers, E experts, K kept experts, D input features, O output features, P profile width, T tokens, N
+    profiles.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cuma_ds.ops import demographic_gate, dense_gate
 
 
 def fixed_gate(router: Router) -> bool:
-    """Whether the gate is the same for every token of a profile: a zero somewhere on the way from the token to the logits."""
+    """Whether the gate is the same for every token of a profile: some factor between token and logits is zero."""
     weights = [router.weight_h, *(layer.weight for layer in router._linears())]
     return router.config.num_experts == 1 or any(not bool(weight.any()) for weight in weights)
 
@@ -64,7 +65,7 @@ def fold(model: CumaModel, gate_RE: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def plain_lora(model: CumaModel, states: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> CumaModel:
-    """The same backbone with plain LoRA of the states' rank instead of the mixture; ``model`` cannot be used afterwards."""
+    """The same backbone with plain LoRA instead of the mixture. ``model`` cannot be used afterwards."""
     for name, layer in list(model.adapted_layers()):
         parent, _, leaf = name.rpartition(".")
         setattr(model.base_model.get_submodule(parent), leaf, layer.base)

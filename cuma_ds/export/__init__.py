@@ -1,4 +1,4 @@
-"""What was trained, for people without DeepSpeed: self-contained folders, plain LoRA, and the authors' checkpoints read in."""
+"""What was trained, for people without DeepSpeed: whole folders, plain LoRA, and the authors' checkpoints read in."""
 
 from cuma_ds.inference.modeling import CumaForCausalLM, load_exported
 

@@ -807,8 +807,8 @@ def test_what_two_sharded_ranks_trained_answers_as_their_engine_did(
 ) -> None:
     """2 ranks, sharded backbone, ep 2 -> hf -> a fresh environment: equal words and logits to 1e-5 in float32.
 
-    In bfloat16 the engine adds what two ranks made in another order than one process. Two answers may be as far apart as
-    the engine's own rounding put it from the same model in float32.
+    In bfloat16 the engine adds what two ranks made in another order than one process. Two answers may be as far apart
+    as the engine's own rounding put it from the same model in float32.
     """
     from ranks import run as run_ranks
     from small_runs import recipe

@@ -88,9 +88,18 @@ def models(out: Path) -> None:
     """A random 2-layer Llama and a random sentence encoder, with one token per character."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=104, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=5, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=104,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=5,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(config).save_pretrained(out / "model")
     character_tokenizer().save_pretrained(out / "model")
     config = BertConfig(

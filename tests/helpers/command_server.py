@@ -1,8 +1,9 @@
-"""Runs Python commands in forks of one process that has imported everything already: a fraction of a second each instead of many.
+"""Runs Python commands in forks of one process that has imported everything already: a fraction of a second each
+instead of many.
 
-Reads one JSON request a line and answers with one: {"cwd", "arguments": [script, ...] or ["-c", code], "out", "err", "input", "background",
-"parse_only"} -> {"code"} or, in the background, {"pid"}; {"stop": pid} ends one. With ``parse_only`` a command leaves when it has parsed
-its arguments.
+Reads one JSON request a line and answers with one: {"cwd", "arguments": [script, ...] or ["-c", code], "out", "err",
+"input", "background", "parse_only"} -> {"code"} or, in the background, {"pid"}; {"stop": pid} ends one. With
+``parse_only`` a command leaves when it has parsed its arguments.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The CUDA kernels of csrc/, compiled for the host by g++ and compared with plain PyTorch (emulator/emulator.h).
 
-``python tests/helpers/emulation.py LIBRARY [START]`` runs the comparisons (those whose names begin so) on a library built here.
+``python tests/helpers/emulation.py LIBRARY [START]`` runs the comparisons (those whose names begin so) on a library
+built here.
 """
 
 from __future__ import annotations

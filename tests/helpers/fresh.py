@@ -35,7 +35,10 @@ def link_packages(target: Path, roots: tuple[str, ...] = ("torch", "transformers
 
 def run_fresh(packages: Path, script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a script with ``packages`` alone on its path, offline."""
-    start = f"import sys, runpy; sys.path.append({str(packages)!r}); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    start = (
+        f"import sys, runpy; sys.path.append({str(packages)!r}); del sys.argv[0]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     keep = {key: value for key, value in os.environ.items() if key in ("PATH", "LD_LIBRARY_PATH", "TMPDIR", "LANG")}
     environment = {**keep, "HOME": str(cwd), "HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", "-S", "-c", start, str(script), *arguments]

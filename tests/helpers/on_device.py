@@ -17,7 +17,8 @@ from pretend_device import DEVICE, OnDevice
 from run_folder import content, lively
 from torch import Tensor
 
-torch.inference_mode = torch.no_grad  # type: ignore[assignment,misc]  # tensors made in it cannot be seen through by wrappers
+# Wrappers cannot see through tensors that were made in inference mode.
+torch.inference_mode = torch.no_grad  # type: ignore[assignment,misc]
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters  # noqa: E402
 from cuma_ds.config import ModelSection  # noqa: E402

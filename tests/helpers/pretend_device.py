@@ -1,4 +1,5 @@
-"""A device that exists in name only: its tensors are held by the CPU, but beside a CPU tensor they fail as a GPU's would.
+"""A device that exists in name only: its tensors are held by the CPU, but beside a CPU tensor they fail as a GPU's
+would.
 
 Importing this names torch's spare backend "pretend" for the whole process, so that scripts import it, not tests.
 """

@@ -1,7 +1,7 @@
 """Start real ranks: one process per rank, a free port, own threads and extension folder; end only what was started.
 
-Importing torch, transformers and DeepSpeed takes longer than most tests. So ranks are forked from a process that has imported them, unless
-a test asks for fresh interpreters, which also differ in their hash seeds and share no memory.
+Importing torch, transformers and DeepSpeed takes longer than most tests. So ranks are forked from a process that has
+imported them, unless a test asks for fresh interpreters, which also differ in their hash seeds and share no memory.
 """
 
 from __future__ import annotations

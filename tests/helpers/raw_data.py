@@ -34,7 +34,8 @@ CHOICES: dict[str, dict[str, str]] = {
     "Q289": {"0": "Do not belong to a denomination", "5": "Muslim", "7": "Buddhist"},
     "Q290": {"8001": "AL: First group", "32001": "AR: White", "32002": "AR: Light brown"},
     "Q279": {"1": "Full time (30 hours a week or more)", "6": "Student"},
-    # A plain scale, one whose codes are out of order, one with a code that is dropped, one with two codes for one point.
+    # A plain scale, one whose codes are out of order, one with a code that is dropped, one with two codes for one
+    # point.
     "Q1": {"1": "Very good", "2": "Rather good", "3": "Not good"},
     "Q56": {"1": "More", "2": "Less", "3": "The same"},
     "Q111": {"1": "Trees", "2": "Roads", "3": "Neither"},
@@ -46,7 +47,7 @@ PROFILE = ["B_COUNTRY", "X003R", "Q260", "Q275", "Q273", "Q289", "Q290", "Q279"]
 
 
 def draw(seed: int, what: str, name: object) -> float:
-    """Where the split puts a person, row, unit (country) or profile between 0 and 1, by the rule of docs/data_formats.md."""
+    """Where the split puts a person, row, unit (country) or profile between 0 and 1, see docs/data_formats.md."""
     return int(hashlib.sha256(f"{seed}\0{what}\0{name}".encode()).hexdigest()[:16], 16) / 2**64
 
 
@@ -60,12 +61,15 @@ def write_codebook(folder: Path) -> None:
     codebook["D_INTERVIEW"]["choices"] = {}
     metadata = {
         name: {
-            "question": f"What about {name}?", "category": "", "use_case": "value" if name in SCALES else "demographic",
-            "answer_scale_min": SCALES[name][0] if name in SCALES else "", "answer_scale_max": SCALES[name][1] if name in SCALES else "",
+            "question": f"What about {name}?",
+            "category": "",
+            "use_case": "value" if name in SCALES else "demographic",
+            "answer_scale_min": SCALES[name][0] if name in SCALES else "",
+            "answer_scale_max": SCALES[name][1] if name in SCALES else "",
             "answer_data_type": "ordinal" if name in SCALES else "non_ordinal",
         }
         for name in CHOICES
-    }  # fmt: skip
+    }
     for name, content in (("codebook", codebook), ("question_metadata", metadata), ("answer_adjustment", ADJUSTMENT)):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
@@ -116,12 +120,17 @@ def write_benchmark(folder: Path, people: pd.DataFrame, splits: dict[str, list[i
 def alignment_row(number: int, **changes: Any) -> dict[str, Any]:
     """A row of Community Alignment v1.1: two turns, four answers each."""
     row: dict[str, Any] = {
-        "conversation_id": f"c{number}", "assigned_lang": "en", "annotator_id": f"a{number % 9}",
+        "conversation_id": f"c{number}",
+        "assigned_lang": "en",
+        "annotator_id": f"a{number % 9}",
         "is_pregenerated_first_prompt": number % 2 == 0,
-        "annotator_age": ["18-34", "55+"][number % 2], "annotator_gender": ["male", "female"][number % 2],
-        "annotator_education_level": "Some post-secondary", "annotator_political": "", "annotator_ethnicity": "Prefer not to say",
+        "annotator_age": ["18-34", "55+"][number % 2],
+        "annotator_gender": ["male", "female"][number % 2],
+        "annotator_education_level": "Some post-secondary",
+        "annotator_political": "",
+        "annotator_ethnicity": "Prefer not to say",
         "annotator_country": ["india", "united states", "Italy"][number % 9 % 3],
-    }  # fmt: skip
+    }
     for turn, there in (("first", True), ("second", True), ("third", False), ("fourth", False)):
         row[f"{turn}_turn_prompt"] = f'{turn} question {number % 4},\nwith "quotes"' if there else None
         for letter in "abcd":
@@ -141,14 +150,22 @@ def write_alignment(file: Path, rows: list[dict[str, Any]]) -> Path:
 def prism_user(number: int, **changes: Any) -> dict[str, Any]:
     """A row of PRISM's survey."""
     return {
-        "user_id": f"user{number}", "survey_only": False, "age": ["18-24 years old", "65+ years old"][number % 2],
-        "gender": ["Female", "Non-binary / third gender"][number % 2], "education": "University Bachelors Degree",
-        "employment_status": "Prefer not to say", "marital_status": "Never been married",
+        "user_id": f"user{number}",
+        "survey_only": False,
+        "age": ["18-24 years old", "65+ years old"][number % 2],
+        "gender": ["Female", "Non-binary / third gender"][number % 2],
+        "education": "University Bachelors Degree",
+        "employment_status": "Prefer not to say",
+        "marital_status": "Never been married",
         "religion": {"self_described": "none", "categorised": "Non-religious", "simplified": "No Affiliation"},
         "ethnicity": {"self_described": "white", "categorised": "White", "simplified": "White"},
-        "location": {"birth_country": "Kenya", "reside_country": ["Kenya", "Chile", "France"][number % 3], "birth_region": "Africa"},
+        "location": {
+            "birth_country": "Kenya",
+            "reside_country": ["Kenya", "Chile", "France"][number % 3],
+            "birth_region": "Africa",
+        },
         **changes,
-    }  # fmt: skip
+    }
 
 
 def prism_conversation(number: int, user: int, **changes: Any) -> dict[str, Any]:
@@ -167,10 +184,15 @@ def prism_conversation(number: int, user: int, **changes: Any) -> dict[str, Any]
         for place in range(answers):
             history.append(
                 {
-                    "turn": turn, "role": "model", "content": f"Answer {place} in turn {turn} of {number}", "model_name": f"m{place}",
-                    "score": 50 + place, "if_chosen": place == number % 2, "within_turn_id": place,
+                    "turn": turn,
+                    "role": "model",
+                    "content": f"Answer {place} in turn {turn} of {number}",
+                    "model_name": f"m{place}",
+                    "score": 50 + place,
+                    "if_chosen": place == number % 2,
+                    "within_turn_id": place,
                 }
-            )  # fmt: skip
+            )
     return {"conversation_id": f"k{number}", "user_id": f"user{user}", "conversation_history": history, **changes}
 
 

@@ -67,7 +67,7 @@ def reference_mixture(h: Tensor, gate: list[Tensor], a: Tensor, b: Tensor, mask:
 def reference_balance(
     gates: list[tuple[list[Tensor], list[int], Tensor]], share_E: Tensor | None, full_softmax: bool
 ) -> Tensor:
-    """E * sum_i f_i p_i over real tokens, each with its gate, its chosen experts and its logits; ``share_E`` None counts f_i."""
+    """E * sum_i f_i p_i over real tokens, each with its gate, experts and logits. ``share_E`` None: f_i counted."""
     experts = len(gates[0][0])
     assignments = sum(len(chosen) for _, chosen, _ in gates)
     loss = torch.zeros((), dtype=gates[0][0][0].dtype)

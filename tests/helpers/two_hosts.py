@@ -1,6 +1,8 @@
-"""Two "hosts" on one Linux machine, for a run by hostfile: each has its own network, processes and sshd, and a cable joins them.
+"""Two "hosts" on one Linux machine, for a run by hostfile: each has its own network, processes and sshd, and a cable
+joins them.
 
-Everything lives in anonymous namespaces: when a host's first process ends, its processes, its network and the cable are gone.
+Everything lives in anonymous namespaces: when a host's first process ends, its processes, its network and the cable
+are gone.
 """
 
 from __future__ import annotations
@@ -19,8 +21,13 @@ from pathlib import Path
 from ranks import ROOT, environment
 
 PROGRAMS = {
-    "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux",
-}  # fmt: skip
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+}
 
 
 def missing() -> str | None:

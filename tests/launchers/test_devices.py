@@ -1,4 +1,4 @@
-"""Nothing is left on the CPU when the model is on a device: shown without a GPU, on a device that exists in name only."""
+"""Nothing is left on the CPU when the model is on a device: shown on a device that exists in name only."""
 
 from __future__ import annotations
 
