@@ -100,6 +100,7 @@ def test_folders_get_their_full_path(tmp_path, monkeypatch) -> None:
 
 
 def test_transformers_is_quiet_for_a_block_or_from_now_on() -> None:
+    logging.enable_progress_bar()  # an earlier test may have turned the bars off for good
     level = logging.get_verbosity()
     with quiet_transformers():
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)

@@ -1,6 +1,6 @@
 """Write what this release leaves behind (a run, its report, its exports), for later releases to open.
 
-    PYTHONPATH=.:tests python tests/golden/make.py tests/golden/0.1.0
+    PYTHONPATH=.:tests:tests/helpers python tests/golden/make.py tests/golden/0.1.0
 
 Run it with the code of the release that the folder is named after, and never again: test_golden.py reads the folder.
 """
