@@ -44,6 +44,9 @@ static PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1
 
 PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&module_definition);
-  if (module != nullptr) PyModule_AddStringConstant(module, "CUDA_ARCHITECTURES", CUMA_CUDA_ARCHITECTURES);
+  if (module != nullptr) {
+    PyModule_AddIntConstant(module, "SCHEMAS", 2);  // raise it with every change of a schema above
+    PyModule_AddStringConstant(module, "CUDA_ARCHITECTURES", CUMA_CUDA_ARCHITECTURES);
+  }
   return module;
 }

@@ -20,6 +20,8 @@ reason = ""
 # CUDA architectures they were built for.
 architectures: tuple[str, ...] = ()
 BUILD = "python setup.py build_ext --inplace"
+# The schemas that this file registers shapes and gradients for, as counted in csrc/bindings.cpp.
+_SCHEMAS = 2
 
 
 class _Context(Protocol):
@@ -53,10 +55,9 @@ def _load() -> str:
     except ImportError as error:
         missing = "No module named" in str(error) or "cannot import name" in str(error)
         return f"they are not built; run: {BUILD}" if missing else first_line(error)
-    try:
-        _register()
-    except RuntimeError as error:
-        return f"they were built from another version of the source ({first_line(error)}); run: {BUILD}"
+    if getattr(_C, "SCHEMAS", 1) != _SCHEMAS:
+        return f"they were built from another version of the source; run: {BUILD}"
+    _register()
     architectures = tuple(_C.CUDA_ARCHITECTURES.split())
     return ""
 
