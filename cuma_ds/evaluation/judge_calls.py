@@ -110,6 +110,7 @@ async def ask_all(
             progress(done, len(requests))
 
     key = os.environ.get(settings.key_variable) or "none"
+    refusal: Exception | None = None
     async with openai.AsyncOpenAI(
         base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.retries
     ) as client:
@@ -118,7 +119,9 @@ async def ask_all(
                 for index in range(len(requests)):
                     group.create_task(ask(client, index))
         except* ConfigError as errors:
-            raise errors.exceptions[0] from None
+            refusal = errors.exceptions[0]
+    if refusal is not None:  # raised inside except*, it would be wrapped in a group
+        raise refusal from None
     return asked
 
 

@@ -190,7 +190,8 @@ def test_known_verdicts_cost_no_call_and_hold_no_text(server, tmp_path) -> None:
     second = compare(pairs(3), settings(server, tmp_path))
     assert (len(server.calls), second.cached, second.results) == (calls, 6, first.results)
     text = file.read_text()
-    assert not any(word in text for word in ("Person", "Question", "good", "bad"))
+    # Not "bad": a hash may hold these three letters.
+    assert not any(word in text for word in ("Person", "Question", "good"))
     third = compare(pairs(3), settings(server, tmp_path, model="other"))
     assert third.cached == 0
 
