@@ -10,7 +10,8 @@ ranks=$((gpus > 0 ? gpus : 2))
 ep_size=$((ranks % 2 == 0 ? 2 : 1))
 recipe=launchers/recipes/quickstart.yaml
 settings=(
-    "model.path=$MODELS/SmolLM2-135M-Instruct" "profiles.encoder=$MODELS/all-MiniLM-L6-v2" "parallel.ep_size=$ep_size" "$@"
+    "model.path=$MODELS/SmolLM2-135M-Instruct" "profiles.encoder=$MODELS/all-MiniLM-L6-v2"
+    "parallel.ep_size=$ep_size" "$@"
 )
 find_folder='import sys
 sys.path.insert(0, "launchers")
