@@ -95,10 +95,9 @@ def trainer(models, tiny_llama, tmp_path_factory):
         gradient_checkpointing=False, per_device_train_batch_size=8, max_length=None,
     )  # fmt: skip
     logging.getLogger("trl").setLevel(logging.ERROR)
-    return DPOTrainer(
-        policy, reference, arguments, train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
-        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
-    )  # fmt: skip
+    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    return DPOTrainer(policy, reference, arguments, train_dataset=text, processing_class=tokenizer)
 
 
 def of_trl(trainer, some: list[dict[str, list[int]]], loss_types: list[str], settings: dict, weights=(1.0,)):
@@ -141,7 +140,8 @@ def test_losses_gradients_and_metrics_are_those_of_trl(name, models, trainer) ->
     ours = of_ours(models, pairs(), dpo(**own))
     assert_same(ours, theirs)
     shared = ours[2].keys() & theirs[2].keys()
-    assert shared == ours[2].keys() - {"kl"} and len(shared) == 6
+    assert shared == ours[2].keys() - {"kl"}
+    assert len(shared) == 6
     for metric in shared:
         assert ours[2][metric] == pytest.approx(theirs[2][metric], rel=1e-5, abs=1e-5), metric
 
@@ -157,9 +157,7 @@ def test_conservative_dpo_and_the_sft_term_are_those_of_trl(pair, models, traine
     theirs = of_trl(trainer, some, ["sigmoid", "sft"], {}, weights=(1.0, 0.4))
     ours = of_ours(models, some, dpo(sft_weight=0.4))
     assert_same(ours, theirs)
-    assert float(ours[0]) == pytest.approx(
-        float(of_ours(models, some, dpo())[0]) + 0.4 * ours[2]["sft_loss"], rel=1e-6
-    )
+    assert float(ours[0]) == pytest.approx(float(of_ours(models, some, dpo())[0]) + 0.4 * ours[2]["sft_loss"], rel=1e-6)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -299,7 +297,7 @@ def test_margins_weigh_or_shift_and_pairs_without_one_are_refused(data, tmp_path
     content = [json.loads(line) for line in lines[1].read_text().splitlines()]
     for wrong, needed in (
         (None, "have no margin; set dpo.margin: ignore"),
-        (-1, "teach nothing; leave them out with data"),
+        (0, "teach nothing; leave them out with data"),
     ):
         lines[0].write_text("\n".join(json.dumps({**row, "margin": wrong}) for row in content) + "\n")
         damaged = prepare(DataSection(source="jsonl", path=str(lines[0]), heldout_fraction=0.0), "generic")
@@ -325,5 +323,6 @@ def test_settings_that_contradict_each_other_are_refused_in_one_line(settings, r
     file.write_text(f"model: {{path: m}}\ntraining: {{objective: dpo}}\ndpo: {{{settings}}}\n")
     with pytest.raises(ConfigError) as raised:
         load_config(file)
-    assert reason in str(raised.value) and "\n" not in str(raised.value)
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert str(raised.value).startswith(f"{file}:3: dpo: ")
