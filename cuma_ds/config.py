@@ -44,6 +44,11 @@ class ModelSection(_Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     trust_remote_code: bool = Field(False, description="allow code that comes with the model to run")
+    init_from: str | None = Field(
+        None,
+        description="a run folder or an exported folder whose adapters, routers, profile format and split are started "
+        "from; null starts from the bare backbone",
+    )
 
 
 class ProfilesSection(_Section):
@@ -75,6 +80,11 @@ class DataSection(_Section):
     )
     questions: tuple[str, ...] | None = Field(
         None, description="question ids to keep (wvs-sample: immigration, poverty); null keeps all"
+    )
+    min_margin: float = Field(
+        0.0,
+        ge=0,
+        description="preferences: leave out pairs whose chosen answer was scored less than this above the rejected one",
     )
     histogram_targets: bool = Field(
         True, description="merge equal questions of one profile into one example with answer counts"
@@ -153,11 +163,23 @@ class DataSection(_Section):
 class TrainingSection(_Section):
     """How the adapters learn."""
 
-    objective: Literal["sft"] = Field("sft", description="sft: conditional supervised fine-tuning")
+    objective: Literal["sft", "dpo", "grpo"] = Field(
+        "sft",
+        description="sft: conditional supervised fine-tuning | dpo: from pairs of answers (section dpo) | "
+        "grpo: from rewards of the model's own answers (sections grpo, rollout, judge)",
+    )
+    group_field: str | None = Field(
+        None, description="profile field, e.g. country, whose larger groups have metrics of their own"
+    )
     steps: int = Field(100, ge=1, description="optimizer steps")
-    global_batch_size: int = Field(12, ge=1, description="examples per optimizer step, over all ranks")
+    global_batch_size: int = Field(
+        12, ge=1, description="examples (dpo: pairs, grpo: prompts) per optimizer step, over all ranks"
+    )
     micro_batch_size: int = Field(
-        6, ge=1, description="most examples per rank in one forward; accumulation follows from it"
+        6,
+        ge=1,
+        description="most examples (dpo: pairs, grpo: completions) per rank in one forward; accumulation follows from "
+        "it",
     )
     learning_rate: float = Field(1.0e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["constant", "linear", "cosine"] = Field(
@@ -178,6 +200,95 @@ class TrainingSection(_Section):
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas are {list(self.adam_betas)}; each must be in [0, 1)")
         return self
+
+
+class DpoSection(_Section):
+    """Learning from pairs of answers (objective dpo)."""
+
+    beta: float = Field(0.1, gt=0, description="how strongly the reference holds; rewards are beta times log-ratios")
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field(
+        "sigmoid", description="sigmoid (DPO) | ipo | hinge (SLiC) | robust (label noise of rate label_smoothing)"
+    )
+    reference: Literal["start", "base"] = Field(
+        "start", description="start: the model the run started from | base: the bare backbone, as the authors' code"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs that may be the wrong way round; sigmoid and robust read it"
+    )
+    length_normalised: bool = Field(False, description="log-probabilities per token instead of their sum")
+    ld_alpha: float = Field(
+        1.0, ge=0, le=1, description="weight of the tokens by which one answer is longer than the other; 1 keeps all"
+    )
+    sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's own loss per token")
+    soft_labels: bool = Field(
+        False,
+        description="equal pairs that people of one group answered both ways: their share instead of 1 as the label",
+    )
+    margin: Literal["ignore", "shift", "weight"] = Field(
+        "ignore",
+        description="scores of the data: ignore | shift, how much further apart the answers must be | weight of a pair",
+    )
+    margin_scale: float = Field(1.0, gt=0, description="margins of the data are multiplied by this")
+
+
+class GrpoSection(_Section):
+    """Learning from rewards of the model's own answers (objective grpo)."""
+
+    rewards: tuple[str, ...] = Field(
+        ("answer",),
+        min_length=1,
+        description="answer | log_score | survey (choice questions), judge (section judge), or module:function",
+    )
+    reward_weights: tuple[float, ...] | None = Field(None, description="one for each of rewards; null weighs all by 1")
+    length_penalty: float = Field(0.0, ge=0, description="subtracted for an answer of rollout.max_new_tokens tokens")
+    group_size: int = Field(8, ge=2, description="completions of each prompt, which are compared with each other")
+    loss: Literal["grpo", "dr_grpo", "dapo"] = Field(
+        "dapo", description="grpo: mean per completion | dr_grpo: by the longest length | dapo: mean over all tokens"
+    )
+    kl_weight: float = Field(0.0, ge=0, description="weight of the KL divergence (k3) from the reference; 0 needs none")
+    reference: Literal["start", "base"] = Field("start", description="as dpo.reference")
+    epsilon: float = Field(0.2, gt=0, description="probability ratios below 1 - epsilon are clipped")
+    epsilon_high: float | None = Field(None, gt=0, description="those above 1 + epsilon_high; null is epsilon")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="advantages are divided by the rewards' standard deviation in the group | step | not"
+    )
+    mask_truncated: bool = Field(False, description="leave out completions that reached rollout.max_new_tokens")
+    iterations: int = Field(1, ge=1, description="optimizer steps on each rollout")
+    advantage: Literal["prompt", "history"] = Field(
+        "prompt",
+        description="rewards are compared with those of the same prompt | with all so far of training.group_field",
+    )
+    robust: Literal["none", "groupdro"] = Field(
+        "none", description="groupdro: groups of training.group_field with low rewards weigh more"
+    )
+    robust_step: float = Field(0.1, gt=0, description="step size of the weights of groupdro")
+
+
+class RolloutSection(_Section):
+    """How the model's own answers are generated (objective grpo)."""
+
+    temperature: float = Field(1.0, gt=0, description="of sampling; the loss takes log-probabilities at it, too")
+    top_p: float = Field(1.0, gt=0, le=1, description="smallest share of probability that tokens are drawn from")
+    max_new_tokens: int = Field(128, ge=1, description="longest completion")
+    batch_size: int = Field(64, ge=1, description="completions that are written at once on a rank")
+    backbone: Literal["auto", "gathered", "sharded"] = Field(
+        "auto", description="a sharded backbone is gathered once per rollout | for each token | what memory allows"
+    )
+    keep: int = Field(
+        2, ge=0, description="completions of each step that are kept in completions.jsonl, without profiles"
+    )
+
+
+class JudgeSection(_Section):
+    """The model that judges answers, behind an OpenAI-compatible endpoint (reward judge)."""
+
+    url: str = Field(description="base address, e.g. http://localhost:8000/v1", pattern=r"^https?://")
+    model: str = Field(description="its name there")
+    key_variable: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    concurrency: int = Field(8, ge=1, description="most calls at a time")
+    timeout: float = Field(60.0, gt=0, description="seconds of one call")
+    retries: int = Field(5, ge=0, description="of a call that failed; waits grow")
+    max_tokens: int = Field(256, ge=1, description="longest verdict")
 
 
 class ParallelSection(_Section):
@@ -247,9 +358,16 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "data",
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
+    ("data", "min_margin"): 0.0,
+    ("model", "init_from"): None,
+    ("training", "group_field"): None,
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
 CHANGED_SINCE_0_1_0: dict[tuple[str, str], object] = {("data", "heldout_fraction"): 0.15}
+
+
+# Sections that one objective alone reads. In a recipe of another objective they are mistakes.
+OWNER = {"dpo": "dpo", "grpo": "grpo", "rollout": "grpo", "judge": "grpo"}
 
 
 class RunConfig(_Section):
@@ -261,10 +379,52 @@ class RunConfig(_Section):
     adapters: CumaConfig = CumaConfig()
     data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
+    dpo: DpoSection | None = None
+    grpo: GrpoSection | None = None
+    rollout: RolloutSection | None = None
+    judge: JudgeSection | None = None
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     telemetry: TelemetrySection = TelemetrySection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_own_sections(cls, values: dict[str, object]) -> dict[str, object]:
+        """Sections of the objective that the recipe leaves out have their defaults; the judge has none."""
+        training = values.get("training")
+        objective = training.get("objective") if isinstance(training, dict) else getattr(training, "objective", None)
+        own = [name for name, owner in OWNER.items() if owner == objective and name != "judge"]
+        return {**{name: {} for name in own}, **values}
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> RunConfig:
+        objective = self.training.objective
+        for name, owner in OWNER.items():
+            if getattr(self, name) is not None and owner != objective:
+                raise ValueError(
+                    f"section {name!r} belongs to training.objective: {owner}, but this recipe says {objective}; "
+                    "remove the section, or change the objective"
+                )
+        if self.grpo is not None:
+            if ("judge" in self.grpo.rewards) != (self.judge is not None):
+                has = (
+                    "needs section judge" if self.judge is None else "does not name judge, but there is a section judge"
+                )
+                raise ValueError(f"grpo.rewards {list(self.grpo.rewards)} {has}; add or remove one of them")
+            weights = self.grpo.reward_weights
+            if weights is not None and len(weights) != len(self.grpo.rewards):
+                raise ValueError(f"grpo.reward_weights has {len(weights)} numbers for {len(self.grpo.rewards)} rewards")
+            if self.training.group_field is None and (self.grpo.advantage, self.grpo.robust) != ("prompt", "none"):
+                raise ValueError("grpo.advantage: history and grpo.robust: groupdro need training.group_field")
+            ends = {"training.steps": self.training.steps, "checkpoint.every": self.checkpoint.every}
+            for key, number in ends.items():
+                if number % self.grpo.iterations:
+                    raise ValueError(
+                        f"{key} is {number}, but a checkpoint lies between two rollouts, which last "
+                        f"grpo.iterations {self.grpo.iterations} steps each; make it a multiple"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -291,8 +451,9 @@ class RunConfig(_Section):
         return Path(self.run.output_dir) / self.run.name
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every key written out."""
-        return yaml.safe_dump(json.loads(self.model_dump_json()), sort_keys=False, allow_unicode=True)
+        """The resolved recipe, every key written out; sections of other objectives are left out."""
+        values = {name: one for name, one in json.loads(self.model_dump_json()).items() if one is not None}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] | None = None) -> RunConfig:
@@ -514,17 +675,23 @@ def _shown(value: object) -> str:
     return str(value)
 
 
+def section_model(name: str) -> type[BaseModel]:
+    """The model of a section, optional or not."""
+    annotation = RunConfig.model_fields[name].annotation
+    models = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type) and one is not type(None)]
+    assert issubclass(models[0], BaseModel)
+    return models[0]
+
+
 def _field_at(location: Key) -> FieldInfo | None:
     if len(location) >= 2 and location[0] in RunConfig.model_fields:
-        section = RunConfig.model_fields[location[0]].annotation
-        return section.model_fields.get(location[1]) if section is not None else None
+        return section_model(location[0]).model_fields.get(location[1])
     return None
 
 
 def _keys_at(location: Key) -> list[str]:
     if location and location[0] in RunConfig.model_fields:
-        section = RunConfig.model_fields[location[0]].annotation
-        return list(section.model_fields) if section is not None else []
+        return list(section_model(location[0]).model_fields)
     return list(RunConfig.model_fields)
 
 

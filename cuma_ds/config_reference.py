@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
-from cuma_ds.config import RunConfig
+from cuma_ds.config import RunConfig, section_model
 
 _HEAD = """\
 # Every key of a recipe
@@ -34,10 +34,8 @@ _BOUNDS = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
 def reference() -> str:
     """The whole page, as Markdown."""
     parts = [_HEAD]
-    for name, field in RunConfig.model_fields.items():
-        section = field.annotation
-        assert isinstance(section, type)
-        assert issubclass(section, BaseModel)
+    for name in RunConfig.model_fields:
+        section = section_model(name)
         about = (section.__doc__ or "").strip().splitlines()[0]
         parts += [f"## {name}\n\n{about}\n", "| key | allowed | default | meaning |\n|---|---|---|---|"]
         parts[-1] += "".join(f"\n{_row(key, inner)}" for key, inner in section.model_fields.items()) + "\n"

@@ -22,7 +22,7 @@ _FREE_KEYS = {
     ("profiles", "batch_size"),
     ("profiles", "cache_dir"),
 }
-_PATHS = {("model", "path"), ("profiles", "encoder"), ("data", "path")}
+_PATHS = {("model", "path"), ("model", "init_from"), ("profiles", "encoder"), ("data", "path")}
 
 
 class Difference(NamedTuple):
@@ -59,7 +59,7 @@ def learned_settings(config: RunConfig, names: bool = False) -> dict[str, object
     """
     flat: dict[str, object] = {"run.seed": config.run.seed}
     for section, values in json.loads(config.model_dump_json()).items():
-        if section in _FREE_SECTIONS:
+        if section in _FREE_SECTIONS or values is None:
             continue
         for key, value in values.items():
             place = (section, key)

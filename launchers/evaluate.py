@@ -105,8 +105,8 @@ def _check(arguments: argparse.Namespace) -> None:
 def _extras(arguments: argparse.Namespace) -> list[Extra]:
     from cuma_ds.evaluation.generation import Generation
     from cuma_ds.evaluation.gradients import Interference
-    from cuma_ds.evaluation.judge_calls import JudgeSettings
     from cuma_ds.inference.sampling import Sampling
+    from cuma_ds.judge import JudgeSettings
 
     judge = None
     if arguments.judge_url is not None:

@@ -8,7 +8,7 @@ kept positions, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -131,6 +131,7 @@ class Batch:
         targets: the labels.
         keep: [K] int64, the positions that need logits in any row (``logits_to_keep``), ascending.
         rows: rows of the split behind the units of the batch, fillers left out.
+        extras: further tensors, of whoever made the batch for the objective that reads it.
     """
 
     input_ids_BS: Tensor
@@ -141,6 +142,7 @@ class Batch:
     targets: Targets
     keep: Tensor
     rows: tuple[int, ...] = ()
+    extras: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def weight_sum(self) -> float:
@@ -174,6 +176,7 @@ class Batch:
             self.targets.to(device),
             self.keep.to(device),
             self.rows,
+            {name: tensor.to(device) for name, tensor in self.extras.items()},
         )
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from cuma_ds.data.rendering import Message
 from cuma_ds.data.rows import Split
 from cuma_ds.errors import ConfigError
-from cuma_ds.evaluation.judge import Pair, compare
-from cuma_ds.evaluation.judge_calls import JudgeSettings
+from cuma_ds.evaluation.judge import verdicts
 from cuma_ds.evaluation.metrics import distinct
 from cuma_ds.evaluation.report.model import Diversity, Report, number
 from cuma_ds.evaluation.report.model import Generation as GenerationSection
@@ -22,6 +21,7 @@ from cuma_ds.evaluation.subject import Subject
 from cuma_ds.inference.generate import Completion, generate
 from cuma_ds.inference.sampling import Sampling, mixed_seed
 from cuma_ds.inference.text import AS_WRITTEN
+from cuma_ds.judge import JudgeSettings, Pair, compare
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Generation:
                 for request, ours, base in zip(requests, rows["trained"], rows["before"], strict=True)
             ]
             found = compare(pairs, self.judge, evaluator.tell(f"{split}: judge"))
-            section.judge = found.verdicts(self.judge.model, subject.config.evaluation.bootstrap)
+            section.judge = verdicts(found, self.judge.model, subject.config.evaluation.bootstrap)
         report.generation = section
         return {}
 

@@ -1,148 +1,46 @@
-"""Which of two answers a person would prefer, asked of a language model behind an OpenAI-compatible endpoint.
-
-Every pair is asked in both orders. Failed calls and unreadable verdicts are counted apart and never become a result.
-"""
+"""What a judge said of pairs of answers, for a report: counts, and the win rate with its interval over people."""
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from cuma_ds.data.rendering import Message
-from cuma_ds.evaluation.judge_calls import JudgeSettings, ask_all
 from cuma_ds.evaluation.report.model import Verdicts, number
 from cuma_ds.evaluation.resampling import interval, resample
-
-_TASK = "You compare two answers to the same request and say which one the person who asked would prefer."
-_QUESTION = "Which answer would this person prefer? Reply with exactly one of: A, B, tie."
-_SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+from cuma_ds.judge import SCORE, Comparison
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one conversation.
+def verdicts(found: Comparison, model: str, replicates: int, seed: int = 0) -> Verdicts:
+    """Counts and the win rate with its interval over people.
 
-    Attributes:
-        about: the sentence about the person; "" where nothing is known.
-        messages: the conversation, the last message from the user.
-        ours, base: the answers to compare.
-        person: who asked; pairs of one person are drawn together in the interval.
+    Args:
+        found: the result of every pair.
+        model: the judge's name.
+        replicates: bootstrap samples of people.
+        seed: of the bootstrap.
     """
-
-    about: str
-    messages: Sequence[Message]
-    ours: str
-    base: str
-    person: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result of every pair.
-
-    It is ``win`` or ``loss`` where both orders agree, ``tie`` where both say so or disagree, ``failed`` where a call
-    did, ``unreadable`` where a verdict was neither A, B nor tie.
-
-    Attributes:
-        results: of each pair.
-        people: of each pair.
-        disagreed: ties in which the two orders did not agree.
-        first: readable verdicts that preferred the answer shown first, and that preferred either.
-        failures: kind of failure -> calls.
-        cached: verdicts that were known already.
-        refused: arguments that the judge does not take, of ``max_tokens`` and ``temperature``.
-    """
-
-    results: list[str]
-    people: list[int]
-    disagreed: int
-    first: tuple[int, int]
-    failures: dict[str, int]
-    cached: int
-    refused: tuple[str, ...] = ()
-
-    @property
-    def win_rate(self) -> float | None:
-        """(wins + ties / 2) / (wins + losses + ties); None where nothing was decided."""
-        scores = [_SCORE[result] for result in self.results if result in _SCORE]
-        return float(np.mean(scores)) if scores else None
-
-    def verdicts(self, model: str, replicates: int, seed: int = 0) -> Verdicts:
-        """Counts and the win rate with its interval over people, for a report.
-
-        Args:
-            model: the judge's name.
-            replicates: bootstrap samples of people.
-            seed: of the bootstrap.
-        """
-        counts = Counter(self.results)
-        decided = [index for index, result in enumerate(self.results) if result in _SCORE]
-        spread = None
-        if decided and replicates:
-            scores = np.array([_SCORE[self.results[index]] for index in decided])
-            person = np.unique([self.people[index] for index in decided], return_inverse=True)[1]
-            total_U, pairs_U = np.bincount(person, scores), np.bincount(person).astype(np.float64)
-            weights = np.concatenate(
-                list(resample(np.ones(len(pairs_U), dtype=np.int64), replicates, seed, replicates))
-            )
-            spread = interval((weights @ total_U) / (weights @ pairs_U), float(scores.mean()))
-        return Verdicts(
-            model=model,
-            pairs=len(self.results),
-            win=counts["win"],
-            loss=counts["loss"],
-            tie=counts["tie"],
-            failed=counts["failed"],
-            unreadable=counts["unreadable"],
-            disagreed=self.disagreed,
-            win_rate=number(self.win_rate),
-            interval=None if spread is None else (number(spread[0]), number(spread[1])),
-            first_preferred=number(self.first[0] / self.first[1]) if self.first[1] else None,
-            failures=self.failures,
-            refused=list(self.refused),
-        )
-
-
-def compare(
-    pairs: Sequence[Pair], settings: JudgeSettings, progress: Callable[[int, int], None] | None = None
-) -> Comparison:
-    """Ask the judge about every pair in both orders.
-
-    Raises:
-        ConfigError: the ``openai`` package is missing, or the judge refuses the key or does not know the model.
-    """
-    requests = [judge_messages(pair, swapped) for pair in pairs for swapped in (False, True)]
-    asked = asyncio.run(ask_all(requests, settings, progress))
-    results, disagreed = [], 0
-    for first, second in zip(asked.verdicts[::2], asked.verdicts[1::2], strict=True):
-        if first == "failed" or second == "failed":
-            results.append("failed")
-        elif "unreadable" in (first, second):
-            results.append("unreadable")
-        else:
-            ours = {"A": "win", "B": "loss", "tie": "tie"}[first], {"A": "loss", "B": "win", "tie": "tie"}[second]
-            disagreed += ours[0] != ours[1]
-            results.append(ours[0] if ours[0] == ours[1] else "tie")
-    counts = Counter(asked.verdicts)
-    return Comparison(
-        results,
-        [pair.person for pair in pairs],
-        disagreed,
-        (counts["A"], counts["A"] + counts["B"]),
-        dict(asked.failures),
-        asked.cached,
-        tuple(sorted(asked.refused)),
+    counts = Counter(found.results)
+    decided = [index for index, result in enumerate(found.results) if result in SCORE]
+    spread = None
+    if decided and replicates:
+        scores = np.array([SCORE[found.results[index]] for index in decided])
+        person = np.unique([found.people[index] for index in decided], return_inverse=True)[1]
+        total_U, pairs_U = np.bincount(person, scores), np.bincount(person).astype(np.float64)
+        weights = np.concatenate(list(resample(np.ones(len(pairs_U), dtype=np.int64), replicates, seed, replicates)))
+        spread = interval((weights @ total_U) / (weights @ pairs_U), float(scores.mean()))
+    return Verdicts(
+        model=model,
+        pairs=len(found.results),
+        win=counts["win"],
+        loss=counts["loss"],
+        tie=counts["tie"],
+        failed=counts["failed"],
+        unreadable=counts["unreadable"],
+        disagreed=found.disagreed,
+        win_rate=number(found.win_rate),
+        interval=None if spread is None else (number(spread[0]), number(spread[1])),
+        first_preferred=number(found.first[0] / found.first[1]) if found.first[1] else None,
+        failures=found.failures,
+        refused=list(found.refused),
     )
-
-
-def judge_messages(pair: Pair, swapped: bool) -> list[dict[str, str]]:
-    """What the judge is told about a pair: our answer is A, or B if ``swapped``."""
-    first, second = (pair.base, pair.ours) if swapped else (pair.ours, pair.base)
-    talk = "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in pair.messages)
-    parts = [f"About the person: {pair.about}"] if pair.about else []
-    parts += [f"Conversation:\n{talk}", f"Answer A:\n{first}", f"Answer B:\n{second}", _QUESTION]
-    return [{"role": "system", "content": _TASK}, {"role": "user", "content": "\n\n".join(parts)}]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cuma_ds.distances import distance
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import (
     calibration_error,
-    distance,
     entropy,
     gather_cells,
     inequity,

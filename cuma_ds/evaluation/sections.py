@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuma_ds.config import EvaluationSection
+from cuma_ds.distances import distance, distance_name
 from cuma_ds.evaluation.chat import ChatLosses
 from cuma_ds.evaluation.examples import ChoiceExamples
-from cuma_ds.evaluation.metrics import Cells, distance, distance_name, gather_cells, predicted_distributions
+from cuma_ds.evaluation.metrics import Cells, gather_cells, predicted_distributions
 from cuma_ds.evaluation.report.model import (
     Cell,
     ChatScores,

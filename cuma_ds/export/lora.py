@@ -26,8 +26,8 @@ from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
+from cuma_ds.distances import distance, distance_name
 from cuma_ds.errors import ConfigError, DataError
-from cuma_ds.evaluation.metrics import distance, distance_name
 from cuma_ds.evaluation.routing import mean_gates
 from cuma_ds.export.hf import output_folder
 from cuma_ds.export.weights import save_tensors

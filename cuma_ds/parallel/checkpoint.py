@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,13 +16,15 @@ from cuma_ds.identity import file_sha256
 from cuma_ds.methods.model import Trained
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.engine import AdapterEngine
-from cuma_ds.parallel.stored import State, StoredTensors, read_state, stored_steps, write_state
+from cuma_ds.parallel.stored import BESIDE, State, StoredTensors, read_state, stored_steps, write_state
 
 # What is kept of each parameter, with the name of the Adam moment.
 _KINDS = {"param": None, **{moment: moment for moment in compat.MOMENTS}}
 
 
-def save_checkpoint(engine: AdapterEngine, checkpoints: Path, state: State, keep_last: int) -> Path:
+def save_checkpoint(
+    engine: AdapterEngine, checkpoints: Path, state: State, keep_last: int, beside: Mapping[str, Tensor] | None = None
+) -> Path:
     """Write ``step-N`` into a run's ``checkpoints`` folder; all ranks call it.
 
     It is written beside its place and renamed when complete. ``latest`` then names it, and all but the last
@@ -32,6 +35,8 @@ def save_checkpoint(engine: AdapterEngine, checkpoints: Path, state: State, keep
         checkpoints: made if it does not exist.
         state: ``step``, ``fingerprint`` and ``identity`` of the run; the rest is filled in.
         keep_last: complete checkpoints to keep.
+        beside: tensors to keep beside those of the engine, for :func:`~cuma_ds.parallel.stored.read_beside`; equal on
+            all ranks.
 
     Returns:
         The folder ``step-N``.
@@ -49,6 +54,7 @@ def save_checkpoint(engine: AdapterEngine, checkpoints: Path, state: State, keep
     else:
         compat.create_moments(engine.engine, 0)
     shared, experts = _tensors(engine)
+    shared |= {f"{BESIDE}{name}": tensor.cpu().contiguous() for name, tensor in (beside or {}).items()}
     files = {"shared.safetensors": shared} if topology.is_main else {}
     if experts:
         files[f"experts-{topology.ep_rank}-of-{topology.ep_size}.safetensors"] = experts

@@ -4,7 +4,8 @@ A checkpoint folder ``step-N`` holds::
 
     state.json                     step, fingerprints of the settings, the models and the data, who wrote it, size and
                                     sha256 of every other file, and a sha256 of all this
-    shared.safetensors             routers, shared A, profile standardisation, running shares of the balance loss
+    shared.safetensors             routers, shared A, profile standardisation, running shares of the balance loss, and
+                                    what the objective keeps (``objective/<name>``)
     experts-I-of-J.safetensors     the experts of expert-parallel rank I, one tensor per expert
 
 Tensors are named ``<kind>/<parameter>`` or ``<kind>/<parameter>/<expert>`` with kind ``param`` (float32 master
@@ -29,6 +30,7 @@ from cuma_ds.errors import CheckpointError
 from cuma_ds.identity import SEAL, Identity, file_sha256, seal_holds, sealed
 
 FORMAT_VERSION = 1
+BESIDE = "objective/"
 
 
 class State(TypedDict, total=False):
@@ -180,6 +182,16 @@ def read_adapters(folder: Path, state: State | None = None) -> dict[str, Tensor]
         elif kind == "param":
             whole[name] = stored.get(key)
     return whole | {name: stored.stacked(f"param/{name}", sorted(numbers)) for name, numbers in experts.items()}
+
+
+def read_beside(folder: Path) -> dict[str, Tensor]:
+    """What was kept beside the tensors of the engine, by name; nothing in checkpoints that have none.
+
+    Args:
+        folder: ``step-N``, checked before.
+    """
+    stored = StoredTensors(folder, read_state(folder, content=False))
+    return {name.removeprefix(BESIDE): stored.get(name) for name in stored.names() if name.startswith(BESIDE)}
 
 
 class StoredTensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -22,13 +23,14 @@ from cuma_ds.parallel.backbone import full_bytes, resident_bytes, skeleton
 from cuma_ds.parallel.checkpoint import load_checkpoint, save_checkpoint
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
-from cuma_ds.parallel.stored import State, check_checkpoint, find_checkpoint, has_checkpoint
+from cuma_ds.parallel.stored import State, check_checkpoint, find_checkpoint, has_checkpoint, read_beside
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
 from cuma_ds.telemetry.throughput import Throughput
 from cuma_ds.telemetry.writer import MetricsWriter
 from cuma_ds.training.inputs import TrainingInputs, load_inputs, prepare_run
+from cuma_ds.training.objectives.protocol import Begin, Objective
 from cuma_ds.training.optimizer import make_optimizer
 from cuma_ds.training.packing import tells_examples_apart
 from cuma_ds.training.step import StepResult, run_step
@@ -60,7 +62,7 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
         if topology.local_rank == 0 and not topology.is_main:
             run.check_backbone(config, run.identity())  # each machine may hold a copy of its own
         inputs = load_inputs(config, topology)
-        settings = read_deepspeed_config(config, inputs.draw.micro, inputs.draw.accumulation, topology.world)
+        settings = read_deepspeed_config(config, *inputs.objective.layout(inputs.draw), topology.world)
         sized = with_profile_width(config, inputs.table)
         find_targets(skeleton(config.model), config.adapters.target_modules)
         if has_checkpoint(run.checkpoints):
@@ -72,7 +74,9 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     profiles_NP = None if inputs.table is None else inputs.table.embeddings[inputs.profiles]
     engine.model.prepare(profiles_NP, inputs.group_mask)
-    start = _resume(run, engine, tell)
+    batches = inputs.objective.begin(Begin(config, engine, inputs, run, tell))
+    inputs = dataclasses.replace(inputs, batches=batches)
+    start = _resume(run, engine, inputs.objective, tell)
     if config.data.packing:
         _check_packing(config, engine, inputs)
     _describe(engine, inputs, tell)
@@ -117,7 +121,9 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, ste
                 _log(writer, engine, done, result, throughput.row())
             if saves:
                 state: State = {"step": done, "fingerprint": fingerprint(config), "identity": identity}
-                folder = save_checkpoint(engine, run.checkpoints, state, config.checkpoint.keep_last)
+                folder = save_checkpoint(
+                    engine, run.checkpoints, state, config.checkpoint.keep_last, inputs.objective.state()
+                )
     size, trained = sum(file.stat().st_size for file in folder.iterdir()), engine.trained_parameters
     tell(
         f"checkpoint {folder}: {size / 1e6:.1f} MB, {trained / 1e6:.2f} M trained parameters with two moments "
@@ -143,6 +149,8 @@ def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, result: StepRe
     load_RE, entropy_R, routed = (sums.pop(name, None) for name in ("load_RE", "entropy_R", "routed"))
     balance = sums.pop("balance", 0.0) / engine.topology.world
     scalars = {name: float(value) / result.weight for name, value in sums.items()}
+    means = {name: value.tolist() for name, value in result.means.items()}
+    scalars |= {name: total / number for name, (total, number) in means.items() if number}
     scalars |= {"lr": result.rate, "grad_norm": engine.grad_norm} | rates
     if load_RE is not None:
         scalars["balance"] = float(balance)
@@ -155,11 +163,13 @@ def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, result: StepRe
         writer.log_routing(step, engine.model.router_names, share_RE, entropy_R / routed.clamp(min=1))
 
 
-def _resume(run: Run, engine: AdapterEngine, tell: Say) -> int:
+def _resume(run: Run, engine: AdapterEngine, objective: Objective, tell: Say) -> int:
     """Load the newest checkpoint; the number of steps that are done."""
     if not has_checkpoint(run.checkpoints):
         return 0
-    step = load_checkpoint(engine, find_checkpoint(run.checkpoints))
+    newest = find_checkpoint(run.checkpoints)
+    step = load_checkpoint(engine, newest)
+    objective.load_state(read_beside(newest))
     tell(f"resuming {run.folder} after step {step}")
     return step
 

@@ -30,6 +30,7 @@ class StepResult(NamedTuple):
         sums: tensors on the device, float64. ``loss`` and the objective's metrics; ``balance``, the load-balance loss
             summed over ranks; and with routers ``load_RE`` (top-k assignments), ``entropy_R`` (gate entropy in nats)
             and ``routed`` (tokens).
+        means: [2] float64 each, a sum and the number of what was summed; see :class:`Loss`.
         bytes_sent: of expert parallelism on this rank, by kind; empty without it.
     """
 
@@ -38,6 +39,7 @@ class StepResult(NamedTuple):
     tokens: float
     people: float
     sums: dict[str, Tensor]
+    means: dict[str, Tensor]
     bytes_sent: dict[str, int]
 
 
@@ -56,6 +58,7 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
     # DeepSpeed takes the mean over micro steps and ranks; what is multiplied by their number is a sum in the end.
     parts = topology.world * len(batches)
     sums: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
     for micro_step, batch in enumerate(batches):
         torch.manual_seed(dropout_seed(config.run.seed, step, micro_step, topology.rank))
         out = engine.forward(batch, inputs.table)
@@ -72,14 +75,16 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
         engine.step(rate)
         for name, value in {"loss": found.sum, **found.metrics}.items():
             _add(sums, name, value)
+        for name, value in found.means.items():
+            _add(means, name, value)
         if out.routing is not None:
             _add(sums, "load_RE", out.routing.load_RE.double())
             _add(sums, "entropy_R", out.routing.entropy_R.double())
             _add(sums, "routed", out.routing.tokens.double())
-    sums = _over_ranks(sums, topology)
+    sums, means = _over_ranks(sums, topology), _over_ranks(means, topology)
     engine.model.end_step(sums.get("load_RE"))
     bytes_sent = {} if engine.dispatcher is None else engine.dispatcher.take_bytes_sent()
-    return StepResult(rate, weight, tokens, people, sums, bytes_sent)
+    return StepResult(rate, weight, tokens, people, sums, means, bytes_sent)
 
 
 def dropout_seed(run_seed: int, step: int, micro_step: int, rank: int) -> int:
@@ -100,6 +105,8 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 def _over_ranks(sums: dict[str, Tensor], topology: Topology) -> dict[str, Tensor]:
     """The same tensors in float64, each summed over all ranks, with one collective."""
+    if not sums:
+        return {}
     total = topology.sum_over_ranks(torch.cat([value.double().flatten() for value in sums.values()]))
     parts = total.split([value.numel() for value in sums.values()])
     return {name: part.view_as(value) for (name, value), part in zip(sums.items(), parts, strict=True)}

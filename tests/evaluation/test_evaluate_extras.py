@@ -19,13 +19,13 @@ from cuma_ds.data.batch import EncodedExample
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
 from cuma_ds.evaluation.generation import Generation, answers, sample_requests
 from cuma_ds.evaluation.gradients import Interference, averaged, cosines, group_gradients, truncate
-from cuma_ds.evaluation.judge_calls import JudgeSettings
 from cuma_ds.evaluation.metrics import distinct
 from cuma_ds.evaluation.run import evaluate
 from cuma_ds.evaluation.subject import run_subject, subject
 from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.inference.open import open_export, open_model, open_peft
 from cuma_ds.inference.sampling import Sampling
+from cuma_ds.judge import JudgeSettings
 from cuma_ds.parallel.backbone import load_backbone
 
 CHATS = OPINIONS.with_name("chats.jsonl")

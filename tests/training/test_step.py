@@ -17,7 +17,7 @@ from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import CumaError
 from cuma_ds.methods.model import Output
 from cuma_ds.training.inputs import TrainingInputs
-from cuma_ds.training.objectives import Loss
+from cuma_ds.training.objectives import Loss, Objective
 from cuma_ds.training.run import _stop_at_bad_loss
 from cuma_ds.training.step import dropout_seed, run_step
 
@@ -34,7 +34,7 @@ def pair(row: int) -> Unit:
     return examples[0], examples[1]
 
 
-class Preference:
+class Preference(Objective):
     """-log sigmoid of how much the difference in log-probability of two answers has grown since the reference."""
 
     reads = ("preference",)

@@ -13,10 +13,10 @@ from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, Targets, Unit, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
-from cuma_ds.training.objectives.protocol import Loss
+from cuma_ds.training.objectives.protocol import Loss, Objective
 
 
-class Sft:
+class Sft(Objective):
     """Learns from the answers and conversations of people; a unit is one example."""
 
     reads: Sequence[str] = ("choice", "chat")
@@ -34,7 +34,7 @@ class Sft:
 
     def loss(self, logits_BKV: Tensor, batch: Batch) -> Loss:
         """See :func:`sft_loss`."""
-        return Loss(sft_loss(logits_BKV, batch.targets), {})
+        return Loss(sft_loss(logits_BKV, batch.targets))
 
 
 def sft_loss(logits_BKV: Tensor, targets: Targets) -> Tensor:
