@@ -47,7 +47,10 @@ def pair_log_probabilities(
     pad_id: int,
     **options: Unpack[ForwardOptions],
 ) -> PairLogps:
-    """Log-probabilities of M pairs, in float32 before they are summed; equal sequences of equal profiles run once.
+    """Log-probabilities of M pairs, in float32 before they are summed.
+
+    Equal sequences of equal profiles run once, even where the model does not see the profile: all contenders then run
+    the same batches, and adapters that change nothing tie with their backbone exactly.
 
     Arguments as in :func:`cuma_ds.inference.forward.forward_batches`; ``batch_size`` counts sequences, and
     ``profiles`` has one row per pair.
@@ -55,7 +58,7 @@ def pair_log_probabilities(
     profiles = options.pop("profiles", None)
     both = None if profiles is None else [profile for profile in profiles for _ in range(2)]
     answers = asked_as([answer for pair in pairs for answer in pair], both)
-    asked, place = distinct(answers, by_profile=embeddings_NP is not None)
+    asked, place = distinct(answers, by_profile=True)
     logps, routing = np.zeros(len(asked)), RoutingTally()
     for indices, batch, logits, gates_BRE in forward_batches(
         model, asked, embeddings_NP, batch_size, pad_id, **options

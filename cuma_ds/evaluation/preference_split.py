@@ -62,7 +62,8 @@ def preference_split(
         settings: smallest groups, number of bootstrap samples.
         main: the contender that the others are compared with.
     """
-    person_M, known = _people(pairs)
+    assert pairs.people is not None  # a prepared split says who judged each pair
+    person_M = np.unique([int(people[0]) for people in pairs.people], return_inverse=True)[1].astype(np.int64)
     groups, left_out = _groups(pairs.profiles, person_M, fields, settings.min_answers)
     members = [np.ones(len(person_M), dtype=bool), *(group.member_M for group in groups)]
     values = {name: pair_scores(name, contenders) for name in contenders}
@@ -75,7 +76,7 @@ def preference_split(
     chosen, rejected = (number(float(mean)) for mean in contenders[main].tokens_M2.mean(axis=0))
     return PreferenceSplit(
         pairs=len(person_M),
-        people=int(person_M.max()) + 1 if known else None,
+        people=int(person_M.max()) + 1,
         chosen_tokens=chosen,
         rejected_tokens=rejected,
         rows={name: of_group[0] for name, of_group in rows.items()},
@@ -106,13 +107,6 @@ def pair_scores(name: str, contenders: Mapping[str, PairLogps]) -> dict[str, Arr
 def won(scores_M2: Array) -> Array:
     """[M]: 1 where the first of two numbers is larger, 0 where the second is, 1/2 for a tie, nan for no number."""
     return (np.sign(scores_M2[:, 0] - scores_M2[:, 1]) + 1) / 2
-
-
-def _people(pairs: ChoiceExamples) -> tuple[Indices, bool]:
-    """Who judged each pair [M], from 0 on, and whether that is known; else each pair has somebody of its own."""
-    if pairs.people is None:
-        return np.arange(len(pairs)), False
-    return np.unique([int(people[0]) for people in pairs.people], return_inverse=True)[1].astype(np.int64), True
 
 
 def _groups(

@@ -46,7 +46,7 @@ _AGAINST_START = (
     "Accuracy against start: as accuracy, with the implicit reward taken against the start policy instead of the "
     "backbone. It tells what this run itself has learned."
 )
-_NAMED_PEOPLE = "Subgroups with fewer than {min_answers} {counted} are not named; all other numbers count every pair."
+_NAMED_PEOPLE = "Subgroups with fewer than {min_answers} people are not named; all other numbers count every pair."
 _DISTANCES = {
     "EMD": ("EMD is the normalised Wasserstein-1 distance, for questions whose options have an order."),
     "TV": (
@@ -87,9 +87,8 @@ def legend(report: Report) -> list[str]:
 
 
 def _preference(report: PreferenceReport) -> list[str]:
-    counted = "pairs" if next(iter(report.splits.values())).people is None else "people"
     trained = [] if report.main == "before" else [_IMPLICIT_REWARD]
-    named = _NAMED_PEOPLE.format(min_answers=report.min_answers, counted=counted)
+    named = _NAMED_PEOPLE.format(min_answers=report.min_answers)
     against = [_AGAINST_START] if any("start" in split.rows for split in report.splits.values()) else []
     return [*trained, *against, _LIKELIHOOD, named]
 

@@ -126,7 +126,6 @@ def _differences(report: Report, split: PreferenceSplit) -> list[str]:
 
 def _groups_of_preferences(report: Report, split: PreferenceSplit) -> list[str]:
     """One score of the largest subgroups of each field, by contender."""
-    counted = "people" if split.people is not None else "pairs"
     score = "likelihood_per_token" if report.main == "before" else "accuracy"
     lines: list[str] = []
     for field, part in split.subgroups.items():
@@ -135,16 +134,13 @@ def _groups_of_preferences(report: Report, split: PreferenceSplit) -> list[str]:
         order = sorted(range(len(part.shown)), key=lambda place: -part.shown[place].people)
         shown = [part.shown[place] for place in sorted(order[:_MOST_SUBGROUPS])]
         names = [name for name in shown[0].rows if name != "before" or name == report.main]
-        head = [counted, "pairs"] if counted == "people" else [counted]
-        head += [f"{score.replace('_', ' ')}, {title(report, name)}" for name in names]
+        head = ["people", "pairs", *(f"{score.replace('_', ' ')}, {title(report, name)}" for name in names)]
         lines += [f"### Subgroups by {field.replace('_', ' ')}", "", f"| | {' | '.join(head)} |"]
         lines += ["|---|" + "---:|" * len(head)]
         for row in shown:
-            sizes = [f"{row.people:,}", f"{row.pairs:,}"] if counted == "people" else [f"{row.pairs:,}"]
-            lines.append(
-                f"| {row.label} | {' | '.join([*sizes, *(cell(row.rows[name], score, '{:.3f}') for name in names)])} |"
-            )
-        notes = _subgroup_notes(part, len(shown), f"{report.min_answers} {counted}")
+            cells = [f"{row.people:,}", f"{row.pairs:,}", *(cell(row.rows[name], score, "{:.3f}") for name in names)]
+            lines.append(f"| {row.label} | {' | '.join(cells)} |")
+        notes = _subgroup_notes(part, len(shown), f"{report.min_answers} people")
         lines += ["", *([notes, ""] if notes else [])]
     return lines
 

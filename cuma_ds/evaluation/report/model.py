@@ -230,7 +230,6 @@ class PreferenceSplit(BaseModel):
     """One split of preferences.
 
     Attributes:
-        people: None where the data does not say who judged.
         chosen_tokens, rejected_tokens: mean length of the answers, end-of-turn marker included.
         rows: by contender.
         differences: the main contender less each other one, over the same people.
@@ -238,7 +237,7 @@ class PreferenceSplit(BaseModel):
     """
 
     pairs: int
-    people: int | None
+    people: int
     chosen_tokens: Number
     rejected_tokens: Number
     rows: dict[str, PreferenceScores]
