@@ -286,6 +286,31 @@ def test_prism_preferences_set_the_chosen_answer_against_each_other(talks):
     assert found == expected
 
 
+def test_margins_are_differences_of_scores_where_there_are_scores(talks, dialogues, tmp_path):
+    """raw_data gives answer number i the score 50 + i."""
+    pairs = rows(prism(talks, "preference"))
+    assert {row["margin"] for row in pairs} >= {-2.0, -1.0, 1.0}
+    for row in pairs:
+        chosen, rejected = (int(row[key].split()[1]) for key in ("chosen", "rejected"))
+        assert row["margin"] == chosen - rejected
+    unscored = prism_conversation(0, 0)
+    for entry in unscored["conversation_history"]:
+        entry.pop("score", None)
+    folder = write_prism(tmp_path / "unscored", [prism_user(0), prism_user(1)], [unscored, prism_conversation(1, 1)])
+    missing = [row["margin"] for row in rows(prism(folder, "preference")) if row["chosen"].endswith("of 0")]
+    assert missing == [None] * 3
+    unscored["conversation_history"][1]["score"] = "good"
+    write_prism(folder, [prism_user(0), prism_user(1)], [prism_conversation(1, 1), unscored])
+    with pytest.raises(
+        DataError, match=r"conversations\.jsonl:2: score is str; allowed: a number from 1 to 100, or null"
+    ):
+        prism(folder, "preference")
+    assert {row["margin"] for row in rows(alignment(dialogues, "preference"))} == {None}
+    own = [{**row, "margin": [None, 0.5, -3][i % 3]} for i, row in enumerate(PREFERENCES)]
+    data = load_data(DataSection(path=str(write_jsonl(tmp_path / "a.jsonl", own))))
+    assert {row["prompt"][0]["content"]: row["margin"] for row in rows(data)} == {r["prompt"]: r["margin"] for r in own}
+
+
 def test_a_model_of_prism_that_said_nothing_gave_no_answer(tmp_path):
     silent = prism_conversation(0, 0)
     silent["conversation_history"][5]["content"] = "EMPTY STRING"  # the chosen answer of the second turn
@@ -461,6 +486,14 @@ def test_mistakes_in_later_chunks_keep_their_line(tmp_path, monkeypatch):
         ),
         ({"chosen": " "}, "chosen is empty or not text"),
         ({"rejected": 3}, "rejected is empty or not text"),
+        ({"rejected": ""}, "rejected is empty or not text"),
+        ({"rejected": "Yes"}, "chosen and rejected are the same answer; allowed: two different answers"),
+        ({"rejected": "\tYes\n"}, "chosen and rejected are the same answer"),
+        ({"prompt": [*CHATS[0]["messages"]]}, "a prompt .* ends with a user message"),
+        ({"prompt": []}, "messages is empty"),
+        ({"margin": "3"}, "margin is str; allowed: a number"),
+        ({"margin": True}, "margin is True; allowed: a number"),
+        ({"margin": 1e300}, r"margin is 1e\+300; allowed: a number"),
     ],
 )
 def test_a_bad_preference_is_named(tmp_path, change, problem):

@@ -28,12 +28,11 @@ from cuma_ds.data.sources.records import (
     Convert,
     Row,
     answer_of,
-    answer_text_of,
     expected_keys,
     messages_of,
     person_of,
+    preference_of,
     profile_of,
-    prompt_of,
     question_of,
     row_kind,
     weight_of,
@@ -123,9 +122,7 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
     elif kind == "chat":
         payload.append((messages_of(row["messages"], where),))
     else:
-        payload.append(
-            (prompt_of(row["prompt"], where), *(answer_text_of(row, key, where) for key in ("chosen", "rejected")))
-        )
+        payload.append(preference_of(row, where))
     part.rows.extend((person, profile, number, answer))
 
 
