@@ -66,8 +66,12 @@ def _check_recipe(manifest: dict[str, object], config: DataSection) -> None:
         if config.heldout_fraction is None:
             del asked["heldout_fraction"]
     asked |= {key: getattr(config, key) for key in ASKED_BY if key in manifest}
+    if manifest["kind"] == "preference":
+        asked["min_margin"] = config.min_margin
+    # What release 0.1.0 did not write.
+    released = {"weights": False, "min_margin": 0.0}
     for key, value in asked.items():
-        prepared_as = {"weights": False, **manifest}["seed" if key == "split_seed" else key]
+        prepared_as = {**released, **manifest}["seed" if key == "split_seed" else key]
         if prepared_as != value:
             raise DataError(
                 f"{config.path} was prepared with {key} {prepared_as}, but the recipe says data.{key}: {value}; "

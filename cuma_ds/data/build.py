@@ -222,6 +222,7 @@ def _prepared(
         "kind": kind,
         # Of pairs drawn from answers: their prompts are written when they are prepared.
         **drawn,
+        **({"min_margin": config.min_margin} if kind == "preference" else {}),
         "template": profiles.template,
         # Release 0.1.0 had no such key: it drew among the people present, so that two kinds of one source did not
         # agree.
