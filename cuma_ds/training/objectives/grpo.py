@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from cuma_ds.config import RunConfig
+from cuma_ds.data.asked import encode_asked
 from cuma_ds.data.batch import Batch, EncodedExample, Unit
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
 from cuma_ds.data.stream import Draw
 from cuma_ds.training.objectives.protocol import Begin, Loss, Objective
-from cuma_ds.training.rollout.prompts import encode_asked
 from cuma_ds.training.rollout.rollouts import Rollouts
 
 if TYPE_CHECKING:

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cuma_ds.data.asked import conversation
 from cuma_ds.data.batch import Batch, EncodedExample
 from cuma_ds.data.rows import Row
 from cuma_ds.inference.generate import Completion, generate
 from cuma_ds.inference.open import open_engine
 from cuma_ds.inference.sampling import Sampling, mixed_seed
 from cuma_ds.inference.text import AS_WRITTEN
-from cuma_ds.parallel.agreement import agreement
+from cuma_ds.parallel.agreement import agreement, together
 from cuma_ds.parallel.held import HeldPolicy
 from cuma_ds.training.groups import Groups
 from cuma_ds.training.objectives.protocol import Begin
@@ -31,7 +32,6 @@ from cuma_ds.training.rollout.advantage import Advantages
 from cuma_ds.training.rollout.answers import Answers
 from cuma_ds.training.rollout.batches import Cutter, Written
 from cuma_ds.training.rollout.kept import KeptCompletions
-from cuma_ds.training.rollout.prompts import conversation
 from cuma_ds.training.rollout.rewards import Rewards
 
 
@@ -76,7 +76,7 @@ class Rollouts:
         self.advantages = Advantages(config.grpo, names, weights, groups, self._engine.topology)
         keeps_start = config.grpo.kl_weight and config.grpo.reference == "start" and config.model.init_from is not None
         self._start = HeldPolicy(self._engine) if keeps_start else None
-        with self._evaluating():
+        with self._evaluating(), self._whole_backbone():
             opened = open_engine(self._engine, config, inputs.renderer)
             self._decoder, self._all_done = opened.decoder(config.rollout.batch_size), opened.peers.all_done
         # All prompts of this rank at once, whatever a micro batch holds.
@@ -108,12 +108,12 @@ class Rollouts:
         with agreement():
             prompts = self._prompts(rollout)
             filler = self._example(self._inputs.data.splits["train"][self._draw.first(rollout)])
-        with self._evaluating():
+        with self._evaluating(), self._whole_backbone():
             written = self._write(rollout, prompts)
         wrote = time.perf_counter()
         answers = self._answers(prompts, written)
-        with agreement():
-            rewards_MF = self._rewards(answers)
+        self._inputs.objective.show("rewards", 0, 0)
+        rewards_MF = together(lambda: self._rewards(answers))
         found = self.advantages(rewards_MF, np.array([one.prompt.profile for one in written], np.int64))
         if self._engine.topology.is_main:
             rewards = dict(zip(self._rewards.names, rewards_MF.T, strict=True))
@@ -197,3 +197,7 @@ class Rollouts:
             yield
         finally:
             self._engine.train()
+
+    def _whole_backbone(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, no forward gathers a sharded backbone again, where ``rollout.backbone`` allows that."""
+        return contextlib.nullcontext() if self._rollout.backbone == "sharded" else self._engine.gathered_backbone()

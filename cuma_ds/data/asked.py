@@ -1,4 +1,4 @@
-"""What a row of prepared data asks the policy."""
+"""What a row of prepared data asks a model that is to answer by itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cuma_ds.data.rows import Row
 
 
 def conversation(row: Row, renderer: Renderer) -> Sequence[Message]:
-    """The messages that the policy is to answer, the last one from the user.
+    """The messages that are to be answered, the last one from the user.
 
     Args:
         row: of any kind: a choice question, a conversation up to its last answer, or the prompt of a pair.
