@@ -444,6 +444,11 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.rollout is not None and self.rollout.max_new_tokens >= self.data.max_length:
+            raise ValueError(
+                f"rollout.max_new_tokens is {self.rollout.max_new_tokens}, which leaves no room for a prompt in "
+                f"data.max_length {self.data.max_length}; raise data.max_length"
+            )
         if self.adapters.uses_profiles and self.profiles.encoder is None:
             raise ValueError(
                 "profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)"

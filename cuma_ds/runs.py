@@ -9,6 +9,7 @@ A run folder holds::
     reference.safetensors          what the reference says of the training pairs (objective dpo)
     checkpoints/                   step-N/ and latest, see :mod:`cuma_ds.parallel.checkpoint`
     metrics.jsonl, tensorboard/    the numbers of each step
+    completions.jsonl              some completions of each rollout with their rewards (objective grpo)
     evaluation/                    the report
 """
 
@@ -58,7 +59,7 @@ class Run:
 
     Attributes:
         folder: ``run.output_dir/run.name`` of the recipe.
-        recipe, deepspeed, metrics: files in it.
+        recipe, deepspeed, metrics, completions: files in it.
         data_folder, checkpoints, tensorboard, report_folder: folders in it.
         profiles_file: the embedded profiles.
         reference_file: log-probabilities of the training pairs under the reference.
@@ -73,6 +74,7 @@ class Run:
         self.reference_file = self.folder / "reference.safetensors"
         self.checkpoints = self.folder / "checkpoints"
         self.metrics = self.folder / "metrics.jsonl"
+        self.completions = self.folder / "completions.jsonl"
         self.tensorboard = self.folder / "tensorboard"
         self.report_folder = self.folder / "evaluation"
         self._identity_file = self.folder / "identity.json"
