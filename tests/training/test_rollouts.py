@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
 
 WRONG = {
     "raises": "reward own_rewards:wrong raised KeyError: 'no such key' (own_rewards.py:",
-    "nan": "reward own_rewards:wrong returned 'nan' for completion 11 of 12 (counted from 0); a finite number is expected",
+    "nan": "reward own_rewards:wrong returned 'nan' for completion 11 of 12 (counted from 0); a finite number is ",
     "length": "reward own_rewards:wrong returned 11 entries for 12 completions",
 }
 
@@ -175,21 +176,24 @@ def test_rewards_can_be_none_and_a_group_can_have_a_name(tmp_path, tiny_llama, t
     seconds = {"rollout_seconds", "update_seconds", "generated_tokens_per_second"}
     assert seconds <= rows[0].keys()
     named = {name for row in rows for name in row if name.startswith("reward/")}
+    data = Run(load_config(path).run_dir).data()
+    answers = Counter(data.profiles[row["profile"]]["fields"]["country"] for row in data.splits["train"])
+    assert named < {f"reward/{country}" for country in answers}
+    assert named <= {f"reward/{country}" for country, count in answers.items() if count >= 8}
     assert named
-    assert named <= {"reward/Norway", "reward/Japan", "reward/Brazil", "reward/Kenya"}
 
 
 def test_a_step_whose_completions_are_all_masked_changes_nothing(tmp_path, tiny_llama, tiny_encoder) -> None:
     """But for the balance loss, and a line says so."""
     path = grpo_recipe(
         tmp_path, tiny_llama, tiny_encoder, "masked",
-        training={"steps": 1}, grpo={"mask_truncated": True}, rollout={"max_new_tokens": 1},
+        training={"steps": 2}, grpo={"mask_truncated": True}, rollout={"max_new_tokens": 1},
         adapters={"balance_weight": 0.0},
     )  # fmt: skip
     ((code, printed),) = run(1, ["launchers/train.py", "--config", str(path)])
     assert code == 0, printed
     assert "step 1: all completions were cut at rollout.max_new_tokens 1" in printed
-    (row,) = metrics(load_config(path))
+    row, _ = metrics(load_config(path))
     assert (row["loss"], row["grad_norm"]) == (0.0, 0.0)
 
 
