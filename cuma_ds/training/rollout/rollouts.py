@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cuma_ds.data.asked import conversation
 from cuma_ds.data.batch import Batch, EncodedExample
 from cuma_ds.data.rows import Row
 from cuma_ds.inference.generate import Completion, generate
@@ -70,8 +69,8 @@ class Rollouts:
         with agreement():
             groups = Groups.of(config, inputs.data)
             self._rewards = Rewards(config, inputs.data, inputs.renderer)
-            if self._engine.topology.is_main:
-                self._rewards.check(begin.tell)
+        # A judge that does not answer may take long to be given up.
+        together(lambda: self._rewards.check(begin.tell) if self._engine.topology.is_main else None)
         names, weights = self._rewards.names, self._rewards.weights
         self.advantages = Advantages(config.grpo, names, weights, groups, self._engine.topology)
         keeps_start = config.grpo.kl_weight and config.grpo.reference == "start" and config.model.init_from is not None
@@ -168,8 +167,7 @@ class Rollouts:
             group = written[place * size : (place + 1) * size]
             texts = tuple(tokenizer.decode(one.tokens, **AS_WRITTEN).strip() for one in group)
             lengths, truncated = tuple(len(one.tokens) for one in group), tuple(one.truncated for one in group)
-            asked = conversation(prompt.row, self._inputs.renderer)[-1]["content"]
-            answers.append(Answers(prompt.number, prompt.row, asked, texts, lengths, truncated))
+            answers.append(Answers(prompt.number, prompt.row, texts, lengths, truncated))
         return answers
 
     def _totals(self, written: Sequence[Written]) -> list[float]:
