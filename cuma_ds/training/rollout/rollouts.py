@@ -83,6 +83,7 @@ class Rollouts:
         pack_length = config.data.max_length if config.data.packing else None
         self._cut = Cutter(layout, inputs.pad_id, pack_length, config.grpo.mask_truncated)
         self._kept = KeptCompletions(begin.run.completions, config.rollout.keep)
+        self._tell = begin.tell
         self._newest: int | None = None
         self._batches: list[Batch] = []
         self._numbers: dict[str, float] = {}
@@ -103,7 +104,7 @@ class Rollouts:
         return self._numbers | {"update_seconds": time.perf_counter() - self._updating_since}
 
     def _roll_out(self, rollout: int) -> list[Batch]:
-        began = time.perf_counter()
+        began, step = time.perf_counter(), rollout * self._grpo.iterations + 1
         with agreement():
             prompts = self._prompts(rollout)
             filler = self._example(self._inputs.data.splits["train"][self._draw.first(rollout)])
@@ -116,9 +117,14 @@ class Rollouts:
         found = self.advantages(rewards_MF, np.array([one.prompt.profile for one in written], np.int64))
         if self._engine.topology.is_main:
             rewards = dict(zip(self._rewards.names, rewards_MF.T, strict=True))
-            self._kept.add(rollout * self._grpo.iterations + 1, answers, rewards, found.advantage_M)
+            self._kept.add(step, answers, rewards, found.advantage_M)
         batches = self._with_log_probabilities(self._cut(written, found.advantage_M.tolist(), filler))
         tokens, truncated, count = self._totals(written)
+        if self._grpo.mask_truncated and truncated == count:
+            self._tell(
+                f"step {step}: all completions were cut at rollout.max_new_tokens {self._rollout.max_new_tokens}, and "
+                "grpo.mask_truncated leaves them out; nothing is learned from them"
+            )
         self._numbers = {**found.numbers, "completions/mean_length": tokens / count}
         self._numbers["completions/clipped_ratio"] = truncated / count
         self._numbers["generated_tokens_per_second"] = tokens / (wrote - began)
