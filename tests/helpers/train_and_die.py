@@ -1,34 +1,34 @@
-"""One rank that trains a recipe and kills itself, as the machine would, at a call of the engine; started by a test.
-
-Arguments: the recipe, the engine's method, and the number of the call (from 1) that is not made; 0 lives.
-"""
+"""One rank that trains a recipe and is killed at its n-th forward of generation or n-th backward; started by a test."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 
 from cuma_ds.config import load_config
+from cuma_ds.inference.generate import Decoder
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
 from cuma_ds.training.objectives import reference
 from cuma_ds.training.run import train
 
-recipe, method, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-call, calls = getattr(AdapterEngine, method), 0
+recipe, (owner, name), count = json.loads(sys.argv[1])
+kind = {"Decoder": Decoder, "AdapterEngine": AdapterEngine}[owner]
+work, done = getattr(kind, name), 0
 
 
-def deadly(*arguments: object) -> object:
-    global calls
-    calls += 1
-    if calls == number:
+def counted(*arguments):
+    global done
+    done += 1
+    if done == count:
         os.kill(os.getpid(), signal.SIGKILL)
-    return call(*arguments)
+    return work(*arguments)
 
 
-setattr(AdapterEngine, method, deadly)
-reference._SECONDS_BETWEEN_SAVES = 0.0
+setattr(kind, name, counted)
+reference._SECONDS_BETWEEN_SAVES = 0.0  # what is known of the reference is saved after each step
 topology = start_processes(120)
 config = load_config(recipe)
 train(config, with_expert_groups(topology, config.parallel.ep_size))

@@ -22,6 +22,7 @@ from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank
 SHARDED = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
+ONE_STEP = {"steps": 1, "warmup_steps": 0}
 PLACEMENTS = {
     1: {"whole": {"deepspeed_config": "zero1"}, "zero3": {"deepspeed_config": "zero3"}},
     2: {"tokens": SHARDED | {"dispatch": "all_to_all"}, "experts": SHARDED | {"dispatch": "gather_experts"},
@@ -90,7 +91,8 @@ def test_kill_9_in_the_reference_and_in_an_update_changes_nothing(folder, tiny_l
     unknown = []
     # Two forwards a step; five steps of reference, then updates.
     for method, number in (("forward", 4), ("forward", 6), ("step", 3), ("backward", 8), ("step", 0)):
-        results = run(2, ["tests/helpers/train_and_die.py", str(killed), method, str(number)])
+        how = json.dumps([str(killed), ("AdapterEngine", method), number])
+        results = run(2, ["tests/helpers/train_and_die.py", how])
         assert [code for code, _ in results] == ([-9, -9] if number else [0, 0]), results
         unknown.append(int(reference_of(killed).isnan().sum()))
     assert unknown[0] > unknown[1] > unknown[2] == unknown[-1] == int(expected.isnan().sum())
@@ -101,28 +103,24 @@ def test_kill_9_in_the_reference_and_in_an_update_changes_nothing(folder, tiny_l
 
 
 def test_bad_input_is_one_line_on_every_rank(folder, tiny_llama, tiny_encoder) -> None:
-    whole = pair_recipe(
-        folder, tiny_llama, tiny_encoder, "bad", parallel=SHARDED, training={"steps": 1, "warmup_steps": 0}
-    )
+    whole = pair_recipe(folder, tiny_llama, tiny_encoder, "bad", parallel=SHARDED, training=ONE_STEP)
     run_recipes(2, [whole])
     file = Run(load_config(whole).run_dir).reference_file
     file.write_bytes(file.read_bytes()[:-3] + b"abc")
     command = [TRAIN, "--config", str(whole), "--set", "training.steps=2"]
     one_line(run(2, command), "reference.safetensors is damaged", "remove it, and it will be computed again")
     file.unlink()
+    without = folder / "no-margins.jsonl"
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    without.write_text("\n".join(json.dumps({**line, "margin": None}) for line in lines) + "\n")
     for number, (setting, reason) in enumerate(
         {
-            "training.group_field=contry": "training.group_field: no profile has the field 'contry' (did you mean 'country'?)",
+            "training.group_field=contry": "no profile has the field 'contry' (did you mean 'country'?)",
             "dpo.margin=weight": "training pairs have no margin; set dpo.margin: ignore",
             "data.path=tests/data/opinions.jsonl": "objective dpo learns from preferences",
         }.items()
     ):
-        path = folder / "no-margin" / "pairs.jsonl"
-        if not path.exists():
-            path.parent.mkdir()
-            lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-            path.write_text("\n".join(json.dumps({**line, "margin": None}) for line in lines) + "\n")
-        settings = [f"data.path={path}", f"run.name=bad-{number}", setting]
+        settings = [f"data.path={without}", f"run.name=bad-{number}", setting]
         one_line(run(2, [TRAIN, "--config", str(whole), "--set", *settings]), reason)
 
 
@@ -130,7 +128,7 @@ def test_groups_that_are_large_enough_have_metrics_of_their_own(folder, tiny_lla
     data = {"path": str(write_pairs(folder / "many.jsonl", people=61)), "test_fraction": 0.1, "heldout_fraction": 0.0}
     path = pair_recipe(
         folder, tiny_llama, tiny_encoder, "grouped", parallel=SHARDED, data=data,
-        training={"group_field": "country", "global_batch_size": 100, "micro_batch_size": 25, "steps": 1, "warmup_steps": 0},
+        training=ONE_STEP | {"group_field": "country", "global_batch_size": 100, "micro_batch_size": 25},
         evaluation={"min_answers": 26},
     )  # fmt: skip
     run_recipes(2, [path])
