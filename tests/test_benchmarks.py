@@ -83,3 +83,10 @@ def test_dispatch(tiny_llama) -> None:
     results = run(2, [str(BENCHMARKS / "dispatch.py"), *arguments])
     assert [code for code, _ in results] == [0, 0], results
     assert "sharded, prefetched" in results[0][1]
+
+
+def test_dpo_step(tiny_llama, table) -> None:
+    sizes = "--pairs 2 --prompt 6 --answer 4 --steps 1".split()
+    printed = table("dpo_step", "--model", str(tiny_llama), *sizes, *QUICK)
+    assert "cuma-ds, reference in the step" in printed
+    assert "naive: two models, two passes" in printed
