@@ -45,13 +45,15 @@ choice questions (people's answers; merged into one histogram per profile and qu
 conversations (the assistant's words are learned):
   {"profile": "A nurse living in Peru.", "person_id": "p3",
    "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-preferences (prepared, not trained on by objective sft):
-  {"profile": {"country": "Norway"}, "prompt": "...", "chosen": "...", "rejected": "..."}
+preferences (for objective dpo; the prompt is text, or messages that end with the user's):
+  {"profile": {"country": "Norway"}, "person_id": "p3", "prompt": "...", "chosen": "...", "rejected": "...",
+   "margin": 12}
 
 profile    fields of your choice or a sentence; a field 'country' makes countries the unit that is held out
 answer     index into options, or the option's text
 person_id  optional; all rows of one person stay on one side of the split
-weight     optional survey weight of the answer, read with --weights (1 where a row has none)"""
+weight     optional survey weight of the answer, read with --weights (1 where a row has none)
+margin     optional: how much more the chosen answer was liked, in any unit"""
 
 _WVB = """\
 Read WorldValuesBench: codebook.json, question_metadata.json and answer_adjustment.json of the benchmark's public
@@ -160,6 +162,9 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             heldout_profile_fraction=arguments.heldout_profile_fraction,
             kind=getattr(arguments, "kind", None),
             weights=getattr(arguments, "weights", False),
+            min_margin=getattr(arguments, "min_margin", 0.0),
+            prompt_style=getattr(arguments, "prompt_style", "letters"),
+            option_order=getattr(arguments, "option_order", "fixed"),
             split_seed=arguments.seed,
         )
     except ValidationError as error:
@@ -210,7 +215,7 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     chosen = [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
     keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in ("source", "path")]
     recipe = ", ".join([f"source: {arguments.command}", f"path: {arguments.out}", *keys])
-    console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, soft_wrap=True)
+    console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _yaml(value: object) -> str:
@@ -301,6 +306,24 @@ def _parser() -> argparse.ArgumentParser:
             "the chosen answer against each other one"
         ),
     )  # fmt: skip
+    for command in (survey, own, wvb):
+        command.add_argument(
+            "--kind", choices=["choice", "preference"],
+            help="preference: draw pairs from answers to choice questions, the person's option against another one",
+        )  # fmt: skip
+        command.add_argument(
+            "--prompt-style", choices=["letters", "metadata"], default="letters",
+            help="how the questions of such pairs are asked, as data.prompt_style (default %(default)s)",
+        )  # fmt: skip
+        command.add_argument(
+            "--option-order", choices=["fixed", "reversed"], default="fixed",
+            help="order of their options, as data.option_order (default %(default)s)",
+        )  # fmt: skip
+    for command in (own, prism):
+        command.add_argument(
+            "--min-margin", type=float, default=0.0, metavar="SCORE",
+            help="leave out preferences whose margin is smaller (default %(default)s); those without one stay",
+        )  # fmt: skip
     for command, where in ((own, "the key weight of each row"), (wvb, "W_WEIGHT of the WVS-7 CSV")):
         command.add_argument(
             "--weights", action="store_true", help=f"let answers count by their survey weights, {where}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.build import build
+from cuma_ds.data.pairs import ASKED_BY
 from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.data.raw import Progress, ReadOptions
 from cuma_ds.data.sources import SOURCES
@@ -64,8 +65,13 @@ def _check_recipe(manifest: dict[str, object], config: DataSection) -> None:
         # The default of that release was 0.15 for every source.
         if config.heldout_fraction is None:
             del asked["heldout_fraction"]
+    asked |= {key: getattr(config, key) for key in ASKED_BY if key in manifest}
+    if manifest["kind"] == "preference":
+        asked["min_margin"] = config.min_margin
+    # What release 0.1.0 did not write.
+    released = {"weights": False, "min_margin": 0.0}
     for key, value in asked.items():
-        prepared_as = {"weights": False, **manifest}["seed" if key == "split_seed" else key]
+        prepared_as = {**released, **manifest}["seed" if key == "split_seed" else key]
         if prepared_as != value:
             raise DataError(
                 f"{config.path} was prepared with {key} {prepared_as}, but the recipe says data.{key}: {value}; "

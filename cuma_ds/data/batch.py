@@ -54,16 +54,37 @@ def encode_example(row: Row, renderer: Renderer, sentences: Sequence[str], confi
     """
     profile = int(row["profile"])
     if "messages" in row:
-        ids, positions = renderer.encode_chat(row["messages"], sentences[profile])
-        return EncodedExample(
-            ids, positions, [ids[position + 1] for position in positions], [1.0] * len(positions), profile
-        )
+        return _said(*renderer.encode_chat(row["messages"], sentences[profile]), profile)
     options, counts = row["options"], row["counts"]
     ids = renderer.encode_choice(row["question"], options, sentences[profile])
     total = sum(counts)
     scale = 1.0 if config.example_weight == "uniform" else float(total)
     weights = [scale * count / total for count in counts]
     return EncodedExample(ids, [len(ids) - 1] * len(options), renderer.letter_ids(len(options)), weights, profile)
+
+
+def encode_pair(row: Row, renderer: Renderer, sentences: Sequence[str]) -> tuple[EncodedExample, EncodedExample]:
+    """Render a row of kind preference: the prompt with the chosen answer, and with the rejected one.
+
+    Both have the same prompt (see :meth:`~cuma_ds.data.rendering.Renderer.encode_answers`), and weight 1 on each token
+    of the answer.
+
+    Args:
+        row: of a prepared split.
+        renderer: of the model's tokenizer.
+        sentences: profile sentences by profile.
+    """
+    profile = int(row["profile"])
+    answers = (row["chosen"], row["rejected"])
+    chosen, rejected = renderer.encode_answers(row["prompt"], answers, sentences[profile])
+    return _said(*chosen, profile), _said(*rejected, profile)
+
+
+def _said(ids: list[int], positions: list[int], profile: int) -> EncodedExample:
+    """Tokens of which those behind ``positions`` are targets of weight 1."""
+    return EncodedExample(
+        ids, positions, [ids[position + 1] for position in positions], [1.0] * len(positions), profile
+    )
 
 
 @dataclass(frozen=True)

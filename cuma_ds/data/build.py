@@ -16,6 +16,7 @@ import pyarrow as pa
 
 import cuma_ds
 from cuma_ds.config import DataSection
+from cuma_ds.data.pairs import ASKED_BY, answer_pairs
 from cuma_ds.data.prepared import FORMAT_VERSION, PreparedData
 from cuma_ds.data.raw import Rows
 from cuma_ds.data.rows import (
@@ -55,30 +56,37 @@ def build(rows: Rows, config: DataSection, spool: Path | None = None) -> Prepare
     Raises:
         DataError: no rows, or none left for training; weights for something else than choice questions.
     """
-    if config.weights and rows.kind != "choice":
+    drawn = rows.kind == "choice" and config.kind == "preference"
+    kind = "preference" if drawn else rows.kind
+    if config.kind not in (None, kind):
         raise DataError(
-            f"data.weights is true, but only choice questions have weights, not kind {rows.kind}; leave it out"
+            f"data.kind is {config.kind}, but the rows are of kind {kind}; leave it out, or give other rows"
         )
+    if config.weights and kind != "choice":
+        raise DataError(f"data.weights is true, but only choice questions have weights, not kind {kind}; leave it out")
     split_N = _split(rows, config)
     answers_N = np.ones(len(rows.person_N), np.int64)
     if rows.option_NQ is not None:
         answers_N = (rows.option_NQ >= 0).sum(axis=1)
     weight_N = None if rows.weight_N is None else _with_mean_one(rows.weight_N, answers_N)
-    schema = choice_schema(weight_N is not None) if rows.kind == "choice" else SCHEMAS[rows.kind]
-    files, sizes = {}, {}
+    schema = choice_schema(weight_N is not None) if kind == "choice" else SCHEMAS[kind]
+    splits, sizes = {}, {}
     for number, name in enumerate(SPLITS):
         chosen_N = split_N == number
         if name not in _ALWAYS and not chosen_N.any():
             continue
         file = None if spool is None else spool / f"{name}.arrow"
-        batches = _histograms(rows, chosen_N, weight_N) if rows.kind == "choice" else _texts(rows, chosen_N)
-        files[name] = ArrowFile.collect(schema, batches, file)
+        if drawn:
+            batches = answer_pairs(rows, chosen_N, config)
+        else:
+            batches = _histograms(rows, chosen_N, weight_N) if kind == "choice" else _texts(rows, chosen_N)
+        splits[name] = Split(kind, ArrowFile.collect(schema, batches, file), rows.questions, rows.profiles.groups)
         sizes[name] = {
             "answers": int(answers_N[chosen_N].sum()),
             "people": len(np.unique(rows.person_N[chosen_N])),
             "profiles": len(np.unique(rows.profile_N[chosen_N])),
         }
-    return _prepared(rows, files, sizes, config)
+    return _prepared(rows, splits, sizes, config)
 
 
 def _histograms(rows: Rows, chosen_N: np.ndarray, weight_N: np.ndarray | None) -> Iterator[pa.RecordBatch]:
@@ -195,22 +203,26 @@ def _split(rows: Rows, config: DataSection) -> np.ndarray:
 
 
 def _prepared(
-    rows: Rows, files: dict[str, ArrowFile], sizes: dict[str, dict[str, int]], config: DataSection
+    rows: Rows, splits: dict[str, Split], sizes: dict[str, dict[str, int]], config: DataSection
 ) -> PreparedData:
     """Splits with their manifest.
 
     Args:
         rows: all that was read.
-        files: stored rows by split.
+        splits: rows by split.
         sizes: answers, people and profiles by split.
     """
     profiles = rows.profiles
-    splits = {name: Split(rows.kind, file, rows.questions, profiles.groups) for name, file in files.items()}
+    kind = splits["train"].kind
+    drawn = {key: getattr(config, key) for key in ASKED_BY} if kind != rows.kind else {}
     heldout = np.unique(splits["heldout"].numbers("profile"))
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": config.source,
-        "kind": rows.kind,
+        "kind": kind,
+        # Of pairs drawn from answers: their prompts are written when they are prepared.
+        **drawn,
+        **({"min_margin": config.min_margin} if kind == "preference" else {}),
         "template": profiles.template,
         # Release 0.1.0 had no such key: it drew among the people present, so that two kinds of one source did not
         # agree.

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def fitting(
     """The data with nothing in ``splits`` that is longer than ``data.max_length``.
 
     Args:
-        data: choice questions or conversations; other kinds are returned as they are.
+        data: of any kind.
         renderer: of the model's tokenizer.
         config: ``on_long_prompt`` decides: refuse such rows, or leave them out, count them in the manifest and say so.
         splits: names of the splits that will be read.
@@ -51,10 +52,8 @@ def fitting(
             numbers.
         CumaError: a row cannot be rendered at all; names it.
     """
-    if data.kind == "preference":
-        return data
     sentences = data.sentences
-    find = _long_choices if data.kind == "choice" else _long_chats
+    find = {"choice": _long_choices, "chat": _long_chats, "preference": _long_pairs}[data.kind]
     found = {name: find(name, data.splits[name], renderer, sentences) for name in splits if len(data.splits[name])}
     found = {name: rows for name, rows in found.items() if rows.numbers}
     if not found:
@@ -105,10 +104,25 @@ def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequen
 
 
 def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
-    def length(number: int, row: Row) -> int:
-        return _tokens(lambda: renderer.encode_chat(row["messages"], sentences[row["profile"]])[0], name, number)
+    def ids(row: Row) -> list[int]:
+        return renderer.encode_chat(row["messages"], sentences[row["profile"]])[0]
 
-    tokens_M = np.array([length(number, row) for number, row in enumerate(split)])
+    return _long_texts(name, split, renderer, ids)
+
+
+def _long_pairs(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+    def ids(row: Row) -> list[int]:
+        answers = (row["chosen"], row["rejected"])
+        return max(
+            (ids for ids, _ in renderer.encode_answers(row["prompt"], answers, sentences[row["profile"]])), key=len
+        )
+
+    return _long_texts(name, split, renderer, ids)
+
+
+def _long_texts(name: str, split: Split, renderer: Renderer, ids: Callable[[Row], list[int]]) -> LongRows:
+    """Encodes each row."""
+    tokens_M = np.array([_tokens(partial(ids, row), name, number) for number, row in enumerate(split)])
     numbers = np.flatnonzero(tokens_M > renderer.max_length)
     return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
 

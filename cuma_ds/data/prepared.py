@@ -130,7 +130,7 @@ class PreparedData:
             [country_of(profile["fields"]) for profile in profiles],
         )
         splits = {
-            name: Split(manifest["kind"], ArrowFile.open(root / f"{name}.arrow"), questions, groups)
+            name: Split(manifest["kind"], ArrowFile.open_rows(root / f"{name}.arrow"), questions, groups)
             for name in manifest["splits"]
         }
         return cls(manifest, splits, profiles, root)

@@ -54,6 +54,24 @@ class PromptTooLong(DataError):
         self.tokens = tokens
 
 
+def ask(question: str, options: Sequence[str], style: PromptStyle, order: OptionOrder) -> str:
+    """A choice question as the user's message: the question, a line per option, what to answer with.
+
+    Args:
+        question: the question as asked.
+        options: answers in order, shown as A, B, C, ... (from the last one on with ``reversed``).
+        style: ``letters`` leaves out the number scale that a question of WorldValuesBench starts with.
+        order: of the options.
+    """
+    if style == "letters":
+        asked = _NUMBER_SCALE.sub("", question)
+        question = question if asked == question else asked[0].upper() + asked[1:]
+    shown = options[::-1] if order == "reversed" else options
+    lines = [question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False))]
+    last = LETTERS[len(options) - 1]
+    return "\n".join([*lines, f"Answer with one letter, A{' or ' if len(options) == 2 else ' to '}{last}."])
+
+
 class Renderer:
     """Renders for one tokenizer; every token id of training and evaluation comes from here.
 
@@ -127,14 +145,8 @@ class Renderer:
         Raises:
             PromptTooLong: the prompt has more than ``max_length`` tokens.
         """
-        if self.prompt_style == "letters":
-            asked = _NUMBER_SCALE.sub("", question)
-            question = question if asked == question else asked[0].upper() + asked[1:]
-        shown = options[::-1] if self.option_order == "reversed" else options
-        lines = [question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False))]
-        last = LETTERS[len(options) - 1]
-        lines.append(f"Answer with one letter, A{' or ' if len(options) == 2 else ' to '}{last}.")
-        ids = self.encode_prompt([{"role": "user", "content": "\n".join(lines)}], sentence)
+        asked = ask(question, options, self.prompt_style, self.option_order)
+        ids = self.encode_prompt([{"role": "user", "content": asked}], sentence)
         if len(ids) > self.max_length:
             raise PromptTooLong(len(ids), self.max_length, "a prompt")
         return ids
@@ -204,6 +216,40 @@ class Renderer:
                 return ids, positions
             left = _without_first_turn(left)
         raise PromptTooLong(len(ids), self.max_length, "the last question of a conversation with its answer")
+
+    def encode_answers(
+        self, messages: Sequence[Message], answers: Sequence[str], sentence: str
+    ) -> list[tuple[list[int], list[int]]]:
+        """Several answers to one conversation: for each, token ids and the positions whose logits predict its tokens.
+
+        All have the same prompt, of the same turns: early turns are left out until the longest answer fits
+        ``max_length``, but never the system message or the last question. Only the answer is a target (its end-of-turn
+        marker included); it has the tokens that :meth:`encode_chat` gives the last answer of a conversation.
+
+        Args:
+            messages: the conversation so far; the user speaks last.
+            answers: what the assistant may say next.
+            sentence: the profile sentence; used only with ``profile_in_prompt``.
+
+        Raises:
+            PromptTooLong: the last question with its longest answer has more than ``max_length`` tokens.
+        """
+        left: Sequence[Message] | None = messages
+        while left is not None:
+            before = self._with_profile(left, sentence)
+            prompt = self._ids(self._apply(before, answer_next=True))
+            said = [self._answer_ids([*before, {"role": "assistant", "content": answer}]) for answer in answers]
+            longest = len(prompt) + max(map(len, said))
+            if longest <= self.max_length:
+                first = len(prompt) - 1
+                return [(prompt + ids, list(range(first, first + len(ids)))) for ids in said]
+            left = _without_first_turn(left)
+        raise PromptTooLong(longest, self.max_length, "the last question of a conversation with its longest answer")
+
+    def _answer_ids(self, conversation: Sequence[Message]) -> list[int]:
+        """Token ids of the last answer of a conversation and of its end-of-turn marker."""
+        prompt, answer, marker = self._asked(conversation)
+        return self._continuation(prompt, answer + marker)
 
     def _encode_turns(self, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Ids and positions of a conversation that ends with an answer."""

@@ -24,8 +24,10 @@ SCHEMAS = {
         {"profile": pa.int32(), "people": _PEOPLE, "question": pa.int32(), "counts": pa.list_(pa.int32())}
     ),
     "chat": pa.schema({"profile": pa.int32(), "people": _PEOPLE, "messages": _MESSAGES}),
+    # margin: how much more the chosen answer was liked, in the source's units; null where the source has no scores.
     "preference": pa.schema(
         {"profile": pa.int32(), "people": _PEOPLE, "prompt": _MESSAGES, "chosen": pa.string(), "rejected": pa.string()}
+        | {"margin": pa.float32()}
     ),
 }
 # With survey weights: counts are sums of weights; answers are people per option, weights one number for each of people.
@@ -78,6 +80,7 @@ class Row(TypedDict, total=False):
     prompt: list[dict[str, str]]
     chosen: str
     rejected: str
+    margin: float | None
 
 
 class ArrowFile:
@@ -116,6 +119,14 @@ class ArrowFile:
         return cls.open(file)
 
     @classmethod
+    def open_rows(cls, file: Path) -> ArrowFile:
+        """Map a file of rows; preferences that release 0.1.0 wrote have no margin, and get null."""
+        rows = cls.open(file)
+        if "rejected" not in rows.table.column_names or "margin" in rows.table.column_names:
+            return rows
+        return cls(rows.table.append_column("margin", pa.nulls(rows.table.num_rows, pa.float32())), file)
+
+    @classmethod
     def open_questions(cls, file: Path) -> ArrowFile:
         """Map a file of questions; those that release 0.1.0 wrote have no scale, which meant ordinal."""
         questions = cls.open(file)
@@ -144,7 +155,7 @@ class Split:
     number per answer, those who chose the first option first) and group (the country, or ""). With survey weights
     counts are their sums, and there are answers (people per option) and weights (of each of ``people``). A row of kind
     chat has profile, messages, people (the one person) and group; one of kind preference profile, prompt, chosen,
-    rejected, people and group. Numbers of people mean nothing outside this data.
+    rejected, margin (or None), people and group. Numbers of people mean nothing outside this data.
 
     Args:
         kind: choice | chat | preference.

@@ -21,7 +21,7 @@ from cuma_ds.evaluation.subject import Subject
 from cuma_ds.inference.generate import Completion, generate
 from cuma_ds.inference.sampling import Sampling, mixed_seed
 from cuma_ds.inference.text import AS_WRITTEN
-from cuma_ds.judge import JudgeSettings, Pair, compare
+from cuma_ds.judge import Judge, JudgeSettings, Pair, compare
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Generation:
         if self.judge is not None and subject.untrained is None:
             compared = "a model as it is has nothing to be compared with"
             raise ConfigError(f"--judge-url compares a trained model with its backbone; {compared}")
+        judge = None if self.judge is None else Judge(self.judge)
         split = evaluator.splits[0]
         requests = sample_requests(subject.data.splits[split], self.count, self.seed)
         rows: dict[str, list[str]] = {}
@@ -79,13 +80,13 @@ class Generation:
         section = GenerationSection(
             split=split, requests=len(requests), rows={name: diversity(texts) for name, texts in rows.items()}
         )
-        if self.judge is not None:
+        if judge is not None:
             pairs = [
                 Pair(subject.data.sentences[request.profile], request.messages, ours, base, request.person)
                 for request, ours, base in zip(requests, rows["trained"], rows["before"], strict=True)
             ]
-            found = compare(pairs, self.judge, evaluator.tell(f"{split}: judge"))
-            section.judge = verdicts(found, self.judge.model, subject.config.evaluation.bootstrap)
+            found = compare(pairs, judge, evaluator.tell(f"{split}: judge"))
+            section.judge = verdicts(found, judge.settings.model, subject.config.evaluation.bootstrap)
         report.generation = section
         return {}
 

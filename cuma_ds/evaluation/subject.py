@@ -83,5 +83,6 @@ def read_data(place: str | Path, config: RunConfig) -> PreparedData:
     """A prepared folder as it is, or records split as ``config.data`` says."""
     if is_prepared(place):
         return PreparedData.load(place).with_template(config.profiles.template)
-    section = config.data.model_copy(update={"source": "jsonl", "path": str(place), "histogram_targets": True})
+    own = {"source": "jsonl", "path": str(place), "kind": None, "histogram_targets": True}
+    section = config.data.model_copy(update=own)
     return load_data(section, config.profiles.template)

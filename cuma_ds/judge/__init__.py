@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cuma_ds.judge.calls import JudgeSettings
-from cuma_ds.judge.pairs import SCORE, Comparison, Pair, compare
+from cuma_ds.judge.calls import Judge, JudgeDown, JudgeSettings
+from cuma_ds.judge.pairs import SCORE, Comparison, Pair, compare, probe, scores
 
-__all__ = ["SCORE", "Comparison", "JudgeSettings", "Pair", "compare"]
+__all__ = ["SCORE", "Comparison", "Judge", "JudgeDown", "JudgeSettings", "Pair", "compare", "probe", "scores"]

@@ -11,10 +11,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cuma_ds.errors import ConfigError
+from cuma_ds.errors import ConfigError, CumaError
 from cuma_ds.profiles.table import default_cache_dir
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _READABLE = re.compile(r"^(?:answer\s+)?(a|b|tie)$", re.IGNORECASE)
 _BRACKETED = re.compile(r"\[\[(a|b|c|tie)\]\]", re.IGNORECASE)
 _THOUGHTS = re.compile(r"^.*</think>", re.DOTALL)
+_VERDICTS = ("A", "B", "tie")
 # What is done about an argument that a judge does not take.
 _WITHOUT = {
     "max_tokens": "max_completion_tokens is sent in its place",
@@ -63,108 +65,184 @@ class JudgeSettings:
             )
 
 
+class JudgeDown(CumaError):
+    """A judge that does not answer: connections fail, time out, or end in a server's error, also when tried again."""
+
+
 @dataclass
 class Asked:
+    """What became of a list of requests.
+
+    Attributes:
+        verdicts: of each request: ``A``, ``B``, ``tie``, ``unreadable`` or ``failed``.
+        failures: kind of failure -> calls.
+        cached: verdicts that were known already.
+        calls: calls that have ended, each with its retries.
+        unanswered: those that the judge did not answer (see :class:`JudgeDown`), and of these the last ones in a row.
+    """
+
     verdicts: list[str]
     failures: Counter[str] = field(default_factory=Counter)
     cached: int = 0
-    refused: set[str] = field(default_factory=set)
+    calls: int = 0
+    unanswered: int = 0
+    in_a_row: int = 0
 
 
-async def ask_all(
-    requests: Sequence[list[dict[str, str]]], settings: JudgeSettings, progress: Callable[[int, int], None] | None
-) -> Asked:
-    """Ask the judge every request that its cache does not hold.
-
-    Raises:
-        ConfigError: the ``openai`` package is missing, or the judge refuses the key or does not know the model.
-    """
-    try:
-        import openai
-    except ImportError:
-        raise ConfigError(
-            "a judge is asked through the package openai, which is not installed; pip install 'cuma-ds[judge]'"
-        ) from None
-
-    cache = _Cache(settings.cache_dir or default_cache_dir().parent / "judge")
-    asked = Asked([""] * len(requests))
-    limit = asyncio.Semaphore(settings.concurrency)
-    done = 0
-
-    async def ask(client: openai.AsyncOpenAI, index: int) -> None:
-        nonlocal done
-        key = _key(settings, requests[index])
-        known = cache.verdicts.get(key)
-        if known is not None:
-            asked.verdicts[index] = known
-            asked.cached += 1
-        else:
-            async with limit:
-                asked.verdicts[index], failure = await _call(client, settings, requests[index], asked.refused)
-            if failure:
-                asked.failures[failure] += 1
-            elif asked.verdicts[index] != "unreadable":
-                cache.add(key, asked.verdicts[index])
-        done += 1
-        if progress is not None:
-            progress(done, len(requests))
-
-    key = os.environ.get(settings.key_variable) or "none"
-    refusal: Exception | None = None
-    async with openai.AsyncOpenAI(
-        base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.retries
-    ) as client:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for index in range(len(requests)):
-                    group.create_task(ask(client, index))
-        except* ConfigError as errors:
-            refusal = errors.exceptions[0]
-    if refusal is not None:  # raised inside except*, it would be wrapped in a group
-        raise refusal from None
-    return asked
+class _Reply(NamedTuple):
+    verdict: str
+    failure: str = ""
+    unanswered: bool = False
 
 
-async def _call(
-    client: Any, settings: JudgeSettings, messages: list[dict[str, str]], refused: set[str]
-) -> tuple[str, str]:
-    """A verdict, and the kind of failure ("" for none).
+class Judge:
+    """A judge that is asked time and again.
 
     Args:
-        refused: arguments that this judge does not take. What it refuses now is added, and the call is made again.
-    """
-    import openai
+        settings: which, and how.
 
-    known = frozenset(refused)
-    try:
-        answer = await client.chat.completions.create(messages=messages, **_arguments(settings, known))
-        text = answer.choices[0].message.content
-    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise ConfigError(
-            f"the judge at {settings.url} refuses the key in {settings.key_variable} (status {error.status_code})"
-        ) from None
-    except openai.NotFoundError:
-        raise ConfigError(
-            f"the judge at {settings.url} knows no model {settings.model!r}, or the address is wrong (status 404)"
-        ) from None
-    except openai.APIStatusError as error:
-        more = _named_in(error) - known
-        if not more:
-            return "failed", f"status {error.status_code}"
-        for name in sorted(more - refused):
-            warnings.warn(
-                f"the judge {settings.model} at {settings.url} refuses {name}; {_WITHOUT[name]}",
-                UserWarning,
-                stacklevel=2,
+    Attributes:
+        refused: arguments that it turned out not to take, of ``max_tokens`` and ``temperature``.
+
+    Raises:
+        ConfigError: the ``openai`` package is missing.
+    """
+
+    def __init__(self, settings: JudgeSettings) -> None:
+        if find_spec("openai") is None:
+            raise ConfigError(
+                "a judge is asked through the package openai, which is not installed; pip install 'cuma-ds[judge]'"
             )
-        refused |= more
-        return await _call(client, settings, messages, refused)
-    except openai.OpenAIError as error:
-        return "failed", type(error).__name__
-    except (AttributeError, IndexError, TypeError, ValueError):
-        # An answer that is no chat completion.
-        return "failed", "no chat completion"
-    return (read_verdict(text), "") if isinstance(text, str) else ("failed", "no chat completion")
+        self.settings = settings
+        self.refused: set[str] = set()
+        self._cache = _Cache(settings.cache_dir or default_cache_dir().parent / "judge")
+
+    def __str__(self) -> str:
+        return f"the judge {self.settings.model} at {self.settings.url}"
+
+    def ask(
+        self,
+        requests: Sequence[list[dict[str, str]]],
+        progress: Callable[[int, int], None] | None = None,
+        must_answer: bool = False,
+        fresh: bool = False,
+    ) -> Asked:
+        """Ask every request that the cache does not hold.
+
+        Args:
+            requests: messages each.
+            progress: called with (requests done, in all).
+            must_answer: give up on a judge that is down instead of counting failures: once as many calls in a row
+                went unanswered as are made at a time, or more than half of all did.
+            fresh: neither read the cache nor add to it.
+
+        Raises:
+            ConfigError: the judge refuses the key or does not know the model.
+            JudgeDown: with ``must_answer``.
+        """
+        asked = Asked([""] * len(requests))
+        known = None if fresh else self._cache
+        asyncio.run(self._ask_all(requests, asked, known, progress, must_answer))
+        if must_answer and 2 * asked.unanswered > asked.calls:
+            raise self._down(asked)
+        return asked
+
+    async def _ask_all(
+        self,
+        requests: Sequence[list[dict[str, str]]],
+        asked: Asked,
+        cache: _Cache | None,
+        progress: Callable[[int, int], None] | None,
+        must_answer: bool,
+    ) -> None:
+        import openai
+
+        settings = self.settings
+        limit, patience = asyncio.Semaphore(settings.concurrency), max(settings.concurrency, 3)
+        done = 0
+
+        async def ask(client: openai.AsyncOpenAI, index: int) -> None:
+            nonlocal done
+            key = _key(settings, requests[index])
+            known = None if cache is None else cache.verdicts.get(key)
+            if known is not None:
+                asked.verdicts[index] = known
+                asked.cached += 1
+            else:
+                async with limit:
+                    reply = await self._call(client, requests[index])
+                self._count(asked, index, reply)
+                if must_answer and asked.in_a_row >= patience:
+                    raise self._down(asked)
+                if cache is not None and reply.verdict in _VERDICTS:
+                    cache.add(key, reply.verdict)
+            done += 1
+            if progress is not None:
+                progress(done, len(requests))
+
+        key = os.environ.get(settings.key_variable) or "none"
+        stop: Exception | None = None
+        async with openai.AsyncOpenAI(
+            base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.retries
+        ) as client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for index in range(len(requests)):
+                        group.create_task(ask(client, index))
+            except* CumaError as errors:
+                stop = errors.exceptions[0]
+        if stop is not None:  # raised inside except*, it would be wrapped in a group
+            raise stop from None
+
+    def _count(self, asked: Asked, index: int, reply: _Reply) -> None:
+        asked.verdicts[index] = reply.verdict
+        asked.calls += 1
+        asked.unanswered += reply.unanswered
+        asked.in_a_row = asked.in_a_row + 1 if reply.unanswered else 0
+        if reply.failure:
+            asked.failures[reply.failure] += 1
+
+    def _down(self, asked: Asked) -> JudgeDown:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in asked.failures.most_common())
+        return JudgeDown(
+            f"{self} does not answer: {asked.unanswered} of {asked.calls} calls went unanswered with "
+            f"{self.settings.retries} retries each ({kinds})"
+        )
+
+    async def _call(self, client: openai.AsyncOpenAI, messages: list[dict[str, str]]) -> _Reply:
+        """A verdict, or why there is none. The arguments that the judge refuses now are remembered, and the call is
+        made again without them.
+        """
+        import openai
+
+        settings, known = self.settings, frozenset(self.refused)
+        create: Any = client.chat.completions.create  # its overloads know no plain dictionaries
+        try:
+            answer = await create(messages=messages, **_arguments(settings, known))
+            text = answer.choices[0].message.content
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise ConfigError(
+                f"the judge at {settings.url} refuses the key in {settings.key_variable} (status {error.status_code})"
+            ) from None
+        except openai.NotFoundError:
+            raise ConfigError(
+                f"the judge at {settings.url} knows no model {settings.model!r}, or the address is wrong (status 404)"
+            ) from None
+        except openai.APIStatusError as error:
+            more = _named_in(error) - known
+            if not more:
+                down = error.status_code == 429 or error.status_code >= 500
+                return _Reply("failed", f"status {error.status_code}", unanswered=down)
+            for name in sorted(more - self.refused):
+                warnings.warn(f"{self} refuses {name}; {_WITHOUT[name]}", UserWarning, stacklevel=2)
+            self.refused |= more
+            return await self._call(client, messages)
+        except openai.OpenAIError as error:
+            return _Reply("failed", type(error).__name__, unanswered=isinstance(error, openai.APIConnectionError))
+        except (AttributeError, IndexError, TypeError, ValueError):
+            # An answer that is no chat completion.
+            return _Reply("failed", "no chat completion")
+        return _Reply(read_verdict(text)) if isinstance(text, str) else _Reply("failed", "no chat completion")
 
 
 def read_verdict(text: str) -> str:
@@ -218,7 +296,7 @@ class _Cache:
                     key, verdict = json.loads(line)
                 except (ValueError, TypeError):
                     continue  # A line cut off by a stop only costs asking again.
-                if verdict in ("A", "B", "tie"):
+                if verdict in _VERDICTS:
                     self.verdicts[key] = verdict
 
     def add(self, key: str, verdict: str) -> None:

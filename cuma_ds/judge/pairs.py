@@ -5,19 +5,22 @@ Every pair is asked in both orders. Failed calls and unreadable verdicts are cou
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cuma_ds.data.rendering import Message
-from cuma_ds.judge.calls import JudgeSettings, ask_all
+from cuma_ds.errors import ConfigError
+from cuma_ds.judge.calls import Asked, Judge
 
 _TASK = "You compare two answers to the same request and say which one the person who asked would prefer."
 _QUESTION = "Which answer would this person prefer? Reply with exactly one of: A, B, tie."
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+# What a verdict says of our answer, which is A first and B second.
+_OURS_FIRST = {"A": "win", "B": "loss", "tie": "tie"}
+_OURS_SECOND = {"A": "loss", "B": "win", "tie": "tie"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Pair:
     ours: str
     base: str
     person: int
+
+
+# A question whose answer needs no profile.
+_PROBE = Pair("", [{"role": "user", "content": "What is 2 + 2?"}], "4", "I like trains.", 0)
 
 
 @dataclass(frozen=True)
@@ -70,24 +77,21 @@ class Comparison:
         return float(np.mean(scores)) if scores else None
 
 
-def compare(
-    pairs: Sequence[Pair], settings: JudgeSettings, progress: Callable[[int, int], None] | None = None
-) -> Comparison:
+def compare(pairs: Sequence[Pair], judge: Judge, progress: Callable[[int, int], None] | None = None) -> Comparison:
     """Ask the judge about every pair in both orders.
 
     Raises:
-        ConfigError: the ``openai`` package is missing, or the judge refuses the key or does not know the model.
+        ConfigError: the judge refuses the key or does not know the model.
     """
-    requests = [judge_messages(pair, swapped) for pair in pairs for swapped in (False, True)]
-    asked = asyncio.run(ask_all(requests, settings, progress))
+    asked = judge.ask(_both_orders(pairs), progress)
     results, disagreed = [], 0
-    for first, second in zip(asked.verdicts[::2], asked.verdicts[1::2], strict=True):
+    for first, second in _by_pair(asked):
         if first == "failed" or second == "failed":
             results.append("failed")
         elif "unreadable" in (first, second):
             results.append("unreadable")
         else:
-            ours = {"A": "win", "B": "loss", "tie": "tie"}[first], {"A": "loss", "B": "win", "tie": "tie"}[second]
+            ours = _OURS_FIRST[first], _OURS_SECOND[second]
             disagreed += ours[0] != ours[1]
             results.append(ours[0] if ours[0] == ours[1] else "tie")
     counts = Counter(asked.verdicts)
@@ -98,8 +102,50 @@ def compare(
         (counts["A"], counts["A"] + counts["B"]),
         dict(asked.failures),
         asked.cached,
-        tuple(sorted(asked.refused)),
+        tuple(sorted(judge.refused)),
     )
+
+
+def scores(pairs: Sequence[Pair], judge: Judge) -> list[float | None]:
+    """How our answer of each pair fares: 1 for a win, 1/2 for a tie, 0 for a loss, the mean of both orders.
+
+    Returns:
+        A number in [0, 1] for each pair; None where a call failed or a verdict could not be read.
+
+    Raises:
+        ConfigError: the judge refuses the key or does not know the model.
+        JudgeDown: most calls go unanswered, also when tried again.
+    """
+    found: list[float | None] = []
+    for first, second in _by_pair(judge.ask(_both_orders(pairs), must_answer=True)):
+        known = first in _OURS_FIRST and second in _OURS_SECOND
+        found.append((SCORE[_OURS_FIRST[first]] + SCORE[_OURS_SECOND[second]]) / 2 if known else None)
+    return found
+
+
+def probe(judge: Judge) -> bool:
+    """Ask the judge about a pair that is not of the data.
+
+    Returns:
+        Whether its verdict could be read.
+
+    Raises:
+        ConfigError: the judge refuses the key or does not know the model, or gives no verdict for another reason.
+        JudgeDown: it does not answer.
+    """
+    asked = judge.ask([judge_messages(_PROBE, swapped=False)], must_answer=True, fresh=True)
+    if asked.verdicts == ["failed"]:
+        raise ConfigError(f"{judge} gave no verdict on a first pair of answers: {next(iter(asked.failures))}")
+    return asked.verdicts != ["unreadable"]
+
+
+def _both_orders(pairs: Sequence[Pair]) -> list[list[dict[str, str]]]:
+    return [judge_messages(pair, swapped) for pair in pairs for swapped in (False, True)]
+
+
+def _by_pair(asked: Asked) -> Iterator[tuple[str, str]]:
+    """The two verdicts on each pair, that with our answer first before the other."""
+    return zip(asked.verdicts[::2], asked.verdicts[1::2], strict=True)
 
 
 def judge_messages(pair: Pair, swapped: bool) -> list[dict[str, str]]:

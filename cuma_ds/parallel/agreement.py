@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from cuma_ds.errors import CumaError
+
+T = TypeVar("T")
+_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -33,3 +39,49 @@ def agreement(error: CumaError | None = None) -> Iterator[None]:
         agreed = kind(message if everywhere or rank == 0 else f"rank {rank}: {message}")
         agreed.printed_by_main = True
         raise agreed from None
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do work without collectives that may last longer on one rank than the others would wait for it.
+
+    It runs in a thread. Every few seconds the ranks tell each other whether they are done, so that none takes a busy
+    one for lost. Nothing limits how long the work takes.
+
+    Args:
+        work: called once, with this rank's CUDA device as the current one.
+
+    Returns:
+        Its result on this rank.
+
+    Raises:
+        CumaError: the same one line on every rank, as in :func:`agreement`.
+    """
+    task = _Task(work)
+    task.start()
+    done = [False] * dist.get_world_size()
+    while not all(done):
+        task.join(_SECONDS)
+        dist.all_gather_object(done, not task.is_alive())
+    with agreement():
+        if task.error is not None:
+            raise task.error
+    return task.result[0]
+
+
+class _Task(threading.Thread, Generic[T]):
+    """A call in a thread that does not keep the process from ending."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
+        self.work = work
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self.result: list[T] = []
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        if self.device is not None:
+            torch.cuda.set_device(self.device)  # each thread has its own
+        try:
+            self.result.append(self.work())
+        except BaseException as error:
+            self.error = error

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from cuma_ds.config import TelemetrySection
 from cuma_ds.files import write_atomically
@@ -59,13 +67,14 @@ class MetricsWriter:
         start_step, self._total_steps = steps.start, steps.stop
         self._tensorboard: SummaryWriter | None = None
         self._progress: Progress | None = None
+        self._part: TaskID | None = None
         self._console = console or Console()
         self._next_tenth = 10 * start_step // max(steps.stop, 1) + 1
         if not is_main:
             return
 
         metrics.parent.mkdir(parents=True, exist_ok=True)
-        _drop_rows_after(metrics, start_step)
+        drop_rows_after(metrics, start_step)
         self._rows = metrics.open("a", encoding="utf-8")
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -87,6 +96,20 @@ class MetricsWriter:
         """Move the progress bar to ``step`` finished steps."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
+
+    def show(self, name: str, done: int, total: int) -> None:
+        """Show below the bar what the step in progress is doing.
+
+        Args:
+            name: of a part of a step, e.g. ``rollout``.
+            done: how much of it is done.
+            total: of how much; 0 where that is not known.
+        """
+        if self._progress is None:
+            return
+        if self._part is None:
+            self._part = self._progress.add_task(name)
+        self._progress.update(self._part, description=name, completed=done, total=total or None)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record the scalars of one optimizer step; for steps that are due.
@@ -161,7 +184,8 @@ class MetricsWriter:
             self._console.print(f"step {step}/{self._total_steps}  {text}", highlight=False, soft_wrap=True)
 
 
-def _drop_rows_after(path: Path, last_step: int) -> None:
+def drop_rows_after(path: Path, last_step: int) -> None:
+    """Remove the JSON lines of later steps, and those that were cut short, from a file that need not exist."""
     if not path.exists():
         return
     kept = []

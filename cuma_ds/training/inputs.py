@@ -53,6 +53,8 @@ class TrainingInputs:
         group_mask: [profiles, E] of ``gradient_mask: groups``, or None.
         probe: any example, to measure on the model what packing does.
         pad_id: token id of padding.
+        data: the run's own copy.
+        renderer: of the model's tokenizer.
     """
 
     objective: Objective
@@ -64,6 +66,8 @@ class TrainingInputs:
     group_mask: Tensor | None
     probe: EncodedExample
     pad_id: int
+    data: PreparedData
+    renderer: Renderer
 
 
 def prepare_run(config: RunConfig) -> None:
@@ -166,4 +170,6 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
         group_mask=None if groups is None else group_mask(fields, groups, config.adapters.num_experts),
         probe=stream.unit_of(0)[0],
         pad_id=pad_id,
+        data=data,
+        renderer=renderer,
     )

@@ -108,6 +108,7 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, ste
     identity, throughput = run.identity(), Throughput(engine.topology.device)
     losses: list[Tensor] = []
     with MetricsWriter(run.metrics, run.tensorboard, config.telemetry, is_main, steps) as writer:
+        inputs.objective.show = writer.show
         for step in steps:
             result, done = run_step(config, engine, inputs, step), step + 1
             throughput.add(result.tokens, result.people)
@@ -118,7 +119,7 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, ste
                 _stop_at_bad_loss(losses, done)
                 losses.clear()
             if writer.is_due(done):
-                _log(writer, engine, done, result, throughput.row())
+                _log(writer, engine, done, result, {**throughput.row(), **inputs.objective.report()})
             if saves:
                 state: State = {"step": done, "fingerprint": fingerprint(config), "identity": identity}
                 folder = save_checkpoint(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.batch import EncodedExample, as_filler, collate, encode_example
+from cuma_ds.data.batch import EncodedExample, as_filler, collate, encode_example, encode_pair
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import DataError
@@ -64,6 +64,26 @@ def test_chat_targets_are_the_following_tokens(tokenizer):
     assert tokenizer.decode(encoded.target_token) == "Yo<|im_end|>"
     assert encoded.target_token == [encoded.input_ids[position + 1] for position in encoded.target_position]
     assert encoded.target_weight == [1.0, 1.0, 1.0]
+
+
+def test_a_pair_is_one_prompt_with_either_answer_and_nothing_else_is_a_target(tokenizer):
+    row = {
+        "profile": 1,
+        "prompt": [{"role": "user", "content": "Hi"}],
+        "chosen": "Hello",
+        "rejected": "No.",
+        "margin": None,
+        "group": "",
+    }
+    renderer = Renderer(tokenizer, 512)
+    pair = encode_pair(row, renderer, WHO)
+    prompt = renderer.encode_prompt(row["prompt"], WHO[1])
+    for encoded, answer in zip(pair, ("Hello<|im_end|>", "No.<|im_end|>"), strict=True):
+        assert tokenizer.decode(encoded.target_token) == answer
+        assert encoded.input_ids == prompt + encoded.target_token
+        assert encoded.target_position == list(range(len(prompt) - 1, len(encoded.input_ids) - 1))
+        assert encoded.target_weight == [1.0] * len(answer.replace("<|im_end|>", "|"))
+        assert encoded.profile == 1
 
 
 def test_collate_pads_at_the_end_and_lets_the_model_count_positions():

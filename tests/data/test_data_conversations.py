@@ -286,6 +286,54 @@ def test_prism_preferences_set_the_chosen_answer_against_each_other(talks):
     assert found == expected
 
 
+def test_margins_are_differences_of_scores_where_there_are_scores(talks, dialogues, tmp_path):
+    """raw_data gives answer number i the score 50 + i, and the chosen one 10 more."""
+    pairs = rows(prism(talks, "preference"))
+    assert {row["margin"] for row in pairs} == {8, 9, 11}
+    for row in pairs:
+        chosen, rejected = (int(row[key].split()[1]) for key in ("chosen", "rejected"))
+        assert row["margin"] == 10 + chosen - rejected
+    unscored = prism_conversation(0, 0)
+    for entry in unscored["conversation_history"]:
+        entry.pop("score", None)
+    folder = write_prism(tmp_path / "unscored", [prism_user(0), prism_user(1)], [unscored, prism_conversation(1, 1)])
+    missing = [row["margin"] for row in rows(prism(folder, "preference")) if row["chosen"].endswith("of 0")]
+    assert missing == [None] * 3
+    unscored["conversation_history"][1]["score"] = "good"
+    write_prism(folder, [prism_user(0), prism_user(1)], [prism_conversation(1, 1), unscored])
+    with pytest.raises(
+        DataError, match=r"conversations\.jsonl:2: score is str; allowed: a number from 1 to 100, or null"
+    ):
+        prism(folder, "preference")
+    assert {row["margin"] for row in rows(alignment(dialogues, "preference"))} == {None}
+    own = [{**row, "margin": [None, 0.5, 3][i % 3]} for i, row in enumerate(PREFERENCES)]
+    data = load_data(DataSection(path=str(write_jsonl(tmp_path / "a.jsonl", own))))
+    assert {row["prompt"][0]["content"]: row["margin"] for row in rows(data)} == {r["prompt"]: r["margin"] for r in own}
+
+
+def test_pairs_with_a_smaller_margin_are_left_out_and_counted(talks, tmp_path):
+    every = rows(prism(talks, "preference"))
+    data = prism(talks, "preference", min_margin=9)
+    assert [row["margin"] for row in rows(data)].count(9) == sum(row["margin"] == 9 for row in every) > 0
+    assert {row["margin"] for row in rows(data)} == {9, 11}
+    left_out = sum(row["margin"] == 8 for row in every)
+    assert data.manifest["skipped"] == {"pairs with a margin below data.min_margin": left_out}
+    own = [{**row, "margin": [None, 0, -3][i % 3]} for i, row in enumerate(PREFERENCES)]
+    path = str(write_jsonl(tmp_path / "a.jsonl", own))
+    data = load_data(DataSection(path=path))
+    assert [row["margin"] for row in rows(data)].count(None) == 20
+    assert {row["margin"] for row in rows(data)} == {None, 0}
+    assert data.manifest["skipped"] == {"pairs with a margin below data.min_margin": 20}
+    data.save(tmp_path / "prepared")
+    with pytest.raises(DataError, match=r"prepared with min_margin 0\.0, but the recipe says data\.min_margin: 2\.0"):
+        load_data(DataSection(path=str(tmp_path / "prepared"), min_margin=2))
+    write_jsonl(tmp_path / "a.jsonl", [row for row in own if row["margin"] == -3])
+    with pytest.raises(
+        DataError, match=r"holds no rows; .* \(left out: 20 pairs with a margin below data\.min_margin\)"
+    ):
+        load_data(DataSection(path=path))
+
+
 def test_a_model_of_prism_that_said_nothing_gave_no_answer(tmp_path):
     silent = prism_conversation(0, 0)
     silent["conversation_history"][5]["content"] = "EMPTY STRING"  # the chosen answer of the second turn
@@ -461,6 +509,14 @@ def test_mistakes_in_later_chunks_keep_their_line(tmp_path, monkeypatch):
         ),
         ({"chosen": " "}, "chosen is empty or not text"),
         ({"rejected": 3}, "rejected is empty or not text"),
+        ({"rejected": ""}, "rejected is empty or not text"),
+        ({"rejected": "Yes"}, "chosen and rejected are the same answer; allowed: two different answers"),
+        ({"rejected": "\tYes\n"}, "chosen and rejected are the same answer"),
+        ({"prompt": [*CHATS[0]["messages"]]}, "a prompt .* ends with a user message"),
+        ({"prompt": []}, "messages is empty"),
+        ({"margin": "3"}, "margin is str; allowed: a number"),
+        ({"margin": True}, "margin is True; allowed: a number"),
+        ({"margin": 1e300}, r"margin is 1e\+300; allowed: a number"),
     ],
 )
 def test_a_bad_preference_is_named(tmp_path, change, problem):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import yaml
 from cuma_ds.config import DataSection, make_config
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.embedded import unpack_embedded
+from cuma_ds.data.rows import ArrowFile, Split
 from cuma_ds.errors import ConfigError, DataError, ModelError
 from cuma_ds.learned_settings import learned_settings
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
@@ -60,6 +62,21 @@ def test_an_empty_split_survives_the_disk(tmp_path):
     data = load_data(DataSection(path=str(OPINIONS), heldout_fraction=0), "wvs")
     data.save(tmp_path / "prepared")
     assert len(PreparedData.load(tmp_path / "prepared").splits["heldout"]) == 0
+
+
+def test_preferences_that_release_0_1_0_prepared_have_no_margins(tmp_path):
+    pairs = [{"profile": f"P{i}.", "prompt": "Tea?", "chosen": "Yes", "rejected": "No", "margin": i} for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    now = load_data(DataSection(path=str(tmp_path / "a.jsonl"), heldout_fraction=0))
+    before = {
+        name: Split(split.kind, ArrowFile(split.rows.table.drop_columns("margin")), split.questions, split.groups)
+        for name, split in now.splits.items()
+    }
+    dataclasses.replace(now, splits=before).save(tmp_path / "old")
+    old = PreparedData.load(tmp_path / "old")
+    assert [row["margin"] for row in now.splits["train"]] != [None] * len(now.splits["train"])
+    assert rows(old) == {name: [{**row, "margin": None} for row in split] for name, split in rows(now).items()}
+    assert rows(old.save(tmp_path / "copy")) == rows(PreparedData.load(tmp_path / "copy")) == rows(old)
 
 
 def test_a_failed_save_leaves_nothing(data, tmp_path, monkeypatch):

@@ -286,6 +286,49 @@ def test_long_conversations_lose_whole_early_turns_but_never_their_system_messag
             assert targets(renderer, talk) == ["Hi there<|im_end|>", "Bye<|im_end|>"][-len(positions) // 9 :]
 
 
+@pytest.mark.parametrize("in_prompt", [False, True])
+@pytest.mark.parametrize(
+    "template",
+    [CHAT_TEMPLATE, GENERATION_TEMPLATE, THINKING_TEMPLATE, NO_SYSTEM_TEMPLATE, *ASKED_OTHERWISE.values()],
+)
+def test_each_of_several_answers_has_the_tokens_of_a_conversations_last_answer(template, in_prompt):
+    tokenizer = character_tokenizer(template)
+    renderer = Renderer(tokenizer, 512, in_prompt)
+    before = [{"role": "system", "content": "Be brief."}, *CHAT[:3]]
+    answers = ["Bye", "Hi there", "<|im_end|>", "user\n", "think", " a blank"]
+    encoded = renderer.encode_answers(before, answers, WHO)
+    assert len(encoded) == len(answers)
+    prompt = renderer.encode_prompt(before, WHO)
+    for answer, (ids, positions) in zip(answers, encoded, strict=True):
+        whole, targets = renderer.encode_chat([*before, {"role": "assistant", "content": answer}], WHO)
+        assert ids == whole
+        # The earlier answer of the conversation is a target of encode_chat alone.
+        assert positions == [position for position in targets if position >= len(prompt) - 1]
+        assert ids[: len(prompt)] == prompt
+        assert positions == list(range(len(prompt) - 1, len(ids) - 1))
+
+
+def test_several_answers_lose_the_early_turns_that_the_longest_needs(tokenizer):
+    talk, short, long = [{"role": "system", "content": "Be brief."}, *CHAT[:3]], "Bye", "Bye then, " * 3
+    whole, least = (
+        [Renderer(tokenizer, 512, True).encode_answers(left, [short, long], WHO) for left in (talk, [talk[0], talk[3]])]
+    )  # fmt: skip
+    needed, at_least = len(whole[1][0]), len(least[1][0])
+    for length in range(at_least - 2, needed + 2):
+        for answers in ((short, long), (long, short)):
+            renderer = Renderer(tokenizer, length, True)
+            if length < at_least:
+                with pytest.raises(
+                    PromptTooLong, match=f"last question of a conversation with its longest answer has {at_least} token"
+                ):
+                    renderer.encode_answers(talk, answers, WHO)
+                continue
+            expected = whole if length >= needed else least
+            assert renderer.encode_answers(talk, answers, WHO) == (expected if answers[0] == short else expected[::-1])
+    # Alone, the short answer would have kept its early turns.
+    assert Renderer(tokenizer, needed - 1, True).encode_answers(talk, [short], WHO) == whole[:1]
+
+
 def test_a_conversation_without_answer_is_refused(tokenizer):
     with pytest.raises(DataError, match="no assistant message"):
         Renderer(tokenizer, 512).encode_chat(CHAT[:1], WHO)

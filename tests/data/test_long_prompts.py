@@ -70,6 +70,23 @@ def chats(tmp_path) -> Path:
     return write(tmp_path / "chats.jsonl", rows)
 
 
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    """Either answer may be the longer one; an early turn can be dropped."""
+    early = [{"role": "user", "content": "Hi" * 30}, {"role": "assistant", "content": "Hello"}]
+    rows = [
+        {
+            "profile": {"country": ["Norway", "Peru", "Ghana"][person % 3]},
+            "prompt": [*early, {"role": "user", "content": "And then?"}],
+            "chosen": "Long." * (1 + 2 * person),
+            "rejected": "Longer." * (PEOPLE - person),
+            "person_id": f"p{person}",
+        }
+        for person in range(PEOPLE)
+    ]
+    return write(tmp_path / "pairs.jsonl", rows)
+
+
 def section(path: Path, **changes) -> DataSection:
     return DataSection(**({"path": str(path), "heldout_fraction": 0.0, "test_fraction": 0.3} | changes))
 
@@ -82,13 +99,16 @@ def lengths(data: PreparedData, split: str, renderer: Renderer) -> list[int]:
         if "messages" in row:
             # The last turn with its question: what cannot be dropped.
             found.append(len(renderer.encode_chat(row["messages"][2:], sentence)[0]))
+        elif "prompt" in row:
+            answers = [row["chosen"], row["rejected"]]
+            found.append(max(len(ids) for ids, _ in renderer.encode_answers(row["prompt"][2:], answers, sentence)))
         else:
             found.append(len(renderer.encode_choice(row["question"], row["options"], sentence)))
     return found
 
 
 @pytest.mark.parametrize("in_prompt", [False, True])
-@pytest.mark.parametrize("kind", ["choices", "chats"])
+@pytest.mark.parametrize("kind", ["choices", "chats", "pairs"])
 def test_exactly_the_rows_that_do_not_fit_are_named_or_left_out(kind, in_prompt, request) -> None:
     path = request.getfixturevalue(kind)
     tokenizer = character_tokenizer()

@@ -188,7 +188,7 @@ def prism_conversation(number: int, user: int, **changes: Any) -> dict[str, Any]
                     "role": "model",
                     "content": f"Answer {place} in turn {turn} of {number}",
                     "model_name": f"m{place}",
-                    "score": 50 + place,
+                    "score": 50 + place + 10 * (place == number % 2),
                     "if_chosen": place == number % 2,
                     "within_turn_id": place,
                 }

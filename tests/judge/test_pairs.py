@@ -24,8 +24,8 @@ from judge_server import BAD, GOOD, Reply, fault, judge_server, prefers_good, ve
 from ranks import free_port
 
 from cuma_ds.errors import ConfigError
-from cuma_ds.judge.calls import JudgeSettings, read_verdict
-from cuma_ds.judge.pairs import Pair, compare, judge_messages
+from cuma_ds.judge.calls import Judge, JudgeDown, JudgeSettings, read_verdict
+from cuma_ds.judge.pairs import Pair, compare, judge_messages, probe, scores
 
 
 def pairs(count: int, swap: Callable[[int], bool] = lambda _: False) -> list[Pair]:
@@ -39,13 +39,14 @@ def pairs(count: int, swap: Callable[[int], bool] = lambda _: False) -> list[Pai
     return found
 
 
-def settings(server: SimpleNamespace, tmp_path: Path, **changes: Any) -> JudgeSettings:
-    return JudgeSettings(**{"url": server.url, "model": "m", "retries": 2, "cache_dir": tmp_path / "cache", **changes})
+def judge(server: SimpleNamespace, tmp_path: Path, **changes: Any) -> Judge:
+    known = {"url": server.url, "model": "m", "retries": 2, "cache_dir": tmp_path / "cache"}
+    return Judge(JudgeSettings(**{**known, **changes}))
 
 
 def test_every_pair_is_asked_in_both_orders_and_better_answers_win(server, tmp_path) -> None:
     told: list[tuple[int, int]] = []
-    found = compare(pairs(6, swap=lambda number: number == 2), settings(server, tmp_path), lambda *at: told.append(at))
+    found = compare(pairs(6, swap=lambda number: number == 2), judge(server, tmp_path), lambda *at: told.append(at))
     assert found.results == ["win", "win", "loss", "win", "win", "win"]
     assert found.win_rate == pytest.approx(5 / 6)
     assert (found.disagreed, found.failures) == (0, {})
@@ -59,14 +60,14 @@ def test_every_pair_is_asked_in_both_orders_and_better_answers_win(server, tmp_p
 
 def test_a_judge_that_always_prefers_the_first_gives_ties(server, tmp_path) -> None:
     server.script = lambda *_: verdict("A")
-    found = compare(pairs(3), settings(server, tmp_path))
+    found = compare(pairs(3), judge(server, tmp_path))
     assert found.results == ["tie"] * 3
     assert (found.disagreed, found.first, found.win_rate) == (3, (6, 6), 0.5)
 
 
 def test_ties_are_ties(server, tmp_path) -> None:
     server.script = lambda *_: verdict("Tie.")
-    found = compare(pairs(2), settings(server, tmp_path))
+    found = compare(pairs(2), judge(server, tmp_path))
     assert found.results == ["tie", "tie"]
     assert (found.disagreed, found.first) == (0, (0, 0))
 
@@ -75,11 +76,11 @@ def test_a_verdict_nobody_can_read_is_no_result_and_is_asked_again(server, tmp_p
     server.script = lambda prompt, _: (
         verdict("I like both of them") if "Question 1?" in prompt else prefers_good(prompt, 0)
     )
-    found = compare(pairs(3), settings(server, tmp_path))
+    found = compare(pairs(3), judge(server, tmp_path))
     assert found.results == ["win", "unreadable", "win"]
     assert found.win_rate == 1.0
     server.script = prefers_good
-    again = compare(pairs(3), settings(server, tmp_path))
+    again = compare(pairs(3), judge(server, tmp_path))
     assert again.results == ["win"] * 3
     assert again.cached == 4
 
@@ -93,7 +94,7 @@ def test_a_call_that_fails_twice_succeeds_at_the_third_try(server, tmp_path, sta
         return fault(status) if seen[prompt] < 3 else prefers_good(prompt, 0)
 
     server.script = script
-    found = compare(pairs(2), settings(server, tmp_path))
+    found = compare(pairs(2), judge(server, tmp_path))
     assert found.results == ["win", "win"]
     assert set(seen.values()) == {3}
 
@@ -101,11 +102,11 @@ def test_a_call_that_fails_twice_succeeds_at_the_third_try(server, tmp_path, sta
 @pytest.mark.parametrize("status", [429, 500, 400])
 def test_calls_that_keep_failing_are_counted_apart(server, tmp_path, status) -> None:
     server.script = lambda prompt, _: fault(status) if "Question 0?" in prompt else prefers_good(prompt, 0)
-    found = compare(pairs(3), settings(server, tmp_path))
+    found = compare(pairs(3), judge(server, tmp_path))
     assert found.results == ["failed", "win", "win"]
     assert found.failures == {f"status {status}": 2}
     assert found.win_rate == 1.0
-    again = compare(pairs(3), settings(server, tmp_path))
+    again = compare(pairs(3), judge(server, tmp_path))
     assert again.cached == 4, "a failure is never remembered"
 
 
@@ -119,7 +120,7 @@ def test_a_judge_that_hangs_times_out(server, tmp_path) -> None:
 
     server.script = script
     try:
-        found = compare(pairs(2), settings(server, tmp_path, timeout=0.3, retries=0))
+        found = compare(pairs(2), judge(server, tmp_path, timeout=0.3, retries=0))
     finally:
         release.set()
     assert found.results == ["failed", "win"]
@@ -128,7 +129,7 @@ def test_a_judge_that_hangs_times_out(server, tmp_path) -> None:
 
 def test_nobody_at_the_address(tmp_path) -> None:
     nowhere = SimpleNamespace(url="http://127.0.0.1:9/v1")
-    found = compare(pairs(1), settings(nowhere, tmp_path, retries=0))
+    found = compare(pairs(1), judge(nowhere, tmp_path, retries=0))
     assert found.results == ["failed"]
     assert found.failures == {"APIConnectionError": 2}
     assert found.win_rate is None
@@ -147,7 +148,7 @@ def test_nobody_at_the_address(tmp_path) -> None:
 )
 def test_nonsense_is_a_failure(server, tmp_path, reply) -> None:
     server.script = lambda *_: reply
-    found = compare(pairs(1), settings(server, tmp_path, retries=0))
+    found = compare(pairs(1), judge(server, tmp_path, retries=0))
     assert found.results == ["failed"]
     assert sum(found.failures.values()) == 2
 
@@ -158,12 +159,12 @@ def test_nonsense_is_a_failure(server, tmp_path, reply) -> None:
 def test_a_wrong_key_or_model_stops_at_once(server, tmp_path, status, message) -> None:
     server.script = lambda *_: fault(status)
     with pytest.raises(ConfigError, match=message):
-        compare(pairs(2), settings(server, tmp_path))
+        compare(pairs(2), judge(server, tmp_path))
 
 
 def test_the_key_comes_from_the_environment(server, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MY_JUDGE_KEY", "secret-1")
-    compare(pairs(1), settings(server, tmp_path, key_variable="MY_JUDGE_KEY"))
+    compare(pairs(1), judge(server, tmp_path, key_variable="MY_JUDGE_KEY"))
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret-1"}
 
 
@@ -175,34 +176,34 @@ def test_no_more_calls_at_a_time_than_asked_for(server, tmp_path) -> None:
         return prefers_good(prompt, 0)
 
     server.script = script
-    found = compare(pairs(6), settings(server, tmp_path, concurrency=3))
+    found = compare(pairs(6), judge(server, tmp_path, concurrency=3))
     assert found.results == ["win"] * 6
     assert server.most == 3
 
 
 def test_known_verdicts_cost_no_call_and_hold_no_text(server, tmp_path) -> None:
-    first = compare(pairs(3), settings(server, tmp_path))
+    first = compare(pairs(3), judge(server, tmp_path))
     file = tmp_path / "cache" / "verdicts-2.jsonl"
     with file.open("a") as lines:
         lines.write('["cut off')
     calls = len(server.calls)
-    second = compare(pairs(3), settings(server, tmp_path))
+    second = compare(pairs(3), judge(server, tmp_path))
     assert (len(server.calls), second.cached, second.results) == (calls, 6, first.results)
     text = file.read_text()
     # Not "bad": a hash may hold these three letters.
     assert not any(word in text for word in ("Person", "Question", "good"))
-    third = compare(pairs(3), settings(server, tmp_path, model="other"))
+    third = compare(pairs(3), judge(server, tmp_path, model="other"))
     assert third.cached == 0
 
 
 def test_two_judges_of_one_name_do_not_share_verdicts(server, tmp_path) -> None:
-    compare(pairs(2), settings(server, tmp_path))
+    compare(pairs(2), judge(server, tmp_path))
     with judge_server() as other:
         other.script = lambda *_: verdict("tie")
-        found = compare(pairs(2), settings(other, tmp_path))
+        found = compare(pairs(2), judge(other, tmp_path))
         assert (found.cached, found.results) == (0, ["tie", "tie"])
-        assert compare(pairs(2), settings(other, tmp_path, url=other.url + "/")).cached == 4
-    assert compare(pairs(2), settings(server, tmp_path)).results == ["win", "win"]
+        assert compare(pairs(2), judge(other, tmp_path, url=other.url + "/")).cached == 4
+    assert compare(pairs(2), judge(server, tmp_path)).results == ["win", "win"]
 
 
 def test_verdicts_of_an_earlier_release_are_not_used_and_that_is_said_once(server, tmp_path) -> None:
@@ -214,11 +215,11 @@ def test_verdicts_of_an_earlier_release_are_not_used_and_that_is_said_once(serve
         lines.append(json.dumps([hashlib.sha256(content.encode()).hexdigest(), "tie"]))
     (tmp_path / "cache" / "verdicts.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.warns(UserWarning, match="verdicts.jsonl are not used: they do not say at which address"):
-        found = compare(pairs(1), settings(server, tmp_path))
+        found = compare(pairs(1), judge(server, tmp_path))
     assert (found.cached, found.results) == (0, ["win"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert compare(pairs(1), settings(server, tmp_path)).cached == 2
+        assert compare(pairs(1), judge(server, tmp_path)).cached == 2
 
 
 def refuses(*names: str) -> Callable[[str, int], Reply]:
@@ -245,7 +246,7 @@ def test_a_judge_is_asked_again_without_what_it_refuses(server, tmp_path, names)
     server.script = refuses(*names)
     server.script.server = server
     with pytest.warns(UserWarning, match="refuses") as told:
-        found = compare(pairs(4), settings(server, tmp_path, concurrency=1))
+        found = compare(pairs(4), judge(server, tmp_path, concurrency=1))
     assert [str(note.message).split(";")[0] for note in told] == [
         f"the judge m at {server.url} refuses {name}" for name in names
     ]
@@ -260,7 +261,7 @@ def test_a_judge_is_asked_again_without_what_it_refuses(server, tmp_path, names)
 def test_a_judge_that_refuses_anything_else_is_asked_once(server, tmp_path) -> None:
     server.script = refuses("messages")
     server.script.server = server
-    found = compare(pairs(1), settings(server, tmp_path))
+    found = compare(pairs(1), judge(server, tmp_path))
     assert (found.results, found.failures, found.refused) == (["failed"], {"status 400": 2}, ())
     assert len(server.calls) == 2
 
@@ -324,8 +325,8 @@ def test_a_real_model_is_understood_as_it_speaks(embedded_models, tmp_path) -> N
     asked = pairs(2)
     with transformers_serve(model_folder, tmp_path / "log") as url:
         patient = {"model": str(model_folder), "timeout": 120.0, "max_tokens": 4, "concurrency": 2}
-        found = compare(asked, settings(SimpleNamespace(url=url), tmp_path, **patient))
-        again = compare(asked, settings(SimpleNamespace(url=url), tmp_path, **patient))
+        found = compare(asked, judge(SimpleNamespace(url=url), tmp_path, **patient))
+        again = compare(asked, judge(SimpleNamespace(url=url), tmp_path, **patient))
     assert found.failures == {}
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -346,3 +347,92 @@ def test_a_real_model_is_understood_as_it_speaks(embedded_models, tmp_path) -> N
         )
         assert result == expected
     assert (again.results, again.cached) == (found.results, sum(verdict != "unreadable" for verdict in verdicts))
+
+
+def about(*words: str) -> Callable[[str], bool]:
+    return lambda prompt: any(word in prompt for word in words)
+
+
+def test_scores_are_the_mean_of_both_orders(server, tmp_path) -> None:
+    """Ours is A in the first order. Question 0: won twice. 1: lost twice. 2: won, then a tie. 3: the first both times.
+    4: a tie twice. 5: one verdict of two cannot be read.
+    """
+    said = {0: "AB", 1: "BA", 2: ["A", "tie"], 3: "AA", 4: ["tie", "tie"], 5: ["A", "who knows"]}
+
+    def script(prompt: str, _: int) -> Reply:
+        number = next(number for number in said if f"Question {number}?" in prompt)
+        return verdict(said[number][0 if prompt.index(GOOD) < prompt.index(BAD) else 1])
+
+    server.script = script
+    assert scores(pairs(6), judge(server, tmp_path)) == [1.0, 0.0, 0.75, 0.5, 0.5, None]
+
+
+def test_a_single_failed_call_gives_no_score_and_the_rest_have_one(server, tmp_path) -> None:
+    server.script = lambda prompt, _: fault(500) if "Question 1?" in prompt else prefers_good(prompt, 0)
+    assert scores(pairs(3), judge(server, tmp_path)) == [1.0, None, 1.0]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_judge_that_goes_down_is_given_up_after_a_few_calls(server, tmp_path, status) -> None:
+    """It answers twelve calls and none after that. Every call is tried three times; eight run at a time."""
+    server.script = lambda prompt, number: prefers_good(prompt, 0) if number <= 12 else fault(status)
+    asked = judge(server, tmp_path)
+    with pytest.raises(JudgeDown, match=rf"the judge m at {server.url} does not answer: .* status {status}\)") as down:
+        scores(pairs(100), asked)
+    assert "\n" not in str(down.value)
+    assert len(server.calls) <= 12 + 3 * 8 * 2, "bounded"
+    server.script = prefers_good
+    server.calls.clear()
+    assert scores(pairs(100), asked) == [1.0] * 100
+    assert len(server.calls) == 200 - 12, "what was judged before is not lost"
+
+
+def test_a_small_batch_is_enough_to_see_that_a_judge_is_down(tmp_path) -> None:
+    nowhere = SimpleNamespace(url="http://127.0.0.1:9/v1")
+    with pytest.raises(JudgeDown, match=r"2 of 2 calls went unanswered with 0 retries each \(2 x APIConnectionError\)"):
+        scores(pairs(1), judge(nowhere, tmp_path, retries=0))
+
+
+def test_half_of_the_calls_may_fail(server, tmp_path) -> None:
+    server.script = lambda prompt, _: fault(500) if about("Question 0?", "Question 1?")(prompt) else verdict("tie")
+    assert scores(pairs(4), judge(server, tmp_path, concurrency=100)) == [None, None, 0.5, 0.5]
+    server.script = lambda prompt, _: verdict("tie") if about("Question 0?")(prompt) else fault(500)
+    with pytest.raises(JudgeDown, match="4 of 6 calls"):
+        scores(pairs(3), judge(server, tmp_path, concurrency=100, model="other"))
+
+
+def test_calls_that_are_refused_for_their_content_are_no_outage(server, tmp_path) -> None:
+    """A conversation that is too long for the judge fails with all of its completions."""
+    server.script = lambda *_: fault(400)
+    assert scores(pairs(8), judge(server, tmp_path, concurrency=2)) == [None] * 8
+
+
+def test_a_probe_asks_every_time_and_leaves_nothing_behind(server, tmp_path) -> None:
+    server.script = lambda *_: verdict("A")
+    asked = judge(server, tmp_path)
+    assert probe(asked)
+    assert probe(asked)
+    assert len(server.calls) == 2
+    assert not (tmp_path / "cache").exists()
+    server.script = lambda *_: verdict("Let me think")
+    assert not probe(asked)
+
+
+def test_a_probe_finds_a_judge_that_is_down_or_answers_nonsense(server, tmp_path) -> None:
+    nowhere = SimpleNamespace(url="http://127.0.0.1:9/v1")
+    with pytest.raises(JudgeDown, match="1 of 1 calls went unanswered"):
+        probe(judge(nowhere, tmp_path, retries=0))
+    server.script = lambda *_: (200, {"Content-Type": "text/html"}, b"<html>It works!</html>")
+    with pytest.raises(ConfigError, match="gave no verdict on a first pair of answers: no chat completion"):
+        probe(judge(server, tmp_path))
+
+
+def test_what_a_judge_refuses_is_remembered_from_batch_to_batch(server, tmp_path) -> None:
+    server.script = refuses("temperature")
+    server.script.server = server
+    asked = judge(server, tmp_path, concurrency=1)
+    with pytest.warns(UserWarning, match="refuses temperature"):
+        scores(pairs(1), asked)
+    assert len(server.calls) == 3
+    scores(pairs(2), asked)
+    assert len(server.calls) == 5

@@ -103,6 +103,8 @@ def test_pairs_in_one_forward_learn_what_pairs_learn_alone(model, micro, length)
         None,
         pair(0)[0],
         0,
+        data=None,
+        renderer=None,
     )
     model.zero_grad()
     result = run_step(config(), Engine(model, draw.accumulation), inputs, step=1)

@@ -28,12 +28,11 @@ from cuma_ds.data.sources.records import (
     Convert,
     Row,
     answer_of,
-    answer_text_of,
     expected_keys,
     messages_of,
     person_of,
+    preference_of,
     profile_of,
-    prompt_of,
     question_of,
     row_kind,
     weight_of,
@@ -88,7 +87,7 @@ def read_part(chunk: Chunk, convert: Convert, template: str, config: DataSection
             _add(part, row, where, config, payload)
     if part.kind and part.kind != "choice":
         schema = _payload_schema(part.kind)
-        columns = list(zip(*payload, strict=True))
+        columns = list(zip(*payload, strict=True)) if payload else [()] * len(schema)
         part.payload = pa.RecordBatch.from_arrays(
             [pa.array(c, t.type) for c, t in zip(columns, schema, strict=True)], schema=schema
         )
@@ -107,6 +106,10 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
         _same_question(question, known, where, first)
         if config.questions is not None and question.question_id not in config.questions:
             return
+    pair = preference_of(row, where) if kind == "preference" else None
+    if pair is not None and pair.margin is not None and pair.margin < config.min_margin:
+        part.skipped["pairs with a margin below data.min_margin"] += 1
+        return
     try:
         profile = part.profiles.add(profile_of(row["profile"], where))
     except DataError as error:
@@ -122,10 +125,8 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
             part.weights.append(weight_of(row, where))
     elif kind == "chat":
         payload.append((messages_of(row["messages"], where),))
-    else:
-        payload.append(
-            (prompt_of(row["prompt"], where), *(answer_text_of(row, key, where) for key in ("chosen", "rejected")))
-        )
+    elif pair is not None:
+        payload.append(pair)
     part.rows.extend((person, profile, number, answer))
 
 

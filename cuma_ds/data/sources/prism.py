@@ -34,7 +34,7 @@ def read(path: str, options: ReadOptions) -> Rows:
     """Read conversations by ``data.kind``.
 
     ``chat`` (default): the whole conversation along the chosen answers. ``preference``: in each turn, the chosen
-    answer against each of the others.
+    answer against each of the others, with the difference of their scores (1 to 100) as margin.
 
     Args:
         path: folder with conversations.jsonl and survey.jsonl (either may be gzipped).
@@ -84,17 +84,20 @@ def convert_conversation(record: Row, where: str, kind: str, people: dict[str, d
     messages: list[dict[str, str]] = []
     rows: list[dict[str, object]] = []
     for prompt, answers in _turns(record["conversation_history"], where):
-        chosen = [_text(answer) for answer in answers if answer.get("if_chosen")]
-        if len(chosen) != 1 or not chosen[0] or not prompt:
+        preferred = [answer for answer in answers if answer.get("if_chosen")]
+        if len(preferred) != 1 or not _text(preferred[0]) or not prompt:
             break
+        chosen, liked = _text(preferred[0]), _score(preferred[0], where)
         messages.append({"role": "user", "content": prompt})
-        others = dict.fromkeys(_text(answer) for answer in answers if not answer.get("if_chosen"))
-        rows.extend(
-            {**who, "prompt": list(messages), "chosen": chosen[0], "rejected": other}
-            for other in others
-            if other and other != chosen[0]
-        )
-        messages.append({"role": "assistant", "content": chosen[0]})
+        others: dict[str, float | None] = {}
+        for answer in answers:
+            others.setdefault(_text(answer), _score(answer, where))
+        for rejected, score in others.items():
+            if rejected and rejected != chosen:
+                margin = None if liked is None or score is None else liked - score
+                pair = {"chosen": chosen, "rejected": rejected, "margin": margin}
+                rows.append({**who, "prompt": list(messages), **pair})
+        messages.append({"role": "assistant", "content": chosen})
     if not messages:
         return Converted([], record["conversation_id"], "conversations without a chosen first answer")
     if kind == "chat":
@@ -133,6 +136,13 @@ def _text(entry: dict[str, object]) -> str:
     """What an entry says; PRISM writes EMPTY STRING where a model said nothing."""
     text = str(entry["content"]).strip()
     return "" if text == "EMPTY STRING" else text
+
+
+def _score(entry: dict[str, object], where: str) -> float | None:
+    score = entry.get("score")
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+        raise DataError(f"{where}: score is {type(score).__name__}; allowed: a number from 1 to 100, or null")
+    return score
 
 
 def _user(record: Row, where: str) -> str:

@@ -4,7 +4,7 @@ A row is one of
 
 - ``{"profile", "question", "options", "answer", "question_id"?, "person_id"?, "scale"?, "weight"?}``
 - ``{"profile", "messages", "person_id"?}``
-- ``{"profile", "prompt", "chosen", "rejected", "person_id"?}``
+- ``{"profile", "prompt", "chosen", "rejected", "person_id"?, "margin"?}``
 
 Sources of other formats turn their records into such rows.
 """
@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cuma_ds.data.rendering import LETTERS
 from cuma_ds.data.rows import SCALES, Question
@@ -25,12 +26,13 @@ from cuma_ds.profiles.linearize import is_missing, one_spelling
 KEYS = {
     "choice": ("profile", "question", "options", "answer", "question_id", "person_id", "scale", "weight"),
     "chat": ("profile", "messages", "person_id"),
-    "preference": ("profile", "prompt", "chosen", "rejected", "person_id"),
+    "preference": ("profile", "prompt", "chosen", "rejected", "person_id", "margin"),
 }
-_OPTIONAL = ("question_id", "person_id", "scale", "weight")
+_OPTIONAL = ("question_id", "person_id", "scale", "weight", "margin")
 # Besides the words that mean a missing value in a profile.
 _NOBODY = {"none", "nil", "undefined", "anonymous"}
 _ROLES = ("system", "user", "assistant")
+_LARGEST_MARGIN = 1e30  # what float32 holds
 Row = dict[str, object]
 
 
@@ -195,12 +197,42 @@ def messages_of(messages: object, where: str, last: str = "assistant") -> list[d
     return messages
 
 
-def prompt_of(prompt: object, where: str) -> list[dict[str, str]]:
-    return messages_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where, last="user")
+class Preference(NamedTuple):
+    """The stored columns of one pair; ``margin`` is None where the source has no scores."""
+
+    prompt: list[dict[str, str]]
+    chosen: str
+    rejected: str
+    margin: float | None
 
 
-def answer_text_of(row: dict[str, object], key: str, where: str) -> str:
-    text = row[key]
+def preference_of(row: Row, where: str) -> Preference:
+    """Two different answers to one prompt.
+
+    Raises:
+        DataError: a prompt or an answer without text, a prompt that does not end with the user, answers that differ in
+            nothing but white space around them, a margin that is no number.
+    """
+    prompt = row["prompt"]
+    messages = messages_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where, "user")
+    chosen, rejected = (_answer_text(row[key], key, where) for key in ("chosen", "rejected"))
+    if chosen.strip() == rejected.strip():
+        raise DataError(f"{where}: chosen and rejected are the same answer; allowed: two different answers")
+    return Preference(messages, chosen, rejected, _margin(row.get("margin"), where))
+
+
+def _answer_text(text: object, key: str, where: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: {key} is empty or not text; allowed: an answer")
     return text
+
+
+def _margin(margin: object, where: str) -> float | None:
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= _LARGEST_MARGIN:
+        shown = f"{margin!r:.40}" if isinstance(margin, int | float) else type(margin).__name__
+        raise DataError(
+            f"{where}: margin is {shown}; allowed: a number (how much more the chosen answer was liked), or null"
+        )
+    return float(margin)

@@ -60,9 +60,12 @@ class Objective:
 
     Attributes:
         reads: kinds of prepared data that it learns from.
+        show: shows on the progress bar what a step is doing: (name, how much of it is done, of how much). It is set for
+            the time of the run.
     """
 
     reads: Sequence[str] = ()
+    show: Callable[[str, int, int], None] = staticmethod(lambda name, done, total: None)
 
     def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
         """The examples that a row becomes. They share a micro batch, which holds the examples of all its units in
@@ -99,6 +102,10 @@ class Objective:
             batch: on the device of the logits. ``batch.rows`` names the rows behind its units.
         """
         raise NotImplementedError
+
+    def report(self) -> Mapping[str, float]:
+        """Further numbers for the row of the step that was taken last, by name. They are read on the main rank."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the objective, by name; equal on all ranks."""
