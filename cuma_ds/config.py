@@ -428,7 +428,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.adapters.uses_profiles and self.profiles.encoder is None:
+        if self.adapters.uses_profiles and self.profiles.encoder is None and self.model.init_from is None:
             raise ValueError(
                 "profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)"
             )
