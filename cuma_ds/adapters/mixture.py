@@ -114,7 +114,8 @@ def with_gradient_of(value: Tensor, learner: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which products have the dtypes they are given."""
     where = x.device.type
-    return torch.autocast(where, enabled=False) if torch.amp.is_autocast_available(where) else contextlib.nullcontext()
+    on = torch.amp.is_autocast_available(where) and torch.is_autocast_enabled(where)
+    return torch.autocast(where, enabled=False) if on else contextlib.nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def backbone_fingerprint(model: ModelSection) -> dict[str, str]:
 
 def place_backbone(
     model: ModelSection, settings: DeepSpeedSettings, device: torch.device
-) -> tuple[PreTrainedModel, Callable[[], object]]:
+) -> tuple[PreTrainedModel, compat.LayerHooks | None]:
     """Load the frozen backbone as a DeepSpeed configuration holds it, whole or sharded; all ranks call it.
 
     Of a sharded one, each rank keeps one part in ``world``, and whole layers exist only while they run. At stages 1
@@ -70,12 +70,13 @@ def place_backbone(
     adapters. With ``max_reuse_distance`` and ``prefetch_bucket_size`` 0, a rank holds its shards and one layer at most.
 
     Returns:
-        The backbone, and what to call after each backward pass. Adapters are injected into it afterwards.
+        The backbone, and the hooks that make its layers whole. They are None for a whole backbone, and at stage 3,
+        where the engine makes them. Adapters are injected into the backbone afterwards.
     """
     if settings.stage == 3:
-        return load_sharded(model, stage3_config(model)), lambda: None
+        return load_sharded(model, stage3_config(model)), None
     if not settings.backbone.sharded:
-        return load_backbone(model, device), lambda: None
+        return load_backbone(model, device), None
     config = stage3_config(model, settings.backbone.offload == "cpu")
     backbone = load_sharded(model, config)
     return backbone, compat.partition_frozen(backbone, config, settings.backbone)

@@ -6,8 +6,9 @@ not with a wrong gradient.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import deepspeed
@@ -30,6 +31,8 @@ from deepspeed.utils import (
 )
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
+
+from cuma_ds.torch_compat import without_hooks
 
 if TYPE_CHECKING:
     from cuma_ds.parallel.ds_config import FrozenBackbone, LossScale
@@ -86,14 +89,52 @@ class ExpertMark(MoE):
         """Nothing: :func:`expert_group` made the groups."""
 
 
-def partition_frozen(model: nn.Module, config: dict[str, object], settings: FrozenBackbone) -> Callable[[], None]:
-    """Give a frozen model the hooks of ZeRO-3 without its optimizer: a layer is whole only while it runs.
+class LayerHooks:
+    """The hooks that ZeRO-3 gives to a partitioned model: a layer is whole only while it runs.
 
-    Returns:
-        What to call after each backward pass. It releases layers whose own backward hook did not run, as none does
-        below the first trained layer.
+    Args:
+        offload: of the model.
     """
-    # Relies on ``DeepSpeedZeRoOffload`` working without an optimizer, and on ``release_backward_leftovers``.
+
+    def __init__(self, offload: DeepSpeedZeRoOffload) -> None:
+        self._offload = offload
+
+    @classmethod
+    def of_engine(cls, engine: DeepSpeedEngine) -> LayerHooks:
+        """Those of a whole model that an engine at stage 3 trains."""
+        # Relies on the stage-3 optimizer's ``parameter_offload``.
+        return cls(engine.optimizer.parameter_offload)
+
+    def after_backward(self) -> None:
+        """Release layers whose own backward hook did not run, as none does below the first trained layer."""
+        # Relies on ``release_backward_leftovers``.
+        self._offload.release_backward_leftovers()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, every parameter of the model is whole on each rank, and layers run without collectives.
+
+        All ranks enter it together. What is written to a parameter inside is lost.
+        """
+        # Relies on ``ds_inflight_param_registry`` naming what is gathered early; on ``partition`` and
+        # ``GatheredParameters``; and on ``forward_hooks``, ``backward_hooks`` and ``fwd_pre_hook`` being all hooks, of
+        # which those of the forward release a layer. They are put back as they were, so that ZeRO-3 keeps the order of
+        # modules it has learned.
+        offload = self._offload
+        whole = [parameter for parameter in offload.module.parameters() if is_partitioned(parameter)]
+        early = offload.module.ds_inflight_param_registry
+        for handle in early.values():
+            handle.wait()
+        early.clear()
+        whole[0].partition(whole)  # type: ignore[attr-defined]
+        hooks = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+        with deepspeed.zero.GatheredParameters(whole), without_hooks(hooks):
+            yield
+
+
+def partition_frozen(model: nn.Module, config: dict[str, object], settings: FrozenBackbone) -> LayerHooks:
+    """Give a frozen model the hooks of ZeRO-3 without its optimizer."""
+    # Relies on ``DeepSpeedZeRoOffload`` working without an optimizer.
     offload = DeepSpeedZeRoOffload(
         model,
         timers=NoopTimer(),
@@ -103,7 +144,7 @@ def partition_frozen(model: nn.Module, config: dict[str, object], settings: Froz
         max_reuse_distance=settings.max_reuse_distance,
         prefetch_bucket_size=settings.prefetch_bucket_size,
     )
-    return offload.release_backward_leftovers
+    return LayerHooks(offload)
 
 
 class Partitioner:

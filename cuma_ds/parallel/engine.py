@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,12 +28,12 @@ class Placed(NamedTuple):
     """A model on its ranks.
 
     model: holds this rank's experts.  dispatcher: byte counters of expert parallelism; None with ``ep_size`` 1.
-    after_backward: to call after each backward pass; releases what a sharded backbone still holds.
+    hooks: of a sharded backbone, see :func:`~cuma_ds.parallel.backbone.place_backbone`.
     """
 
     model: AdaptedModel
     dispatcher: ExpertParallelDispatcher | None
-    after_backward: Callable[[], object]
+    hooks: compat.LayerHooks | None
 
 
 def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topology) -> Placed:
@@ -43,13 +44,13 @@ def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topolo
         settings: says whether the backbone is sharded.
         topology: with expert-parallel groups.
     """
-    backbone, after_backward = place_backbone(config.model, settings, topology.device)
+    backbone, hooks = place_backbone(config.model, settings, topology.device)
     model = METHODS[config.adapters.method](backbone, config).to(topology.device)
     if config.model.gradient_checkpointing:
         model.recompute_activations()
     dispatcher = _dispatcher(config, topology)
     model.place(Spread(topology.experts, dispatcher, topology.sum_over_ranks if topology.world > 1 else None))
-    return Placed(model, dispatcher, after_backward)
+    return Placed(model, dispatcher, hooks)
 
 
 def _dispatcher(config: RunConfig, topology: Topology) -> ExpertParallelDispatcher | None:
@@ -91,7 +92,7 @@ class AdapterEngine:
         compat.only_errors()
         self.topology = topology
         self.stage = settings.stage
-        self.model, self.dispatcher, self._after_backward = place_model(config, settings, topology)
+        self.model, self.dispatcher, self._hooks = place_model(config, settings, topology)
         self.trained = list(self.model.trained_parameters())
         module = self.model if settings.stage == 3 else _TrainedPart(self.model, self.trained, topology.ep_size)
         self.engine, *_ = deepspeed.initialize(
@@ -133,10 +134,27 @@ class AdapterEngine:
             self.dispatcher.agree_on_tokens((batch.profile_BS >= 0).sum().to(self.topology.device))
         return self.engine(batch, table)
 
+    @property
+    def shards_backbone(self) -> bool:
+        """Whether each rank keeps a part of the backbone alone."""
+        return self._hooks is not None or self.stage == 3
+
+    def gathered_backbone(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the whole backbone is on every rank, gathered once; to generate between two steps.
+
+        A sharded backbone is otherwise gathered for each forward, that is for each token of a rollout. Its shards
+        stay, so a rank holds ``full_bytes`` more. They are given back at the end. All ranks enter it together. Of a
+        backbone that is not sharded, nothing changes.
+        """
+        if self.stage == 3:
+            return compat.LayerHooks.of_engine(self.engine).gathered()
+        return contextlib.nullcontext() if self._hooks is None else self._hooks.gathered()
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss`` (DeepSpeed averages over micro steps and ranks)."""
         self.engine.backward(loss)
-        self._after_backward()
+        if self._hooks is not None:
+            self._hooks.after_backward()
 
     def step(self, learning_rate: float) -> None:
         """Optimizer step at the accumulation boundary, nothing elsewhere."""

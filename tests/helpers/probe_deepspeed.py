@@ -105,7 +105,7 @@ def partition_frozen() -> str | None:
         torch.manual_seed(0)
         models.append(nn.Sequential(nn.Linear(4, 4), Adding(4, 4), nn.Linear(4, 4)).requires_grad_(False))
     whole, model = models
-    after_backward = compat.partition_frozen(model, STAGE_3, FrozenBackbone(sharded=True))
+    hooks = compat.partition_frozen(model, STAGE_3, FrozenBackbone(sharded=True))
     x, added = torch.ones(2, 4), torch.zeros(4, requires_grad=True)
     whole[1].added = model[1].added = added
     for _ in range(2):
@@ -113,11 +113,42 @@ def partition_frozen() -> str | None:
         if not torch.equal(out, expected):
             return "a partitioned frozen model computes something else than a whole one"
         out.sum().backward()
-        after_backward()
+        hooks.after_backward()
         if any(parameter.numel() for parameter in model.parameters()):
             return "after the backward pass and release_backward_leftovers some layers are still whole"
     if not torch.allclose(added.grad, 2 * 2 * whole[2].weight.sum(dim=0)):
         return "gradients through a partitioned frozen layer are wrong"
+    return None
+
+
+def gathered() -> str | None:
+    frozen = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)).requires_grad_(False)
+    trained = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
+    hooks_of = {
+        frozen: compat.partition_frozen(frozen, STAGE_3, FrozenBackbone(sharded=True, prefetch_bucket_size=100)),
+        trained: compat.LayerHooks.of_engine(engine_of(trained, 3, [{"params": list(trained.parameters())}])),
+    }
+    x = torch.ones(2, 4)
+    for model, hooks in hooks_of.items():
+        model[0].adapter = nn.Linear(1, 1)  # not partitioned
+        expected, order = [model(x).detach() for _ in range(3)][-1], []
+        module_hooks = [list(module._forward_hooks) + list(module._forward_pre_hooks) for module in model.modules()]
+        model[0].register_forward_hook(lambda *_, order=order: order.append("first"))
+        with hooks.gathered():
+            for _ in range(2):
+                if not torch.equal(model(x), expected):
+                    return "a gathered model computes something else than a partitioned one"
+            if any(p.shape != compat.whole_shape(p) for p in model.parameters()):
+                return "a layer that ran in a gathered model was released"
+            if order != ["first"] * 2:
+                return "a hook that is not DeepSpeed's did not run in a gathered model"
+        if any(parameter.numel() for parameter in model.parameters() if compat.is_partitioned(parameter)):
+            return "after gathering some layers are still whole"
+        if not torch.equal(model(x), expected):
+            return "a model that was gathered computes something else than before"
+        found = [list(module._forward_hooks) + list(module._forward_pre_hooks) for module in model.modules()]
+        if [len(hooks) for hooks in found] != [len(hooks) + (n == 1) for n, hooks in enumerate(module_hooks)]:
+            return "gathering did not put DeepSpeed's hooks back"
     return None
 
 
@@ -204,7 +235,7 @@ def only_errors() -> str | None:
 
 CHECKS = (
     only_errors, without_shared_memory_op, expert_group, mark_expert, expert_param_group, expert_mark, partition_frozen,
-    partitioner, held, scale_losses, moments,
+    gathered, partitioner, held, scale_losses, moments,
 )  # fmt: skip
 
 if __name__ == "__main__":

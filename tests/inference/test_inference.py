@@ -11,18 +11,13 @@ import torch
 from models import FAMILIES, random_model
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from ranks import run as run_ranks
-from ranks import run_recipes
 from run_folder import OPINIONS, lively, make_run
-from small_runs import recipe
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.config import load_config
 from cuma_ds.inference.generate import Completion, Decoder, generate
 from cuma_ds.inference.open import Opened, open_run
 from cuma_ds.inference.running import ModelForward, RunningBatch, SingleSequence, measured_batch
 from cuma_ds.inference.sampling import Sampling, mixed_seed
-from cuma_ds.parallel.stored import find_checkpoint, read_adapters
-from cuma_ds.runs import Run
 
 WIDTH = 6
 PROMPTS = [[9, 10, 11, 12, 13], list(range(20, 50)), [60], list(range(70, 80)), [7, 8]]
@@ -222,18 +217,3 @@ def test_what_is_for_one_process_is_refused_on_ranks_in_one_line(chats, tmp_path
         for code, output in run_ranks(2, command):
             assert code == 2
             assert message in output
-
-
-@pytest.mark.multirank
-def test_generating_between_the_steps_of_training_changes_nothing_that_is_learned(
-    tmp_path, tiny_llama, tiny_encoder
-) -> None:
-    parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
-    changes = {"training": {"steps": 3, "warmup_steps": 0}, "parallel": parallel, "adapters": {"dropout": 0.1}}
-    paths = [recipe(tmp_path, tiny_llama, tiny_encoder, name, **changes) for name in ("plain", "rollouts")]
-    run_recipes(4, paths[:1])
-    for code, output in run_ranks(4, ["tests/helpers/train_with_rollouts.py", json.dumps([str(paths[1])])]):
-        assert code == 0, output[-3000:]
-    plain, rollouts = (read_adapters(find_checkpoint(Run(load_config(path).run_dir).checkpoints)) for path in paths)
-    for name, tensor in plain.items():
-        torch.testing.assert_close(rollouts[name], tensor, rtol=0, atol=0)

@@ -36,6 +36,7 @@ FOREIGN = ("torch", "deepspeed", "transformers")
 DEEPSPEED_ATTRIBUTES = {
     "ds_id", "ds_numel", "ds_shape", "ds_status", "ds_tensor", "allreduce", "group_name", "bit16_groups",
     "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "has_moe_layers", "release_backward_leftovers",
+    "parameter_offload", "ds_inflight_param_registry",
 }  # fmt: skip
 
 
@@ -164,6 +165,18 @@ def test_torch_does_what_is_relied_on() -> None:
     with Counting() as mode:
         torch.add(one, one)
     assert mode.calls == 1, f"{changed} TorchDispatchMode"
+
+    linear, ran = torch.nn.Linear(2, 2), []
+    handles = [
+        linear.register_forward_pre_hook(lambda *_: ran.append("before")),
+        linear.register_forward_hook(lambda *_: ran.append("first")),
+        linear.register_forward_hook(lambda *_: ran.append("second")),
+    ]
+    with torch_compat.without_hooks(handles[:2]):
+        linear(one)
+    assert ran == ["second"], f"{changed} the handles of hooks"
+    linear(one)
+    assert ran[1:] == ["before", "first", "second"], f"{changed} where a module keeps its hooks"
 
 
 def test_transformers_does_what_is_relied_on() -> None:
