@@ -16,6 +16,7 @@ import numpy as np
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.prepared import PreparedData
+from cuma_ds.data.raw import Progress
 from cuma_ds.data.rendering import PromptTooLong, Renderer
 from cuma_ds.data.rows import Row, Split
 from cuma_ds.errors import CumaError, DataError
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Tokens by which the length of a prompt may differ from that of its parts, because words join where they meet.
 _SEAM = 16
 _REASON = "examples longer than max_length"
+_TOLD_EACH = 100
+Tell = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,12 @@ class LongRows:
 
 
 def fitting(
-    data: PreparedData, renderer: Renderer, config: DataSection, splits: Sequence[str], advice: Callable[[int], str]
+    data: PreparedData,
+    renderer: Renderer,
+    config: DataSection,
+    splits: Sequence[str],
+    advice: Callable[[int], str],
+    progress: Progress | None = None,
 ) -> PreparedData:
     """The data with nothing in ``splits`` that is longer than ``data.max_length``.
 
@@ -46,6 +54,7 @@ def fitting(
         config: ``on_long_prompt`` decides: refuse such rows, or leave them out, count them in the manifest and say so.
         splits: names of the splits that will be read.
         advice: what to do about a refusal, given the tokens that the longest row needs.
+        progress: told (rows, in all).
 
     Raises:
         DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row
@@ -54,7 +63,12 @@ def fitting(
     """
     sentences = data.sentences
     find = {"choice": _long_choices, "chat": _long_chats, "preference": _long_pairs}[data.kind]
-    found = {name: find(name, data.splits[name], renderer, sentences) for name in splits if len(data.splits[name])}
+    found, done, total = {}, 0, sum(len(data.splits[name]) for name in splits)
+    for name in splits:
+        if len(data.splits[name]):
+            tell = None if progress is None else partial(_tell, progress, done, total)
+            found[name] = find(name, data.splits[name], renderer, sentences, tell)
+            done += len(data.splits[name])
     found = {name: rows for name, rows in found.items() if rows.numbers}
     if not found:
         return data
@@ -75,7 +89,11 @@ def fitting(
     return _without(data, found)
 
 
-def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+def _tell(progress: Progress, before: int, total: int, number: int) -> None:
+    progress(before + number, total)
+
+
+def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequence[str], tell: Tell | None) -> LongRows:
     """Encodes each question once; with its profiles only those pairs whose lengths together come near the limit."""
     question_M, profile_M = split.numbers("question"), split.numbers("profile")
     question_Q, first_Q, which_M = np.unique(question_M, return_index=True, return_inverse=True)
@@ -103,26 +121,32 @@ def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequen
     return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
 
 
-def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str], tell: Tell | None) -> LongRows:
     def ids(row: Row) -> list[int]:
         return renderer.encode_chat(row["messages"], sentences[row["profile"]])[0]
 
-    return _long_texts(name, split, renderer, ids)
+    return _long_texts(name, split, renderer, ids, tell)
 
 
-def _long_pairs(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+def _long_pairs(name: str, split: Split, renderer: Renderer, sentences: Sequence[str], tell: Tell | None) -> LongRows:
     def ids(row: Row) -> list[int]:
         answers = (row["chosen"], row["rejected"])
         return max(
             (ids for ids, _ in renderer.encode_answers(row["prompt"], answers, sentences[row["profile"]])), key=len
         )
 
-    return _long_texts(name, split, renderer, ids)
+    return _long_texts(name, split, renderer, ids, tell)
 
 
-def _long_texts(name: str, split: Split, renderer: Renderer, ids: Callable[[Row], list[int]]) -> LongRows:
+def _long_texts(
+    name: str, split: Split, renderer: Renderer, ids: Callable[[Row], list[int]], tell: Tell | None
+) -> LongRows:
     """Encodes each row."""
-    tokens_M = np.array([_tokens(partial(ids, row), name, number) for number, row in enumerate(split)])
+    tokens_M = np.zeros(len(split), np.int64)
+    for number, row in enumerate(split):
+        tokens_M[number] = _tokens(partial(ids, row), name, number)
+        if tell is not None and number % _TOLD_EACH == 0:
+            tell(number)
     numbers = np.flatnonzero(tokens_M > renderer.max_length)
     return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
 

@@ -26,6 +26,7 @@ from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
+from cuma_ds.telemetry.bars import progress_bars
 from cuma_ds.training.objectives import OBJECTIVES, Objective
 from cuma_ds.training.start import check_same_start, open_origin, start_bytes
 
@@ -134,7 +135,9 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
         )
     renderer = Renderer.of(load_tokenizer(config.model), section)
     section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
-    fits = fitting(data, renderer, section, ["train", *data.evaluation_splits], advice)
+    with progress_bars(config.telemetry.progress) as bar:
+        splits = ["train", *data.evaluation_splits]
+        fits = fitting(data, renderer, section, splits, advice, bar("reading prompts"))
     return dataclasses.replace(fits, manifest={**fits.manifest, PROMPTS_CHECKED: section.max_length})
 
 

@@ -36,6 +36,7 @@ from cuma_ds.training.objectives.sft import sft_loss
 from cuma_ds.training.start import with_start
 
 STEPS = 3
+GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0"
 
 
 @pytest.fixture
@@ -248,6 +249,23 @@ def test_another_split_of_the_same_people_is_refused(start, tmp_path, places) ->
             prepared(config)
     manifest.write_text(json.dumps({**whole, "source": "prism", "split": {"by": "hash", "people": "other people"}}))
     prepared(config)
+
+
+@pytest.mark.filterwarnings("ignore:.*release 0.1.0")
+def test_a_run_of_release_0_1_0_is_a_start_for_the_people_that_it_drew_alone(tmp_path) -> None:
+    old, encoder = shutil.copytree(GOLDEN / "run", tmp_path / "old"), {"encoder": str(GOLDEN / "encoder")}
+    model = {"model": GOLDEN / "model"}
+    with pytest.raises(CheckpointError, match=r"trained on data as release 0\.1\.0 drew people .* people are drawn"):
+        prepared(going_on(tmp_path, old, model, profiles=encoder))
+    data = {"path": str(old / "data")}
+    with pytest.warns(
+        UserWarning, match=r"old does not say what model it was trained on; that .*model is it cannot be"
+    ):
+        run = prepared(going_on(tmp_path, old, model, profiles=encoder, data=data))
+    found, expected = run.start_adapters(), read_adapters(find_checkpoint(old / "checkpoints"))
+    assert found is not None
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert run.config().adapters.balance_scope == "micro_batch"  # as that release did
 
 
 def test_that_an_export_says_nothing_of_its_people_is_said(start, tmp_path, places) -> None:
