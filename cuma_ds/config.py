@@ -230,6 +230,22 @@ class DpoSection(_Section):
     )
     margin_scale: float = Field(1.0, gt=0, description="margins of the data are multiplied by this")
 
+    @model_validator(mode="after")
+    def _check(self) -> DpoSection:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, but loss {self.loss} does not read it")
+        if self.soft_labels and self.loss == "hinge":
+            raise ValueError(
+                "soft_labels is true, but the hinge loss learns the answer of the majority, however large it is; "
+                "use sigmoid, robust or ipo"
+            )
+        if self.soft_labels and self.margin == "shift":
+            raise ValueError(
+                "soft_labels is true, which asks equal pairs for one share, but margin: shift asks each of them for a "
+                "distance of its own; turn one of them off"
+            )
+        return self
+
 
 class GrpoSection(_Section):
     """Learning from rewards of the model's own answers (objective grpo)."""
@@ -428,6 +444,11 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.rollout is not None and self.rollout.max_new_tokens >= self.data.max_length:
+            raise ValueError(
+                f"rollout.max_new_tokens is {self.rollout.max_new_tokens}, which leaves no room for a prompt in "
+                f"data.max_length {self.data.max_length}; raise data.max_length"
+            )
         if self.adapters.uses_profiles and self.profiles.encoder is None and self.model.init_from is None:
             raise ValueError(
                 "profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)"

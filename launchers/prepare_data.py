@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,14 +92,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from cuma_ds.data.prepared import TABLE_FILE
     from cuma_ds.errors import DataError
     from cuma_ds.profiles import ProfileEncoder
-    from cuma_ds.telemetry.bars import progress_bars
 
     encoder = ProfileEncoder(arguments.encoder) if arguments.encoder is not None else None
     section, out = _section(arguments), Path(arguments.out)
     made = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with progress_bars() as progress, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as spool:
+        with _bar() as progress, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as spool:
             read = progress("reading")
             data = prepare(section, arguments.template, Path(spool), arguments.workers, read)
             table = None
@@ -128,6 +127,23 @@ class _Told:
 
     def __call__(self, sentences: list[str]) -> Tensor:
         return self._encoder(sentences, progress=self._progress)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Progress bars on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def start(what: str) -> Callable[[int, int], None]:
+            task = bar.add_task(what, total=None)
+            return lambda done, total: bar.update(task, completed=done, total=total)
+
+        yield start
 
 
 def _section(arguments: argparse.Namespace) -> DataSection:

@@ -15,8 +15,8 @@ from functools import partial
 import numpy as np
 
 from cuma_ds.config import DataSection
+from cuma_ds.data.asked import encode_asked
 from cuma_ds.data.prepared import PreparedData
-from cuma_ds.data.raw import Progress
 from cuma_ds.data.rendering import PromptTooLong, Renderer
 from cuma_ds.data.rows import Row, Split
 from cuma_ds.errors import CumaError, DataError
@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 # Tokens by which the length of a prompt may differ from that of its parts, because words join where they meet.
 _SEAM = 16
 _REASON = "examples longer than max_length"
-_TOLD_EACH = 100
-Tell = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,17 @@ def fitting(
     config: DataSection,
     splits: Sequence[str],
     advice: Callable[[int], str],
-    progress: Progress | None = None,
+    prompts: bool = False,
 ) -> PreparedData:
     """The data with nothing in ``splits`` that is longer than ``data.max_length``.
 
     Args:
         data: of any kind.
-        renderer: of the model's tokenizer.
+        renderer: of the model's tokenizer. Its limit counts, which may be less than ``config.max_length``.
         config: ``on_long_prompt`` decides: refuse such rows, or leave them out, count them in the manifest and say so.
         splits: names of the splits that will be read.
         advice: what to do about a refusal, given the tokens that the longest row needs.
-        progress: told (rows, in all).
+        prompts: the answers of the data are not read. A model writes its own after each prompt.
 
     Raises:
         DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row
@@ -62,13 +60,9 @@ def fitting(
         CumaError: a row cannot be rendered at all; names it.
     """
     sentences = data.sentences
-    find = {"choice": _long_choices, "chat": _long_chats, "preference": _long_pairs}[data.kind]
-    found, done, total = {}, 0, sum(len(data.splits[name]) for name in splits)
-    for name in splits:
-        if len(data.splits[name]):
-            tell = None if progress is None else partial(_tell, progress, done, total)
-            found[name] = find(name, data.splits[name], renderer, sentences, tell)
-            done += len(data.splits[name])
+    whole = {"choice": _long_choices, "chat": _long_chats, "preference": _long_pairs}
+    find = _long_prompts if prompts and data.kind != "choice" else whole[data.kind]
+    found = {name: find(name, data.splits[name], renderer, sentences) for name in splits if len(data.splits[name])}
     found = {name: rows for name, rows in found.items() if rows.numbers}
     if not found:
         return data
@@ -78,7 +72,9 @@ def fitting(
         f"{', ...' if len(rows.numbers) > 3 else ''}; the longest has {rows.longest} tokens)"
         for name, rows in found.items()
     )
-    limit = f"data.max_length is {renderer.max_length}, and a question is never cut"
+    room = config.max_length - renderer.max_length
+    for_answer = f", of which {room} are for an answer" if room else ""
+    limit = f"data.max_length is {config.max_length}{for_answer}, and a question is never cut"
     if config.on_long_prompt == "refuse":
         raise DataError(
             f"too long to be read whole: {what}; {limit}; {advice(max(rows.longest for rows in found.values()))}"
@@ -89,11 +85,7 @@ def fitting(
     return _without(data, found)
 
 
-def _tell(progress: Progress, before: int, total: int, number: int) -> None:
-    progress(before + number, total)
-
-
-def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequence[str], tell: Tell | None) -> LongRows:
+def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
     """Encodes each question once; with its profiles only those pairs whose lengths together come near the limit."""
     question_M, profile_M = split.numbers("question"), split.numbers("profile")
     question_Q, first_Q, which_M = np.unique(question_M, return_index=True, return_inverse=True)
@@ -121,32 +113,33 @@ def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequen
     return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
 
 
-def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str], tell: Tell | None) -> LongRows:
+def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
     def ids(row: Row) -> list[int]:
         return renderer.encode_chat(row["messages"], sentences[row["profile"]])[0]
 
-    return _long_texts(name, split, renderer, ids, tell)
+    return _long_texts(name, split, renderer, ids)
 
 
-def _long_pairs(name: str, split: Split, renderer: Renderer, sentences: Sequence[str], tell: Tell | None) -> LongRows:
+def _long_pairs(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
     def ids(row: Row) -> list[int]:
         answers = (row["chosen"], row["rejected"])
         return max(
             (ids for ids, _ in renderer.encode_answers(row["prompt"], answers, sentences[row["profile"]])), key=len
         )
 
-    return _long_texts(name, split, renderer, ids, tell)
+    return _long_texts(name, split, renderer, ids)
 
 
-def _long_texts(
-    name: str, split: Split, renderer: Renderer, ids: Callable[[Row], list[int]], tell: Tell | None
-) -> LongRows:
+def _long_prompts(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+    def ids(row: Row) -> list[int]:
+        return encode_asked(row, renderer, sentences[row["profile"]], renderer.max_length)
+
+    return _long_texts(name, split, renderer, ids)
+
+
+def _long_texts(name: str, split: Split, renderer: Renderer, ids: Callable[[Row], list[int]]) -> LongRows:
     """Encodes each row."""
-    tokens_M = np.zeros(len(split), np.int64)
-    for number, row in enumerate(split):
-        tokens_M[number] = _tokens(partial(ids, row), name, number)
-        if tell is not None and number % _TOLD_EACH == 0:
-            tell(number)
+    tokens_M = np.array([_tokens(partial(ids, row), name, number) for number, row in enumerate(split)])
     numbers = np.flatnonzero(tokens_M > renderer.max_length)
     return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
 

@@ -26,7 +26,6 @@ from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
-from cuma_ds.telemetry.bars import progress_bars
 from cuma_ds.training.objectives import OBJECTIVES, Objective
 from cuma_ds.training.start import check_same_start, open_origin, start_bytes
 
@@ -133,11 +132,14 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
         raise ConfigError(
             f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it"
         )
-    renderer = Renderer.of(load_tokenizer(config.model), section)
+    tokenizer, rollout = load_tokenizer(config.model), config.rollout
+    renderer = Renderer.of(tokenizer, section)
     section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
-    with progress_bars(config.telemetry.progress) as bar:
-        splits = ["train", *data.evaluation_splits]
-        fits = fitting(data, renderer, section, splits, advice, bar("reading prompts"))
+    fits = fitting(data, renderer, section, ["train", *data.evaluation_splits], advice)
+    if rollout is not None:
+        limit = section.max_length - rollout.max_new_tokens
+        renderer = Renderer.of(tokenizer, section.model_copy(update={"max_length": limit}))
+        fits = fitting(fits, renderer, section, ["train"], lambda most: advice(most + rollout.max_new_tokens), True)
     return dataclasses.replace(fits, manifest={**fits.manifest, PROMPTS_CHECKED: section.max_length})
 
 

@@ -20,9 +20,10 @@ from preferences import (
     by_hand,
     write_preferences,
 )
+from ranks import run as run_ranks
 from run_folder import content, make_run
 
-from cuma_ds.data.batch import encode_pair
+from cuma_ds.data.batch import collate, encode_pair
 from cuma_ds.evaluation.examples import swap_profiles
 from cuma_ds.evaluation.predictions import read_predictions
 from cuma_ds.evaluation.preference import PairLogps, pair_log_probabilities
@@ -302,3 +303,100 @@ def test_a_bare_model_has_likelihoods_only(tiny_llama, preferences, tmp_path) ->
     assert "**the model as it is**" in text
     assert "implicit reward" not in text
     assert report.pictures == ["preferences.png", "preferences-by-group.png"]
+
+
+def test_where_only_the_profile_decides_swapping_profiles_costs_what_it_must(
+    tmp_path, tiny_llama, tiny_encoder
+) -> None:
+    """Half of the countries prefer one answer, half the other: the prompt alone tells nothing."""
+    countries = [*COUNTRIES, "Kenya", "Norway", "Peru", "Spain"]
+    wants = {country: ("x", "y") if place % 2 else ("y", "x") for place, country in enumerate(countries)}
+    lines = [
+        {"profile": {"country": countries[person % 8]}, "person_id": str(person), "prompt": "Which?",
+         "chosen": wants[countries[person % 8]][0], "rejected": wants[countries[person % 8]][1]}
+        for person in range(320)
+    ]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    folder, _, _ = make_run(
+        tmp_path / "run", tiny_llama, tiny_encoder, {}, source=tmp_path / "pairs.jsonl", data={"heldout_fraction": 0.0}
+    )
+    asked = run_subject(folder, overrides=["evaluation.min_answers=5"])
+    learn_pairs(asked)
+    split = evaluate(asked, tmp_path / "report").splits["test"]
+
+    rows = list(asked.data.splits["test"])
+    profiles = [row["profile"] for row in rows]
+    told = swap_profiles([""] * len(rows), [row["group"] for row in rows], profiles)
+    country = {row["profile"]: row["group"] for row in rows}
+    expected = np.mean(
+        [wants[country[own]] == wants[country[other]] for own, other in zip(profiles, told, strict=True)]
+    )
+    assert split.rows["trained"].accuracy == 1
+    assert split.rows["swapped"].accuracy == pytest.approx(expected, abs=1e-6)
+    assert expected <= 0.5
+    assert split.differences["swapped"].interval["accuracy"][0] > 0
+    assert split.rows["trained"].margin > 0.1
+    assert split.rows["before"].likelihood == pytest.approx(0.5, abs=0.1)
+
+
+def learn_pairs(asked: Subject, steps: int = 60) -> None:
+    """Fit the adapters to one training pair of each profile: a logistic loss of the implicit rewards."""
+    by_profile = {row["profile"]: row for row in asked.data.splits["train"]}
+    pairs = [encode_pair(row, asked.renderer, asked.data.sentences) for row in by_profile.values()]
+    batch = collate([answer for pair in pairs for answer in pair], 0)
+
+    def logps() -> torch.Tensor:
+        logits = asked.model(**batch.inputs, profile_embeddings=asked.embeddings_NP[batch.profile_rows_N]).logits
+        of_token = batch.targets.log_probabilities(logits)
+        return torch.zeros(2 * len(pairs)).index_add(0, batch.targets.example_L, of_token)
+
+    with torch.no_grad(), asked.untrained():
+        reference = logps()
+    optimizer = torch.optim.AdamW([parameter for _, parameter in asked.model.adapter_parameters()], lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        rewards = logps() - reference
+        (-torch.nn.functional.logsigmoid(rewards[0::2] - rewards[1::2]).mean()).backward()
+        optimizer.step()
+
+
+def test_the_command_evaluates_a_run_on_preferences_of_somebody_else(run_folder, tmp_path, launch, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = write_preferences(tmp_path / "others.jsonl", people=60, hidden=0)
+    arguments = ["--run", str(run_folder), "--data", str(chosen), "--set", *SETTINGS, "data.test_fraction=0.5"]
+    done = launch("evaluate", *arguments, "--out", "report")
+    assert done.code == 0, done.err
+    assert "profiles swapped" in " ".join(done.out.split())
+    assert str(Path("report") / "preferences.png") in done.out
+    assert read_report(tmp_path / "report").kind == "preference"
+    lines = chosen.read_text().splitlines()
+    bad = json.loads(lines[2])
+    lines[2] = json.dumps(bad | {"rejected": bad["chosen"]})
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
+    refused = launch("evaluate", "--run", str(run_folder), "--data", "bad.jsonl", "--out", "other")
+    assert refused.code == 2
+    assert "bad.jsonl:3: chosen and rejected are the same answer" in refused.err.splitlines()[-1]
+    assert not (tmp_path / "other").exists()
+    wrong = launch("evaluate", *arguments, "--out", "third", "--generate", "3")
+    assert wrong.code == 2
+    assert "--generate needs data of kind chat, but this is preference" in wrong.err.splitlines()[-1]
+
+
+@pytest.mark.multirank
+def test_several_ranks_report_what_one_process_does(tmp_path, tiny_llama, tiny_encoder, preferences) -> None:
+    parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
+    folder, _, _ = make_run(
+        tmp_path / "runs" / "ranks", tiny_llama, tiny_encoder, {}, source=preferences, parallel=parallel,
+        evaluation={"min_answers": 5, "bootstrap": 20},
+    )  # fmt: skip
+    found = {}
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        ranks = run_ranks(world, ["launchers/evaluate.py", "--run", str(folder), "--out", str(out)])
+        assert [code for code, _ in ranks] == [0] * world, ranks[0][1][-3000:]
+        found[world] = read_report(out).splits
+    for name, split in found[1].items():
+        for contender, scores in split.rows.items():
+            other = found[2][name].rows[contender]
+            assert other.accuracy == scores.accuracy
+            assert other.margin == pytest.approx(scores.margin, abs=1e-5)

@@ -44,6 +44,8 @@ _LIKELIHOODS: Columns = {
 _AGAINST_START: Columns = {"accuracy_start": ("accuracy against start", "{:.3f}")}
 FEW: Columns = {key: (_DISTRIBUTIONS | _ANSWERS)[key] for key in ("emd", "recovered", "accuracy", "entropy")}
 _WITH_INTERVAL = ("emd", "recovered", "macro_f1", "loss", "perplexity", *_REWARDS, *_LIKELIHOODS, *_AGAINST_START)
+# Scores that a terminal has no room for.
+_IN_REPORT = ("likelihood_per_token", "accuracy_start")
 
 # A split, or a part of one.
 Part = Scored | ChatSplit | PreferenceSplit
@@ -73,6 +75,7 @@ def terminal_tables(report: Report) -> list[Table]:
     tables = []
     for name, split in report.splits.items():
         columns = FEW if report.kind == "choice" else _all_columns(report, split)[0]
+        columns = {score: column for score, column in columns.items() if score not in _IN_REPORT}
         table = Table(title=SPLITS[name], caption=size(split), title_justify="left", caption_justify="left")
         table.add_column("")
         for head in _heads(split, columns):
