@@ -84,9 +84,8 @@ def module(tmp_path, monkeypatch) -> Callable[[str], str]:
 
 def asked(data: PreparedData, number: int, *texts: str) -> Answers:
     row = data.splits["train"][number]
-    prompt = row.get("question") or TALK[2]["content"]
     lengths = tuple(len(text) for text in texts)
-    return Answers(number, row, prompt, texts, lengths, (False,) * len(texts))
+    return Answers(number, row, texts, lengths, (False,) * len(texts))
 
 
 def mine(spec: str, **grpo: object) -> dict[str, dict]:
@@ -177,7 +176,11 @@ def test_a_reward_is_told_everything_of_each_completion(make, module, kind: str,
     assert heard["group"] == [one.row["group"] for one in answers for _ in range(2)]
     assert found[:, 1].tolist() == [1, 2, 3, 0], "the second reward has lists of its own"
     if kind == "choice":
-        prompts = [[{"role": "user", "content": one.row["question"]}] for one in answers for _ in range(2)]
+        prompts = heard["prompts"]
+        for one, shown in zip(answers, prompts[::2], strict=True):
+            lines = [f"{letter}. {option}" for letter, option in zip("ABC", one.row["options"], strict=False)]
+            assert shown[0]["content"].splitlines()[:-1] == [one.row["question"], *lines]
+        assert prompts[::2] == prompts[1::2]
         assert heard["option"] == [0, None, None, None]
         assert heard["counts"] == [one.row["counts"] for one in answers for _ in range(2)]
     else:
