@@ -67,6 +67,7 @@ EXTRAS = {
         "hypothesis>=6.130",
         "ruff>=0.14",
         "mypy>=1.18",
+        "trl>=1.16",  # its losses, which ours are compared with
     ],
 }
 

@@ -230,6 +230,22 @@ class DpoSection(_Section):
     )
     margin_scale: float = Field(1.0, gt=0, description="margins of the data are multiplied by this")
 
+    @model_validator(mode="after")
+    def _check(self) -> DpoSection:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, but loss {self.loss} does not read it")
+        if self.soft_labels and self.loss == "hinge":
+            raise ValueError(
+                "soft_labels is true, but the hinge loss learns the answer of the majority, however large it is; "
+                "use sigmoid, robust or ipo"
+            )
+        if self.soft_labels and self.margin == "shift":
+            raise ValueError(
+                "soft_labels is true, which asks equal pairs for one share, but margin: shift asks each of them for a "
+                "distance of its own; turn one of them off"
+            )
+        return self
+
 
 class GrpoSection(_Section):
     """Learning from rewards of the model's own answers (objective grpo)."""

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cuma_ds.config import RunConfig
+from cuma_ds.data.asked import conversation
 from cuma_ds.data.prepared import PreparedData
-from cuma_ds.data.rendering import Message, Renderer
+from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
 from cuma_ds.errors import ConfigError, nearest
 from cuma_ds.training.rollout import verifiable
@@ -66,7 +67,7 @@ class Rewards:
         assert config.grpo is not None
         assert config.rollout is not None
         self._kind, self._profiles = data.kind, data.profiles
-        self._reversed = renderer.option_order == "reversed"
+        self._renderer = renderer
         self._longest = config.rollout.max_new_tokens
         self._biased = config.grpo.scale_rewards == "group" and "survey" in config.grpo.rewards
         specs = config.grpo.rewards
@@ -146,7 +147,7 @@ class Rewards:
         for one in answers:
             told = {**one.row, "answer": _last_answer(one.row)}
             for text, tokens in zip(one.texts, one.lengths, strict=True):
-                prompts.append(_messages(one))
+                prompts.append(list(conversation(one.row, self._renderer)))
                 completions.append(text)
                 profiles.append(self._profiles[one.row["profile"]])
                 told |= {"completion_tokens": tokens, "option": self._option(one, text)}
@@ -155,7 +156,7 @@ class Rewards:
         return RewardInput(prompts, completions, profiles, columns)
 
     def _option(self, answers: Answers, text: str) -> int | None:
-        return verifiable.chosen_option(text, answers.row.get("options", ()), self._reversed)
+        return verifiable.chosen_option(text, answers.row.get("options", ()), self._renderer.option_order == "reversed")
 
     def _beside(self, answers: Sequence[Answers]) -> dict[str, Array]:
         """The columns that are no rewards."""
@@ -171,20 +172,7 @@ class Rewards:
         return found
 
 
-def _messages(answers: Answers) -> list[Message]:
-    """What the completions follow."""
-    row = answers.row
-    if "prompt" in row:
-        return list(row["prompt"])
-    if "messages" in row:
-        return list(row["messages"][: _last_place(row)])
-    return [{"role": "user", "content": answers.prompt}]
-
-
 def _last_answer(row: Row) -> str:
     """What a conversation really went on with; "" for other rows."""
-    return row["messages"][_last_place(row)]["content"] if "messages" in row else ""
-
-
-def _last_place(row: Row) -> int:
-    return max(place for place, message in enumerate(row["messages"]) if message["role"] == "assistant")
+    own = [message["content"] for message in row.get("messages", ()) if message["role"] == "assistant"]
+    return own[-1] if own else ""

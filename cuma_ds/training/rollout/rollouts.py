@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cuma_ds.data.asked import conversation
 from cuma_ds.data.batch import Batch, EncodedExample
 from cuma_ds.data.rows import Row
 from cuma_ds.inference.generate import Completion, generate
@@ -70,8 +69,8 @@ class Rollouts:
         with agreement():
             groups = Groups.of(config, inputs.data)
             self._rewards = Rewards(config, inputs.data, inputs.renderer)
-            if self._engine.topology.is_main:
-                self._rewards.check(begin.tell)
+        # A judge that does not answer may take long to be given up.
+        together(lambda: self._rewards.check(begin.tell) if self._engine.topology.is_main else None)
         names, weights = self._rewards.names, self._rewards.weights
         self.advantages = Advantages(config.grpo, names, weights, groups, self._engine.topology)
         keeps_start = config.grpo.kl_weight and config.grpo.reference == "start" and config.model.init_from is not None
@@ -84,6 +83,7 @@ class Rollouts:
         pack_length = config.data.max_length if config.data.packing else None
         self._cut = Cutter(layout, inputs.pad_id, pack_length, config.grpo.mask_truncated)
         self._kept = KeptCompletions(begin.run.completions, config.rollout.keep)
+        self._tell = begin.tell
         self._newest: int | None = None
         self._batches: list[Batch] = []
         self._numbers: dict[str, float] = {}
@@ -104,7 +104,7 @@ class Rollouts:
         return self._numbers | {"update_seconds": time.perf_counter() - self._updating_since}
 
     def _roll_out(self, rollout: int) -> list[Batch]:
-        began = time.perf_counter()
+        began, step = time.perf_counter(), rollout * self._grpo.iterations + 1
         with agreement():
             prompts = self._prompts(rollout)
             filler = self._example(self._inputs.data.splits["train"][self._draw.first(rollout)])
@@ -117,9 +117,14 @@ class Rollouts:
         found = self.advantages(rewards_MF, np.array([one.prompt.profile for one in written], np.int64))
         if self._engine.topology.is_main:
             rewards = dict(zip(self._rewards.names, rewards_MF.T, strict=True))
-            self._kept.add(rollout * self._grpo.iterations + 1, answers, rewards, found.advantage_M)
+            self._kept.add(step, answers, rewards, found.advantage_M)
         batches = self._with_log_probabilities(self._cut(written, found.advantage_M.tolist(), filler))
         tokens, truncated, count = self._totals(written)
+        if self._grpo.mask_truncated and truncated == count:
+            self._tell(
+                f"step {step}: all completions were cut at rollout.max_new_tokens {self._rollout.max_new_tokens}, and "
+                "grpo.mask_truncated leaves them out; nothing is learned from them"
+            )
         self._numbers = {**found.numbers, "completions/mean_length": tokens / count}
         self._numbers["completions/clipped_ratio"] = truncated / count
         self._numbers["generated_tokens_per_second"] = tokens / (wrote - began)
@@ -162,8 +167,7 @@ class Rollouts:
             group = written[place * size : (place + 1) * size]
             texts = tuple(tokenizer.decode(one.tokens, **AS_WRITTEN).strip() for one in group)
             lengths, truncated = tuple(len(one.tokens) for one in group), tuple(one.truncated for one in group)
-            asked = conversation(prompt.row, self._inputs.renderer)[-1]["content"]
-            answers.append(Answers(prompt.number, prompt.row, asked, texts, lengths, truncated))
+            answers.append(Answers(prompt.number, prompt.row, texts, lengths, truncated))
         return answers
 
     def _totals(self, written: Sequence[Written]) -> list[float]:
