@@ -32,7 +32,6 @@ from cuma_ds.parallel.backbone import load_tokenizer
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
 from cuma_ds.runs import Run
 from cuma_ds.training.inputs import prepare_run
-from cuma_ds.training.objectives.sft import sft_loss
 from cuma_ds.training.start import with_start
 
 STEPS = 3
@@ -438,7 +437,8 @@ def first_loss(path: Path) -> float:
     (batch,) = stream.step(0)
     with torch.no_grad():
         logits = model(**model_inputs(batch, table, torch.device("cpu"))).logits
-    return float(sft_loss(logits, batch.targets)) / batch.weight_sum
+    log_p_L = logits.log_softmax(-1)[batch.targets.row_L, batch.targets.position_L, batch.targets.token_L]
+    return -float((batch.targets.weight_L * log_p_L).sum()) / batch.weight_sum
 
 
 PLACEMENTS = {
