@@ -86,7 +86,7 @@ def test_dispatch(tiny_llama) -> None:
 
 
 def test_dpo_step(tiny_llama, table) -> None:
-    sizes = "--pairs 2 --prompt 6 --answer 4 --steps 1".split()
+    sizes = ["--pairs", "2", "--prompt", "6", "--answer", "4", "--steps", "1"]
     printed = table("dpo_step", "--model", str(tiny_llama), *sizes, *QUICK)
     assert "cuma-ds, reference in the step" in printed
     assert "naive: two models, two passes" in printed
