@@ -230,6 +230,22 @@ class DpoSection(_Section):
     )
     margin_scale: float = Field(1.0, gt=0, description="margins of the data are multiplied by this")
 
+    @model_validator(mode="after")
+    def _check(self) -> DpoSection:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, but loss {self.loss} does not read it")
+        if self.soft_labels and self.loss == "hinge":
+            raise ValueError(
+                "soft_labels is true, but the hinge loss learns the answer of the majority, however large it is; "
+                "use sigmoid, robust or ipo"
+            )
+        if self.soft_labels and self.margin == "shift":
+            raise ValueError(
+                "soft_labels is true, which asks equal pairs for one share, but margin: shift asks each of them for a "
+                "distance of its own; turn one of them off"
+            )
+        return self
+
 
 class GrpoSection(_Section):
     """Learning from rewards of the model's own answers (objective grpo)."""
@@ -428,6 +444,11 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.rollout is not None and self.rollout.max_new_tokens >= self.data.max_length:
+            raise ValueError(
+                f"rollout.max_new_tokens is {self.rollout.max_new_tokens}, which leaves no room for a prompt in "
+                f"data.max_length {self.data.max_length}; raise data.max_length"
+            )
         if self.adapters.uses_profiles and self.profiles.encoder is None:
             raise ValueError(
                 "profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)"
@@ -478,19 +499,21 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 def find_recipe(path: str | Path) -> Path:
     """The file that ``--config`` means: a path, or the short name of a recipe that comes with the package.
 
+    Short names have no suffix, and the folder of the recipe in front of them: ``quickstart``, ``paper/task/ca-dpo``.
+
     Raises:
         ConfigError: neither a file nor such a name.
     """
-    file = Path(path)
-    if file.is_file() or file.suffix or file.name != str(path):
+    file, folder = Path(path), resource_folder("recipes")
+    if file.is_file() or file.is_absolute() or file.suffix in (".yaml", ".yml"):
         return file
-    known = {recipe.stem: recipe for recipe in sorted(resource_folder("recipes").glob("*.yaml"))}
-    if file.name not in known:
+    known = {str(one.relative_to(folder).with_suffix("")): one for one in sorted(folder.rglob("*.yaml"))}
+    if str(file) not in known:
         raise ConfigError(
-            f"cannot read the recipe {path}: No such file or directory{nearest(file.name, known)}; "
+            f"cannot read the recipe {path}: No such file or directory{nearest(str(file), known)}; "
             f"recipes that come with the package: {', '.join(known)}"
         )
-    return known[file.name]
+    return known[str(file)]
 
 
 def _read_recipe(file: Path) -> tuple[dict[str, object], dict[Key, str]]:

@@ -6,8 +6,10 @@ A run folder holds::
     identity.json                  hashes of the models and data it was started with; runs of release 0.1.0 have none
     deepspeed.json                 what DeepSpeed was given
     data/, profiles.safetensors    the prepared data and the embedded profiles
+    reference.safetensors          what the reference says of the training pairs (objective dpo)
     checkpoints/                   step-N/ and latest, see :mod:`cuma_ds.parallel.checkpoint`
     metrics.jsonl, tensorboard/    the numbers of each step
+    completions.jsonl              some completions of each rollout with their rewards (objective grpo)
     evaluation/                    the report
 """
 
@@ -57,9 +59,10 @@ class Run:
 
     Attributes:
         folder: ``run.output_dir/run.name`` of the recipe.
-        recipe, deepspeed, metrics: files in it.
+        recipe, deepspeed, metrics, completions: files in it.
         data_folder, checkpoints, tensorboard, report_folder: folders in it.
         profiles_file: the embedded profiles.
+        reference_file: log-probabilities of the training pairs under the reference.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -68,8 +71,10 @@ class Run:
         self.deepspeed = self.folder / "deepspeed.json"
         self.data_folder = self.folder / "data"
         self.profiles_file = self.folder / "profiles.safetensors"
+        self.reference_file = self.folder / "reference.safetensors"
         self.checkpoints = self.folder / "checkpoints"
         self.metrics = self.folder / "metrics.jsonl"
+        self.completions = self.folder / "completions.jsonl"
         self.tensorboard = self.folder / "tensorboard"
         self.report_folder = self.folder / "evaluation"
         self._identity_file = self.folder / "identity.json"

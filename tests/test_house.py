@@ -45,6 +45,7 @@ SPELLED_IN = {
     "tensorboard": {"cuma_ds/runs.py"},
     # A prepared folder may hold its embedded profiles, too.
     "profiles.safetensors": {"cuma_ds/runs.py", "cuma_ds/data/prepared.py"},
+    "reference.safetensors": {"cuma_ds/runs.py"},
     # Reports can be written anywhere. The plain LoRA of an export has one of its own.
     "report.json": {"cuma_ds/evaluation/report/model.py", "cuma_ds/export/lora.py"},
     "predictions.npz": {"cuma_ds/evaluation/predictions.py"},

@@ -111,11 +111,29 @@ class Targets:
         Args:
             logits_BKV: [B, K, V], any float dtype, at the kept positions of each row.
         """
+        logits_UV, normaliser_U, place_L = self._normalised(logits_BKV)
+        return logits_UV[place_L, self.token_L] - normaliser_U[place_L]
+
+    def scores(self, logits_BKV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """[L] log p of each label, and [L] entropy of the distribution it is drawn from, in nats and without gradients.
+
+        Args:
+            logits_BKV: as above.
+            temperature: that logits are divided by.
+        """
+        logits_UV, normaliser_U, place_L = self._normalised(logits_BKV, temperature)
+        with torch.no_grad():
+            entropy_U = torch.special.entr((logits_UV - normaliser_U[:, None]).exp()).sum(dim=-1)
+        return logits_UV[place_L, self.token_L] - normaliser_U[place_L], entropy_U[place_L]
+
+    def _normalised(self, logits_BKV: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [U, V] of the places that have labels, their logsumexp [U], and the place [L] of each label."""
         # The labels of a histogram share their position; its logits are normalised once.
         places, place_L = torch.unique(self.row_L * logits_BKV.shape[1] + self.position_L, return_inverse=True)
         logits_UV = logits_BKV.flatten(0, 1)[places]
         logits_UV = logits_UV if logits_UV.dtype == torch.float64 else logits_UV.float()
-        return logits_UV[place_L, self.token_L] - logits_UV.logsumexp(dim=-1)[place_L]
+        logits_UV = logits_UV if temperature == 1 else logits_UV / temperature
+        return logits_UV, logits_UV.logsumexp(dim=-1), place_L
 
     def to(self, device: str | torch.device) -> Targets:
         """The same with all tensors on ``device``."""

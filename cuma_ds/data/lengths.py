@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 
 from cuma_ds.config import DataSection
+from cuma_ds.data.asked import encode_asked
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import PromptTooLong, Renderer
 from cuma_ds.data.rows import Row, Split
@@ -36,16 +37,22 @@ class LongRows:
 
 
 def fitting(
-    data: PreparedData, renderer: Renderer, config: DataSection, splits: Sequence[str], advice: Callable[[int], str]
+    data: PreparedData,
+    renderer: Renderer,
+    config: DataSection,
+    splits: Sequence[str],
+    advice: Callable[[int], str],
+    prompts: bool = False,
 ) -> PreparedData:
     """The data with nothing in ``splits`` that is longer than ``data.max_length``.
 
     Args:
         data: of any kind.
-        renderer: of the model's tokenizer.
+        renderer: of the model's tokenizer. Its limit counts, which may be less than ``config.max_length``.
         config: ``on_long_prompt`` decides: refuse such rows, or leave them out, count them in the manifest and say so.
         splits: names of the splits that will be read.
         advice: what to do about a refusal, given the tokens that the longest row needs.
+        prompts: the answers of the data are not read. A model writes its own after each prompt.
 
     Raises:
         DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row
@@ -53,7 +60,8 @@ def fitting(
         CumaError: a row cannot be rendered at all; names it.
     """
     sentences = data.sentences
-    find = {"choice": _long_choices, "chat": _long_chats, "preference": _long_pairs}[data.kind]
+    whole = {"choice": _long_choices, "chat": _long_chats, "preference": _long_pairs}
+    find = _long_prompts if prompts and data.kind != "choice" else whole[data.kind]
     found = {name: find(name, data.splits[name], renderer, sentences) for name in splits if len(data.splits[name])}
     found = {name: rows for name, rows in found.items() if rows.numbers}
     if not found:
@@ -64,7 +72,9 @@ def fitting(
         f"{', ...' if len(rows.numbers) > 3 else ''}; the longest has {rows.longest} tokens)"
         for name, rows in found.items()
     )
-    limit = f"data.max_length is {renderer.max_length}, and a question is never cut"
+    room = config.max_length - renderer.max_length
+    for_answer = f", of which {room} are for an answer" if room else ""
+    limit = f"data.max_length is {config.max_length}{for_answer}, and a question is never cut"
     if config.on_long_prompt == "refuse":
         raise DataError(
             f"too long to be read whole: {what}; {limit}; {advice(max(rows.longest for rows in found.values()))}"
@@ -116,6 +126,13 @@ def _long_pairs(name: str, split: Split, renderer: Renderer, sentences: Sequence
         return max(
             (ids for ids, _ in renderer.encode_answers(row["prompt"], answers, sentences[row["profile"]])), key=len
         )
+
+    return _long_texts(name, split, renderer, ids)
+
+
+def _long_prompts(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+    def ids(row: Row) -> list[int]:
+        return encode_asked(row, renderer, sentences[row["profile"]], renderer.max_length)
 
     return _long_texts(name, split, renderer, ids)
 

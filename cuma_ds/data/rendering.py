@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -29,6 +30,8 @@ _NUMBER_SCALE = re.compile(
 )
 # Put before every template: those that print today's date would train on other tokens each day.
 _NO_CLOCK = "{% macro strftime_now(format) %}2024-07-26{% endmacro %}"
+# Answers that a renderer remembers the tokens of.
+_REMEMBERED = 1024
 # Stands in for an answer, to find where a template puts it.
 _MARK = "Qx7Zv"
 
@@ -122,6 +125,8 @@ class Renderer:
         except ModelError:
             self._takes_system = False
         self._letters: dict[int, list[int]] = {}
+        # A survey question has few answers, and many people who gave them.
+        self._answer_ids = lru_cache(_REMEMBERED)(self._encode_answer)
 
     @classmethod
     def of(cls, tokenizer: Any, data: DataSection) -> Renderer:
@@ -236,20 +241,23 @@ class Renderer:
         """
         left: Sequence[Message] | None = messages
         while left is not None:
-            before = self._with_profile(left, sentence)
-            prompt = self._ids(self._apply(before, answer_next=True))
-            said = [self._answer_ids([*before, {"role": "assistant", "content": answer}]) for answer in answers]
-            longest = len(prompt) + max(map(len, said))
+            said = tuple((message["role"], message["content"]) for message in left)
+            told = [self._answer_ids(said, answer, sentence if self.profile_in_prompt else "") for answer in answers]
+            longest = max(len(prompt) + len(ids) for prompt, ids in told)
             if longest <= self.max_length:
-                first = len(prompt) - 1
-                return [(prompt + ids, list(range(first, first + len(ids)))) for ids in said]
+                return [
+                    (prompt + ids, list(range(len(prompt) - 1, len(prompt) - 1 + len(ids)))) for prompt, ids in told
+                ]
             left = _without_first_turn(left)
         raise PromptTooLong(longest, self.max_length, "the last question of a conversation with its longest answer")
 
-    def _answer_ids(self, conversation: Sequence[Message]) -> list[int]:
-        """Token ids of the last answer of a conversation and of its end-of-turn marker."""
-        prompt, answer, marker = self._asked(conversation)
-        return self._continuation(prompt, answer + marker)
+    def _encode_answer(
+        self, said: Sequence[tuple[str, str]], answer: str, sentence: str
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt of (role, content), and of an answer to it with its end-of-turn marker."""
+        before = self._with_profile([{"role": role, "content": content} for role, content in said], sentence)
+        prompt, told, marker = self._asked([*before, {"role": "assistant", "content": answer}])
+        return self._ids(prompt), self._continuation(prompt, told + marker)
 
     def _encode_turns(self, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Ids and positions of a conversation that ends with an answer."""

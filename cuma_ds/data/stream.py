@@ -64,11 +64,16 @@ class Draw:
 
     def rows(self, step: int) -> list[list[int]]:
         """The rows of this rank's micro batches in ``step``; fewer than ``micro`` where fillers stand behind them."""
+        return [[self._row(step, place) for place in places] for places in self.places()]
+
+    def places(self) -> list[range]:
+        """Where the rows of this rank's micro batches stand among those of :meth:`global_rows`."""
         starts = [(number * self.world + self.rank) * self.micro for number in range(self.accumulation)]
-        ends = [min(start + self.micro, self.global_batch_size) for start in starts]
-        return [
-            [self._row(step, offset) for offset in range(start, end)] for start, end in zip(starts, ends, strict=True)
-        ]
+        return [range(start, max(start, min(start + self.micro, self.global_batch_size))) for start in starts]
+
+    def global_rows(self, step: int) -> list[int]:
+        """The rows of ``step`` over all ranks and micro batches, ``global_batch_size`` of them."""
+        return [self._row(step, place) for place in range(self.global_batch_size)]
 
     def _row(self, step: int, offset: int) -> int:
         epoch, place = divmod(step * self.global_batch_size + offset, self.n_rows)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cuma_ds.data.batch import EncodedExample
-from cuma_ds.inference.forward import ForwardOptions, RoutingTally, asked_as, forward_batches
+from cuma_ds.inference.forward import ForwardOptions, RoutingTally, asked_as, distinct, forward_batches
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,12 @@ def predict_choices(
     Arguments as in :func:`cuma_ds.inference.forward.forward_batches`. ``examples`` have one target (a letter) per
     option.
     """
-    first: dict[tuple, int] = {}
-    distinct: list[EncodedExample] = []
-    place = []
-    for example in asked_as(examples, options.pop("profiles", None)):
-        key = (
-            tuple(example.input_ids),
-            tuple(example.target_token),
-            None if embeddings_NP is None else example.profile,
-        )
-        if key not in first:
-            first[key] = len(distinct)
-            distinct.append(example)
-        place.append(first[key])
-
-    answers: list[NDArray[np.float64]] = [np.empty(0)] * len(distinct)
-    mass = np.zeros(len(distinct))
+    asked, place = distinct(asked_as(examples, options.pop("profiles", None)), by_profile=embeddings_NP is not None)
+    answers: list[NDArray[np.float64]] = [np.empty(0)] * len(asked)
+    mass = np.zeros(len(asked))
     routing = RoutingTally()
     for indices, batch, logits, gates_BRE in forward_batches(
-        model, distinct, embeddings_NP, batch_size, pad_id, **options
+        model, asked, embeddings_NP, batch_size, pad_id, **options
     ):
         letters = logits[batch.targets.row_L, batch.targets.position_L, batch.targets.token_L].cpu()
         whole = logits.logsumexp(dim=-1)[batch.targets.row_L, batch.targets.position_L].cpu()

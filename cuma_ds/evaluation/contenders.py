@@ -41,13 +41,13 @@ class Asking(NamedTuple):
 
 
 def ways_of_asking(subject: Subject, examples: ChoiceExamples) -> dict[str, Asking]:
-    """How each contender that is a model is asked: before training, trained, and with profiles swapped."""
+    """How each contender that is a model is asked: backbone, start policy, trained, and with profiles swapped."""
     if subject.untrained is None:
         return {"before": Asking("as it is", None, nullcontext)}
-    ways = {
-        "before": Asking("before training", None, subject.untrained),
-        "trained": Asking("trained", subject.embeddings_NP, nullcontext, record=True),
-    }
+    ways = {"before": Asking("before training", None, subject.untrained)}
+    if subject.started is not None:
+        ways["start"] = Asking("start policy", subject.embeddings_NP, subject.started)
+    ways["trained"] = Asking("trained", subject.embeddings_NP, nullcontext, record=True)
     if subject.embeddings_NP is not None:
         swapped = swap_profiles(examples.questions, examples.groups, examples.profiles)
         if swapped != examples.profiles:

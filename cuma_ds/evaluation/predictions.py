@@ -11,6 +11,9 @@ questions::
     people_each   [M] int64     how many of ``people`` belong to each example
     predicted/<contender>       [M, N] float32    probability of each option
 
+For preferences ``questions`` are a hash of the conversation, ``counts`` [M, 2] are the tokens of the chosen and the
+rejected answer, and what a contender predicted [M, 2] are their log-probabilities in nats, float64.
+
 For conversations ``questions`` are empty, ``counts`` [M, 1] are the assistant's tokens, and what a contender predicted
 [M, 1] is its mean loss, nats per token.
 
@@ -33,6 +36,7 @@ from numpy.typing import NDArray
 from cuma_ds.errors import DataError
 from cuma_ds.evaluation.chat import ChatLosses
 from cuma_ds.evaluation.examples import ChoiceExamples
+from cuma_ds.evaluation.preference import PairLogps
 from cuma_ds.files import first_line, write_atomically
 from cuma_ds.identity import content_sha256
 
@@ -48,7 +52,7 @@ class Predictions:
     questions: list[str]
     counts_MN: NDArray[np.float64]
     people: list[NDArray[np.int64]] | None
-    predicted: dict[str, NDArray[np.float32]]
+    predicted: dict[str, Array]
 
 
 def collect(examples: ChoiceExamples, predicted: Mapping[str, Sequence[Array]]) -> Predictions:
@@ -75,6 +79,13 @@ def collect_talks(talks: ChoiceExamples, losses: Mapping[str, ChatLosses]) -> Pr
     some = next(iter(losses.values()))
     loss_M1 = {name: (row.nll / np.maximum(row.tokens, 1))[:, None].astype(np.float32) for name, row in losses.items()}
     return Predictions(example_ids(talks), talks.questions, some.tokens[:, None], talks.people, loss_M1)
+
+
+def collect_pairs(pairs: ChoiceExamples, contenders: Mapping[str, PairLogps]) -> Predictions:
+    """The log-probabilities of one split of preferences, of each contender."""
+    some = next(iter(contenders.values()))
+    logps: dict[str, Array] = {name: row.logps_M2 for name, row in contenders.items()}
+    return Predictions(example_ids(pairs), pairs.questions, some.tokens_M2, pairs.people, logps)
 
 
 def example_ids(examples: ChoiceExamples) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from cuma_ds.data.batch import EncodedExample, encode_example
+from cuma_ds.data.batch import EncodedExample, encode_example, encode_pair
 from cuma_ds.data.lengths import fitting
 from cuma_ds.data.rows import Split
 from cuma_ds.errors import ConfigError, DataError
@@ -16,7 +16,16 @@ from cuma_ds.evaluation.choice import ChoicePredictions, predict_choices
 from cuma_ds.evaluation.contenders import Asking, references, ways_of_asking
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import gather_cells
-from cuma_ds.evaluation.predictions import PREDICTIONS_FILE, Predictions, collect, collect_talks, write_predictions
+from cuma_ds.evaluation.predictions import (
+    PREDICTIONS_FILE,
+    Predictions,
+    collect,
+    collect_pairs,
+    collect_talks,
+    write_predictions,
+)
+from cuma_ds.evaluation.preference import PairLogps, pair_log_probabilities
+from cuma_ds.evaluation.preference_split import preference_split
 from cuma_ds.evaluation.report.markdown import markdown
 from cuma_ds.evaluation.report.model import (
     FORMAT_VERSION,
@@ -25,15 +34,24 @@ from cuma_ds.evaluation.report.model import (
     ChatSplit,
     ChoiceReport,
     ChoiceSplit,
+    PreferenceReport,
+    PreferenceSplit,
     Report,
     Routing,
     write_json,
 )
-from cuma_ds.evaluation.report.pictures import choice_pictures, expert_picture, routing_pictures, subgroup_picture
+from cuma_ds.evaluation.report.pictures import (
+    choice_pictures,
+    expert_picture,
+    preference_pictures,
+    routing_pictures,
+    subgroup_picture,
+)
 from cuma_ds.evaluation.sections import chat_split, choice_split
 from cuma_ds.evaluation.subgroups import subgroups
 from cuma_ds.evaluation.subject import Subject, run_subject
 from cuma_ds.files import write_atomically
+from cuma_ds.identity import content_sha256
 from cuma_ds.inference.forward import ForwardOptions, pad_id_of
 from cuma_ds.runs import Run
 
@@ -78,7 +96,7 @@ def evaluate(
     """
     evaluator = Evaluator(subject, Path(folder), progress)
     evaluator.folder.mkdir(parents=True, exist_ok=True)
-    report, pictures = evaluator.chat() if subject.data.kind == "chat" else evaluator.choice()
+    report, pictures = evaluator.report()
     for extra in extras:
         pictures |= extra(evaluator, report)
     report.pictures = list(pictures)
@@ -113,10 +131,6 @@ class Evaluator:
         self.main = "before" if subject.untrained is None else "trained"
         self.predictions: dict[str, Predictions] = {}
         self.splits = subject.data.evaluation_splits
-        if subject.data.kind not in ("choice", "chat"):
-            raise DataError(
-                f"data of kind {subject.data.kind!r} cannot be evaluated; allowed: choice questions and conversations"
-            )
         if not self.splits:
             raise DataError(
                 "there is nothing to evaluate on: the splits test and heldout are empty; hold out more people"
@@ -130,6 +144,12 @@ class Evaluator:
         )  # fmt: skip
         self.subject = dataclasses.replace(subject, data=data)
         self.splits = data.evaluation_splits
+
+    def report(self) -> tuple[Report, Pictures]:
+        """The report on data of this kind, and its pictures."""
+        if self.subject.data.kind == "choice":
+            return self.choice()
+        return self.chat() if self.subject.data.kind == "chat" else self.preference()
 
     def choice(self) -> tuple[ChoiceReport, Pictures]:
         """The report on choice questions, and its pictures."""
@@ -178,6 +198,26 @@ class Evaluator:
             if not pictures:
                 routing, pictures = self._routing(talks, losses[self.main], fields)
         report = ChatReport(kind="chat", splits=splits, **self._about())
+        if routing is not None:
+            report.routing = routing
+        return report, pictures
+
+    def preference(self) -> tuple[PreferenceReport, Pictures]:
+        """The report on preferences, and its pictures."""
+        settings = self.subject.config.evaluation
+        fields = subgroups(self.subject.data.profiles)
+        splits: dict[str, PreferenceSplit] = {}
+        routing, pictures = None, Pictures()
+        for name in self.splits:
+            split = self.subject.data.splits[name]
+            pairs = _as_examples(split, [content_sha256(prompt)[:16] for prompt in split["prompt"]])
+            found = self._log_probabilities(name, pairs)
+            self.predictions[name] = collect_pairs(pairs, found)
+            splits[name] = preference_split(pairs, found, fields, settings, self.main)
+            if routing is None:
+                routing, pictures = self._routing(_as_examples(split), found[self.main], fields)
+        pictures = preference_pictures(self.folder, splits, self.main) | pictures
+        report = PreferenceReport(kind="preference", splits=splits, **self._about())
         if routing is not None:
             report.routing = routing
         return report, pictures
@@ -236,6 +276,18 @@ class Evaluator:
                 found[name] = chat_losses(subject.model, encoded, one.embeddings_NP, batch_size, pad_id, **told)
         return found
 
+    def _log_probabilities(self, split: str, pairs: ChoiceExamples) -> dict[str, PairLogps]:
+        """The models' log-probabilities of both answers of each pair, by contender."""
+        subject, pad_id = self.subject, pad_id_of(self.subject.renderer.tokenizer)
+        rows, batch_size, found = subject.data.splits[split], subject.config.evaluation.batch_size, {}
+        encoded = [encode_pair(row, subject.renderer, subject.data.sentences) for row in rows]
+        for name, one in ways_of_asking(subject, pairs).items():
+            with one.model_as():
+                told = self._options(one, f"{split}: {one.label}")
+                table = one.embeddings_NP
+                found[name] = pair_log_probabilities(subject.model, encoded, table, batch_size, pad_id, **told)
+        return found
+
     def _options(self, one: Asking, what: str) -> ForwardOptions:
         return {
             "device": self.subject.device,
@@ -245,7 +297,10 @@ class Evaluator:
         }
 
     def _routing(
-        self, examples: ChoiceExamples, found: ChoicePredictions | ChatLosses, fields: dict[str, list[str | None]]
+        self,
+        examples: ChoiceExamples,
+        found: ChoicePredictions | ChatLosses | PairLogps,
+        fields: dict[str, list[str | None]],
     ) -> tuple[Routing | None, Pictures]:
         """The section ``routing`` and its pictures, from the examples of groups that may be named; None without any."""
         least = self.subject.config.evaluation.min_answers
@@ -277,8 +332,8 @@ def _unseen(train: ChoiceExamples, test: ChoiceExamples) -> list[int]:
     return found if len(found) < len(test) else []
 
 
-def _as_examples(split: Split) -> ChoiceExamples:
-    """Conversations as examples of one question with one answer each."""
+def _as_examples(split: Split, questions: Sequence[str] | None = None) -> ChoiceExamples:
+    """Conversations or preferences as examples with one answer each, of one question unless ``questions`` are given."""
     columns: dict[str, Sequence] = {
         name: split[name] for name in ("profile", "group", "people") if name in split.column_names
     }
@@ -286,7 +341,7 @@ def _as_examples(split: Split) -> ChoiceExamples:
     return ChoiceExamples.of(
         {
             **columns,
-            "question_id": [""] * count,
+            "question_id": [""] * count if questions is None else questions,
             "question": [""] * count,
             "options": [[""]] * count,
             "counts": [[1]] * count,

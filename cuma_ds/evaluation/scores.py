@@ -26,6 +26,7 @@ from cuma_ds.evaluation.metrics import (
     normalise,
 )
 from cuma_ds.evaluation.resampling import Answers, interval, resample
+from cuma_ds.evaluation.subgroups import coded
 from cuma_ds.evaluation.sums import Block, Layout, codes, join, mean, ratio
 
 Array = NDArray[np.float64]
@@ -115,10 +116,7 @@ class Scorer:
         self._labels: list[tuple[str, str, bool]] = []
         self._subgroup_M: list[Indices] = []
         for field, labels in fields.items():
-            of_example = [labels[profile] for profile in examples.profiles]
-            names = sorted({label for label in of_example if label is not None}, key=_natural)
-            place = {name: index for index, name in enumerate(names)}
-            code_M = np.array([-1 if label is None else place[label] for label in of_example], dtype=np.int64)
+            names, code_M = coded([labels[profile] for profile in examples.profiles])
             people = self._people_of(code_M)
             self.sizes[field] = {name: int(people[index]) for index, name in enumerate(names)}
             self._subgroup_M.append(np.where(code_M >= 0, code_M + len(self._labels), -1))
@@ -305,9 +303,3 @@ def _nested(found: Mapping[tuple[str, ...], Score], kind: str) -> dict[str, dict
 
 def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _natural(label: str) -> tuple[float, str]:
-    """Labels that begin with a number stand in its order, after them the others by name."""
-    head = label.split()[0].rstrip("+,.-") if label.split() else ""
-    return (float(head), label) if head.isdigit() else (float("inf"), label)

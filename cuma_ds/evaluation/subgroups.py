@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cuma_ds.data.raw import Profile
 from cuma_ds.profiles.linearize import is_missing
@@ -30,6 +31,21 @@ def subgroups(profiles: Sequence[Profile]) -> dict[str, list[str | None]]:
         if len(set(labels) - {None}) > 1:
             found[name] = labels
     return found
+
+
+def coded(labels: Sequence[str | None]) -> tuple[list[str], NDArray[np.int64]]:
+    """The different labels of M examples, and which of them each example has [M]; -1 for None.
+
+    Labels that begin with a number stand in its order, after them the others by name.
+    """
+    names = sorted({label for label in labels if label is not None}, key=_natural)
+    place = {name: index for index, name in enumerate(names)}
+    return names, np.array([-1 if label is None else place[label] for label in labels], dtype=np.int64)
+
+
+def _natural(label: str) -> tuple[float, str]:
+    head = label.split()[0].rstrip("+,.-") if label.split() else ""
+    return (float(head), label) if head.isdigit() else (float("inf"), label)
 
 
 def _labels(values: Sequence[object]) -> list[str | None]:

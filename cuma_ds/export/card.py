@@ -110,7 +110,7 @@ def _short(place: str) -> str:
 
 def run_section(report_folder: Path, config: RunConfig, data: PreparedData, checkpoint: str) -> str:
     """The training and evaluation of a run, as Markdown."""
-    kind = "choice questions" if data.kind == "choice" else "conversations"
+    kind = {"choice": "choice questions", "chat": "conversations", "preference": "preferences"}[data.kind]
     lines = [
         "## Training", "",
         f"Run `{config.run.name}`, checkpoint `{checkpoint}`: {config.training.objective}, seed {config.run.seed}, "

@@ -84,6 +84,25 @@ def asked_as(examples: Sequence[EncodedExample], profiles: Sequence[int] | None)
     return [replace(example, profile=profile) for example, profile in zip(examples, profiles, strict=True)]
 
 
+def distinct(examples: Sequence[EncodedExample], by_profile: bool) -> tuple[list[EncodedExample], list[int]]:
+    """The examples without repetitions, in order of first appearance, and the place of each of M examples among them.
+
+    Args:
+        by_profile: whether the model sees profiles; else equal sequences of different profiles are one.
+    """
+    first: dict[tuple[object, ...], int] = {}
+    kept: list[EncodedExample] = []
+    place_M = []
+    for example in examples:
+        profile = example.profile if by_profile else None
+        key = (tuple(example.input_ids), tuple(example.target_position), tuple(example.target_token), profile)
+        if key not in first:
+            first[key] = len(kept)
+            kept.append(example)
+        place_M.append(first[key])
+    return kept, place_M
+
+
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to fill up batches with. Which one does not matter: it is masked."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)

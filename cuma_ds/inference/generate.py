@@ -81,16 +81,26 @@ class Decoder:
         return self.most - len(self.running)
 
     def admit(self, new: Sequence[Completion]) -> None:
-        """Read prompts and write the first token of each. If they cannot be read, the others go on as they were."""
-        profiles = [completion.profile_P for completion in new if completion.profile_P is not None]
-        logits_BV, add = self._batch.read([one.prompt for one in new], torch.stack(profiles) if profiles else None)
-        self.running += new
-        add()
-        self._write(new, logits_BV)
+        """Read prompts and write the first token of each. If they cannot be read, the others go on as they were.
+
+        Equal prompts of one profile are read once.
+        """
+        place: dict[tuple[tuple[int, ...], bytes], int] = {}
+        rows = [place.setdefault(_asked(completion), len(place)) for completion in new]
+        chosen = [new[rows.index(row)] for row in range(len(place))]
+        profiles = [completion.profile_P for completion in chosen if completion.profile_P is not None]
+        prompts = [completion.prompt for completion in chosen]
+        logits_BV, add = self._batch.read(prompts, torch.stack(profiles) if profiles else None)
+        self._write(new, logits_BV[rows])
+        unfinished = [number for number, completion in enumerate(new) if not completion.done]
+        if unfinished:
+            add([rows[number] for number in unfinished])
+            self.running += [new[number] for number in unfinished]
 
     def advance(self) -> None:
         """Write one token of each running completion."""
         self._write(self.running, self._batch.step([completion.tokens[-1] for completion in self.running]))
+        self.drop_finished()
 
     def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> Tensor:
         """Logits [B, V] of the token after each prompt, in as few forwards as there is room for; nothing is kept."""
@@ -122,7 +132,12 @@ class Decoder:
         for row, (completion, token) in enumerate(zip(completions, tokens, strict=True)):
             completion.log_probabilities += scores[row : row + 1]
             completion.add(token, token in self._end_ids)
-        self.drop_finished()
+
+
+def _asked(completion: Completion) -> tuple[tuple[int, ...], bytes]:
+    """What a completion is a function of, but for how its tokens are chosen."""
+    profile_P = completion.profile_P
+    return tuple(completion.prompt), b"" if profile_P is None else profile_P.float().cpu().numpy().tobytes()
 
 
 def generate(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ class Opened:
         config: how it was trained, or what is known of that.
         reader: makes raw embeddings of profiles; None for a model that takes none.
         untrained: makes the model its own backbone for a while; None for a model that has nothing added.
+        started: makes the model the start policy of its run for a while; None where that is the backbone, or not known.
         peers: the ranks that hold the model together.
     """
 
@@ -61,6 +63,7 @@ class Opened:
     config: RunConfig
     reader: ProfileReader | None = None
     untrained: Callable[[], AbstractContextManager[None]] | None = None
+    started: Callable[[], AbstractContextManager[None]] | None = None
     peers: Peers = ALONE
 
     @property
@@ -264,12 +267,30 @@ def _placed(config: RunConfig, adapters: dict[str, Tensor], topology: Topology) 
     placed = place_model(config, settings, topology)
     assert isinstance(placed.model, CumaMethod)
     model = placed.model.cuma
-    first, count = topology.experts(config.adapters.num_experts)
-    for name, own in model.adapter_state().items():
-        if own.shape != adapters[name].shape:
-            adapters = adapters | {name: adapters[name][first : first + count]}
-    model.load_adapter_state(adapters)
+    model.load_adapter_state(_own_part(model, adapters, topology))
     return model.eval(), Peers.of(topology, placed.dispatcher)
+
+
+def _own_part(model: CumaModel, adapters: dict[str, Tensor], topology: Topology | None) -> dict[str, Tensor]:
+    """The tensors of a whole state that this rank's model holds: of per-expert ones those of its own experts."""
+    if topology is None:
+        return adapters
+    first, count = topology.experts(model.config.num_experts)
+    return {
+        name: adapters[name][first : first + count] if own.shape != adapters[name].shape else adapters[name]
+        for name, own in model.adapter_state().items()
+    }
+
+
+@contextlib.contextmanager
+def _holding(model: CumaModel, read: Callable[[], dict[str, Tensor]]) -> Iterator[None]:
+    """Inside, the model has other adapters, which are read when they are needed."""
+    own = {name: tensor.clone() for name, tensor in model.adapter_state().items()}
+    model.load_adapter_state(read())
+    try:
+        yield
+    finally:
+        model.load_adapter_state(own)
 
 
 def _with_width(config: RunConfig, table: ProfileTable | None) -> RunConfig:

@@ -20,6 +20,8 @@ from cuma_ds.adapters import CumaModel
 from cuma_ds.identity import base_fact
 from cuma_ds.inference.cache import RoomyCache, joined, layers_of, states_of
 
+# Adds some of the prompts that were just read to the running sequences.
+Add = Callable[[Sequence[int]], None]
 # Logits that differ by less than this share of their spread differ by rounding, in 16-bit dtypes too.
 _ROUNDING = 0.05
 
@@ -128,12 +130,12 @@ class RunningBatch:
         return 0 if self._running is None else self._running.mask_BL.shape[1]
 
     def join(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> Tensor:
-        """:meth:`read` prompts, add them, and return the logits."""
+        """:meth:`read` prompts, add each once, and return the logits."""
         logits_BV, add = self.read(prompts, profiles_BP)
-        add()
+        add(range(len(prompts)))
         return logits_BV
 
-    def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Callable[[], None]]:
+    def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Add]:
         """Read new prompts in one forward. The running sequences are as they were, whatever happens.
 
         Args:
@@ -141,7 +143,8 @@ class RunningBatch:
             profiles_BP: one raw embedding for each; None for a model that takes none.
 
         Returns:
-            [new B, V] logits of their first answer tokens, and a function that adds them to the running sequences.
+            [new B, V] logits of their first answer tokens, and a function that adds those with the given numbers to the
+            running sequences, in that order and as often as they are named.
         """
         longest = max(len(prompt) for prompt in prompts)
         rows = [[self.pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -152,7 +155,9 @@ class RunningBatch:
         positions_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
         return self._logits(torch.tensor(rows, device=self.device), positions_BS, new), partial(self._add, new)
 
-    def _add(self, new: _Running) -> None:
+    def _add(self, new: _Running, rows: Sequence[int]) -> None:
+        if list(rows) != list(range(len(new.mask_BL))):
+            new = _taken(new, rows)
         if self._running is None:
             self._running = new
             return
@@ -178,14 +183,7 @@ class RunningBatch:
         if not rows or self._running is None:
             self._running = None
             return
-        cache, mask_BL, lengths_B, profiles_BP = self._running
-        index = torch.tensor(rows, device=self.device)
-        lengths_B = lengths_B[index]
-        first = mask_BL.shape[1] - int(lengths_B.max())
-        for layer in layers_of(cache):
-            layer.keys, layer.values = (state_BHLD[index, :, first:] for state_BHLD in states_of(layer))
-        profiles_BP = None if profiles_BP is None else profiles_BP[index]
-        self._running = _Running(cache, mask_BL[index, first:], lengths_B, profiles_BP)
+        self._running = _taken(self._running, rows)
 
     def _logits(self, ids_BS: Tensor, positions_BS: Tensor, running: _Running) -> Tensor:
         """Logits [B, V] after reading the last S positions of some sequences."""
@@ -209,13 +207,13 @@ class SingleSequence:
         self._profile_1P: Tensor | None = None
         self._cache: Cache | None = None
 
-    def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Callable[[], None]]:
+    def read(self, prompts: Sequence[Sequence[int]], profiles_BP: Tensor | None) -> tuple[Tensor, Add]:
         """Read one prompt, see :meth:`RunningBatch.read`."""
         ids, profile_1P = list(prompts[0]), None if profiles_BP is None else profiles_BP.to(self.forward.device)
         logits_BV, cache = self.forward(self.forward.single(ids, profile_1P, None, self._cached))
         return logits_BV, partial(self._add, ids, profile_1P, cache)
 
-    def _add(self, ids: list[int], profile_1P: Tensor | None, cache: Cache | None) -> None:
+    def _add(self, ids: list[int], profile_1P: Tensor | None, cache: Cache | None, rows: Sequence[int] = (0,)) -> None:
         self._ids, self._profile_1P, self._cache = ids, profile_1P, cache
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -257,7 +255,7 @@ def measure(batch: RunningBatch | SingleSequence, profile_1P: Tensor | None) -> 
         try:
             for prompt in prompts:
                 _, add = batch.read([prompt], profile_1P)
-                add()
+                add([0])
             found_V = batch.step([last] * len(prompts))[-1].float()
             return bool((found_V - whole_BV[0].float()).norm() <= _ROUNDING * spread)
         finally:
@@ -291,3 +289,15 @@ def measured_batch(forward: ModelForward, pad_id: int, most: int) -> tuple[Runni
         if fit.alone:
             return batch, most if fit.beside else 1
     return SingleSequence(forward, cached=False), 1
+
+
+def _taken(running: _Running, rows: Sequence[int]) -> _Running:
+    """The sequences with these numbers, with the padding that the longest of them needs. The cache is changed."""
+    cache, mask_BL, lengths_B, profiles_BP = running
+    index = torch.tensor(rows, device=mask_BL.device)
+    lengths_B = lengths_B[index]
+    first = mask_BL.shape[1] - int(lengths_B.max())
+    for layer in layers_of(cache):
+        layer.keys, layer.values = (state_BHLD[index, :, first:] for state_BHLD in states_of(layer))
+    profiles_BP = None if profiles_BP is None else profiles_BP[index]
+    return _Running(cache, mask_BL[index, first:], lengths_B, profiles_BP)

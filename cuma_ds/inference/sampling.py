@@ -60,9 +60,9 @@ class Sampler:
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
-def mixed_seed(seed: int, number: int) -> int:
-    """A seed for one of many sequences: the first 63 bits of numpy's ``SeedSequence((seed, number))``."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
+def mixed_seed(*numbers: int) -> int:
+    """A seed for one of many sequences: the first 63 bits of numpy's ``SeedSequence(numbers)``."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def next_tokens(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int]:

@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cuma_ds.config import RunConfig
 from cuma_ds.data.prepared import PreparedData
@@ -51,3 +53,18 @@ class Groups:
         names = sorted(name for name, count in answers.items() if name and count >= config.evaluation.min_answers)
         place = {name: number for number, name in enumerate(names)}
         return cls(tuple(names), np.array([place.get(value, len(names)) for value in values], dtype=np.int64))
+
+    def means(self, name: str, value_P: Tensor, profile_P: Tensor, weight_P: Tensor | None = None) -> dict[str, Tensor]:
+        """Of each named group the sum of its values and the sum of their weights, [2], by ``<name>/<group>``.
+
+        Args:
+            name: of the metric.
+            value_P: [P] without gradients, multiplied by its weight.
+            profile_P: [P] row of the run's table of profiles behind each value, on the same device.
+            weight_P: [P]; None for 1 each.
+        """
+        group_P = torch.from_numpy(self.of_profile_N).to(value_P.device)[profile_P]
+        own_GP = (group_P == torch.arange(len(self.names), device=value_P.device)[:, None]).to(value_P.dtype)
+        weight_P = torch.ones_like(value_P) if weight_P is None else weight_P.to(value_P.dtype)
+        found_G2 = own_GP @ torch.stack([value_P, weight_P], dim=1)
+        return {f"{name}/{group}": found_2 for group, found_2 in zip(self.names, found_G2, strict=True)}

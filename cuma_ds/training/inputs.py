@@ -122,9 +122,14 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
         raise ConfigError(
             f"data.max_length is {section.max_length}, but {config.model.path} reads at most {longest} tokens; lower it"
         )
-    renderer = Renderer.of(load_tokenizer(config.model), section)
+    tokenizer, rollout = load_tokenizer(config.model), config.rollout
+    renderer = Renderer.of(tokenizer, section)
     section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
     fits = fitting(data, renderer, section, ["train", *data.evaluation_splits], advice)
+    if rollout is not None:
+        limit = section.max_length - rollout.max_new_tokens
+        renderer = Renderer.of(tokenizer, section.model_copy(update={"max_length": limit}))
+        fits = fitting(fits, renderer, section, ["train"], lambda most: advice(most + rollout.max_new_tokens), True)
     return dataclasses.replace(fits, manifest={**fits.manifest, PROMPTS_CHECKED: section.max_length})
 
 

@@ -107,10 +107,23 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, ste
     run, is_main = Run(config.run_dir), engine.topology.is_main
     identity, throughput = run.identity(), Throughput(engine.topology.device)
     losses: list[Tensor] = []
+    kept = steps.start
+
+    def save(done: int) -> Path:
+        state: State = {"step": done, "fingerprint": fingerprint(config), "identity": identity}
+        beside = inputs.objective.state()
+        return save_checkpoint(engine, run.checkpoints, state, config.checkpoint.keep_last, beside)
+
     with MetricsWriter(run.metrics, run.tensorboard, config.telemetry, is_main, steps) as writer:
         inputs.objective.show = writer.show
         for step in steps:
-            result, done = run_step(config, engine, inputs, step), step + 1
+            try:
+                result, done = run_step(config, engine, inputs, step), step + 1
+            except CumaError as error:
+                # Of all ranks, e.g. because a judge is down: what was learned so far is kept.
+                if error.printed_by_main and step > kept:
+                    save(step)
+                raise
             throughput.add(result.tokens, result.people)
             writer.advance(done)
             losses.append(result.sums["loss"] / result.weight)
@@ -121,10 +134,7 @@ def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, ste
             if writer.is_due(done):
                 _log(writer, engine, done, result, {**throughput.row(), **inputs.objective.report()})
             if saves:
-                state: State = {"step": done, "fingerprint": fingerprint(config), "identity": identity}
-                folder = save_checkpoint(
-                    engine, run.checkpoints, state, config.checkpoint.keep_last, inputs.objective.state()
-                )
+                folder, kept = save(done), done
     size, trained = sum(file.stat().st_size for file in folder.iterdir()), engine.trained_parameters
     tell(
         f"checkpoint {folder}: {size / 1e6:.1f} MB, {trained / 1e6:.2f} M trained parameters with two moments "
@@ -195,11 +205,11 @@ def _check_packing(config: RunConfig, engine: AdapterEngine, inputs: TrainingInp
 
 
 def _describe(engine: AdapterEngine, inputs: TrainingInputs, tell: Say) -> None:
-    base, draw = engine.model.backbone, inputs.draw
+    base, (micro, accumulation) = engine.model.backbone, inputs.objective.layout(inputs.draw)
     held, full = resident_bytes(base), full_bytes(base)
     tell(
         f"{engine.topology}, ZeRO stage {engine.stage}; backbone {held / 1e6:.1f} MB of {full / 1e6:.1f} MB per rank; "
-        f"experts {engine.expert_bytes / 1e6:.2f} MB per rank; {draw.n_rows} training examples; "
-        f"{draw.accumulation} x {draw.micro} examples per rank and step"
+        f"experts {engine.expert_bytes / 1e6:.2f} MB per rank; {inputs.draw.n_rows} training examples; "
+        f"{accumulation} x {micro} examples per rank and step"
     )
     dist.barrier()

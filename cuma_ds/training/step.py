@@ -55,6 +55,7 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
     weight, tokens, people = topology.sum_over_ranks(
         torch.tensor(own, dtype=torch.float64, device=topology.device)
     ).tolist()
+    weight = weight or 1.0  # nothing is learned, e.g. because all completions are masked
     # DeepSpeed takes the mean over micro steps and ranks; what is multiplied by their number is a sum in the end.
     parts = topology.world * len(batches)
     sums: dict[str, Tensor] = {}

@@ -379,3 +379,13 @@ def test_smollm2_speaks_after_conversion(embedded_models):
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_an_answer_that_many_people_give_is_rendered_once(tokenizer) -> None:
+    talk = [{"role": "user", "content": "Which?"}]
+    told, shown = Renderer(tokenizer, 512), Renderer(tokenizer, 512, profile_in_prompt=True)
+    encoded = [told.encode_answers(talk, pair, who) for pair in (["A", "B"], ["B", "A"]) for who in ("Ann.", "Bob.")]
+    assert encoded[0] == encoded[1] == encoded[2][::-1] == encoded[3][::-1]
+    assert told._answer_ids.cache_info().misses == 2
+    # A profile in the prompt is another prompt.
+    assert shown.encode_answers(talk, ["A"], "Ann.") != shown.encode_answers(talk, ["A"], "Bob.")

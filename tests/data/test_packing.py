@@ -17,7 +17,7 @@ from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
 from cuma_ds.methods.cuma import model_inputs
 from cuma_ds.profiles import ProfileTable
-from cuma_ds.training.objectives.sft import sft_loss
+from cuma_ds.training.objectives.sft import label_losses
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -99,7 +99,7 @@ def test_loss_balance_and_gradients_are_those_of_single_rows(tiny_llama, attenti
     for batch in (collate(examples, pad_id=0), pack(examples, pad_id=0, length=20)):
         model.train().zero_grad()
         out = model(**model_inputs(batch, table, torch.device("cpu")))
-        loss = sft_loss(out.logits, batch.targets)
+        loss = label_losses(out.logits, batch.targets).sum()
         # The mean over all targets, as in training.
         (loss / batch.weight_sum + 0.1 * out.balance_loss).backward()
         gradients = torch.cat([parameter.grad.flatten() for _, parameter in model.adapter_parameters()])

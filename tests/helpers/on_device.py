@@ -34,7 +34,7 @@ from cuma_ds.inference.talk import Talker  # noqa: E402
 from cuma_ds.methods.cuma import model_inputs  # noqa: E402
 from cuma_ds.parallel.backbone import load_backbone  # noqa: E402
 from cuma_ds.profiles import ProfileTable  # noqa: E402
-from cuma_ds.training.objectives.sft import sft_loss  # noqa: E402
+from cuma_ds.training.objectives.sft import label_losses  # noqa: E402
 
 CPU = torch.device("cpu")
 VARIANTS: list[dict[str, Any]] = [
@@ -71,7 +71,7 @@ def gradients(base: ModelSection, options: dict[str, Any], dtype: torch.dtype, d
     batch = collate(rows, 0)
     mask = torch.rand(3, config.num_experts, generator=generator) if not options else None
     out = model(**model_inputs(batch, table, device, mask))
-    loss = sft_loss(out.logits, batch.targets.to(device))
+    loss = label_losses(out.logits, batch.targets.to(device)).sum()
     (loss + getattr(out, "balance_loss", 0.0)).backward()
     found = [parameter.grad for _, parameter in model.adapter_parameters()]
     assert all(isinstance(gradient, OnDevice) == (device != CPU) for gradient in found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cuma_ds.adapters import inject_adapters
 from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
-from cuma_ds.data.batch import EncodedExample, collate, encode_example
+from cuma_ds.data.batch import Batch, EncodedExample, collate, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
@@ -27,20 +27,54 @@ class SingleRun:
     state: dict[str, Tensor]
 
 
-def examples_of_steps(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator[list[EncodedExample]]:
-    """The global batch of each step, in the documented order: seeded permutations, one after another."""
+class Learned:
+    """What is learned: here what people answered (objective sft).
+
+    Args:
+        config: the recipe.
+        data: all splits.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, config: RunConfig, data: PreparedData, tokenizer: Any) -> None:
+        self.config, self.data, self.rows = config, data, data.splits["train"]
+        self.renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt)
+
+    def begin(self, log_p_of: Callable[[Batch], Tensor]) -> None:
+        """Before the first step. ``log_p_of`` runs the model: [L] float64 of the labels of a batch."""
+
+    def examples(self, row: int) -> list[EncodedExample]:
+        """Of one row; equally many of each."""
+        return [encode_example(self.rows[row], self.renderer, self.data.sentences, self.config.data)]
+
+    def weight(self, row: int) -> float:
+        """What the sum of losses is divided by is the sum of these."""
+        return sum(self.examples(row)[0].target_weight)
+
+    def loss(self, log_p_L: Tensor, batch: Batch, rows: list[int]) -> Tensor:
+        """Summed over the rows of one forward; log_p_L as in ``begin``."""
+        return -(log_p_L * batch.targets.weight_L).sum()
+
+
+def rows_of_steps(config: RunConfig, data: PreparedData) -> Iterator[list[int]]:
+    """The rows of each global batch, in the documented order: seeded permutations, one after another."""
     import numpy as np
 
-    renderer = Renderer(tokenizer, config.data.max_length, config.data.profile_in_prompt)
     rows, size = data.splits["train"], config.training.global_batch_size
     order = [np.random.default_rng([config.run.seed, epoch]).permutation(len(rows)) for epoch in range(200)]
     stream = [int(row) for permutation in order for row in permutation]
     for step in range(config.training.steps):
-        wanted = stream[step * size : (step + 1) * size]
-        yield [encode_example(rows[row], renderer, data.sentences, config.data) for row in wanted]
+        yield stream[step * size : (step + 1) * size]
 
 
-def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
+def examples_of_steps(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator[list[EncodedExample]]:
+    """The global batch of each step."""
+    learned = Learned(config, data, tokenizer)
+    for rows in rows_of_steps(config, data):
+        yield [example for row in rows for example in learned.examples(row)]
+
+
+def train_single(config: RunConfig, micro_steps: int = 1, learns: type[Learned] = Learned) -> SingleRun:
     """Train as the recipe says, with each global batch in ``micro_steps`` forwards of equal size."""
     from reference import reference_learning_rate
 
@@ -66,42 +100,46 @@ def train_single(config: RunConfig, micro_steps: int = 1) -> SingleRun:
         weight_decay=training.weight_decay,
         foreach=False,
     )
+    learned = learns(config, data, tokenizer)
+
+    def forward(batch: Batch) -> tuple[Tensor, Any]:
+        profiles = None if table is None else table.embeddings[batch.profile_rows_N]
+        mask = None
+        if adapters.gradient_groups is not None:
+            ((field, groups),) = adapters.gradient_groups.items()
+            who = [data.profiles[row]["fields"].get(field, "") for row in batch.profile_rows_N.tolist()]
+            everyone = range(adapters.num_experts)
+            mask = torch.tensor(
+                [[float(e in groups.get(value, groups.get("*", everyone))) for e in everyone] for value in who]
+            )
+        out = model(
+            input_ids=batch.input_ids_BS,
+            attention_mask=batch.attention_mask_BS,
+            profile_embeddings=profiles,
+            gradient_mask=mask,
+        )
+        log_p = out.logits[:, batch.keep].double().log_softmax(dim=-1)
+        return log_p[batch.targets.row_L, batch.targets.position_L, batch.targets.token_L], out
+
+    with torch.no_grad():
+        learned.begin(lambda batch: forward(batch)[0])
     losses, norms = [], []
-    for step, examples in enumerate(examples_of_steps(config, data, tokenizer)):
+    for step, rows_of_step in enumerate(rows_of_steps(config, data)):
         for group in optimizer.param_groups:
             group["lr"] = reference_learning_rate(
                 step, training.learning_rate, training.warmup_steps, training.steps, training.schedule
             )
-        weight = sum(sum(example.target_weight) for example in examples)
-        size = -(-len(examples) // micro_steps)
-        tokens = sum(len(example.input_ids) for example in examples)
+        weight = sum(learned.weight(row) for row in rows_of_step)
+        size = -(-len(rows_of_step) // micro_steps)
+        tokens = sum(len(example.input_ids) for row in rows_of_step for example in learned.examples(row))
         load_RE: Tensor | float = 0.0
         optimizer.zero_grad()
         total = 0.0
-        for start in range(0, len(examples), size):
-            batch = collate(examples[start : start + size], tokenizer.pad_token_id)
-            profiles = None if table is None else table.embeddings[batch.profile_rows_N]
-            mask = None
-            if adapters.gradient_groups is not None:
-                ((field, groups),) = adapters.gradient_groups.items()
-                who = [data.profiles[row]["fields"].get(field, "") for row in batch.profile_rows_N.tolist()]
-                everyone = range(adapters.num_experts)
-                mask = torch.tensor(
-                    [[float(e in groups.get(value, groups.get("*", everyone))) for e in everyone] for value in who]
-                )
-            out = model(
-                input_ids=batch.input_ids_BS,
-                attention_mask=batch.attention_mask_BS,
-                profile_embeddings=profiles,
-                gradient_mask=mask,
-            )
-            log_p = out.logits[:, batch.keep].double().log_softmax(dim=-1)
-            nll = (
-                -(
-                    log_p[batch.targets.row_L, batch.targets.position_L, batch.targets.token_L] * batch.targets.weight_L
-                ).sum()
-                / weight
-            )
+        for start in range(0, len(rows_of_step), size):
+            own = rows_of_step[start : start + size]
+            batch = collate([example for row in own for example in learned.examples(row)], tokenizer.pad_token_id)
+            log_p_L, out = forward(batch)
+            nll = learned.loss(log_p_L, batch, own) / weight
             loss = nll
             if config.adapters.balance_weight and adapters.has_router:
                 by_run = config.adapters.balance_scope == "run"

@@ -18,7 +18,7 @@ from cuma_ds.evaluation.choice import predict_choices
 from cuma_ds.evaluation.gradients import group_gradients
 from cuma_ds.methods.cuma import model_inputs
 from cuma_ds.profiles import ProfileTable
-from cuma_ds.training.objectives.sft import sft_loss
+from cuma_ds.training.objectives.sft import label_losses
 from cuma_ds.training.packing import tells_examples_apart
 
 WIDTH = 6
@@ -93,7 +93,7 @@ def test_a_padded_batch_teaches_what_its_examples_teach_alone(model, examples, t
     model.zero_grad()
     batch = collate([*examples, as_filler(examples[0])], pad_id=0)
     out = model(**model_inputs(batch, table, torch.device("cpu")))
-    together = sft_loss(out.logits, batch.targets)
+    together = label_losses(out.logits, batch.targets).sum()
     together.backward()
     found = torch.cat([parameter.grad.flatten() for _, parameter in model.adapter_parameters()])
     assert float(together.detach()) == pytest.approx(loss, rel=1e-4)

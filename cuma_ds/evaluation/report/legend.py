@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from cuma_ds.evaluation.report.model import ChatSplit, ChoiceReport, ChoiceSplit, Report
+from cuma_ds.evaluation.report.model import (
+    ChatSplit,
+    ChoiceReport,
+    ChoiceSplit,
+    PreferenceReport,
+    PreferenceSplit,
+    Report,
+)
 
 _CHOICE = (
     "{distance}: distance (0 to 1) between the predicted and the observed answers of each question and group, mean "
@@ -23,6 +30,23 @@ _CHOICE = (
     "named; all other numbers count every answer.",
 )
 _CHAT = "Loss: mean negative log-likelihood of the assistant's tokens, in nats. Perplexity: its exponential."
+_IMPLICIT_REWARD = (
+    "The implicit reward of an answer is log p(answer) under the row's model less log p(answer) under the bare "
+    "backbone, summed over the answer's tokens. Accuracy: share of pairs in which the answer that the person preferred "
+    "has the larger implicit reward; a tie counts half, so the backbone itself has 0.500 by definition. Margin: mean "
+    "implicit reward of the preferred answer less that of the other one, in nats."
+)
+_LIKELIHOOD = (
+    "Likelihood: share of pairs in which the preferred answer is the more probable one, whatever the backbone says of "
+    "them; long answers are improbable, so this depends on which answer is longer. Likelihood per token: the same with "
+    "the mean log-probability of an answer's tokens."
+)
+_START = "Start policy: the model that this run began from."
+_AGAINST_START = (
+    "Accuracy against start: as accuracy, with the implicit reward taken against the start policy instead of the "
+    "backbone. It tells what this run itself has learned."
+)
+_NAMED_PEOPLE = "Subgroups with fewer than {min_answers} people are not named; all other numbers count every pair."
 _DISTANCES = {
     "EMD": ("EMD is the normalised Wasserstein-1 distance, for questions whose options have an order."),
     "TV": (
@@ -43,16 +67,30 @@ _NEAREST = "Nearest training profile: a look-up by sentence embedding, without a
 
 def legend(report: Report) -> list[str]:
     """The meaning of the names in a report's tables, as lines of Markdown."""
-    paragraphs = _choice(report) if isinstance(report, ChoiceReport) else [_CHAT]
+    splits: list[ChoiceSplit | ChatSplit | PreferenceSplit] = list(report.splits.values())
+    contenders = {name for split in splits for name in split.rows}
+    if isinstance(report, ChoiceReport):
+        paragraphs = _choice(report)
+    elif isinstance(report, PreferenceReport):
+        paragraphs = _preference(report)
+    else:
+        paragraphs = [_CHAT]
     if report.bootstrap:
-        splits: list[ChoiceSplit | ChatSplit] = list(report.splits.values())
         knows_people = splits[0].people is not None
-        single = "single answers (the data does not say who gave them)"
-        who = "people, each with all of their answers" if knows_people else single
+        said = "pairs" if isinstance(report, PreferenceReport) else "answers"
+        single = f"single {said} (the data does not say who gave them)"
+        who = f"people, each with all of their {said}" if knows_people else single
         paragraphs.append(f"In brackets: 95% intervals from {report.bootstrap:,} bootstrap samples of {who}.")
-    contenders = {name for split in report.splits.values() for name in split.rows}
-    paragraphs += [text for name, text in (("swapped", _SWAPPED), ("nearest", _NEAREST)) if name in contenders]
+    known = (("start", _START), ("swapped", _SWAPPED), ("nearest", _NEAREST))
+    paragraphs += [text for name, text in known if name in contenders]
     return [line for paragraph in paragraphs for line in (paragraph, "")]
+
+
+def _preference(report: PreferenceReport) -> list[str]:
+    trained = [] if report.main == "before" else [_IMPLICIT_REWARD]
+    named = _NAMED_PEOPLE.format(min_answers=report.min_answers)
+    against = [_AGAINST_START] if any("start" in split.rows for split in report.splits.values()) else []
+    return [*trained, *against, _LIKELIHOOD, named]
 
 
 def _choice(report: ChoiceReport) -> list[str]:

@@ -12,13 +12,24 @@ from cuma_ds.evaluation.report.model import (
     ChoiceSplit,
     Generation,
     Gradients,
+    PreferenceSplit,
+    PreferenceSubgroups,
     Report,
     Routing,
     RoutingInformation,
     Subgroups,
     Verdicts,
 )
-from cuma_ds.evaluation.report.tables import FEW, cell, plain, score_table, size, split_tables, title
+from cuma_ds.evaluation.report.tables import (
+    FEW,
+    cell,
+    plain,
+    preference_columns,
+    score_table,
+    size,
+    split_tables,
+    title,
+)
 
 # Subgroups of one field in a table.
 _MOST_SUBGROUPS = 20
@@ -38,6 +49,8 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         lines += [f"## {SPLITS[name]}", "", *split_tables(report, split)]
         if isinstance(report, ChoiceReport) and isinstance(split, ChoiceSplit):
             lines += _letter_mass(report, split) + _questions(report, split) + _subgroups(report, split)
+        if isinstance(split, PreferenceSplit):
+            lines += _differences(report, split) + _groups_of_preferences(report, split)
     lines += [] if report.routing is None else _routing(report.routing)
     lines += [] if report.generation is None else _generation(report.generation)
     lines += [] if report.gradients is None else _gradients(report.gradients)
@@ -97,7 +110,42 @@ def _subgroups(report: ChoiceReport, split: ChoiceSplit) -> list[str]:
     return lines
 
 
-def _subgroup_notes(part: Subgroups, shown: int, least: str) -> str:
+def _differences(report: Report, split: PreferenceSplit) -> list[str]:
+    """How much the model's own scores are above those of the other rows."""
+    if not split.differences:
+        return []
+    columns = preference_columns(split.rows)
+    columns = {score: column for score, column in columns.items() if score != "accuracy_start"}
+    lines = [f"| {title(report, report.main)}, less | {' | '.join(head for head, _ in columns.values())} |"]
+    lines += ["|---|" + "---:|" * len(columns)]
+    for name, scores in split.differences.items():
+        cells = (cell(scores, score, form.replace(":", ":+")) for score, (_, form) in columns.items())
+        lines.append(f"| {title(report, name)} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _groups_of_preferences(report: Report, split: PreferenceSplit) -> list[str]:
+    """One score of the largest subgroups of each field, by contender."""
+    score = "likelihood_per_token" if report.main == "before" else "accuracy"
+    lines: list[str] = []
+    for field, part in split.subgroups.items():
+        if not part.shown:
+            continue
+        order = sorted(range(len(part.shown)), key=lambda place: -part.shown[place].people)
+        shown = [part.shown[place] for place in sorted(order[:_MOST_SUBGROUPS])]
+        names = [name for name in shown[0].rows if name != "before" or name == report.main]
+        head = ["people", "pairs", *(f"{score.replace('_', ' ')}, {title(report, name)}" for name in names)]
+        lines += [f"### Subgroups by {field.replace('_', ' ')}", "", f"| | {' | '.join(head)} |"]
+        lines += ["|---|" + "---:|" * len(head)]
+        for row in shown:
+            cells = [f"{row.people:,}", f"{row.pairs:,}", *(cell(row.rows[name], score, "{:.3f}") for name in names)]
+            lines.append(f"| {row.label} | {' | '.join(cells)} |")
+        notes = _subgroup_notes(part, len(shown), f"{report.min_answers} people")
+        lines += ["", *([notes, ""] if notes else [])]
+    return lines
+
+
+def _subgroup_notes(part: Subgroups | PreferenceSubgroups, shown: int, least: str) -> str:
     notes = [f"The {shown} of {len(part.shown)} largest are shown."] if len(part.shown) > shown else []
     notes += [f"{part.left_out} with fewer than {least} are left out."] if part.left_out else []
     return " ".join(notes)

@@ -27,6 +27,7 @@ CONTENDERS = {
     "oracle": "own training answers (oracle)",
     "nearest": "nearest training profile's answers",
     "before": "backbone before training",
+    "start": "start policy",
     "trained": "trained",
     "swapped": "trained, profiles swapped",
 }
@@ -76,6 +77,26 @@ class ChatScores(BaseModel):
 
     loss: Number = None
     perplexity: Number = None
+    interval: dict[str, Interval] = {}
+
+
+class PreferenceScores(BaseModel):
+    """Scores of one contender on preferences. The implicit reward of an answer is log p - log p of the bare backbone.
+
+    Attributes:
+        accuracy: share of pairs whose chosen answer has the larger implicit reward; a tie counts half.
+        margin: mean implicit reward of the chosen less that of the rejected answer, in nats.
+        likelihood: share of pairs whose chosen answer is the more probable one.
+        likelihood_per_token: the same with the mean log-probability of a token.
+        accuracy_start: as ``accuracy``, against the start policy instead of the bare backbone.
+        interval: 95% bootstrap interval of each score that has one.
+    """
+
+    accuracy: Number = None
+    margin: Number = None
+    likelihood: Number = None
+    likelihood_per_token: Number = None
+    accuracy_start: Number = None
     interval: dict[str, Interval] = {}
 
 
@@ -187,6 +208,41 @@ class ChatSplit(BaseModel):
     people: int | None
     tokens: int
     rows: dict[str, ChatScores]
+
+
+class PreferenceSubgroup(BaseModel):
+    """The people of one label of a profile field. ``rows`` is by contender."""
+
+    label: str
+    people: int
+    pairs: int
+    rows: dict[str, PreferenceScores]
+
+
+class PreferenceSubgroups(BaseModel):
+    """The subgroups of one profile field that are large enough to be named, and how many are not."""
+
+    shown: list[PreferenceSubgroup]
+    left_out: int
+
+
+class PreferenceSplit(BaseModel):
+    """One split of preferences.
+
+    Attributes:
+        chosen_tokens, rejected_tokens: mean length of the answers, end-of-turn marker included.
+        rows: by contender.
+        differences: the main contender less each other one, over the same people.
+        subgroups: by profile field.
+    """
+
+    pairs: int
+    people: int
+    chosen_tokens: Number
+    rejected_tokens: Number
+    rows: dict[str, PreferenceScores]
+    differences: dict[str, PreferenceScores]
+    subgroups: dict[str, PreferenceSubgroups]
 
 
 class RouterLoad(BaseModel):
@@ -344,7 +400,14 @@ class ChatReport(_Report):
     splits: dict[str, ChatSplit]
 
 
-Report = ChoiceReport | ChatReport
+class PreferenceReport(_Report):
+    """A report on preferences."""
+
+    kind: Literal["preference"]
+    splits: dict[str, PreferenceSplit]
+
+
+Report = ChoiceReport | ChatReport | PreferenceReport
 _ANY: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="kind")])
 _REQUIRED = [name for name, field in ChoiceReport.model_fields.items() if field.is_required()]
 

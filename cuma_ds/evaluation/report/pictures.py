@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import mean_by_group
 from cuma_ds.evaluation.report.model import (
+    CONTENDERS,
+    SPLITS,
     Cell,
     ChoiceSplit,
     CulturalMap,
     FieldInformation,
     MapPoint,
+    PreferenceSplit,
     Routing,
     RoutingInformation,
     number,
@@ -28,6 +31,7 @@ from cuma_ds.evaluation.report.plots import (
     plot_subgroups,
     short,
 )
+from cuma_ds.evaluation.report.preference_plots import Share, plot_group_shares, plot_shares
 from cuma_ds.evaluation.report.routing_plots import PALETTE, plot_information, plot_load, plot_map
 from cuma_ds.evaluation.routing import comparable_means, cultural_map, expert_load, field_information
 from cuma_ds.inference.forward import RoutingTally
@@ -38,6 +42,8 @@ Array = NDArray[np.floating]
 _MOST_GROUPS, _MOST_QUESTIONS, _MOST_DIFFERENT = 100, 3, 8
 # Fields that tell most, panels of the map beside the first, subgroups of one field in a picture.
 _MOST_FIELDS, _MOST_PANELS, _MOST_SUBGROUPS = 7, 3, 12
+# Subgroups of one field in the picture of preferences.
+_MOST_ROWS = 40
 
 
 def choice_pictures(folder: Path, split: ChoiceSplit, main: str = "trained") -> dict[str, str]:
@@ -85,6 +91,48 @@ def choice_pictures(folder: Path, split: ChoiceSplit, main: str = "trained") -> 
         "Calibration: how often the predicted option is the person's answer, by the probability it was given."
     )
     return pictures
+
+
+def preference_pictures(folder: Path, splits: Mapping[str, PreferenceSplit], main: str) -> dict[str, str]:
+    """Draw how often each contender prefers what people prefer, by split, and by subgroup of the first split.
+
+    Args:
+        folder: where pictures go.
+        splits: their scores.
+        main: the contender that is the model itself. Where that is ``before``, there is no implicit reward to draw.
+    """
+    score, what = ("accuracy", "implicit-reward accuracy")
+    if main == "before":
+        score, what = ("likelihood_per_token", "pairs whose chosen answer is more probable per token")
+    drawn = {SPLITS[name]: _shares(split, main) for name, split in splits.items()}
+    plot_shares(folder / "preferences.png", drawn, f"share of pairs: {what}")
+    pictures = {
+        "preferences.png": "How often the model prefers the answer that the person preferred, with 95% intervals over "
+        "people."
+    }
+    fields = {field: part.shown for field, part in next(iter(splits.values())).subgroups.items() if part.shown}
+    largest = {
+        field: sorted(rows, key=lambda row: -row.people)[:_MOST_ROWS]
+        for field, rows in list(fields.items())[:_MOST_FIELDS]
+    }
+    if not largest:
+        return pictures
+    ordered = {field: [row for row in fields[field] if row in rows] for field, rows in largest.items()}
+    plot_group_shares(folder / "preferences-by-group.png", ordered, main, score, what)
+    pictures["preferences-by-group.png"] = f"The same for subgroups of people: {what}."
+    return pictures
+
+
+def _shares(split: PreferenceSplit, main: str) -> list[Share]:
+    if main == "before":
+        columns = {"likelihood": "more probable", "likelihood_per_token": "more probable per token"}
+        scores = split.rows[main]
+        return [Share(main, label, getattr(scores, name), scores.interval.get(name)) for name, label in columns.items()]
+    return [
+        Share(name, CONTENDERS[name], scores.accuracy, scores.interval.get("accuracy"))
+        for name, scores in split.rows.items()
+        if name != "before"
+    ]
 
 
 def expert_picture(

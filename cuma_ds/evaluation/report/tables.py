@@ -6,7 +6,17 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from cuma_ds.evaluation.report.model import CONTENDERS, SPLITS, ChatScores, ChatSplit, ChoiceScores, Report, Scored
+from cuma_ds.evaluation.report.model import (
+    CONTENDERS,
+    SPLITS,
+    ChatScores,
+    ChatSplit,
+    ChoiceScores,
+    PreferenceScores,
+    PreferenceSplit,
+    Report,
+    Scored,
+)
 
 # Score -> head of its column and format. {distance} stands for the distance that the questions are judged by.
 Columns = dict[str, tuple[str, str]]
@@ -26,20 +36,31 @@ _ANSWERS: Columns = {
     "calibration_error": ("ECE", "{:.3f}"),
 }
 _LOSSES: Columns = {"loss": ("loss", "{:.4f}"), "perplexity": ("perplexity", "{:.3f}")}
-_ALL = {"choice": [_DISTRIBUTIONS, _ANSWERS], "chat": [_LOSSES]}
+_REWARDS: Columns = {"accuracy": ("accuracy", "{:.3f}"), "margin": ("margin", "{:.3f}")}
+_LIKELIHOODS: Columns = {
+    "likelihood": ("likelihood", "{:.3f}"),
+    "likelihood_per_token": ("likelihood per token", "{:.3f}"),
+}
+_AGAINST_START: Columns = {"accuracy_start": ("accuracy against start", "{:.3f}")}
 FEW: Columns = {key: (_DISTRIBUTIONS | _ANSWERS)[key] for key in ("emd", "recovered", "accuracy", "entropy")}
-_WITH_INTERVAL = ("emd", "recovered", "accuracy", "macro_f1", "loss", "perplexity")
+_WITH_INTERVAL = ("emd", "recovered", "macro_f1", "loss", "perplexity", *_REWARDS, *_LIKELIHOODS, *_AGAINST_START)
+# Scores that a terminal has no room for.
+_IN_REPORT = ("likelihood_per_token", "accuracy_start")
+
+# A split, or a part of one.
+Part = Scored | ChatSplit | PreferenceSplit
+Scores = ChoiceScores | ChatScores | PreferenceScores
 
 
-def split_tables(report: Report, split: Scored | ChatSplit) -> list[str]:
+def split_tables(report: Report, split: Part) -> list[str]:
     """The size of a split and all scores of its contenders, as lines of Markdown."""
     lines = [size(split), ""]
-    for columns in _ALL[report.kind]:
+    for columns in _all_columns(report, split):
         lines += [*score_table(report, split, columns), ""]
     return lines
 
 
-def score_table(report: Report, part: Scored | ChatSplit, columns: Columns) -> list[str]:
+def score_table(report: Report, part: Part, columns: Columns) -> list[str]:
     """Some scores of the contenders of a split or of one question, as lines of Markdown."""
     lines = ["| | " + " | ".join(_heads(part, columns)) + " |", "|---|" + "---:|" * len(columns)]
     for name, scores in _rows(part).items():
@@ -51,9 +72,10 @@ def score_table(report: Report, part: Scored | ChatSplit, columns: Columns) -> l
 
 def terminal_tables(report: Report) -> list[Table]:
     """One table per split, for a terminal."""
-    columns = FEW if report.kind == "choice" else _LOSSES
     tables = []
     for name, split in report.splits.items():
+        columns = FEW if report.kind == "choice" else _all_columns(report, split)[0]
+        columns = {score: column for score, column in columns.items() if score not in _IN_REPORT}
         table = Table(title=SPLITS[name], caption=size(split), title_justify="left", caption_justify="left")
         table.add_column("")
         for head in _heads(split, columns):
@@ -65,12 +87,17 @@ def terminal_tables(report: Report) -> list[Table]:
     return tables
 
 
-def size(part: Scored | ChatSplit) -> str:
+def size(part: Part) -> str:
     """How many people, answers and groups a split or a question has, in words."""
     people = getattr(part, "people", None)
     people = "" if people is None else f"{people:,} people, "
     if isinstance(part, ChatSplit):
         return f"{people}{part.conversations:,} conversations, {part.tokens:,} assistant tokens."
+    if isinstance(part, PreferenceSplit):
+        lengths = (plain(part.chosen_tokens, "{:.1f}"), plain(part.rejected_tokens, "{:.1f}"))
+        return (
+            f"{people}{part.pairs:,} pairs; chosen answers have {lengths[0]} tokens on average, rejected {lengths[1]}."
+        )
     effective = "" if part.effective_answers is None else f" ({part.effective_answers:,} effective)"
     text = (
         f"{people}{part.answers:,} answers{effective}; {part.distance} over {part.compared.answers:,} of them in "
@@ -87,7 +114,7 @@ def title(report: Report, contender: str) -> str:
     return "the model as it is" if contender == "before" == report.main else CONTENDERS[contender]
 
 
-def cell(scores: ChoiceScores | ChatScores, key: str, form: str) -> str:
+def cell(scores: Scores, key: str, form: str) -> str:
     """One score, with its interval where that is shown."""
     text = plain(getattr(scores, key), form)
     spread = scores.interval.get(key) if key in _WITH_INTERVAL else None
@@ -102,10 +129,22 @@ def plain(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def _rows(part: Scored | ChatSplit) -> Mapping[str, ChoiceScores | ChatScores]:
+def preference_columns(rows: Mapping[str, PreferenceScores]) -> Columns:
+    """The scores that contenders on preferences have: without anything trained there is no implicit reward."""
+    columns = _REWARDS | _LIKELIHOODS if len(rows) > 1 else _LIKELIHOODS
+    return columns | _AGAINST_START if "start" in rows else columns
+
+
+def _all_columns(report: Report, split: Part) -> list[Columns]:
+    if isinstance(split, PreferenceSplit):
+        return [preference_columns(split.rows)]
+    return [_DISTRIBUTIONS, _ANSWERS] if report.kind == "choice" else [_LOSSES]
+
+
+def _rows(part: Part) -> Mapping[str, Scores]:
     return part.rows
 
 
-def _heads(part: Scored | ChatSplit, columns: Columns) -> list[str]:
+def _heads(part: Part, columns: Columns) -> list[str]:
     distance = part.distance if isinstance(part, Scored) else ""
     return [head.format(distance=distance) for head, _ in columns.values()]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cuma_ds.config import RunConfig
+from cuma_ds.training.objectives.dpo import Dpo
+from cuma_ds.training.objectives.grpo import Grpo
 from cuma_ds.training.objectives.protocol import Loss, Objective
 from cuma_ds.training.objectives.sft import Sft
 
 # By the value of training.objective.
-OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {"sft": Sft}
+OBJECTIVES: dict[str, Callable[[RunConfig], Objective]] = {"sft": Sft, "dpo": Dpo, "grpo": Grpo}
 
 __all__ = ["OBJECTIVES", "Loss", "Objective"]

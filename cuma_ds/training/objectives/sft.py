@@ -1,11 +1,12 @@
 """Conditional supervised fine-tuning: weighted cross-entropy, with answer histograms as soft targets.
 
-Shapes: B sequences, K kept positions, V vocabulary.
+Shapes: B sequences, K kept positions, V vocabulary, L labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,7 +14,12 @@ from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, Targets, Unit, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
-from cuma_ds.training.objectives.protocol import Loss, Objective
+from cuma_ds.parallel.agreement import agreement
+from cuma_ds.training.groups import Groups
+from cuma_ds.training.objectives.protocol import Begin, Loss, Objective
+
+if TYPE_CHECKING:
+    from cuma_ds.training.inputs import BatchSource
 
 
 class Sft(Objective):
@@ -23,22 +29,33 @@ class Sft(Objective):
 
     def __init__(self, config: RunConfig) -> None:
         self._data = config.data
+        self._groups: Groups | None = None
 
     def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
         """One example, see :func:`~cuma_ds.data.batch.encode_example`."""
         return (encode_example(row, renderer, sentences, self._data),)
+
+    def begin(self, begin: Begin) -> BatchSource:
+        """The stream of rows."""
+        with agreement():
+            self._groups = Groups.of(begin.config, begin.inputs.data)
+        return begin.inputs.batches
 
     def weight(self, batch: Batch) -> float:
         """Sum of the label weights."""
         return batch.weight_sum
 
     def loss(self, logits_BKV: Tensor, batch: Batch) -> Loss:
-        """See :func:`sft_loss`."""
-        return Loss(sft_loss(logits_BKV, batch.targets))
+        """Sum of :func:`label_losses`, and the mean over the labels of each group as ``loss/<group>``."""
+        loss_L, targets = label_losses(logits_BKV, batch.targets), batch.targets
+        if self._groups is None:
+            return Loss(loss_L.sum())
+        profile_L = batch.profile_rows_N[targets.example_L]
+        return Loss(loss_L.sum(), means=self._groups.means("loss", loss_L.detach(), profile_L, targets.weight_L))
 
 
-def sft_loss(logits_BKV: Tensor, targets: Targets) -> Tensor:
-    """Sum of weight * -log p(token) over the labels (method, L_task); divide by the global weight sum for the mean.
+def label_losses(logits_BKV: Tensor, targets: Targets) -> Tensor:
+    """weight * -log p(token) of each label (method, L_task); their sum over the global weight sum is the mean.
 
     A histogram is several labels at one position, weighted by the shares of its answers.
 
@@ -47,7 +64,7 @@ def sft_loss(logits_BKV: Tensor, targets: Targets) -> Tensor:
         targets: the labels.
 
     Returns:
-        A float32 scalar (float64 for float64 logits).
+        [L] float32 (float64 for float64 logits).
     """
     log_p_L = targets.log_probabilities(logits_BKV)
-    return -(targets.weight_L.to(log_p_L.dtype) * log_p_L).sum()
+    return -targets.weight_L.to(log_p_L.dtype) * log_p_L

@@ -14,7 +14,6 @@ class Answers:
     Attributes:
         number: of the row in the training split.
         row: that row.
-        prompt: the last message of the user: for a choice question, the question with its options.
         texts: each completion as text, without special tokens and surrounding blanks.
         lengths: tokens of each completion, with the token that ended it.
         truncated: whether each was cut at ``rollout.max_new_tokens``.
@@ -22,7 +21,6 @@ class Answers:
 
     number: int
     row: Row
-    prompt: str
     texts: tuple[str, ...]
     lengths: tuple[int, ...]
     truncated: tuple[bool, ...]
