@@ -1,4 +1,4 @@
-"""Full training step on a real model: ours against PEFT LoRA of equal active rank and against a naive K x E loop.
+"""Full training step of a whole model: ours against PEFT LoRA of equal active rank and against a naive K x E loop.
 
 All variants take turns within one run, so that a drifting machine hurts them alike; medians and ratios are printed.
 """
@@ -9,6 +9,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -36,6 +37,19 @@ class NaiveExperts(Experts):
                     y = z @ self.lora_b[expert].to(x_MI.dtype).T
                     out_MO[mask_M] = out_MO[mask_M] + routes.weight_TK[mask_M, k, None].to(x_MI.dtype) * y
         return self.scaling * out_MO
+
+
+def load(arguments: argparse.Namespace) -> nn.Module:
+    """The frozen backbone: the model of a folder, or random weights of the shapes that a config.json says."""
+    dtype = getattr(torch, arguments.dtype)
+    if Path(arguments.model).is_dir():
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
+    else:
+        config = AutoConfig.from_pretrained(arguments.model)
+        config.num_hidden_layers = arguments.layers or config.num_hidden_layers
+        with torch.device(arguments.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.requires_grad_(False)
 
 
 def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaModel:
@@ -70,7 +84,8 @@ def one_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="backbone folder")
+    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="folder or config.json")
+    parser.add_argument("--layers", type=int, help="with a config.json: so many layers instead of its own")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the backbone")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch", type=int, default=8, help="sequences")
@@ -83,20 +98,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
-    def load() -> nn.Module:
-        dtype = getattr(torch, arguments.dtype)
-        return (
-            AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
-            .requires_grad_(False)
-            .to(arguments.device)
-        )
-
     vocabulary = AutoConfig.from_pretrained(arguments.model).vocab_size
     ids = torch.randint(0, vocabulary, (arguments.batch, arguments.length), device=arguments.device)
     plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     asked = plain | {"profile_embeddings": torch.randn(arguments.batch, 384, device=arguments.device)}
     lora = LoraConfig(r=2 * arguments.lora_r, lora_alpha=4 * arguments.lora_r, target_modules=["q_proj", "v_proj"])
-    peft_model = get_peft_model(load(), lora)
+    peft_model = get_peft_model(load(arguments), lora)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -104,9 +111,9 @@ def main() -> None:
     steps = {
         f"PEFT LoRA, r {2 * arguments.lora_r}": one_step(peft_model, plain),
         f"cuma-ds, r {arguments.lora_r}, E 8, K 2": one_step(
-            ours(load(), False, arguments).to(arguments.device), asked
+            ours(load(arguments), False, arguments).to(arguments.device), asked
         ),
-        "naive K x E loop, same adapters": one_step(ours(load(), True, arguments).to(arguments.device), asked),
+        "naive K x E loop, same adapters": one_step(ours(load(arguments), True, arguments).to(arguments.device), asked),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(arguments.rounds + 2):

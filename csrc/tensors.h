@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -26,12 +25,20 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
+inline std::string text_of(int64_t number) { return std::to_string(number); }
+inline std::string text_of(const char* text) { return text; }
+inline std::string text_of(const std::string& text) { return text; }
+inline std::string text_of(const Sizes& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+// Throws the parts as one line. They are strings and not a stream: the streams of a libstdc++ that is linked statically,
+// as some compilers do by default, crash beside the one that torch has loaded.
 template <typename... Parts>
 void check(bool good, const Parts&... parts) {
-  if (good) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  if (!good) throw std::runtime_error((text_of(parts) + ...));
 }
 
 inline const char* name_of(ScalarType type) {
@@ -46,14 +53,6 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
-inline std::string text_of(const Sizes& sizes) {
-  std::ostringstream text;
-  text << "[";
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
-  text << "]";
-  return text.str();
-}
-
 inline Sizes sizes_of(const Tensor& tensor) {
   Sizes sizes(tensor.dim());
   for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = tensor.size(static_cast<int64_t>(i));
@@ -66,7 +65,7 @@ inline void check_type(const char* name, const Tensor& tensor, ScalarType expect
 }
 
 inline void check_sizes(const char* name, const Tensor& tensor, const Sizes& expected) {
-  check(sizes_of(tensor) == expected, name, " has shape ", text_of(sizes_of(tensor)), "; expected ", text_of(expected));
+  check(sizes_of(tensor) == expected, name, " has shape ", sizes_of(tensor), "; expected ", expected);
 }
 
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& beside) {

@@ -449,7 +449,7 @@ class RunConfig(_Section):
                 f"rollout.max_new_tokens is {self.rollout.max_new_tokens}, which leaves no room for a prompt in "
                 f"data.max_length {self.data.max_length}; raise data.max_length"
             )
-        if self.adapters.uses_profiles and self.profiles.encoder is None:
+        if self.adapters.uses_profiles and self.profiles.encoder is None and self.model.init_from is None:
             raise ValueError(
                 "profiles.encoder is missing; method 'cuma' needs a sentence encoder (a folder or a hub id)"
             )

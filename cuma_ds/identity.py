@@ -46,6 +46,7 @@ class Identity(TypedDict, total=False):
         source: SHA-256 of each file the data was made of, by its name.
         data: hash over the prepared data.
         profiles: hash of the embedded profiles; None for methods without profiles.
+        start: hash of the trained tensors that the run started from; left out for runs without ``model.init_from``.
         fingerprint_0_1_0: the fingerprint that release 0.1.0 gave the recipe, in runs that it started.
         sealed: see :func:`sealed`.
     """
@@ -55,6 +56,7 @@ class Identity(TypedDict, total=False):
     source: dict[str, str]
     data: str
     profiles: str | None
+    start: str
     fingerprint_0_1_0: str
     sealed: str
 

@@ -68,6 +68,8 @@ def learned_settings(config: RunConfig, names: bool = False) -> dict[str, object
                 continue
             flat[f"{section}.{key}"] = Path(value).name if place in _PATHS and value else value
     flat["data.heldout_fraction"] = config.data.heldout
+    if config.model.init_from is not None:  # what is there, a run knows by its hash
+        flat["model.init_from"] = "a trained model"
     return flat
 
 

@@ -6,6 +6,8 @@ A run folder holds::
     identity.json                  hashes of the models and data it was started with; runs of release 0.1.0 have none
     deepspeed.json                 what DeepSpeed was given
     data/, profiles.safetensors    the prepared data and the embedded profiles
+    start/                         the trained model it started from (model.init_from), see
+                                   :mod:`cuma_ds.parallel.stored`
     reference.safetensors          what the reference says of the training pairs (objective dpo)
     checkpoints/                   step-N/ and latest, see :mod:`cuma_ds.parallel.checkpoint`
     metrics.jsonl, tensorboard/    the numbers of each step
@@ -31,7 +33,7 @@ from cuma_ds.files import is_hub_id, write_atomically
 from cuma_ds.identity import Identity, changed_part, content_sha256, file_sha256, seal_holds, sealed
 from cuma_ds.learned_settings import fingerprint, first_difference, with_started_defaults
 from cuma_ds.parallel.backbone import backbone_fingerprint
-from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
+from cuma_ds.parallel.stored import State, find_checkpoint, read_adapters, read_state, start_sha256
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 
 
@@ -62,6 +64,7 @@ class Run:
         recipe, deepspeed, metrics, completions: files in it.
         data_folder, checkpoints, tensorboard, report_folder: folders in it.
         profiles_file: the embedded profiles.
+        start: the trained model that the run started from; there is none without ``model.init_from``.
         reference_file: log-probabilities of the training pairs under the reference.
     """
 
@@ -71,6 +74,7 @@ class Run:
         self.deepspeed = self.folder / "deepspeed.json"
         self.data_folder = self.folder / "data"
         self.profiles_file = self.folder / "profiles.safetensors"
+        self.start = self.folder / "start"
         self.reference_file = self.folder / "reference.safetensors"
         self.checkpoints = self.folder / "checkpoints"
         self.metrics = self.folder / "metrics.jsonl"
@@ -181,6 +185,8 @@ class Run:
             "data": content_sha256(data.manifest["hashes"]),
             "profiles": None if table is None else table.sha256,
         }
+        if config.model.init_from is not None:
+            identity["start"] = start_sha256(read_state(self.start))
         if any(self.checkpoints.glob("step-*")):
             identity["fingerprint_0_1_0"] = fingerprint(config, names=True)
             warnings.warn(
@@ -189,6 +195,36 @@ class Run:
                 stacklevel=2,
             )
         write_atomically(self._identity_file, json.dumps(sealed(identity), indent=2, ensure_ascii=False) + "\n")
+
+    def check_start(self, content: bool = True) -> State | None:
+        """``state.json`` of the model that the run started from; None for a run that started from none.
+
+        Args:
+            content: also hash its tensors; one rank of several does it for all.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or another one.
+        """
+        known = self.identity().get("start")
+        if known is None:
+            return None
+        state = read_state(self.start, content)
+        if start_sha256(state) != known:
+            raise CheckpointError(
+                f"{self.start} is not what this run started from; restore it from a copy of the run folder"
+            )
+        return state
+
+    def start_adapters(self) -> dict[str, Tensor] | None:
+        """Tensors of the model that the run started from, see :func:`~cuma_ds.parallel.stored.read_adapters`.
+
+        None for a run that started from none: its start is the bare backbone.
+
+        Raises:
+            CheckpointError: as :meth:`check_start`.
+        """
+        state = self.check_start()
+        return None if state is None else read_adapters(self.start, state)
 
     def known_fingerprints(self, config: RunConfig) -> set[str]:
         """Fingerprints of the checkpoints this run may go on from: its own, and those that release 0.1.0 gave it."""

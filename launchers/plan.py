@@ -79,8 +79,9 @@ def main() -> None:
     from cuma_ds.planning.plan import Planner
     from cuma_ds.planning.report import plot_plans, print_plans
     from cuma_ds.planning.skeleton import read_model_config
+    from cuma_ds.training.start import with_start
 
-    config = load_config(arguments.config, arguments.set)
+    config = with_start(load_config(arguments.config, arguments.set))
     length = arguments.length or config.data.max_length
     shape = Work(
         sequences=arguments.micro_batch or config.training.micro_batch_size,

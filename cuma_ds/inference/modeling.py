@@ -189,9 +189,9 @@ class CumaForCausalLM(CumaModel):
         kwargs = {key: value for key, value in kwargs.items() if key not in _OF_AUTO_CLASSES}
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         export = read_export(place)
-        state, facts = _read_weights(place, export), export["base"]
+        state, facts = read_weights(place, export), export["base"]
         inside = (place / BASE_FOLDER / "config.json").is_file()
-        path = base_model or (str(place / BASE_FOLDER) if inside else _moved(export["base_model_name_or_path"], place))
+        path = base_model or (str(place / BASE_FOLDER) if inside else moved(export["base_model_name_or_path"], place))
         if not inside:
             export["base_model_name_or_path"] = full_path(str(path))
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code") and facts.get("trust_remote_code"))
@@ -210,7 +210,7 @@ class CumaForCausalLM(CumaModel):
         model.load_adapter_state(state)
         model.export, model.folder = export, place
         named = export["profiles"].get("encoder")
-        encoder = encoder or (_moved(named, place) if named else None)
+        encoder = encoder or (moved(named, place) if named else None)
         model.embed_profiles = ProfileReader(export["profiles"], model.config.profile_dim, encoder)
         return model.eval().requires_grad_(False)
 
@@ -368,13 +368,18 @@ def _export_folder(path: str, hub: Mapping[str, Any]) -> Path:
         ) from None
 
 
-def _moved(path: str, export: Path) -> str:
+def moved(path: str, export: Path) -> str:
     """A folder that is no longer where the export says, but beside the export; else ``path`` as it is."""
     beside = export.resolve().parent / Path(path).name
     return str(beside) if Path(path).is_absolute() and not Path(path).exists() and beside.is_dir() else path
 
 
-def _read_weights(folder: Path, export: Export) -> dict[str, Tensor]:
+def read_weights(folder: Path, export: Export) -> dict[str, Tensor]:
+    """The tensors of an export, as :meth:`CumaModel.load_adapter_state` takes them.
+
+    Raises:
+        CheckpointError: they are missing, damaged, or not those that were exported.
+    """
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         raise CheckpointError(f"{folder} is incomplete: {ADAPTER_WEIGHTS} is missing")

@@ -16,7 +16,15 @@ from cuma_ds.identity import file_sha256
 from cuma_ds.methods.model import Trained
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.engine import AdapterEngine
-from cuma_ds.parallel.stored import BESIDE, State, StoredTensors, read_state, stored_steps, write_state
+from cuma_ds.parallel.stored import (
+    BESIDE,
+    State,
+    StoredTensors,
+    read_adapters,
+    read_state,
+    stored_steps,
+    write_state,
+)
 
 # What is kept of each parameter, with the name of the Adam moment.
 _KINDS = {"param": None, **{moment: moment for moment in compat.MOMENTS}}
@@ -94,18 +102,52 @@ def load_checkpoint(engine: AdapterEngine, folder: Path) -> int:
     stored = StoredTensors(folder, state)
     compat.create_moments(engine.engine, int(state.get("optimizer_steps", state["step"])))
     for trained in engine.trained:
-        name, parameter, _ = trained
+        name = trained.name
         for kind, moment in _KINDS.items():
             if trained.placement == "per_expert":
                 value = stored.stacked(f"{kind}/{name}", _experts(engine, trained))
             else:
                 value = stored.get(f"{kind}/{name}")
-            shape = compat.whole_shape(parameter)
-            if value.shape != shape:
-                raise CheckpointError(f"{folder}: {name} has shape {tuple(value.shape)}; this run needs {tuple(shape)}")
-            compat.set_whole_value(parameter, moment, value.to(engine.topology.device))
+            _set(engine, trained, moment, value, folder)
     engine.model.load_state({key: stored.get(key) for key in engine.model.state()})
     return int(state["step"])
+
+
+def load_start(engine: AdapterEngine, folder: Path) -> None:
+    """Load trained tensors alone, as :func:`~cuma_ds.parallel.stored.write_start` wrote them; all ranks call it before
+    the first step. The optimizer stays as it is: no steps, moments of zero.
+
+    Where there are no balance shares, the engine keeps its own.
+
+    Args:
+        engine: of any topology, prepared.
+        folder: checked before.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of a model of other shapes.
+    """
+    state = read_state(folder, content=False)
+    stored, whole = StoredTensors(folder, state), read_adapters(folder, state)
+    for trained in engine.trained:
+        if trained.name not in whole:
+            raise CheckpointError(f"{folder} lacks {trained.name}; it belongs to another model or configuration")
+        value = whole.pop(trained.name)
+        if trained.placement == "per_expert":
+            own = _experts(engine, trained)
+            value = value[own.start : own.stop]
+        _set(engine, trained, None, value, folder)
+    there = {key: stored.get(key) for key in engine.model.state() if key in stored.names()}
+    engine.model.load_state({**engine.model.state(), **there})
+    if foreign := sorted(whole.keys() - {key.removeprefix("param/") for key in there}):
+        raise CheckpointError(f"{folder} holds {foreign[0]}; it belongs to another model or configuration")
+
+
+def _set(engine: AdapterEngine, trained: Trained, moment: str | None, value: Tensor, folder: Path) -> None:
+    """Set a parameter (None) or one of its moments; all ranks call it."""
+    shape = compat.whole_shape(trained.parameter)
+    if value.shape != shape:
+        raise CheckpointError(f"{folder}: {trained.name} has shape {tuple(value.shape)}; this run needs {tuple(shape)}")
+    compat.set_whole_value(trained.parameter, moment, value.to(engine.topology.device))
 
 
 def _tensors(engine: AdapterEngine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

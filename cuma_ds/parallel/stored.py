@@ -11,12 +11,16 @@ A checkpoint folder ``step-N`` holds::
 Tensors are named ``<kind>/<parameter>`` or ``<kind>/<parameter>/<expert>`` with kind ``param`` (float32 master
 weight), ``exp_avg`` or ``exp_avg_sq`` (Adam moments). Any world size, ``ep_size`` and ZeRO stage can read it. The
 frozen backbone is never in it.
+
+The folder ``start`` of a run that started from a trained model is a checkpoint of step 0 without moments, with all
+experts of a linear in one tensor.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -27,10 +31,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cuma_ds.errors import CheckpointError
+from cuma_ds.files import atomic_folder
 from cuma_ds.identity import SEAL, Identity, file_sha256, seal_holds, sealed
 
 FORMAT_VERSION = 1
 BESIDE = "objective/"
+_SHARED = "shared.safetensors"
 
 
 class State(TypedDict, total=False):
@@ -65,6 +71,24 @@ def write_state(folder: Path, state: State, hashes: Mapping[str, str]) -> None:
         {"format_version": FORMAT_VERSION, **state, "files": files, "sha256": dict(sorted(hashes.items()))}
     )
     (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_start(folder: Path, tensors: bytes) -> None:
+    """Write the checkpoint of step 0, all of it or nothing, in place of what is there.
+
+    Args:
+        folder: named ``start``.
+        tensors: a safetensors file of ``param/...`` and ``balance/...``.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    with atomic_folder(folder) as beside:
+        (beside / _SHARED).write_bytes(tensors)
+        write_state(beside, {"step": 0, "optimizer_steps": 0}, {_SHARED: file_sha256(beside / _SHARED)})
+
+
+def start_sha256(state: State) -> str:
+    """Hash of the tensors that :func:`write_start` wrote, from its ``state.json``."""
+    return state["sha256"][_SHARED]
 
 
 def stored_steps(checkpoints: Path) -> list[int]:
@@ -118,7 +142,7 @@ def check_checkpoint(folder: Path, fingerprints: Collection[str], identity: Iden
             f"{folder} was written by a different configuration; give this run another run.name, or restore the recipe"
         )
     theirs = state.get("identity")
-    known = ("backbone", "encoder", "source", "data", "profiles")
+    known = ("backbone", "encoder", "source", "data", "profiles", "start")
     if theirs and any(theirs.get(key) != identity.get(key) for key in known):
         raise CheckpointError(f"{folder} belongs to another run, of another model, encoder or data; move it away")
     return state
@@ -149,7 +173,7 @@ def read_state(folder: Path, content: bool = True) -> State:
         raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}")
     if not whole:
         raise CheckpointError(f"{folder} is damaged: state.json has changed since it was written{_another(folder)}")
-    if has_hashes and folder.name != f"step-{step}":
+    if has_hashes and folder.name != (f"step-{step}" if step else "start"):
         raise CheckpointError(f"{folder} is damaged: state.json is of step {step}{_another(folder)}")
     _check_files(folder, state, state.get("sha256", {}) if content else {})
     if content:

@@ -21,11 +21,13 @@ from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.identity import base_fact
 from cuma_ds.parallel.backbone import load_tokenizer, skeleton
+from cuma_ds.parallel.stored import write_start
 from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
 from cuma_ds.training.objectives import OBJECTIVES, Objective
+from cuma_ds.training.start import check_same_start, open_origin, start_bytes
 
 # In the manifest of a run's own data: the max_length that all its prompts are known to fit.
 PROMPTS_CHECKED = "prompts_fit"
@@ -76,8 +78,15 @@ def prepare_run(config: RunConfig) -> None:
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
         source = check_prompts(load_data(config.data, config.profiles.template), config, started=False)
+    origin = None
+    if config.model.init_from is not None and not run.identity():
+        origin = open_origin(config.model.init_from)
+        origin.check(config, (source or run.data()).manifest)
+    check_same_start(config)
     Run.create(config)
     data = run.data() if source is None else source.save(run.data_folder)
+    if origin is not None:
+        write_start(run.start, start_bytes(origin.tensors()))
     if source is None and PROMPTS_CHECKED not in data.manifest:
         check_prompts(data, config, started=True)
     table = None
@@ -91,6 +100,7 @@ def prepare_run(config: RunConfig) -> None:
         table.save(run.profiles_file)
     run.check_own_data(data, table, run.identity())
     run.record_identity(config, data, table)
+    run.check_start()
 
 
 def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:

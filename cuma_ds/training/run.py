@@ -20,7 +20,7 @@ from cuma_ds.files import write_atomically
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, resident_bytes, skeleton
-from cuma_ds.parallel.checkpoint import load_checkpoint, save_checkpoint
+from cuma_ds.parallel.checkpoint import load_checkpoint, load_start, save_checkpoint
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.stored import State, check_checkpoint, find_checkpoint, has_checkpoint, read_beside
@@ -33,6 +33,7 @@ from cuma_ds.training.inputs import TrainingInputs, load_inputs, prepare_run
 from cuma_ds.training.objectives.protocol import Begin, Objective
 from cuma_ds.training.optimizer import make_optimizer
 from cuma_ds.training.packing import tells_examples_apart
+from cuma_ds.training.start import with_start
 from cuma_ds.training.step import StepResult, run_step
 
 Say = Callable[[str], None]
@@ -54,11 +55,13 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     """
     tell = say if topology.is_main else (lambda _: None)
     run = Run(config.run_dir)
-    config = run.as_started(config)
+    with agreement():
+        config = with_start(run.as_started(config))
     with agreement():
         if topology.is_main:
             prepare_run(config)
     with agreement():
+        run.check_start(content=topology.is_main)
         if topology.local_rank == 0 and not topology.is_main:
             run.check_backbone(config, run.identity())  # each machine may hold a copy of its own
         inputs = load_inputs(config, topology)
@@ -74,6 +77,9 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     profiles_NP = None if inputs.table is None else inputs.table.embeddings[inputs.profiles]
     engine.model.prepare(profiles_NP, inputs.group_mask)
+    if config.model.init_from is not None:
+        load_start(engine, run.start)
+        tell(f"starting from {config.model.init_from}, as it is in {run.start}")
     batches = inputs.objective.begin(Begin(config, engine, inputs, run, tell))
     inputs = dataclasses.replace(inputs, batches=batches)
     start = _resume(run, engine, inputs.objective, tell)

@@ -18,7 +18,12 @@ def test_training_evaluation_asking_serving_and_export_are_the_same_on_a_device(
     (tmp_path / "model.json").write_text(json.dumps({"path": str(tiny_llama)}))
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "on_device.py"), str(run), str(tmp_path)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment() | {"CUMA_DS_OPS": "reference"}, capture_output=True, text=True, timeout=600
+        command,
+        cwd=ROOT,
+        env=environment() | {"CUMA_DS_OPS": "reference", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("same:") > 20

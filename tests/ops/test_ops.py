@@ -401,3 +401,10 @@ def test_the_module_tells_what_is_in_use_and_why_not(monkeypatch) -> None:
 def test_operators_of_another_version_are_not_used(monkeypatch) -> None:
     monkeypatch.setattr(library, "_SCHEMAS", 1)  # as source that has not been compiled yet
     assert library._load().startswith("they were built from another version of the source; run: python setup.py")
+
+
+def test_operators_use_no_streams() -> None:
+    """Those of a libstdc++ that is linked statically crash beside the one that torch has loaded."""
+    for file in (ROOT / "csrc").rglob("*"):
+        if file.suffix in (".h", ".cpp", ".cu"):
+            assert not re.search(r"#include <(\w*stream|iomanip)>", file.read_text()), file

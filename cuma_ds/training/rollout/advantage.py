@@ -32,8 +32,9 @@ class Found(NamedTuple):
         advantage_M: float64, of this rank's completions; 0 for those that are left out.
         reward_M: float64, weighted sum of the rewards; nan for those that are left out.
         numbers: for the log, over all ranks, equal on all, where they are known: ``reward``, ``reward_std``,
-            ``rewards/<name>/mean`` and ``/std``, ``frac_reward_zero_std`` (share of completions whose prompt's rewards
-            are all equal), ``completions/left_out`` (share), ``reward/<group>``, ``robust_weight/<group>``.
+            ``rewards/<name>/mean``, ``/std`` and ``/none`` (share of completions without it), ``frac_reward_zero_std``
+            (share whose prompt's rewards are all equal), ``completions/left_out`` (share without any reward) and
+            ``/without_others`` (whose prompt has less than two), ``reward/<group>``, ``robust_weight/<group>``.
     """
 
     advantage_M: Array
@@ -112,9 +113,13 @@ class Advantages:
         numbers = {"reward": mean(reward_N), "reward_std": std(reward_N)}
         for name, column_N in zip(self._names, rewards_NF.T, strict=True):
             numbers |= {f"rewards/{name}/mean": mean(column_N), f"rewards/{name}/std": std(column_N)}
+            numbers[f"rewards/{name}/none"] = float(np.isnan(column_N).mean())
         std_N = spread(reward_N, self._section.group_size, self._section.scale_rewards)
         numbers["frac_reward_zero_std"] = float(np.isclose(std_N, 0.0).mean())
         numbers["completions/left_out"] = float(np.isnan(reward_N).mean())
+        if self.history is None:
+            own_N = spread(reward_N, self._section.group_size, "group")
+            numbers["completions/without_others"] = float(np.isnan(own_N).mean())
         if self._groups is not None:
             means_G = np.array([mean(reward_N[group_N == group]) for group in range(len(self._groups.names) + 1)])
             numbers |= self._by_group("reward", means_G)

@@ -118,9 +118,10 @@ def test_numbers_of_a_rollout() -> None:
     np.testing.assert_array_equal(found.reward_M, [1.0, 4.0, NAN, 6.5, 3.0, 3.0])
     expected = {
         "reward": 3.5, "reward_std": statistics.stdev([1, 4, 6.5, 3, 3]),
-        "rewards/r0/mean": 3.0, "rewards/r0/std": statistics.stdev([1, 2, 6, 3, 3]),
-        "rewards/r1/mean": 2.5, "rewards/r1/std": statistics.stdev([4, 1]),
-        "frac_reward_zero_std": 2 / 6, "completions/left_out": 1 / 6, "reward/Ghana": 2.5, "reward/Norway": 6.5,
+        "rewards/r0/mean": 3.0, "rewards/r0/std": statistics.stdev([1, 2, 6, 3, 3]), "rewards/r0/none": 1 / 6,
+        "rewards/r1/mean": 2.5, "rewards/r1/std": statistics.stdev([4, 1]), "rewards/r1/none": 4 / 6,
+        "frac_reward_zero_std": 2 / 6, "completions/left_out": 1 / 6, "completions/without_others": 2 / 6,
+        "reward/Ghana": 2.5, "reward/Norway": 6.5,
     }  # fmt: skip
     assert found.numbers == pytest.approx(expected), "what nobody knows is not there, and small groups have no name"
 
@@ -128,7 +129,8 @@ def test_numbers_of_a_rollout() -> None:
 def test_a_rollout_without_rewards_moves_nothing() -> None:
     found = advantages({"group_size": 2})(np.full((4, 1), NAN), np.zeros(4, np.int64))
     np.testing.assert_array_equal(found.advantage_M, np.zeros(4))
-    assert found.numbers == {"frac_reward_zero_std": 0.0, "completions/left_out": 1.0}
+    shares = {"completions/left_out": 1.0, "completions/without_others": 1.0, "rewards/r0/none": 1.0}
+    assert found.numbers == {"frac_reward_zero_std": 0.0, **shares}
 
 
 def rollouts(count: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
