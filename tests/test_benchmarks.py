@@ -71,7 +71,7 @@ def test_evaluation(tiny_llama, table) -> None:
 
 
 def test_generation(tiny_llama, table) -> None:
-    sizes = "--people 3 --answers 2 --tokens 4".split()
+    sizes = ["--people", "3", "--answers", "2", "--tokens", "4"]
     printed = table("generation", "--model", str(tiny_llama), *sizes, *QUICK)
     assert printed.count("cuma-ds, adapters off") == printed.count("a profile per row") == 2
     assert "6 answers of 1 to 4 tokens" in printed
