@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class TrainedRun:
         identity: what it was trained with; empty in checkpoints of release 0.1.0.
         data: the run's own data.
         table: the embedded profiles; None for methods without profiles.
+        start: reads the tensors of the model that the run started from; None where that is the bare backbone.
     """
 
     checkpoint: Path
@@ -54,6 +55,7 @@ class TrainedRun:
     identity: Identity
     data: PreparedData
     table: ProfileTable | None
+    start: Callable[[], dict[str, Tensor]] | None
 
 
 class Run:
@@ -215,16 +217,13 @@ class Run:
             )
         return state
 
-    def start_adapters(self) -> dict[str, Tensor] | None:
+    def start_adapters(self) -> dict[str, Tensor]:
         """Tensors of the model that the run started from, see :func:`~cuma_ds.parallel.stored.read_adapters`.
-
-        None for a run that started from none: its start is the bare backbone.
 
         Raises:
             CheckpointError: as :meth:`check_start`.
         """
-        state = self.check_start()
-        return None if state is None else read_adapters(self.start, state)
+        return read_adapters(self.start, self.check_start())
 
     def known_fingerprints(self, config: RunConfig) -> set[str]:
         """Fingerprints of the checkpoints this run may go on from: its own, and those that release 0.1.0 gave it."""
@@ -251,7 +250,8 @@ class Run:
             )
         self.check_own_data(data, table, identity)
         self.check_backbone(config, identity)
-        return TrainedRun(checkpoint, read_adapters(checkpoint, state), identity, data, table)
+        start = self.start_adapters if "start" in identity else None
+        return TrainedRun(checkpoint, read_adapters(checkpoint, state), identity, data, table, start)
 
     def check_backbone(self, config: RunConfig, identity: Identity) -> None:
         """Raise a CheckpointError if ``model.path`` holds another model than the run was trained on.

@@ -1,4 +1,4 @@
-"""Evaluate a model: option probabilities against people's answers, before and after training, in one report."""
+"""Evaluate a model on choice questions, conversations or preferences, before and after training, in one report."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ examples
     python launchers/evaluate.py --export exported --data prepared/wvb --out reports/exported
     python launchers/evaluate.py --adapter lora/profile-1 --data answers.jsonl --out reports/lora
     python launchers/evaluate.py --model models/SmolLM2-135M-Instruct --data answers.jsonl --out reports/bare
+  whether it prefers the answers that people prefer, from pairs of a chosen and a rejected answer:
+    python launchers/evaluate.py --run runs/quickstart --data preferences.jsonl --out reports/preferences
   conversations: 200 answers before and after training, compared by a judge behind an OpenAI-compatible endpoint:
     python launchers/evaluate.py --run runs/chat --generate 200 --judge-url http://host:8000/v1 --judge-model NAME"""
 _KINDS = ("run", "export", "adapter", "model")

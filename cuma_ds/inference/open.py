@@ -130,7 +130,7 @@ def open_trained(config: RunConfig, trained: TrainedRun, topology: Topology | No
         model = load_trained(config, trained.adapters, table)
     else:
         model, peers = _placed(_with_width(config, table), trained.adapters, topology)
-    width = model.config.profile_dim
+    width, start = model.config.profile_dim, trained.start
     return Opened(
         name=config.run.name,
         checkpoint=trained.checkpoint.name,
@@ -139,6 +139,7 @@ def open_trained(config: RunConfig, trained: TrainedRun, topology: Topology | No
         config=config,
         reader=ProfileReader(profile_facts(config, trained.data, table), width) if width else None,
         untrained=model.adapters_disabled,
+        started=None if start is None else lambda: _holding(model, lambda: _own_part(model, start(), topology)),
         peers=peers,
     )
 

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,6 +88,14 @@ class Asked:
     unanswered: int = 0
     in_a_row: int = 0
 
+    def count(self, reply: _Reply) -> None:
+        """Count a call that has ended."""
+        self.calls += 1
+        self.unanswered += reply.unanswered
+        self.in_a_row = self.in_a_row + 1 if reply.unanswered else 0
+        if reply.failure:
+            self.failures[reply.failure] += 1
+
 
 class _Reply(NamedTuple):
     verdict: str
@@ -127,11 +135,11 @@ class Judge:
         must_answer: bool = False,
         fresh: bool = False,
     ) -> Asked:
-        """Ask every request that the cache does not hold.
+        """Ask every request that the cache does not hold; equal ones are asked once.
 
         Args:
             requests: messages each.
-            progress: called with (requests done, in all).
+            progress: called with (calls that have ended, in all).
             must_answer: give up on a judge that is down instead of counting failures: once as many calls in a row
                 went unanswered as are made at a time, or more than half of all did.
             fresh: neither read the cache nor add to it.
@@ -140,67 +148,53 @@ class Judge:
             ConfigError: the judge refuses the key or does not know the model.
             JudgeDown: with ``must_answer``.
         """
-        asked = Asked([""] * len(requests))
-        known = None if fresh else self._cache
-        asyncio.run(self._ask_all(requests, asked, known, progress, must_answer))
+        keys = [_key(self.settings, messages) for messages in requests]
+        cache = None if fresh else self._cache
+        known = {} if cache is None else {key: cache.verdicts[key] for key in keys if key in cache.verdicts}
+        wanted = {key: messages for key, messages in zip(keys, requests, strict=True) if key not in known}
+        asked = Asked([], cached=sum(key in known for key in keys))
+
+        def take(key: str, reply: _Reply) -> None:
+            known[key] = reply.verdict
+            asked.count(reply)
+            if must_answer and asked.in_a_row >= max(self.settings.concurrency, 3):
+                raise self._down(asked)
+            if cache is not None and reply.verdict in _VERDICTS:
+                cache.add(key, reply.verdict)
+            if progress is not None:
+                progress(asked.calls, len(wanted))
+
+        if wanted:
+            asyncio.run(self._ask_all(wanted, take))
         if must_answer and 2 * asked.unanswered > asked.calls:
             raise self._down(asked)
+        asked.verdicts = [known[key] for key in keys]
         return asked
 
-    async def _ask_all(
-        self,
-        requests: Sequence[list[dict[str, str]]],
-        asked: Asked,
-        cache: _Cache | None,
-        progress: Callable[[int, int], None] | None,
-        must_answer: bool,
-    ) -> None:
+    async def _ask_all(self, requests: Mapping[str, list[dict[str, str]]], take: Callable[[str, _Reply], None]) -> None:
+        """Ask several requests at a time, and hand over each reply as it comes."""
         import openai
 
-        settings = self.settings
-        limit, patience = asyncio.Semaphore(settings.concurrency), max(settings.concurrency, 3)
-        done = 0
+        settings, limit = self.settings, asyncio.Semaphore(self.settings.concurrency)
 
-        async def ask(client: openai.AsyncOpenAI, index: int) -> None:
-            nonlocal done
-            key = _key(settings, requests[index])
-            known = None if cache is None else cache.verdicts.get(key)
-            if known is not None:
-                asked.verdicts[index] = known
-                asked.cached += 1
-            else:
-                async with limit:
-                    reply = await self._call(client, requests[index])
-                self._count(asked, index, reply)
-                if must_answer and asked.in_a_row >= patience:
-                    raise self._down(asked)
-                if cache is not None and reply.verdict in _VERDICTS:
-                    cache.add(key, reply.verdict)
-            done += 1
-            if progress is not None:
-                progress(done, len(requests))
+        async def ask(key: str, messages: list[dict[str, str]]) -> None:
+            async with limit:
+                reply = await self._call(client, messages)
+            take(key, reply)
 
-        key = os.environ.get(settings.key_variable) or "none"
+        secret = os.environ.get(settings.key_variable) or "none"
         stop: Exception | None = None
         async with openai.AsyncOpenAI(
-            base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.retries
+            base_url=settings.url, api_key=secret, timeout=settings.timeout, max_retries=settings.retries
         ) as client:
             try:
                 async with asyncio.TaskGroup() as group:
-                    for index in range(len(requests)):
-                        group.create_task(ask(client, index))
+                    for key, messages in requests.items():
+                        group.create_task(ask(key, messages))
             except* CumaError as errors:
                 stop = errors.exceptions[0]
         if stop is not None:  # raised inside except*, it would be wrapped in a group
             raise stop from None
-
-    def _count(self, asked: Asked, index: int, reply: _Reply) -> None:
-        asked.verdicts[index] = reply.verdict
-        asked.calls += 1
-        asked.unanswered += reply.unanswered
-        asked.in_a_row = asked.in_a_row + 1 if reply.unanswered else 0
-        if reply.failure:
-            asked.failures[reply.failure] += 1
 
     def _down(self, asked: Asked) -> JudgeDown:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in asked.failures.most_common())

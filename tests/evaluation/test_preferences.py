@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +20,24 @@ from preferences import (
     write_preferences,
 )
 from ranks import run as run_ranks
-from run_folder import content, make_run
+from run_folder import OPINIONS, content, make_run
 
 from cuma_ds.data.batch import collate, encode_pair
+from cuma_ds.errors import CheckpointError
 from cuma_ds.evaluation.examples import swap_profiles
 from cuma_ds.evaluation.predictions import read_predictions
 from cuma_ds.evaluation.preference import PairLogps, pair_log_probabilities
 from cuma_ds.evaluation.preference_split import pair_scores
 from cuma_ds.evaluation.report.model import read_report
 from cuma_ds.evaluation.report.tables import terminal_tables
-from cuma_ds.evaluation.run import evaluate
+from cuma_ds.evaluation.run import evaluate, evaluate_run
 from cuma_ds.evaluation.subject import Subject, run_subject, subject
-from cuma_ds.inference.open import _holding, open_model
+from cuma_ds.export.hf import read_run, write_hf
+from cuma_ds.export.lora import write_lora
+from cuma_ds.inference.open import _holding, load_trained, open_export, open_model, open_peft
 from cuma_ds.parallel.backbone import load_backbone
+from cuma_ds.profiles import ProfileTable
+from cuma_ds.runs import Run
 
 REPLICATES = 200
 SETTINGS = ["evaluation.min_answers=5", f"evaluation.bootstrap={REPLICATES}"]
@@ -44,29 +48,27 @@ def preferences(tmp_path_factory) -> Path:
     return write_preferences(tmp_path_factory.mktemp("data") / "preferences.jsonl")
 
 
+def run_with_start(folder: Path, backbone: Path, encoder: Path, source: Path, **sections: dict) -> Path:
+    """A run that started from other adapters than those of its checkpoint."""
+    _, model, _ = make_run(folder.parent / "origin", backbone, encoder, {}, source=source, **sections)
+    generator = torch.Generator().manual_seed(8)
+    start = {
+        name: 0.4 * torch.randn(tensor.shape, generator=generator) if tensor.dim() > 1 else tensor
+        for name, tensor in model.adapter_state().items()
+    }
+    return make_run(folder, backbone, encoder, {}, source=source, start=start, **sections)[0]
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, tiny_llama, tiny_encoder, preferences) -> Path:
-    folder, _, _ = make_run(
-        tmp_path_factory.mktemp("runs") / "preferences", tiny_llama, tiny_encoder, {}, source=preferences,
-        data={"test_fraction": 0.5, "heldout_fraction": 0.0, "heldout_profile_fraction": 0.2},
-    )  # fmt: skip
-    return folder
-
-
-def other_adapters(asked: Subject) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(8)
-    return {
-        name: 0.4 * torch.randn(tensor.shape, generator=generator) if tensor.dim() > 1 else tensor.clone()
-        for name, tensor in asked.model.adapter_state().items()
-    }
+    data = {"test_fraction": 0.5, "heldout_fraction": 0.0, "heldout_profile_fraction": 0.2}
+    folder = tmp_path_factory.mktemp("runs") / "preferences"
+    return run_with_start(folder, tiny_llama, tiny_encoder, preferences, data=data)
 
 
 @pytest.fixture(scope="module")
 def asked(run_folder) -> Subject:
-    """The run, with some other adapters as the policy that it started from."""
-    opened = run_subject(run_folder, overrides=SETTINGS)
-    start = other_adapters(opened)
-    return dataclasses.replace(opened, started=partial(_holding, opened.model, lambda: start))
+    return run_subject(run_folder, overrides=SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +97,12 @@ class Loop:
 
         own = [row["profile"] for row in self.rows]
         self.logps = {"before": both(backbone, [None] * len(own))}
-        with asked.started():
-            self.logps["start"] = both(asked.model, own)
+        start = load_trained(
+            asked.config,
+            Run(asked.config.run_dir).start_adapters(),
+            ProfileTable.load(Run(asked.config.run_dir).profiles_file),
+        )
+        self.logps["start"] = both(start, own)
         self.logps |= {"trained": both(asked.model, own), "swapped": both(asked.model, swapped)}
         self.tokens = [
             tuple(answer_tokens(tokenizer, row[side]) for side in ("chosen", "rejected")) for row in self.rows
@@ -385,10 +391,9 @@ def test_the_command_evaluates_a_run_on_preferences_of_somebody_else(run_folder,
 @pytest.mark.multirank
 def test_several_ranks_report_what_one_process_does(tmp_path, tiny_llama, tiny_encoder, preferences) -> None:
     parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
-    folder, _, _ = make_run(
-        tmp_path / "runs" / "ranks", tiny_llama, tiny_encoder, {}, source=preferences, parallel=parallel,
-        evaluation={"min_answers": 5, "bootstrap": 20},
-    )  # fmt: skip
+    settings = {"min_answers": 5, "bootstrap": 20}
+    place = tmp_path / "runs" / "ranks"
+    folder = run_with_start(place, tiny_llama, tiny_encoder, preferences, parallel=parallel, evaluation=settings)
     found = {}
     for world in (1, 2):
         out = tmp_path / str(world)
@@ -396,7 +401,59 @@ def test_several_ranks_report_what_one_process_does(tmp_path, tiny_llama, tiny_e
         assert [code for code, _ in ranks] == [0] * world, ranks[0][1][-3000:]
         found[world] = read_report(out).splits
     for name, split in found[1].items():
+        assert "start" in split.rows
         for contender, scores in split.rows.items():
             other = found[2][name].rows[contender]
             assert other.accuracy == scores.accuracy
             assert other.margin == pytest.approx(scores.margin, abs=1e-5)
+
+
+def test_a_report_on_choices_has_the_start_policy_too(tmp_path, tiny_llama, tiny_encoder) -> None:
+    folder = run_with_start(tmp_path / "run", tiny_llama, tiny_encoder, OPINIONS, evaluation={"min_answers": 2})
+    split = evaluate_run(folder).splits["test"]
+    assert [name for name in split.rows if name not in ("collapse", "oracle", "nearest")] == [
+        "before", "start", "trained", "swapped",
+    ]  # fmt: skip
+    assert split.rows["start"].entropy not in (split.rows["before"].entropy, split.rows["trained"].entropy)
+    assert split.differences["start"].interval["emd"] is not None
+    assert "Start policy: the model that this run began from." in (folder / "evaluation" / "report.md").read_text()
+
+
+def test_a_start_policy_that_was_changed_is_refused(tmp_path, tiny_llama, tiny_encoder, preferences) -> None:
+    folder = run_with_start(tmp_path / "run", tiny_llama, tiny_encoder, preferences, evaluation={"min_answers": 5})
+    file = folder / "start" / "shared.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="start is damaged"):
+        evaluate_run(folder)
+
+
+def test_an_export_is_judged_as_the_run_it_was_made_of(run_folder, asked, report, tmp_path) -> None:
+    write_hf(read_run(run_folder), tmp_path / "exported")
+    opened = open_export(tmp_path / "exported", overrides=[*SETTINGS, "model.dtype=float32"])
+    split = evaluate(subject(opened, Run(run_folder).data_folder), tmp_path / "report").splits["test"]
+    expected = report.splits["test"]
+    # An export does not know what its run started from.
+    assert list(split.rows) == ["before", "trained", "swapped"]
+    for name, scores in split.rows.items():
+        assert scores.accuracy == expected.rows[name].accuracy
+        assert scores.margin == pytest.approx(expected.rows[name].margin, abs=1e-4)
+        assert scores.accuracy_start is None
+
+
+@pytest.mark.parametrize("method", ["lora", "cuma"])
+def test_an_adapter_of_peft_is_judged_before_and_after(tmp_path, tiny_llama, tiny_encoder, preferences, method) -> None:
+    lora = {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0} if method == "lora" else {}
+    settings = {"min_answers": 5, "bootstrap": 20}
+    folder, _, _ = make_run(tmp_path / "run", tiny_llama, tiny_encoder, lora, source=preferences, evaluation=settings)
+    write_lora(folder, [] if lora else [{"country": "Chile", "age": "old"}], tmp_path / "lora", prompts=4)
+    opened = open_peft(tmp_path / "lora" / "profile-1", overrides=["model.dtype=float32", "evaluation.min_answers=5"])
+    rows = evaluate(subject(opened, Run(folder).data_folder), tmp_path / "report").splits["test"].rows
+    assert list(rows) == ["before", "trained"]
+    assert rows["trained"].accuracy != 0.5
+    if method == "lora":
+        own = evaluate_run(folder).splits["test"].rows
+        assert list(own) == ["before", "trained"]
+        assert rows["trained"].accuracy == own["trained"].accuracy
+        assert rows["trained"].margin == pytest.approx(own["trained"].margin, abs=1e-4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from cuma_ds.adapters import CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
@@ -16,7 +16,7 @@ from cuma_ds.inference.modeling import Profile
 from cuma_ds.inference.open import Opened
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.backbone import load_backbone
-from cuma_ds.parallel.stored import write_state
+from cuma_ds.parallel.stored import write_start, write_state
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
 from cuma_ds.runs import Run
 
@@ -51,6 +51,7 @@ def make_run(
     adapters: dict,
     constant_routing: bool = False,
     source: Path = OPINIONS,
+    start: dict[str, torch.Tensor] | None = None,
     **sections: dict,
 ) -> tuple[Path, CumaModel, ProfileTable | None]:
     """Write a run of one checkpoint.
@@ -58,7 +59,8 @@ def make_run(
     Args:
         adapters: section of the recipe, on top of 4 experts, top 2, rank 2 beside q_proj and v_proj.
         constant_routing: routers do not look at the token.
-        source: answers or conversations as JSON lines.
+        source: answers, conversations or preferences as JSON lines.
+        start: adapters that the run started from, as ``CumaModel.adapter_state`` returns them.
         sections: further sections of the recipe.
 
     Returns:
@@ -93,6 +95,9 @@ def make_run(
             for name, parameter in model.adapter_parameters():
                 if name.endswith("router.weight_h"):
                     parameter.zero_()
+    if start is not None:
+        write_start(folder / "start", save({f"param/{name}": tensor for name, tensor in start.items()}))
+        config = config.model_copy(update={"model": config.model.model_copy(update={"init_from": "elsewhere"})})
     checkpoint = folder / "checkpoints" / "step-7"
     Run(folder).record_identity(config, data, table)
     checkpoint.mkdir(parents=True)

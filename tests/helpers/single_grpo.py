@@ -134,11 +134,14 @@ def train_single_grpo(config: RunConfig, start: dict[str, Tensor] | None = None)
             total = total + (grpo.kl_weight * kl - torch.min(ratio * advantage, clipped * advantage)).sum()
             kl_sum += float(kl.detach().sum())
         (total / tokens).backward()
-        sequences = {(one.profile, *one.prompt, *one.tokens[:-1]) for one in asked}
-        load_RE = _balance(model, sorted(sequences), table, config.adapters.balance_weight)
+        load_RE = None
+        if config.adapters.balance_weight:
+            sequences = {(one.profile, *one.prompt, *one.tokens[:-1]) for one in asked}
+            load_RE = _balance(model, sorted(sequences), table, config.adapters.balance_weight)
         nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf"))
         optimizer.step()
-        model.update_shares(load_RE)
+        if load_RE is not None:
+            model.update_shares(load_RE)
         found.losses.append(float(total.detach()) / tokens)
         found.kls.append(kl_sum / tokens)
     found.state = {name: tensor.clone() for name, tensor in model.adapter_state().items()}

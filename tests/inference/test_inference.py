@@ -110,6 +110,33 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch() -> None:
     assert together != written([0, 1, 2, 3, 4], 5, seed=2)
 
 
+def test_equal_prompts_of_one_profile_are_read_once_and_answered_as_if_each_were_alone() -> None:
+    """Several draws of each of two people, some of which end at their first token."""
+    model = adapted("llama")
+    forward, read = ModelForward(model), []
+
+    class Counting(RunningBatch):
+        def read(self, prompts, profiles_BP):
+            read.append((len(prompts), len(profiles_BP)))
+            return super().read(prompts, profiles_BP)
+
+    def asked() -> list[Completion]:
+        limits = [6, 1, 5, 6, 1, 4, 6, 1]
+        samplings = [
+            Sampling(most, temperature=1.3, seed=mixed_seed(3, number, 1)) for number, most in enumerate(limits)
+        ]
+        who = [0, 0, 1, 1, 0, 0, 1, 0]
+        return [Completion(PROMPTS[0], one, PROFILES[row].clone()) for row, one in zip(who, samplings, strict=True)]
+
+    together, alone = asked(), asked()
+    generate(Decoder(Counting(forward, 0), 8, []), together)
+    assert read == [(2, 2)]
+    for completion in alone:
+        generate(Decoder(RunningBatch(forward, 0), 1, []), [completion])
+    assert [completion.tokens for completion in together] == [completion.tokens for completion in alone]
+    assert len({tuple(completion.tokens[:4]) for completion in together if completion.max_new_tokens > 3}) > 1
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama, tiny_encoder) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "opinions"
@@ -217,3 +244,23 @@ def test_what_is_for_one_process_is_refused_on_ranks_in_one_line(chats, tmp_path
         for code, output in run_ranks(2, command):
             assert code == 2
             assert message in output
+
+
+def test_a_step_copies_no_keys_also_after_a_change_of_the_batch() -> None:
+    batch = RunningBatch(ModelForward(adapted("llama").eval()), pad_id=0)
+    batch.join(PROMPTS[:3], PROFILES[:3])
+
+    def places() -> list[int]:
+        assert batch._running is not None
+        return [state.data_ptr() for layer in batch._running.cache.layers for state in (layer.keys, layer.values)]
+
+    batch.step([1, 2, 3])
+    before = places()
+    for token in range(20):
+        batch.step([token] * 3)
+    assert places() == before
+    batch.keep([0, 2])
+    batch.step([1, 2])
+    after = places()
+    batch.step([1, 2])
+    assert places() == after

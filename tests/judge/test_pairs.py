@@ -372,19 +372,21 @@ def test_a_single_failed_call_gives_no_score_and_the_rest_have_one(server, tmp_p
     assert scores(pairs(3), judge(server, tmp_path)) == [1.0, None, 1.0]
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_judge_that_goes_down_is_given_up_after_a_few_calls(server, tmp_path, status) -> None:
-    """It answers twelve calls and none after that. Every call is tried three times; eight run at a time."""
+@pytest.mark.parametrize(("status", "concurrency"), [(429, 1), (500, 1), (503, 8)])
+def test_a_judge_that_goes_down_is_given_up_after_a_few_calls(server, tmp_path, status, concurrency) -> None:
+    """It answers twelve calls and none after that. Every call is tried three times."""
     server.script = lambda prompt, number: prefers_good(prompt, 0) if number <= 12 else fault(status)
-    asked = judge(server, tmp_path)
+    asked = judge(server, tmp_path, concurrency=concurrency)
     with pytest.raises(JudgeDown, match=rf"the judge m at {server.url} does not answer: .* status {status}\)") as down:
         scores(pairs(100), asked)
     assert "\n" not in str(down.value)
-    assert len(server.calls) <= 12 + 3 * 8 * 2, "bounded"
+    assert len(server.calls) <= 12 + 3 * max(concurrency, 3) * 2, "bounded"
+    calls = len(server.calls)
     server.script = prefers_good
-    server.calls.clear()
     assert scores(pairs(100), asked) == [1.0] * 100
-    assert len(server.calls) == 200 - 12, "what was judged before is not lost"
+    if concurrency == 1:  # else an answer may be on its way when the others give up
+        assert calls == 12 + 3 * 3
+        assert len(server.calls) == calls + 200 - 12, "what was judged before is not lost"
 
 
 def test_a_small_batch_is_enough_to_see_that_a_judge_is_down(tmp_path) -> None:
@@ -436,3 +438,13 @@ def test_what_a_judge_refuses_is_remembered_from_batch_to_batch(server, tmp_path
     assert len(server.calls) == 3
     scores(pairs(2), asked)
     assert len(server.calls) == 5
+
+
+def test_equal_pairs_are_asked_once_and_told_the_same(server, tmp_path) -> None:
+    """Two equal completions of one prompt must not differ in reward, also where the judge would change its mind."""
+    server.script = lambda _, number: verdict("AB"[number % 2])
+    twice = judge(server, tmp_path, concurrency=1)
+    found = scores(pairs(1) * 3, twice)
+    assert len(server.calls) == 2
+    assert found == [found[0]] * 3
+    assert scores(pairs(1), twice) == found[:1]

@@ -191,6 +191,18 @@ def test_on_a_terminal_there_is_a_bar_with_the_loss(tmp_path: Path) -> None:
     assert "loss 0.1250" in text.getvalue()
 
 
+def test_what_a_step_is_doing_stands_below_the_bar(tmp_path: Path) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True, color_system=None)
+    with writer_in(tmp_path, TelemetrySection(tensorboard=False), range(4), console=console) as writer:
+        writer.show("rollout", 3, 7)
+    with writer_in(tmp_path, TelemetrySection(tensorboard=False), range(4), console=console) as writer:
+        writer.show("update", 0, 0)
+    assert "3/7" in text.getvalue()
+    assert "rollout" in text.getvalue()
+    assert "update" in text.getvalue()
+
+
 def test_throughput_divides_by_the_time_since_the_last_row() -> None:
     times = iter([10.0, 12.0, 13.0])
     throughput = Throughput(clock=lambda: next(times))

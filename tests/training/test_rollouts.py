@@ -101,15 +101,45 @@ def test_a_run_equals_a_loop_written_by_hand(name, tmp_path, tiny_llama, tiny_en
         torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
+def test_the_reference_is_the_policy_that_a_run_started_from(tmp_path, tiny_llama, tiny_encoder) -> None:
+    """On one process, and on two ranks with the trained parameters held in other ways."""
+    parallels = {
+        "whole": {"deepspeed_config": "zero1"},
+        "sharded": {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2},
+        "zero3": {"deepspeed_config": "zero3"},
+    }
+    without = {"adapters": {"balance_weight": 0.0}}
+    trained = recipe(tmp_path, tiny_llama, tiny_encoder, "trained", **copy.deepcopy(without))
+    run_recipes(1, [trained])
+    options = {"grpo": {"kl_weight": 0.5}, "model": {"init_from": str(load_config(trained).run_dir)}, **without}
+    paths = {
+        name: grpo_recipe(tmp_path, tiny_llama, tiny_encoder, name, parallel=parallel, **copy.deepcopy(options))
+        for name, parallel in parallels.items()
+    }
+    run_recipes(1, [paths["whole"]])
+    run_recipes(2, [paths["sharded"], paths["zero3"]])
+    expected = train_single_grpo(load_config(paths["whole"]), start=tensors(trained))
+    assert max(expected.kls) > 1e-3
+    for path in paths.values():
+        assert [row["kl"] for row in metrics(load_config(path))] == pytest.approx(expected.kls, rel=1e-4, abs=1e-6)
+        found = tensors(path)
+        for name, tensor in expected.state.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+        assert max(float((found[name] - tensor).abs().max()) for name, tensor in tensors(trained).items()) > 1e-3
+
+
 KILLS = int(os.environ.get("KILLS", "2"))
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, tiny_llama, tiny_encoder) -> None:
-    """Two ranks, in the middle of generating and of an update by turns, at another place each time."""
+    """Two ranks, in the middle of generating and of an update by turns, at another place each time. What the advantages
+    remember goes on, too.
+    """
     options = {
         "parallel": {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2},
-        "training": {"steps": 2 * KILLS + 2, "micro_batch_size": 8},
-        "grpo": {"rewards": ["own_rewards:rarely"]},
+        "training": {"steps": 2 * KILLS + 2, "micro_batch_size": 8, "group_field": "country"},
+        "grpo": {"rewards": ["own_rewards:rarely"], "advantage": "history", "robust": "groupdro"},
+        "evaluation": {"min_answers": 8},
         "checkpoint": {"every": 1, "keep_last": 1},
     }
     whole, broken = (

@@ -39,7 +39,7 @@ def judged(tmp_path, tiny_llama, tiny_encoder, server, monkeypatch):
             training={"objective": "grpo", "steps": STEPS, "global_batch_size": 2, "micro_batch_size": 8},
             grpo={"rewards": ["judge"], "group_size": 4, "length_penalty": 0.1},
             rollout={"max_new_tokens": 5},
-            judge={"url": server.url, "model": "m", "retries": 0, "concurrency": 2},
+            judge={"url": server.url, "model": "m", "retries": 0, "concurrency": 1},
         )  # fmt: skip
 
     return go
@@ -90,7 +90,7 @@ def test_a_judge_that_goes_down_leaves_a_checkpoint_and_the_run_goes_on_where_it
     calls, server.script = len(server.calls), prefers_more_vowels
     codes, output = started(path)
     assert codes == [0, 0], output
-    assert len(server.calls) - calls < 1 + 2 * 16, "verdicts that were known are not asked for again"
+    assert len(server.calls) - calls < 1 + 2 * 16, "known verdicts are not asked for again"
     found, same = (metrics(load_config(one)) for one in (path, expected))
     assert [row["step"] for row in found] == [1, 2, 3]
     for name in ("loss", "reward", "reward_std", "rewards/judge/mean", "rewards/length/mean", "completions/left_out"):
