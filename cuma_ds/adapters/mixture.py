@@ -143,7 +143,7 @@ def cheaper_strategy(sizes: MixtureSizes, dtype: torch.dtype, device: str = "cpu
 
 
 # What moving one row costs, in columns of a dense product. GPUs multiply far faster than they move.
-MOVED_COLUMNS = {"cpu": 64.0, "cuda": 400.0}
+MOVED_COLUMNS = {"cpu": 64.0, "cuda": 900.0}
 
 
 class _Context(Protocol):

@@ -186,7 +186,7 @@ def test_killed_in_the_middle_the_same_command_resumes_bit_identically(
 def _newest(checkpoints: Path) -> int:
     """The step of the newest complete checkpoint, or 0."""
     return max(
-        (int(state.parent.name.removeprefix("step-")) for state in checkpoints.glob("step-*/state.json")), default=0
+        (int(state.parent.name.removeprefix("step-")) for state in checkpoints.glob("step-*[0-9]/state.json")), default=0
     )
 
 
