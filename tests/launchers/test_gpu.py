@@ -185,9 +185,8 @@ def test_killed_in_the_middle_the_same_command_resumes_bit_identically(
 
 def _newest(checkpoints: Path) -> int:
     """The step of the newest complete checkpoint, or 0."""
-    return max(
-        (int(state.parent.name.removeprefix("step-")) for state in checkpoints.glob("step-*[0-9]/state.json")), default=0
-    )
+    complete = checkpoints.glob("step-*[0-9]/state.json")
+    return max((int(state.parent.name.removeprefix("step-")) for state in complete), default=0)
 
 
 def test_what_a_trained_model_says_is_the_same_without_a_gpu(tmp_path, tiny_llama, tiny_encoder) -> None:
