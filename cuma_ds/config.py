@@ -54,7 +54,9 @@ class ModelSection(_Section):
 class ProfilesSection(_Section):
     """Profiles: how their fields become a sentence, and the sentence a vector."""
 
-    encoder: str | None = Field(None, description="folder or hub id of a sentence encoder; needed by method cuma")
+    encoder: str | None = Field(
+        None, description="folder or hub id of a sentence encoder; needed by method cuma without model.init_from"
+    )
     template: Literal["wvs", "generic", "authors"] = Field(
         "generic",
         description="how profile fields become a sentence; authors: as the authors' code writes survey respondents",
@@ -76,7 +78,8 @@ class DataSection(_Section):
     path: str | None = Field(None, description="folder made by prepare_data, or the raw files; wvs-sample needs none")
     kind: Literal["choice", "chat", "preference"] | None = Field(
         None,
-        description="what to make of a source that holds several: community-alignment and prism give chat by default",
+        description="what to make of a source that holds several: community-alignment and prism give chat by default; "
+        "preference draws pairs from answers to choice questions",
     )
     questions: tuple[str, ...] | None = Field(
         None, description="question ids to keep (wvs-sample: immigration, poverty); null keeps all"
@@ -499,19 +502,21 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 def find_recipe(path: str | Path) -> Path:
     """The file that ``--config`` means: a path, or the short name of a recipe that comes with the package.
 
+    Short names have no suffix, and the folder of the recipe in front of them: ``quickstart``, ``paper/task/ca-dpo``.
+
     Raises:
         ConfigError: neither a file nor such a name.
     """
-    file = Path(path)
-    if file.is_file() or file.suffix or file.name != str(path):
+    file, folder = Path(path), resource_folder("recipes")
+    if file.is_file() or file.is_absolute() or file.suffix in (".yaml", ".yml"):
         return file
-    known = {recipe.stem: recipe for recipe in sorted(resource_folder("recipes").glob("*.yaml"))}
-    if file.name not in known:
+    known = {str(one.relative_to(folder).with_suffix("")): one for one in sorted(folder.rglob("*.yaml"))}
+    if str(file) not in known:
         raise ConfigError(
-            f"cannot read the recipe {path}: No such file or directory{nearest(file.name, known)}; "
+            f"cannot read the recipe {path}: No such file or directory{nearest(str(file), known)}; "
             f"recipes that come with the package: {', '.join(known)}"
         )
-    return known[file.name]
+    return known[str(file)]
 
 
 def _read_recipe(file: Path) -> tuple[dict[str, object], dict[Key, str]]:
