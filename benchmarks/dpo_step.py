@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from measure import backbone
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
@@ -37,9 +38,8 @@ VARIANTS = ("cuma-ds", "cuma-ds, reference in the step", "naive: two models, two
 
 def load(arguments: argparse.Namespace) -> CumaModel:
     """The backbone with 8 experts of rank 8, top 2, on q and v."""
-    backbone = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     config = CumaConfig(num_experts=8, top_k=2, lora_r=8, profile_dim=384, target_modules=("q_proj", "v_proj"))
-    adapted = inject_adapters(backbone.requires_grad_(False), config).to(arguments.device)
+    adapted = inject_adapters(backbone(arguments), config).to(arguments.device)
     adapted.set_profile_standardisation(torch.randn(64, 384), 3.0)
     if arguments.gradient_checkpointing:
         adapted.enable_gradient_checkpointing()
@@ -148,7 +148,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="backbone folder")
+    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="folder or config.json")
+    parser.add_argument("--layers", type=int, help="with a config.json: so many layers instead of its own")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the backbone")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--pairs", type=int, default=4, help="pairs of a step")

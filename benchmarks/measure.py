@@ -6,11 +6,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 Run = Callable[[], object]
 
@@ -25,6 +27,19 @@ def parser(about: str | None, rounds: int = 25) -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=rounds, help="counted rounds, after two for warming up")
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     return made
+
+
+def backbone(arguments: argparse.Namespace) -> nn.Module:
+    """The frozen backbone: the model of a folder, or random weights of the shapes that a config.json says."""
+    dtype = getattr(torch, arguments.dtype)
+    if Path(arguments.model).is_dir():
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
+    else:
+        config = AutoConfig.from_pretrained(arguments.model)
+        config.num_hidden_layers = arguments.layers or config.num_hidden_layers
+        with torch.device(arguments.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.requires_grad_(False)
 
 
 def turns(variants: Mapping[str, Run], rounds: int, device: str) -> dict[str, list[float]]:

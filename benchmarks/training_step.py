@@ -9,14 +9,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from measure import backbone
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
 from cuma_ds.adapters.experts import Experts, ExpertWeights
@@ -37,19 +37,6 @@ class NaiveExperts(Experts):
                     y = z @ self.lora_b[expert].to(x_MI.dtype).T
                     out_MO[mask_M] = out_MO[mask_M] + routes.weight_TK[mask_M, k, None].to(x_MI.dtype) * y
         return self.scaling * out_MO
-
-
-def load(arguments: argparse.Namespace) -> nn.Module:
-    """The frozen backbone: the model of a folder, or random weights of the shapes that a config.json says."""
-    dtype = getattr(torch, arguments.dtype)
-    if Path(arguments.model).is_dir():
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device)
-    else:
-        config = AutoConfig.from_pretrained(arguments.model)
-        config.num_hidden_layers = arguments.layers or config.num_hidden_layers
-        with torch.device(arguments.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.requires_grad_(False)
 
 
 def ours(model: nn.Module, naive: bool, arguments: argparse.Namespace) -> CumaModel:
@@ -103,7 +90,7 @@ def main() -> None:
     plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     asked = plain | {"profile_embeddings": torch.randn(arguments.batch, 384, device=arguments.device)}
     lora = LoraConfig(r=2 * arguments.lora_r, lora_alpha=4 * arguments.lora_r, target_modules=["q_proj", "v_proj"])
-    peft_model = get_peft_model(load(arguments), lora)
+    peft_model = get_peft_model(backbone(arguments), lora)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -111,9 +98,11 @@ def main() -> None:
     steps = {
         f"PEFT LoRA, r {2 * arguments.lora_r}": one_step(peft_model, plain),
         f"cuma-ds, r {arguments.lora_r}, E 8, K 2": one_step(
-            ours(load(arguments), False, arguments).to(arguments.device), asked
+            ours(backbone(arguments), False, arguments).to(arguments.device), asked
         ),
-        "naive K x E loop, same adapters": one_step(ours(load(arguments), True, arguments).to(arguments.device), asked),
+        "naive K x E loop, same adapters": one_step(
+            ours(backbone(arguments), True, arguments).to(arguments.device), asked
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(arguments.rounds + 2):
