@@ -132,4 +132,4 @@ def test_a_recipe_goes_from_supervised_learning_to_an_evaluated_result(
     report = json.loads((tmp_path / "runs" / f"{source}-dpo" / "evaluation" / "report.json").read_text())
     assert report["kind"] == "preference"
     contenders = report["splits"]["test"]["rows"]
-    assert {"start", "trained", "swapped"} <= contenders.keys()
+    assert {"before", "start", "trained"} <= contenders.keys()
