@@ -21,6 +21,8 @@ _FREE_KEYS = {
     ("data", "packing"),
     ("profiles", "batch_size"),
     ("profiles", "cache_dir"),
+    *(("rollout", key) for key in ("batch_size", "backbone", "keep")),
+    *(("judge", key) for key in ("url", "key_variable", "concurrency", "timeout", "retries")),
 }
 _PATHS = {("model", "path"), ("model", "init_from"), ("profiles", "encoder"), ("data", "path")}
 

@@ -18,7 +18,7 @@ from cuma_ds.data.batch import Batch, EncodedExample
 from cuma_ds.data.lengths import Reading, fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.stream import Draw, Stream
-from cuma_ds.errors import ConfigError, DataError
+from cuma_ds.errors import ConfigError
 from cuma_ds.identity import base_fact
 from cuma_ds.parallel.backbone import load_tokenizer, skeleton
 from cuma_ds.parallel.stored import write_start
@@ -31,7 +31,6 @@ from cuma_ds.training.start import check_same_start, open_origin, start_bytes
 
 # In the manifest of a run's own data: the max_length that all its prompts are known to fit.
 PROMPTS_CHECKED = "prompts_fit"
-_WHAT_ROWS_HOLD = {"choice": "answers", "chat": "conversations", "preference": "preferences"}
 
 
 class BatchSource(Protocol):
@@ -78,6 +77,11 @@ def prepare_run(config: RunConfig) -> None:
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
         source = check_prompts(load_data(config.data, config.profiles.template), config, started=False)
+    objective, renderer = (
+        OBJECTIVES[config.training.objective](config),
+        Renderer.of(load_tokenizer(config.model), config.data),
+    )
+    objective.check(config, source or run.data(), renderer)
     origin = None
     if config.model.init_from is not None and not run.identity():
         origin = open_origin(config.model.init_from)
@@ -150,16 +154,10 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     """Read the run folder and make this rank's stream of batches.
 
     Raises:
-        DataError: the objective does not learn from this kind of data, or something is missing or damaged.
+        DataError: something is missing or damaged.
     """
     run, training = Run(config.run_dir), config.training
     data, table, objective = run.data(), run.profiles(config), OBJECTIVES[training.objective](config)
-    if data.kind not in objective.reads:
-        wanted = " or ".join(_WHAT_ROWS_HOLD[kind] for kind in objective.reads)
-        raise DataError(
-            f"the data holds {_WHAT_ROWS_HOLD[data.kind]}, but objective {training.objective} learns from {wanted}; "
-            f"prepare it with --kind {objective.reads[-1]}"
-        )
     tokenizer, rows = load_tokenizer(config.model), data.splits["train"]
     renderer = Renderer.of(tokenizer, config.data)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

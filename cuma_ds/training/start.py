@@ -146,7 +146,7 @@ def open_origin(place: str) -> Origin:
         )
     what = "is neither"
     if not folder.is_dir():
-        what = "is no folder here; download it first" if is_hub_id(place) else "does not exist"
+        what = "is no folder here; train it or download it first" if is_hub_id(place) else "does not exist"
     raise CheckpointError(f"model.init_from: {place} {what}; it takes {_WHAT}")
 
 

@@ -16,8 +16,10 @@ from single_grpo import train_single_grpo
 from small_runs import metrics, recipe
 
 from cuma_ds.config import load_config
+from cuma_ds.errors import CumaError
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
 from cuma_ds.runs import Run
+from cuma_ds.training.inputs import prepare_run
 
 pytestmark = pytest.mark.multirank
 
@@ -236,3 +238,26 @@ def test_prompts_that_leave_no_room_for_an_answer_are_named_before_the_first_ste
     assert "rows of split train" in printed
     assert "data.max_length is 256, of which 150 are for an answer" in printed
     assert not load_config(path).run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"grpo": {"rewards": ["fluency"]}}, "there is no reward 'fluency'"),
+        (
+            {"grpo": {"rewards": ["judge"]}, "judge": {"url": "http://localhost:9", "model": "none"}},
+            "reward 'judge' is ",
+        ),
+        ({"training": {"group_field": "nationality"}}, "no profile has the field 'nationality'"),
+        ({"training": {"objective": "dpo"}, "grpo": None, "rollout": None}, "objective dpo learns from preferences"),
+    ],
+)
+def test_a_recipe_that_is_refused_leaves_no_run_folder(tmp_path, tiny_llama, tiny_encoder, sections, said) -> None:
+    """So that it can be corrected and started under the same name."""
+    values = {"training": TRAINING, "grpo": GRPO, "rollout": {"max_new_tokens": 6}}
+    merged = {name: {**values.get(name, {}), **(own or {})} for name, own in {**values, **sections}.items()}
+    kept_sections = {name: one for name, one in merged.items() if sections.get(name, {}) is not None}
+    config = load_config(recipe(tmp_path, tiny_llama, tiny_encoder, "refused", **kept_sections))
+    with pytest.raises(CumaError, match=said):
+        prepare_run(config)
+    assert not config.run_dir.exists()

@@ -194,7 +194,7 @@ def test_what_is_no_run_and_no_export_is_one_line_that_says_what_to_use(what, st
 def test_models_hub_ids_and_the_run_itself_are_told_apart(start, tmp_path, places) -> None:
     with pytest.raises(CheckpointError, match=r"llama is a model as it is; name it as model\.path"):
         with_start(going_on(tmp_path, places["model"], places))
-    with pytest.raises(CheckpointError, match=r"somebody/cuma-export is no folder here; download it first"):
+    with pytest.raises(CheckpointError, match=r"somebody/cuma-export is no folder here; train it or download it first"):
         with_start(going_on(tmp_path, Path("somebody/cuma-export"), places))
     with pytest.raises(ConfigError, match=r"on is this run itself; choose another run\.name"):
         with_start(going_on(tmp_path, tmp_path / "runs" / "on", places))

@@ -30,6 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from cuma_ds.config import DpoSection, RunConfig
 from cuma_ds.data.batch import Batch, Unit, encode_pair
+from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
 from cuma_ds.parallel.agreement import agreement
@@ -51,6 +52,11 @@ class Dpo(Objective):
         assert config.dpo is not None
         self._dpo = config.dpo
         self._groups: Groups | None = None
+
+    def check(self, config: RunConfig, data: PreparedData, renderer: Renderer) -> None:
+        """See :class:`Objective`."""
+        super().check(config, data, renderer)
+        pair_values(data, config)
 
     def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
         """The chosen and the rejected answer, see :func:`~cuma_ds.data.batch.encode_pair`."""

@@ -17,10 +17,12 @@ from torch import Tensor
 from cuma_ds.config import RunConfig
 from cuma_ds.data.asked import encode_asked
 from cuma_ds.data.batch import Batch, EncodedExample, Unit
+from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
 from cuma_ds.data.stream import Draw
 from cuma_ds.training.objectives.protocol import Begin, Loss, Objective
+from cuma_ds.training.rollout.rewards import Rewards
 from cuma_ds.training.rollout.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ class Grpo(Objective):
         self._grpo, self._rollout = config.grpo, config.rollout
         self._limit = config.data.max_length - config.rollout.max_new_tokens
         self._rollouts: Rollouts | None = None
+
+    def check(self, config: RunConfig, data: PreparedData, renderer: Renderer) -> None:
+        """See :class:`Objective`. Whether a judge answers is asked later, at each start."""
+        super().check(config, data, renderer)
+        Rewards(config, data, renderer)
 
     def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
         """The row's prompt, with nothing to learn yet."""

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, Unit
+from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
 from cuma_ds.data.stream import Draw
+from cuma_ds.errors import DataError
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.runs import Run
+from cuma_ds.training.groups import Groups
+
+_WHAT_ROWS_HOLD = {"choice": "answers", "chat": "conversations", "preference": "preferences"}
 
 if TYPE_CHECKING:
     from cuma_ds.training.inputs import BatchSource, TrainingInputs
@@ -66,6 +71,25 @@ class Objective:
 
     reads: Sequence[str] = ()
     show: Callable[[str, int, int], None] = staticmethod(lambda name, done, total: None)
+
+    def check(self, config: RunConfig, data: PreparedData, renderer: Renderer) -> None:
+        """Refuse what the recipe asks of this data. The main rank calls it, before a new run has a folder.
+
+        Args:
+            config: the recipe.
+            data: all splits.
+            renderer: of the model's tokenizer.
+
+        Raises:
+            CumaError: one line with the key and what is allowed.
+        """
+        if data.kind not in self.reads:
+            wanted = " or ".join(_WHAT_ROWS_HOLD[kind] for kind in self.reads)
+            raise DataError(
+                f"the data holds {_WHAT_ROWS_HOLD[data.kind]}, but objective {config.training.objective} learns from "
+                f"{wanted}; prepare it with --kind {self.reads[-1]}"
+            )
+        Groups.of(config, data)
 
     def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
         """The examples that a row becomes. They share a micro batch, which holds the examples of all its units in
