@@ -34,7 +34,7 @@ inline std::string text_of(const Sizes& sizes) {
   return text + "]";
 }
 
-// Throws the parts as one line. They are strings and not a stream: the streams of a libstdc++ that is linked statically,
+// Throws the parts as one line. They are strings, not a stream: the streams of a libstdc++ that is linked statically,
 // as some compilers do by default, crash beside the one that torch has loaded.
 template <typename... Parts>
 void check(bool good, const Parts&... parts) {
