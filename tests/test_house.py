@@ -106,3 +106,9 @@ def test_one_file_knows_a_name(name) -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value == name:
                 spelled.add(file.relative_to(ROOT).as_posix())
     assert spelled == SPELLED_IN[name]
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
