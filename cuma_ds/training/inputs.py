@@ -77,11 +77,8 @@ def prepare_run(config: RunConfig) -> None:
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
         source = check_prompts(load_data(config.data, config.profiles.template), config, started=False)
-    objective, renderer = (
-        OBJECTIVES[config.training.objective](config),
-        Renderer.of(load_tokenizer(config.model), config.data),
-    )
-    objective.check(config, source or run.data(), renderer)
+        renderer = Renderer.of(load_tokenizer(config.model), config.data)
+        OBJECTIVES[config.training.objective](config).check(config, source, renderer)
     origin = None
     if config.model.init_from is not None and not run.identity():
         origin = open_origin(config.model.init_from)

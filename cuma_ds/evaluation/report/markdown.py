@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from cuma_ds.evaluation.report.legend import legend
 from cuma_ds.evaluation.report.model import (
@@ -13,10 +14,12 @@ from cuma_ds.evaluation.report.model import (
     Generation,
     Gradients,
     PreferenceSplit,
+    PreferenceSubgroup,
     PreferenceSubgroups,
     Report,
     Routing,
     RoutingInformation,
+    Subgroup,
     Subgroups,
     Verdicts,
 )
@@ -31,6 +34,7 @@ from cuma_ds.evaluation.report.tables import (
     title,
 )
 
+Shown = TypeVar("Shown", Subgroup, PreferenceSubgroup)
 # Subgroups of one field in a table.
 _MOST_SUBGROUPS = 20
 # Less probability than this on the option letters is warned about.
@@ -89,14 +93,19 @@ def _questions(report: ChoiceReport, split: ChoiceSplit) -> list[str]:
     return lines
 
 
+def _largest(subgroups: Sequence[Shown]) -> list[Shown]:
+    """The subgroups of most people, as many as a table shows, in their order."""
+    order = sorted(range(len(subgroups)), key=lambda place: -subgroups[place].people)
+    return [subgroups[place] for place in sorted(order[:_MOST_SUBGROUPS])]
+
+
 def _subgroups(report: ChoiceReport, split: ChoiceSplit) -> list[str]:
     counted = "people" if split.people is not None else "answers"
     lines: list[str] = []
     for field, part in split.subgroups.items():
         if not part.shown:
             continue
-        order = sorted(range(len(part.shown)), key=lambda place: -part.shown[place].people)
-        shown = [part.shown[place] for place in sorted(order[:_MOST_SUBGROUPS])]
+        shown = _largest(part.shown)
         names = [name for name in ("collapse", "before", report.main) if name in shown[0].rows]
         head = [counted, *(f"{what}, {title(report, name)}" for what in ("accuracy", split.distance) for name in names)]
         lines += [f"### Subgroups by {field.replace('_', ' ')}", "", f"| | {' | '.join(head)} |"]
@@ -131,8 +140,7 @@ def _groups_of_preferences(report: Report, split: PreferenceSplit) -> list[str]:
     for field, part in split.subgroups.items():
         if not part.shown:
             continue
-        order = sorted(range(len(part.shown)), key=lambda place: -part.shown[place].people)
-        shown = [part.shown[place] for place in sorted(order[:_MOST_SUBGROUPS])]
+        shown = _largest(part.shown)
         names = [name for name in shown[0].rows if name != "before" or name == report.main]
         head = ["people", "pairs", *(f"{score.replace('_', ' ')}, {title(report, name)}" for name in names)]
         lines += [f"### Subgroups by {field.replace('_', ' ')}", "", f"| | {' | '.join(head)} |"]
