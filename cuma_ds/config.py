@@ -71,11 +71,21 @@ class ProfilesSection(_Section):
 class DataSection(_Section):
     """What is asked and answered."""
 
-    source: Literal["wvs-sample", "jsonl", "wvb", "community-alignment", "prism"] = Field(
+    source: Literal["wvs-sample", "synthetic", "jsonl", "wvb", "community-alignment", "prism"] = Field(
         "jsonl",
-        description="wvs-sample (embedded survey answers) | jsonl (your own) | wvb | community-alignment | prism",
+        description="wvs-sample (embedded survey answers) | synthetic (known truth) | jsonl (your own) | wvb | "
+        "community-alignment | prism",
     )
-    path: str | None = Field(None, description="folder made by prepare_data, or the raw files; wvs-sample needs none")
+    path: str | None = Field(
+        None, description="folder made by prepare_data, or the raw files; wvs-sample and synthetic need none"
+    )
+    modes: int = Field(4, ge=2, le=8, description="source synthetic: M, the number of modes that groups fall into")
+    separation: float = Field(
+        10.0,
+        gt=0,
+        le=100,
+        description="source synthetic: (mu_i - mu_j)^T S^-1 (mu_i - mu_j) / m of the two nearest modes",
+    )
     kind: Literal["choice", "chat", "preference"] | None = Field(
         None,
         description="what to make of a source that holds several: community-alignment and prism give chat by default; "
@@ -143,6 +153,9 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        for key in ("modes", "separation"):
+            if self.source != "synthetic" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {getattr(self, key)}, but only source synthetic reads it; leave it out")
         if self.weights and self.source not in ("jsonl", "wvb"):
             raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
@@ -378,6 +391,8 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
     ("data", "min_margin"): 0.0,
+    ("data", "modes"): 4,
+    ("data", "separation"): 10.0,
     ("model", "init_from"): None,
     ("training", "group_field"): None,
 }

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.build import build
+from cuma_ds.data.build import MADE_BY, build
 from cuma_ds.data.pairs import ASKED_BY
 from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.data.raw import Progress, ReadOptions
@@ -65,7 +65,7 @@ def _check_recipe(manifest: dict[str, object], config: DataSection) -> None:
         # The default of that release was 0.15 for every source.
         if config.heldout_fraction is None:
             del asked["heldout_fraction"]
-    asked |= {key: getattr(config, key) for key in ASKED_BY if key in manifest}
+    asked |= {key: getattr(config, key) for key in (*ASKED_BY, *MADE_BY) if key in manifest}
     if manifest["kind"] == "preference":
         asked["min_margin"] = config.min_margin
     # What release 0.1.0 did not write.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cuma_ds.data.raw import ReadOptions, Rows
-from cuma_ds.data.sources import community_alignment, jsonl, prism, worldvaluesbench, wvs_sample
+from cuma_ds.data.sources import community_alignment, jsonl, prism, synthetic, worldvaluesbench, wvs_sample
 
 
 class Source(NamedTuple):
@@ -26,6 +26,7 @@ class Source(NamedTuple):
 # By the value of data.source.
 SOURCES = {
     "wvs-sample": Source(wvs_sample.read, None),
+    "synthetic": Source(synthetic.read, None),
     "jsonl": Source(
         jsonl.read, "a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id"
     ),
