@@ -203,6 +203,10 @@ class TrainingSection(_Section):
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    router_learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate of the routers; null = learning_rate"
+    )
+    router_weight_decay: float | None = Field(None, ge=0, description="of the routers; null = weight_decay")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
     adam_eps: float = Field(1.0e-8, gt=0, description="AdamW epsilon")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 = no clipping")
@@ -405,6 +409,12 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("data", "separation"): 10.0,
     ("model", "init_from"): None,
     ("training", "group_field"): None,
+    ("training", "router_learning_rate"): None,
+    ("training", "router_weight_decay"): None,
+    ("adapters", "router_input"): "token_and_profile",
+    ("adapters", "gate_temperature"): 1.0,
+    ("adapters", "profile_dropout"): 0.0,
+    ("adapters", "profile_noise"): 0.0,
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
 CHANGED_SINCE_0_1_0: dict[tuple[str, str], object] = {("data", "heldout_fraction"): 0.15}
@@ -486,6 +496,16 @@ class RunConfig(_Section):
                 f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences "
                 "apart, and method "
                 f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
+            )
+        if self.adapters.blurs_profiles and self.training.objective == "grpo":
+            raise ValueError(
+                "adapters.profile_dropout and adapters.profile_noise are for objectives sft and dpo: completions are "
+                "rewarded as the person's own, so their profile is not hidden; leave them out"
+            )
+        if self.adapters.blurs_profiles and self.profiles.standardise is None:
+            raise ValueError(
+                "adapters.profile_dropout and adapters.profile_noise are about standardised profiles, but "
+                "profiles.standardise is null; set it, e.g. to 3.0"
             )
         if self.adapters.num_experts % self.parallel.ep_size:
             raise ValueError(

@@ -4,8 +4,6 @@ recovery.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 from ranks import run_recipes
