@@ -33,6 +33,7 @@ examples
   conversations: 200 answers before and after training, compared by a judge behind an OpenAI-compatible endpoint:
     python launchers/evaluate.py --run runs/chat --generate 200 --judge-url http://host:8000/v1 --judge-model NAME"""
 _KINDS = ("run", "export", "adapter", "model")
+_SPLITS = ("valid", "test", "heldout", "heldout_profiles")
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: 
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        report = evaluate(_open(arguments, topology), folder, progress, extras)
+        report = evaluate(_open(arguments, topology), folder, progress, extras, arguments.splits)
     for table in terminal_tables(report):
         console.print(table)
     for file in written_files(folder, report):
@@ -166,6 +167,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", metavar="PLACE", help="prepared folder, or file of rows; default for a run: its own data"
     )
+    parser.add_argument(
+        "--splits", nargs="+", choices=_SPLITS, metavar="NAME",
+        help=f"which people, of {', '.join(_SPLITS)}; default: all but valid, the people for choosing settings",
+    )  # fmt: skip
     parser.add_argument(
         "--out", metavar="FOLDER", help="where the report goes; default for a run: its folder evaluation"
     )

@@ -30,6 +30,7 @@ from cuma_ds.evaluation.report.markdown import markdown
 from cuma_ds.evaluation.report.model import (
     FORMAT_VERSION,
     REPORT_FILE,
+    SPLITS,
     ChatReport,
     ChatSplit,
     ChoiceReport,
@@ -81,7 +82,11 @@ def evaluate_run(
 
 
 def evaluate(
-    subject: Subject, folder: str | Path, progress: Progress | None = None, extras: Sequence[Extra] = ()
+    subject: Subject,
+    folder: str | Path,
+    progress: Progress | None = None,
+    extras: Sequence[Extra] = (),
+    splits: Sequence[str] | None = None,
 ) -> Report:
     """Evaluate a model on its data and write a report.
 
@@ -90,11 +95,12 @@ def evaluate(
         folder: where report.json, predictions.npz, report.md and the pictures go.
         progress: told how far each pass is.
         extras: what else to measure, e.g. of generated answers.
+        splits: which splits; None stands for all but ``train`` and ``valid``.
 
     Raises:
         CumaError: there is nothing to evaluate on, or an extra cannot be done.
     """
-    evaluator = Evaluator(subject, Path(folder), progress)
+    evaluator = Evaluator(subject, Path(folder), progress, splits)
     evaluator.folder.mkdir(parents=True, exist_ok=True)
     report, pictures = evaluator.report()
     for extra in extras:
@@ -118,23 +124,22 @@ class Evaluator:
         subject: the model and the data.
         folder: where pictures go.
         progress: told how far each pass is.
+        splits: names of the splits; None stands for all but ``train`` and ``valid``.
 
     Attributes:
         main: the contender that is the model itself: ``trained``, or ``before`` where nothing was trained.
-        splits: names of the splits that hold anything, ``train`` apart.
+        splits: names of the splits that are evaluated.
         predictions: what each contender predicted, by split, once asked.
     """
 
-    def __init__(self, subject: Subject, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, subject: Subject, folder: Path, progress: Progress | None = None, splits: Sequence[str] | None = None
+    ) -> None:
         self.folder = folder
         self.progress = progress
         self.main = "before" if subject.untrained is None else "trained"
         self.predictions: dict[str, Predictions] = {}
-        self.splits = subject.data.evaluation_splits
-        if not self.splits:
-            raise DataError(
-                "there is nothing to evaluate on: the splits test and heldout are empty; hold out more people"
-            )
+        self.splits = _chosen_splits(subject, splits)
         data = fitting(
             subject.data, Reading(subject.renderer), subject.config.data, self.splits,
             lambda needed: (
@@ -143,7 +148,7 @@ class Evaluator:
             ),
         )  # fmt: skip
         self.subject = dataclasses.replace(subject, data=data)
-        self.splits = data.evaluation_splits
+        self.splits = [name for name in self.splits if len(data.splits[name])]
 
     def report(self) -> tuple[Report, Pictures]:
         """The report on data of this kind, and its pictures."""
@@ -313,6 +318,28 @@ class Evaluator:
         pictures = expert_picture(self.folder, names, examples.questions, examples.groups, weights, gates_MRE)
         section, more = routing_pictures(self.folder, found.routing, examples, gates_MRE, fields)
         return section, pictures | more
+
+
+def _chosen_splits(subject: Subject, asked: Sequence[str] | None) -> list[str]:
+    """The names of the splits to evaluate, in the order of the data.
+
+    Raises:
+        ConfigError: one that was asked for is empty.
+        DataError: there is nothing to evaluate on.
+    """
+    data = subject.data
+    if asked is None:
+        if not data.evaluation_splits:
+            raise DataError(
+                "there is nothing to evaluate on: the splits test and heldout are empty; hold out more people"
+            )
+        return data.evaluation_splits
+    for name in asked:
+        if not len(data.splits.get(name, ())):
+            hint = "; hold out people with data.valid_fraction" if name == "valid" else ""
+            filled = ", ".join(name for name, split in data.splits.items() if len(split) and name != "train")
+            raise ConfigError(f"--splits {name}: there is nobody in this split{hint}; this data has {filled}")
+    return [name for name in SPLITS if name in asked]
 
 
 def check_kind(subject: Subject, kind: str, option: str) -> None:
