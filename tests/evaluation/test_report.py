@@ -12,7 +12,7 @@ from cuma_ds.data.prepared import PreparedData
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.predictions import read_predictions
 from cuma_ds.evaluation.report.model import ChoiceReport, read_report
-from cuma_ds.evaluation.run import evaluate, evaluate_run
+from cuma_ds.evaluation.run import Scope, evaluate, evaluate_run
 from cuma_ds.evaluation.scores import Scorer
 from cuma_ds.evaluation.subject import run_subject
 
@@ -160,12 +160,14 @@ def test_only_the_splits_that_were_asked_for(tmp_path, tiny_llama, tiny_encoder)
     folder = tmp_path / "one"
     make_run(folder, tiny_llama, tiny_encoder, {}, evaluation={"min_answers": 2, "bootstrap": 0}, data=data)
     assert list(evaluate(run_subject(folder), tmp_path / "all").splits) == ["test", "heldout"]
-    chosen = evaluate(run_subject(folder), tmp_path / "valid", splits=["valid"])
+    chosen = evaluate(run_subject(folder), tmp_path / "valid", scope=Scope(["valid"], brief=True))
     assert list(chosen.splits) == ["valid"]
     assert set(read_predictions(tmp_path / "valid")) == {"valid"}
+    assert set(chosen.splits["valid"].rows) == {"collapse", "oracle", "trained"}
+    assert {file.name for file in (tmp_path / "valid").iterdir()} == {"report.json", "report.md", "predictions.npz"}
     assert "## People held out for choosing settings" in (tmp_path / "valid" / "report.md").read_text()
     with pytest.raises(ConfigError, match=r"--splits heldout_profiles: there is nobody .*; this data has valid, test"):
-        evaluate(run_subject(folder), tmp_path / "none", splits=["heldout_profiles"])
+        evaluate(run_subject(folder), tmp_path / "none", scope=Scope(["heldout_profiles"]))
 
 
 @pytest.mark.parametrize("damaged", [b"", b"PK\x03\x04", None])
