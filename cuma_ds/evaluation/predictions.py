@@ -87,6 +87,21 @@ class Predictions:
             weights=self.weights,
         )
 
+    def only(self, chosen: Sequence[int]) -> Predictions:
+        """The chosen examples, in their order."""
+        rows = np.array(chosen, dtype=np.int64)
+        return Predictions(
+            ids=[self.ids[row] for row in chosen],
+            questions=[self.questions[row] for row in chosen],
+            groups=[self.groups[row] for row in chosen],
+            nominal=[self.nominal[row] for row in chosen],
+            counts_MN=self.counts_MN[rows],
+            predicted={name: values[rows] for name, values in self.predicted.items()},
+            people=None if self.people is None else [self.people[row] for row in chosen],
+            answers_MN=None if self.answers_MN is None else self.answers_MN[rows],
+            weights=None if self.weights is None else [self.weights[row] for row in chosen],
+        )
+
     def of(self, contender: str) -> list[NDArray[np.float64]]:
         """What a contender predicted of each example, M arrays [n] without the options that an example has not."""
         return self._own_options(self.predicted[contender].astype(np.float64))
