@@ -280,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     known = commands.add_parser(
         "synthetic", parents=[shared], help="groups whose answer distributions are known exactly",
-        description="Groups of people that fall into modes far apart: 24 groups with four modes, four questions, 400 "
-        "people each, half of them for training. Their answers are quotas of the known distributions.",
+        description="Groups of people that fall into modes far apart: 24 groups with four modes, four questions, 600 "
+        "people each, a third of them for training. Their answers are quotas of the known distributions.",
     )  # fmt: skip
     known.add_argument(
         "--modes", type=int, default=4, metavar="M", help="number of modes, 2 to 8 (default %(default)s)"

@@ -211,8 +211,8 @@ class _TrainedPart(nn.Module):
         super().__init__()
         # As a function: the backbone is no part of this module.
         self._run: Callable[[Batch, ProfileTable | None], Output] = model.__call__
-        for name, parameter, _ in trained:
-            self.register_parameter(name.replace(".", "/"), parameter)
+        for one in trained:
+            self.register_parameter(one.name.replace(".", "/"), one.parameter)
         held = [one.parameter.shape[0] for one in trained if one.placement == "per_expert"]
         if held:
             self.mark = compat.ExpertMark(held[0] * ep_size, ep_size)

@@ -48,12 +48,12 @@ def test_every_group_answers_exactly_as_its_mode(tmp_path) -> None:
     assert np.bincount(mode_of).tolist() == [GROUPS_PER_MODE] * 4
     questions = ["family", "work", "religion", "nature"]
     seen = 0
-    for name, times in (("train", 1), ("test", 1), ("heldout", 2)):
+    for name, times in (("train", 1), ("valid", 1), ("test", 1), ("heldout", 3)):
         for row in data.splits[name]:
             asked = counts[mode_of[row["profile"]], questions.index(row["question_id"])]
             assert row["counts"] == (times * asked).tolist()
             seen += times
-    assert seen == 2 * 24 * 4
+    assert seen == 3 * 24 * 4
 
 
 def test_people_of_one_group_do_not_answer_alike() -> None:

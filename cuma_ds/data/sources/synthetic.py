@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from cuma_ds.data.raw import ProfileList, ReadOptions, Rows, check_questions, question_file
 from cuma_ds.data.rows import Question
-from cuma_ds.data.splits import TEST, TRAIN, draws
+from cuma_ds.data.splits import TEST, TRAIN, VALID, draws
 
 Array = NDArray[np.float64]
 
 GROUPS_PER_MODE = 6
-PEOPLE = 200  # of each group, in each of the splits train and test
+PEOPLE = 200  # of each group, in each of the splits train, valid and test
 # One for each mode, of which a profile names one.
 TRADITIONS = ("coast", "mountain", "desert", "forest", "river", "steppe", "island", "valley")
+_SPLITS = (TRAIN, VALID, TEST)
 _TOPICS = ("family", "work", "religion", "nature")
 _STARTS = ("Al", "Bren", "Cor", "Dun", "El", "Far", "Gal", "Hal")
 _ENDS = ("dora", "mark", "nia", "stan", "ton", "vale")
@@ -55,18 +56,18 @@ def read(path: str, options: ReadOptions) -> Rows:
     ]
     mode_G = np.repeat(np.arange(config.modes), GROUPS_PER_MODE)
     generator = np.random.default_rng(0)
-    option_NQ = np.concatenate([_people(counts_MQn[mode], generator) for mode in mode_G for _ in (TRAIN, TEST)])
+    option_NQ = np.concatenate([_people(counts_MQn[mode], generator) for mode in mode_G for _ in _SPLITS])
     person_N = np.arange(len(option_NQ), dtype=np.int32)
     return Rows(
         "choice",
         person_N,
         draws(config.split_seed, "person", map(str, person_N)),
-        np.repeat(np.array(profile_G, np.int32), 2 * PEOPLE),
+        np.repeat(np.array(profile_G, np.int32), len(_SPLITS) * PEOPLE),
         profiles,
         {"separation": f"{separation(counts_MQn):.4g}"},
         question_file([_question(topic, config.modes) for topic in np.array(_TOPICS)[asked]], None),
         option_NQ=option_NQ,
-        given_N=np.tile(np.repeat(np.array([TRAIN, TEST], np.int8), PEOPLE), len(mode_G)),
+        given_N=np.tile(np.repeat(np.array(_SPLITS, np.int8), PEOPLE), len(mode_G)),
     )
 
 
