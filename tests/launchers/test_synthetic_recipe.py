@@ -43,7 +43,7 @@ def reports(tmp_path_factory) -> dict[str, ChoiceReport]:
             "lora_alpha": 4.0 * adapters["lora_r"],
             **adapters,
         }
-        values["data"] |= {"questions": None}
+        values["data"] |= {"questions": None, "max_length": 256}
         values["training"] |= {"steps": 120 if name == "cuma" else 80, "learning_rate": 5e-3}
         values["telemetry"]["tensorboard"] = False
         recipes.append(folder / f"{name}.yaml")
