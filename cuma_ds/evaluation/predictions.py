@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from cuma_ds.errors import DataError
 from cuma_ds.evaluation.chat import ChatLosses
+from cuma_ds.evaluation.columns import Ragged
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.preference import PairLogps
 from cuma_ds.files import first_line, write_atomically
@@ -62,11 +63,10 @@ def collect(examples: ChoiceExamples, predicted: Mapping[str, Sequence[Array]]) 
         examples: the split.
         predicted: what each contender predicted of each example, M arrays [n].
     """
-    width = max((len(counts) for counts in examples.counts), default=1)
-    rows = {name: _padded(values, width).astype(np.float32) for name, values in predicted.items()}
-    return Predictions(
-        example_ids(examples), examples.questions, _padded(examples.counts, width), examples.people, rows
-    )
+    width = int(examples.counts.lengths_M.max(initial=1))
+    rows = {name: Ragged.of(row).padded(width, np.nan).astype(np.float32) for name, row in predicted.items()}
+    counts_MN = examples.counts.padded(width, np.nan)
+    return Predictions(example_ids(examples), list(examples.questions), counts_MN, _people(examples), rows)
 
 
 def collect_talks(talks: ChoiceExamples, losses: Mapping[str, ChatLosses]) -> Predictions:
@@ -78,14 +78,14 @@ def collect_talks(talks: ChoiceExamples, losses: Mapping[str, ChatLosses]) -> Pr
     """
     some = next(iter(losses.values()))
     loss_M1 = {name: (row.nll / np.maximum(row.tokens, 1))[:, None].astype(np.float32) for name, row in losses.items()}
-    return Predictions(example_ids(talks), talks.questions, some.tokens[:, None], talks.people, loss_M1)
+    return Predictions(example_ids(talks), list(talks.questions), some.tokens[:, None], _people(talks), loss_M1)
 
 
 def collect_pairs(pairs: ChoiceExamples, contenders: Mapping[str, PairLogps]) -> Predictions:
     """The log-probabilities of one split of preferences, of each contender."""
     some = next(iter(contenders.values()))
     logps: dict[str, Array] = {name: row.logps_M2 for name, row in contenders.items()}
-    return Predictions(example_ids(pairs), pairs.questions, some.tokens_M2, pairs.people, logps)
+    return Predictions(example_ids(pairs), list(pairs.questions), some.tokens_M2, _people(pairs), logps)
 
 
 def example_ids(examples: ChoiceExamples) -> list[str]:
@@ -153,8 +153,5 @@ def _split(arrays: Mapping[str, NDArray], name: str) -> Predictions:
     )
 
 
-def _padded(rows: Sequence[Array], width: int) -> NDArray[np.float64]:
-    padded = np.full((len(rows), width), np.nan)
-    for place, values in enumerate(rows):
-        padded[place, : len(values)] = values
-    return padded
+def _people(examples: ChoiceExamples) -> list[NDArray[np.int64]] | None:
+    return None if examples.people is None else [people.astype(np.int64) for people in examples.people]

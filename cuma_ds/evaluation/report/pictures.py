@@ -193,8 +193,7 @@ def routing_pictures(
     plot_load(folder / "expert-load.png", load)
     pictures = {"expert-load.png": "Share of the tokens that each router sends to each expert, and how even that is."}
     section = Routing(tokens=int(tally.tokens), routers=load)
-    weights = [float(counts.sum()) for counts in examples.counts]
-    means = comparable_means(examples.questions, examples.profiles, weights, gates_MRE)
+    means = comparable_means(examples.questions, examples.profiles.tolist(), examples.counts.sums().tolist(), gates_MRE)
     profiles = sorted(means)
     if len(profiles) < 3:
         return section, pictures
