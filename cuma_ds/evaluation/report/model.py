@@ -36,6 +36,7 @@ FLOORS = {
     "sampler": "noise floor: a perfect sampler",
 }
 SPLITS = {
+    "valid": "People held out for choosing settings",
     "test": "Held-out people of groups seen in training",
     "unseen": "Held-out people whose exact profile was never trained on (zero-shot)",
     "heldout": "Groups held out entirely (zero-shot)",
