@@ -93,7 +93,7 @@ def measure_references(folder: Path, arguments: argparse.Namespace) -> str:
     train = TrainingAnswers.of(data.splits["train"], arguments.min_answers)
     test = ChoiceExamples.of(data.splits["test"])
     found = references(train, test, None)
-    embeddings = np.random.default_rng(0).normal(size=(len(data.profiles), WIDTH)).astype(np.float32)
+    embeddings = np.random.default_rng(0).standard_normal((len(data.profiles), WIDTH), np.float32)
     found["nearest"] = train.nearest(test, embeddings)
     return f"{', '.join(found)} of {len(test):,} test rows"
 

@@ -92,7 +92,7 @@ def _parts(rows: Rows, split_N: np.ndarray) -> Iterator[tuple[str, Rows, np.ndar
         yield name, rows, split_N == number
     if rows.probe_NQ is not None and rows.option_NQ is not None:
         asked = np.where(rows.probe_NQ, rows.option_NQ, np.int8(-1))
-        yield PROBE, dataclasses.replace(rows, option_NQ=asked), rows.probe_NQ.any(axis=1)
+        yield PROBE, dataclasses.replace(rows, option_NQ=asked), np.asarray(rows.probe_NQ.any(axis=1))
 
 
 def _answers_each(rows: Rows) -> np.ndarray:

@@ -135,6 +135,10 @@ class Ragged(Sequence[Values]):
     def __getitem__(self, index: int | slice) -> Values | Ragged:
         """One row, or a range of rows."""
         if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                return self.take(np.arange(len(self))[index])
+            own = slice(self._start_M1[start], self._start_M1[max(stop, start)])
+            return Ragged(self.values_F[own], self.lengths_M[start:stop])
         place = range(len(self))[index]
         return self.values_F[self._start_M1[place] : self._start_M1[place + 1]]

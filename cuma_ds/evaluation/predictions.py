@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cuma_ds.errors import DataError
 from cuma_ds.evaluation.chat import ChatLosses
@@ -112,7 +112,7 @@ class Predictions:
         return Ragged(values_MN[own_MN], own_MN.sum(axis=1))
 
 
-def collect(examples: ChoiceExamples, predicted: Mapping[str, Sequence[Array]]) -> Predictions:
+def collect(examples: ChoiceExamples, predicted: Mapping[str, Sequence[ArrayLike]]) -> Predictions:
     """The predictions of one split.
 
     Args:

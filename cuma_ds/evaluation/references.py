@@ -10,6 +10,7 @@ question, P profile width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -194,11 +195,15 @@ class TrainingAnswers:
     def _filled(self, test: ChoiceExamples, row_M: Indices) -> Ragged:
         """The distributions of these rows of :meth:`_table`; uniform for row -1."""
         lengths_M, table = test.counts.lengths_M, self._table()
-        row_F, place_F = np.repeat(row_M, lengths_M), test.counts.place_F
-        uniform_F = 1.0 / np.repeat(lengths_M, lengths_M)
-        if not len(table):
-            return Ragged(uniform_F, lengths_M)
-        return Ragged(np.where(row_F >= 0, table[row_F, np.minimum(place_F, table.shape[1] - 1)], uniform_F), lengths_M)
+        filled = []
+        for start in range(0, len(row_M), BATCH_ROWS):
+            some = test.counts[start : start + BATCH_ROWS]
+            row_F, size_F = row_M[start : start + BATCH_ROWS][some.row_F], some.lengths_M[some.row_F]
+            known = row_F >= 0
+            values = 1.0 / size_F
+            values[known] = table[row_F[known], some.place_F[known]]
+            filled.append(values)
+        return Ragged(np.concatenate([np.zeros(0), *filled]), lengths_M)
 
 
 def references(
@@ -245,13 +250,7 @@ def _options(questions: Sequence[str], pieces: Iterable[Piece]) -> Indices:
 
 def _histograms(pieces: Iterable[Piece], key_of: Callable[[Piece], Indices], least: int, width: int) -> Histograms:
     """Answer counts of the keys that have at least ``least`` answers, and more than none."""
-    parts = [_sums(key_of(piece), piece.counts.sums()) for piece in pieces]
-    none = np.zeros(0, np.int64)
-    keys, totals = _sums(
-        np.concatenate([none, *(key for key, _ in parts)]), np.concatenate([none, *(total for _, total in parts)])
-    )
-    del parts
-    kept = keys[(totals >= least) & (totals > 0)]
+    kept = _frequent(pieces, key_of, least)
     counts = np.zeros((len(kept), width))
     for piece in pieces:
         row_M = _place(kept, key_of(piece))
@@ -263,6 +262,30 @@ def _histograms(pieces: Iterable[Piece], key_of: Callable[[Piece], Indices], lea
         places = (row[known], piece.counts.place_F[cell][known])
         np.add.at(counts, places, piece.counts.values_F[cell][known])
     return Histograms(kept, counts)
+
+
+def _frequent(pieces: Iterable[Piece], key_of: Callable[[Piece], Indices], least: int) -> Indices:
+    """The keys with at least ``least`` answers in all pieces, and more than none, ascending.
+
+    Prepared rows stand by question and profile. Where keys ascend over all pieces, those below the last one of a piece
+    are complete, and the rare ones are forgotten at once: almost every profile has few answers to a question.
+    """
+    ends = [(key_M.min(), key_M.max()) for key_M in map(key_of, pieces) if len(key_M)]
+    ascend = all(before[1] <= after[0] for before, after in itertools.pairwise(ends))
+    keys, totals = np.zeros(0, np.int64), np.zeros(0)
+    frequent = [keys]
+
+    def close(count: int) -> None:
+        frequent.append(keys[:count][(totals[:count] >= least) & (totals[:count] > 0)])
+
+    for piece in pieces:
+        more, answers = _sums(key_of(piece), piece.counts.sums())
+        keys, totals = _sums(np.concatenate([keys, more]), np.concatenate([totals, answers]))
+        if ascend:
+            close(len(keys) - 1)
+            keys, totals = keys[-1:], totals[-1:]
+    close(len(keys))
+    return np.concatenate(frequent)
 
 
 def _sums(key_M: Indices, value_M: Array) -> tuple[Indices, Array]:

@@ -202,7 +202,7 @@ class Evaluator:
             self.predictions[name] = collect(examples, contenders)
             splits[name] = choice_split(examples, contenders, fields, settings, self.main, mass)
             self._say_sample(name, splits[name])
-            unseen = _unseen(train, examples) if name == "test" else []
+            unseen = _unseen(train, examples) if name == "test" else np.zeros(0, np.int64)
             part = examples.only(unseen)
             if part.counts.values_F.sum() >= settings.min_answers:
                 models = {contender: shares.take(unseen) for contender, shares in models.items()}

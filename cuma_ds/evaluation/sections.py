@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cuma_ds.config import EvaluationSection
 from cuma_ds.distances import distance, distance_name
@@ -43,7 +43,7 @@ from cuma_ds.evaluation.scores import Score, Scorer
 Array = NDArray[np.float64]
 Name = TypeVar("Name", str, str | None)
 # Option probabilities of every example, by contender.
-Predictions = Mapping[str, Sequence[Array]]
+Predictions = Mapping[str, Sequence[ArrayLike]]
 
 
 # Scores that one question does not have.

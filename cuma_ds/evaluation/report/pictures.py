@@ -285,7 +285,7 @@ def _mean_answer(examples: ChoiceExamples, place: Mapping[int, int]) -> tuple[st
     sums: dict[int, NDArray[np.float64]] = {}
     for question, profile, counts in zip(examples.questions, examples.profiles, examples.counts, strict=True):
         if question == asked and profile in place:
-            sums[place[profile]] = sums.get(place[profile], np.zeros(len(counts))) + counts
+            sums[place[profile]] = sums.get(place[profile], np.zeros(len(counts))) + counts.astype(np.float64)
     options = examples.texts[asked][1]
     if len(sums) < len(place) or len(options) < 2:
         return None
