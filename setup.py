@@ -21,10 +21,11 @@ class BuildWithResources(build_py):
         if self.editable_mode:
             return  # a checkout finds them where they are
         for folder, suffix in (("launchers/recipes", "*.yaml"), ("ds_configs", "*.json")):
-            target = Path(self.build_lib, "cuma_ds", "resources", Path(folder).name)
-            target.mkdir(parents=True, exist_ok=True)
-            for file in Path(__file__).parent.joinpath(folder).glob(suffix):
-                self.copy_file(str(file), str(target / file.name))
+            source = Path(__file__).parent / folder
+            for file in source.rglob(suffix):
+                target = Path(self.build_lib, "cuma_ds", "resources", source.name, file.relative_to(source))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(str(file), str(target))
 
 
 REQUIRES = [

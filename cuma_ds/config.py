@@ -510,19 +510,21 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 def find_recipe(path: str | Path) -> Path:
     """The file that ``--config`` means: a path, or the short name of a recipe that comes with the package.
 
+    Short names have no suffix, and the folder of the recipe in front of them: ``quickstart``, ``paper/task/ca-dpo``.
+
     Raises:
         ConfigError: neither a file nor such a name.
     """
-    file = Path(path)
-    if file.is_file() or file.suffix or file.name != str(path):
+    file, folder = Path(path), resource_folder("recipes")
+    if file.is_file() or file.is_absolute() or file.suffix in (".yaml", ".yml"):
         return file
-    known = {recipe.stem: recipe for recipe in sorted(resource_folder("recipes").glob("*.yaml"))}
-    if file.name not in known:
+    known = {str(one.relative_to(folder).with_suffix("")): one for one in sorted(folder.rglob("*.yaml"))}
+    if str(file) not in known:
         raise ConfigError(
-            f"cannot read the recipe {path}: No such file or directory{nearest(file.name, known)}; "
+            f"cannot read the recipe {path}: No such file or directory{nearest(str(file), known)}; "
             f"recipes that come with the package: {', '.join(known)}"
         )
-    return known[file.name]
+    return known[str(file)]
 
 
 def _read_recipe(file: Path) -> tuple[dict[str, object], dict[Key, str]]:

@@ -32,7 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", required=True, type=_positive, nargs="+", metavar="N", help="ranks to plan for")
     work = parser.add_argument_group("work of one rank and forward")
     work.add_argument(
-        "--micro-batch", type=_positive, metavar="B", help="sequences; default: training.micro_batch_size"
+        "--micro-batch",
+        type=_positive,
+        metavar="B",
+        help="sequences; default: training.micro_batch_size, which for dpo counts pairs",
     )
     work.add_argument("--length", type=_positive, metavar="S", help="tokens of a sequence; default: data.max_length")
     kept = "positions with logits; default: all (choice questions: one for each different length in a micro batch)"
@@ -83,8 +86,9 @@ def main() -> None:
 
     config = with_start(load_config(arguments.config, arguments.set))
     length = arguments.length or config.data.max_length
+    of_unit = 2 if config.training.objective == "dpo" else 1
     shape = Work(
-        sequences=arguments.micro_batch or config.training.micro_batch_size,
+        sequences=arguments.micro_batch or config.training.micro_batch_size * of_unit,
         length=length,
         kept=min(arguments.kept_logits or length, length),
         accumulation=arguments.accumulation,

@@ -70,6 +70,14 @@ def test_evaluation(tiny_llama, table) -> None:
     assert "nothing shared" in table("evaluation", "--model", str(tiny_llama), *sizes.split())
 
 
+def test_generation(tiny_llama, table) -> None:
+    sizes = ["--people", "3", "--answers", "2", "--tokens", "4"]
+    printed = table("generation", "--model", str(tiny_llama), *sizes, *QUICK)
+    assert printed.count("cuma-ds, adapters off") == printed.count("a profile per row") == 2
+    assert "6 answers of 1 to 4 tokens" in printed
+    assert "a call per person" in printed
+
+
 @pytest.mark.embedded
 def test_serving(tiny_llama, embedded_models, table) -> None:
     _, encoder = embedded_models
@@ -83,3 +91,10 @@ def test_dispatch(tiny_llama) -> None:
     results = run(2, [str(BENCHMARKS / "dispatch.py"), *arguments])
     assert [code for code, _ in results] == [0, 0], results
     assert "sharded, prefetched" in results[0][1]
+
+
+def test_dpo_step(tiny_llama, table) -> None:
+    sizes = ["--pairs", "2", "--prompt", "6", "--answer", "4", "--steps", "1"]
+    printed = table("dpo_step", "--model", str(tiny_llama), *sizes, *QUICK)
+    assert "cuma-ds, reference in the step" in printed
+    assert "naive: two models, two passes" in printed

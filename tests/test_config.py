@@ -147,6 +147,8 @@ def test_recipes_that_come_with_the_package_go_by_their_names(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"cannot read the recipe quickstrat: .*quickstart.*; recipes that come with"):
         load_config("quickstrat")
+    with pytest.raises(ConfigError, match=r"recipe paper/task/ca-dbo: .*did you mean 'paper/task/ca-dpo'"):
+        load_config("paper/task/ca-dbo")
 
 
 def test_the_last_of_two_overrides_wins_and_keys_within_one_stand_once():

@@ -75,11 +75,12 @@ def test_an_installed_package_finds_its_recipes_and_deepspeed_configurations(tmp
     subprocess.run([sys.executable, "setup.py", "-q", *commands], cwd=ROOT, check=True, capture_output=True)
     resources = built / "cuma_ds" / "resources"
     for folder, pattern, kept in (("launchers/recipes", "*.yaml", "recipes"), ("ds_configs", "*.json", "ds_configs")):
-        expected = {file.name: file.read_bytes() for file in (ROOT / folder).glob(pattern)}
-        assert {file.name: file.read_bytes() for file in (resources / kept).iterdir()} == expected != {}
+        expected = {file.relative_to(ROOT / folder): file.read_bytes() for file in (ROOT / folder).rglob(pattern)}
+        found = [file for file in (resources / kept).rglob("*") if file.is_file()]
+        assert {file.relative_to(resources / kept): file.read_bytes() for file in found} == expected != {}
     program = (
         "from cuma_ds.config import load_config, find_recipe; print(find_recipe('quickstart')); "
-        "load_config('quickstart'); "
+        "load_config('quickstart'); print(find_recipe('paper/backbone/qwen3-0.6b')); "
         "from cuma_ds.parallel.ds_config import find_deepspeed_config; "
         "print(find_deepspeed_config('zero2_sharded_backbone'))"
     )
@@ -87,7 +88,8 @@ def test_an_installed_package_finds_its_recipes_and_deepspeed_configurations(tmp
         [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(built)},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.splitlines()[-2:] == [
+    assert done.stdout.splitlines()[-3:] == [
         str(resources / "recipes" / "quickstart.yaml"),
+        str(resources / "recipes" / "paper" / "backbone" / "qwen3-0.6b.yaml"),
         str(resources / "ds_configs" / "zero2_sharded_backbone.json"),
     ]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import PromptTooLong, Renderer
 from cuma_ds.data.rows import Row, Split
 from cuma_ds.errors import CumaError, DataError
+from cuma_ds.telemetry.progress import shown
 
 logger = logging.getLogger(__name__)
 
@@ -36,23 +39,31 @@ class LongRows:
     longest: int
 
 
+class Reading(NamedTuple):
+    """How rows are read.
+
+    Attributes:
+        renderer: of the model's tokenizer. Its limit counts, which may be less than ``data.max_length``.
+        prompts: the answers of the data are not read. A model writes its own after each prompt.
+        bar: show a progress bar on a terminal.
+    """
+
+    renderer: Renderer
+    prompts: bool = False
+    bar: bool = False
+
+
 def fitting(
-    data: PreparedData,
-    renderer: Renderer,
-    config: DataSection,
-    splits: Sequence[str],
-    advice: Callable[[int], str],
-    prompts: bool = False,
+    data: PreparedData, reading: Reading, config: DataSection, splits: Sequence[str], advice: Callable[[int], str]
 ) -> PreparedData:
     """The data with nothing in ``splits`` that is longer than ``data.max_length``.
 
     Args:
         data: of any kind.
-        renderer: of the model's tokenizer. Its limit counts, which may be less than ``config.max_length``.
+        reading: how rows are read.
         config: ``on_long_prompt`` decides: refuse such rows, or leave them out, count them in the manifest and say so.
         splits: names of the splits that will be read.
         advice: what to do about a refusal, given the tokens that the longest row needs.
-        prompts: the answers of the data are not read. A model writes its own after each prompt.
 
     Raises:
         DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row
@@ -61,8 +72,8 @@ def fitting(
     """
     sentences = data.sentences
     whole = {"choice": _long_choices, "chat": _long_chats, "preference": _long_pairs}
-    find = _long_prompts if prompts and data.kind != "choice" else whole[data.kind]
-    found = {name: find(name, data.splits[name], renderer, sentences) for name in splits if len(data.splits[name])}
+    find = _long_prompts if reading.prompts and data.kind != "choice" else whole[data.kind]
+    found = {name: find(name, data.splits[name], reading, sentences) for name in splits if len(data.splits[name])}
     found = {name: rows for name, rows in found.items() if rows.numbers}
     if not found:
         return data
@@ -72,7 +83,7 @@ def fitting(
         f"{', ...' if len(rows.numbers) > 3 else ''}; the longest has {rows.longest} tokens)"
         for name, rows in found.items()
     )
-    room = config.max_length - renderer.max_length
+    room = config.max_length - reading.renderer.max_length
     for_answer = f", of which {room} are for an answer" if room else ""
     limit = f"data.max_length is {config.max_length}{for_answer}, and a question is never cut"
     if config.on_long_prompt == "refuse":
@@ -85,8 +96,9 @@ def fitting(
     return _without(data, found)
 
 
-def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+def _long_choices(name: str, split: Split, reading: Reading, sentences: Sequence[str]) -> LongRows:
     """Encodes each question once; with its profiles only those pairs whose lengths together come near the limit."""
+    renderer = reading.renderer
     question_M, profile_M = split.numbers("question"), split.numbers("profile")
     question_Q, first_Q, which_M = np.unique(question_M, return_index=True, return_inverse=True)
     questions = [split.question(int(number)) for number in question_Q]
@@ -113,34 +125,35 @@ def _long_choices(name: str, split: Split, renderer: Renderer, sentences: Sequen
     return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
 
 
-def _long_chats(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+def _long_chats(name: str, split: Split, reading: Reading, sentences: Sequence[str]) -> LongRows:
     def ids(row: Row) -> list[int]:
-        return renderer.encode_chat(row["messages"], sentences[row["profile"]])[0]
+        return reading.renderer.encode_chat(row["messages"], sentences[row["profile"]])[0]
 
-    return _long_texts(name, split, renderer, ids)
+    return _long_texts(name, split, reading, ids)
 
 
-def _long_pairs(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+def _long_pairs(name: str, split: Split, reading: Reading, sentences: Sequence[str]) -> LongRows:
     def ids(row: Row) -> list[int]:
-        answers = (row["chosen"], row["rejected"])
-        return max(
-            (ids for ids, _ in renderer.encode_answers(row["prompt"], answers, sentences[row["profile"]])), key=len
+        both = reading.renderer.encode_answers(
+            row["prompt"], (row["chosen"], row["rejected"]), sentences[row["profile"]]
         )
+        return max((ids for ids, _ in both), key=len)
 
-    return _long_texts(name, split, renderer, ids)
+    return _long_texts(name, split, reading, ids)
 
 
-def _long_prompts(name: str, split: Split, renderer: Renderer, sentences: Sequence[str]) -> LongRows:
+def _long_prompts(name: str, split: Split, reading: Reading, sentences: Sequence[str]) -> LongRows:
     def ids(row: Row) -> list[int]:
-        return encode_asked(row, renderer, sentences[row["profile"]], renderer.max_length)
+        return encode_asked(row, reading.renderer, sentences[row["profile"]], reading.renderer.max_length)
 
-    return _long_texts(name, split, renderer, ids)
+    return _long_texts(name, split, reading, ids)
 
 
-def _long_texts(name: str, split: Split, renderer: Renderer, ids: Callable[[Row], list[int]]) -> LongRows:
+def _long_texts(name: str, split: Split, reading: Reading, ids: Callable[[Row], list[int]]) -> LongRows:
     """Encodes each row."""
-    tokens_M = np.array([_tokens(partial(ids, row), name, number) for number, row in enumerate(split)])
-    numbers = np.flatnonzero(tokens_M > renderer.max_length)
+    with closing(shown(split, f"reading {name}", reading.bar)) as rows:
+        tokens_M = np.array([_tokens(partial(ids, row), name, number) for number, row in enumerate(rows)])
+    numbers = np.flatnonzero(tokens_M > reading.renderer.max_length)
     return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
 
 

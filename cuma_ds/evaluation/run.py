@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from cuma_ds.data.batch import EncodedExample, encode_example, encode_pair
-from cuma_ds.data.lengths import fitting
+from cuma_ds.data.lengths import Reading, fitting
 from cuma_ds.data.rows import Split
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import ChatLosses, chat_losses
@@ -136,7 +136,7 @@ class Evaluator:
                 "there is nothing to evaluate on: the splits test and heldout are empty; hold out more people"
             )
         data = fitting(
-            subject.data, subject.renderer, subject.config.data, self.splits,
+            subject.data, Reading(subject.renderer), subject.config.data, self.splits,
             lambda needed: (
                 f"evaluate with --set data.max_length={needed}, "
                 "or leave them out with --set data.on_long_prompt=skip"

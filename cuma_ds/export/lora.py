@@ -22,7 +22,7 @@ from torch import Tensor
 from cuma_ds.adapters import CumaModel
 from cuma_ds.adapters.fold import constant_gates, fixed_gate, fold, plain_lora, set_lora
 from cuma_ds.config import RunConfig
-from cuma_ds.data.batch import EncodedExample, encode_example
+from cuma_ds.data.batch import EncodedExample, encode_example, encode_pair
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
@@ -171,7 +171,7 @@ def divergence(
     Args:
         before, after: log-probabilities [positions, V] of each example, of the mixture and of the plain LoRA.
         examples: the prompts.
-        nominal: for choice questions, whether the options have no order; None for conversations.
+        nominal: for choice questions, whether the options have no order; None for conversations and preferences.
     """
     kl = torch.cat([(p.exp() * (p - q)).sum(dim=-1) for p, q in zip(before, after, strict=True)]).clamp(min=0)
     found: Divergence = {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
@@ -241,10 +241,11 @@ class _Measure:
         return [rows[int(row)] for row in np.random.default_rng(0).permutation(len(rows))[: self._prompts]]
 
     def _examples(self, split: str, sentence: str) -> list[EncodedExample]:
-        return [
-            encode_example({**row, "profile": 0}, self._renderer, [sentence], self._config.data)
-            for row in self._chosen(split)
-        ]
+        """Prompts of a split as somebody of one profile reads them; of preferences those with the chosen answer."""
+        rows: list[Row] = [{**row, "profile": 0} for row in self._chosen(split)]
+        if self._data.kind == "preference":
+            return [encode_pair(row, self._renderer, [sentence])[0] for row in rows]
+        return [encode_example(row, self._renderer, [sentence], self._config.data) for row in rows]
 
     def _predicted(
         self, model: CumaModel, examples: Sequence[EncodedExample], embeddings_NP: Tensor | None

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from cuma_ds.adapters import CumaModel
-from cuma_ds.errors import ModelError
 from cuma_ds.identity import base_fact
+from cuma_ds.inference.cache import RoomyCache, joined, layers_of, states_of
 
 # Adds some of the prompts that were just read to the running sequences.
 Add = Callable[[Sequence[int]], None]
@@ -152,8 +151,7 @@ class RunningBatch:
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         mask_BS = (torch.arange(longest, device=self.device) >= longest - lengths_B[:, None]).long()
         profiles_BP = None if profiles_BP is None else profiles_BP.to(self.device)
-        # Without a configuration every layer of the cache keeps all positions, and windows are masks.
-        new = _Running(DynamicCache(), mask_BS, lengths_B, profiles_BP)
+        new = _Running(RoomyCache(), mask_BS, lengths_B, profiles_BP)
         positions_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
         return self._logits(torch.tensor(rows, device=self.device), positions_BS, new), partial(self._add, new)
 
@@ -165,9 +163,8 @@ class RunningBatch:
             return
         cache, masks, length = self._running.cache, (self._running.mask_BL, new.mask_BL), self.length
         length = max(length, new.mask_BL.shape[1])
-        for layer, other in zip(_layers(cache), _layers(new.cache), strict=True):
-            pairs = zip(_states(layer), _states(other), strict=True)
-            layer.keys, layer.values = (torch.cat([_widened(a, length), _widened(b, length)]) for a, b in pairs)
+        for layer, other in zip(layers_of(cache), layers_of(new.cache), strict=True):
+            layer.keys, layer.values = map(joined, states_of(layer), states_of(other))
         mask_BL = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
         lengths_B, profiles_BP = torch.cat([self._running.lengths_B, new.lengths_B]), self._running.profiles_BP
         if profiles_BP is not None and new.profiles_BP is not None:
@@ -294,38 +291,13 @@ def measured_batch(forward: ModelForward, pad_id: int, most: int) -> tuple[Runni
     return SingleSequence(forward, cached=False), 1
 
 
-def _layers(cache: DynamicCache) -> list[DynamicLayer]:
-    """The layers of a cache.
-
-    Raises:
-        ModelError: some keep other states than attention keys and values.
-    """
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    if not layers or len(layers) < len(cache.layers):
-        other = "this model's layers keep other states than attention keys and values"
-        raise ModelError(f"{other}; it cannot be served in batches")
-    return layers
-
-
 def _taken(running: _Running, rows: Sequence[int]) -> _Running:
     """The sequences with these numbers, with the padding that the longest of them needs. The cache is changed."""
     cache, mask_BL, lengths_B, profiles_BP = running
     index = torch.tensor(rows, device=mask_BL.device)
     lengths_B = lengths_B[index]
     first = mask_BL.shape[1] - int(lengths_B.max())
-    for layer in _layers(cache):
-        layer.keys, layer.values = (state_BHLD[index, :, first:] for state_BHLD in _states(layer))
+    for layer in layers_of(cache):
+        layer.keys, layer.values = (state_BHLD[index, :, first:] for state_BHLD in states_of(layer))
     profiles_BP = None if profiles_BP is None else profiles_BP[index]
     return _Running(cache, mask_BL[index, first:], lengths_B, profiles_BP)
-
-
-def _states(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, L, D] of a layer that has run."""
-    assert layer.keys is not None
-    assert layer.values is not None
-    return layer.keys, layer.values
-
-
-def _widened(x_BHLD: Tensor, length: int) -> Tensor:
-    """Empty positions in front, up to ``length``."""
-    return F.pad(x_BHLD, (0, 0, length - x_BHLD.shape[2], 0))

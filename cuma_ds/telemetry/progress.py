@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Generator, Iterator
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _Item = TypeVar("_Item")
+_Item_co = TypeVar("_Item_co", covariant=True)
 
 
-def shown(items: Sequence[_Item], what: str, visible: bool) -> Iterator[_Item]:
+class Counted(Protocol[_Item_co]):
+    """Items whose number is known."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[_Item_co]: ...
+
+
+def shown(items: Counted[_Item], what: str, visible: bool) -> Generator[_Item, None, None]:
     """The items, with a bar that counts those that are done.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.batch import Batch, EncodedExample
-from cuma_ds.data.lengths import fitting
+from cuma_ds.data.lengths import Reading, fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError, DataError
@@ -135,11 +135,14 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
     tokenizer, rollout = load_tokenizer(config.model), config.rollout
     renderer = Renderer.of(tokenizer, section)
     section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
-    fits = fitting(data, renderer, section, ["train", *data.evaluation_splits], advice)
+    splits, bar = ["train", *data.evaluation_splits], config.telemetry.progress
+    fits = fitting(data, Reading(renderer, bar=bar), section, splits, advice)
     if rollout is not None:
         limit = section.max_length - rollout.max_new_tokens
-        renderer = Renderer.of(tokenizer, section.model_copy(update={"max_length": limit}))
-        fits = fitting(fits, renderer, section, ["train"], lambda most: advice(most + rollout.max_new_tokens), True)
+        asking = Reading(
+            Renderer.of(tokenizer, section.model_copy(update={"max_length": limit})), prompts=True, bar=bar
+        )
+        fits = fitting(fits, asking, section, ["train"], lambda most: advice(most + rollout.max_new_tokens))
     return dataclasses.replace(fits, manifest={**fits.manifest, PROMPTS_CHECKED: section.max_length})
 
 

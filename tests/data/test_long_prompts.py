@@ -18,7 +18,7 @@ from small_runs import recipe
 
 from cuma_ds.config import DataSection, load_config, load_started
 from cuma_ds.data import PreparedData, load_data
-from cuma_ds.data.lengths import fitting
+from cuma_ds.data.lengths import Reading, fitting
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.examples import ChoiceExamples
@@ -118,13 +118,13 @@ def test_exactly_the_rows_that_do_not_fit_are_named_or_left_out(kind, in_prompt,
         renderer = Renderer(tokenizer, limit, in_prompt)
         long = [number for number, tokens in enumerate(expected) if tokens > limit]
         with pytest.raises(DataError) as refused:
-            fitting(data, renderer, section(path), ["train"], lambda needed: f"raise it to {needed}")
+            fitting(data, Reading(renderer), section(path), ["train"], lambda needed: f"raise it to {needed}")
         message = str(refused.value)
         assert f"{len(long)} of {len(expected)} rows of split train (row {', '.join(map(str, long[:3]))}" in message
         assert f"the longest has {max(expected)} tokens" in message
         assert message.endswith(f"raise it to {max(expected)}")
         assert "\n" not in message
-        left = fitting(data, renderer, section(path, on_long_prompt="skip"), ["train"], str)
+        left = fitting(data, Reading(renderer), section(path, on_long_prompt="skip"), ["train"], str)
         kept = [row for number, row in enumerate(data.splits["train"].to_list()) if number not in long]
         assert left.splits["train"].to_list() == kept
         assert left.manifest["skipped"] == {"examples longer than max_length": len(long)}
@@ -132,20 +132,22 @@ def test_exactly_the_rows_that_do_not_fit_are_named_or_left_out(kind, in_prompt,
         assert sizes["examples"] == len(kept)
         assert sizes["people"] == len({person for row in kept for person in row["people"]})
         assert sizes["profiles"] == len({row["profile"] for row in kept})
-    assert fitting(data, Renderer(tokenizer, max(expected), in_prompt), section(path), ["train"], str) is data
+    assert fitting(data, Reading(Renderer(tokenizer, max(expected), in_prompt)), section(path), ["train"], str) is data
 
 
 def test_when_nothing_fits_skipping_is_refused_too(choices) -> None:
     data = load_data(section(choices))
     with pytest.raises(DataError, match="nothing is left for training without what is too long"):
-        fitting(data, Renderer(character_tokenizer(), 20), section(choices, on_long_prompt="skip"), ["train"], str)
+        fitting(
+            data, Reading(Renderer(character_tokenizer(), 20)), section(choices, on_long_prompt="skip"), ["train"], str
+        )
 
 
 def test_a_row_that_cannot_be_rendered_is_named(choices) -> None:
     template = "{% if 'Question 2' in messages[-1]['content'] %}{{ raise_exception('never') }}{% endif %}x"
     data = load_data(section(choices))
     with pytest.raises(DataError.__base__, match=r"row \d+ of split train: .*refuses a conversation: never"):
-        fitting(data, Renderer(character_tokenizer(template), 500), section(choices), ["train"], str)
+        fitting(data, Reading(Renderer(character_tokenizer(template), 500)), section(choices), ["train"], str)
 
 
 @pytest.mark.multirank

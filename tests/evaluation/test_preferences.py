@@ -32,7 +32,9 @@ from cuma_ds.evaluation.report.model import read_report
 from cuma_ds.evaluation.report.tables import terminal_tables
 from cuma_ds.evaluation.run import evaluate, evaluate_run
 from cuma_ds.evaluation.subject import Subject, run_subject, subject
-from cuma_ds.inference.open import load_trained, open_model
+from cuma_ds.export.hf import read_run, write_hf
+from cuma_ds.export.lora import write_lora
+from cuma_ds.inference.open import load_trained, open_export, open_model, open_peft
 from cuma_ds.parallel.backbone import load_backbone
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
@@ -427,3 +429,33 @@ def test_a_start_policy_that_was_changed_is_refused(tmp_path, tiny_llama, tiny_e
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="start is damaged"):
         evaluate_run(folder)
+
+
+def test_an_export_is_judged_as_the_run_it_was_made_of(run_folder, asked, report, tmp_path) -> None:
+    write_hf(read_run(run_folder), tmp_path / "exported")
+    opened = open_export(tmp_path / "exported", overrides=[*SETTINGS, "model.dtype=float32"])
+    split = evaluate(subject(opened, Run(run_folder).data_folder), tmp_path / "report").splits["test"]
+    expected = report.splits["test"]
+    # An export does not know what its run started from.
+    assert list(split.rows) == ["before", "trained", "swapped"]
+    for name, scores in split.rows.items():
+        assert scores.accuracy == expected.rows[name].accuracy
+        assert scores.margin == pytest.approx(expected.rows[name].margin, abs=1e-4)
+        assert scores.accuracy_start is None
+
+
+@pytest.mark.parametrize("method", ["lora", "cuma"])
+def test_an_adapter_of_peft_is_judged_before_and_after(tmp_path, tiny_llama, tiny_encoder, preferences, method) -> None:
+    lora = {"method": "lora", "num_experts": 1, "top_k": 1, "balance_weight": 0.0} if method == "lora" else {}
+    settings = {"min_answers": 5, "bootstrap": 20}
+    folder, _, _ = make_run(tmp_path / "run", tiny_llama, tiny_encoder, lora, source=preferences, evaluation=settings)
+    write_lora(folder, [] if lora else [{"country": "Chile", "age": "old"}], tmp_path / "lora", prompts=4)
+    opened = open_peft(tmp_path / "lora" / "profile-1", overrides=["model.dtype=float32", "evaluation.min_answers=5"])
+    rows = evaluate(subject(opened, Run(folder).data_folder), tmp_path / "report").splits["test"].rows
+    assert list(rows) == ["before", "trained"]
+    assert rows["trained"].accuracy != 0.5
+    if method == "lora":
+        own = evaluate_run(folder).splits["test"].rows
+        assert list(own) == ["before", "trained"]
+        assert rows["trained"].accuracy == own["trained"].accuracy
+        assert rows["trained"].margin == pytest.approx(own["trained"].margin, abs=1e-4)

@@ -10,6 +10,8 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from counting import sent
@@ -19,9 +21,10 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.inference.generate import Completion, generate
 from cuma_ds.inference.open import open_engine
 from cuma_ds.inference.sampling import Sampling
-from cuma_ds.parallel.backbone import live_bytes, load_tokenizer
+from cuma_ds.parallel.backbone import full_bytes, live_bytes, load_tokenizer
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
+from cuma_ds.planning import rollouts as planning
 from cuma_ds.training import run
 from cuma_ds.training.inputs import TrainingInputs
 from cuma_ds.training.step import StepResult
@@ -30,6 +33,19 @@ LENGTHS = (6, 2, 3)  # with two ranks, the second one is done earlier; with four
 run_step: Callable[..., StepResult] = run.run_step
 rollouts: list[dict] = []
 gathered = False
+
+
+# Share of what is needed that is free on the first rank and on the others.
+FREE = ((1.2, 1.2), (1.2, 1.0), (0.1, 1.2))
+
+
+def fits(engine: AdapterEngine, free: tuple[float, float]) -> bool:
+    """Whether ``rollout.backbone: auto`` gathers with so much memory."""
+    text = engine.model.backbone.config.get_text_config()
+    needed = full_bytes(engine.model.backbone) + planning.generation_bytes(text, 4, 2, 9)
+    available = needed * free[engine.topology.rank > 0] * engine.topology.world
+    with mock.patch("psutil.virtual_memory", return_value=SimpleNamespace(available=available)):
+        return planning.holds_whole_backbone(engine, 2, 9)
 
 
 def with_rollouts(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, step: int) -> StepResult:
@@ -52,7 +68,8 @@ def with_rollouts(config: RunConfig, engine: AdapterEngine, inputs: TrainingInpu
     live.append(live_bytes(engine.model.backbone))
     assert all(0 < len(one.tokens) == len(one.log_probabilities) <= one.max_new_tokens for one in completions)
     written = [(one.tokens, one.log_probabilities) for one in completions]
-    rollouts.append({"written": written, "forwards": len(forwards), "all_gather": moved, "live": live})
+    room = [fits(engine, free) for free in FREE]
+    rollouts.append({"room": room, "written": written, "forwards": len(forwards), "all_gather": moved, "live": live})
     return run_step(config, engine, inputs, step)
 
 

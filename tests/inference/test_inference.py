@@ -244,3 +244,23 @@ def test_what_is_for_one_process_is_refused_on_ranks_in_one_line(chats, tmp_path
         for code, output in run_ranks(2, command):
             assert code == 2
             assert message in output
+
+
+def test_a_step_copies_no_keys_also_after_a_change_of_the_batch() -> None:
+    batch = RunningBatch(ModelForward(adapted("llama").eval()), pad_id=0)
+    batch.join(PROMPTS[:3], PROFILES[:3])
+
+    def places() -> list[int]:
+        assert batch._running is not None
+        return [state.data_ptr() for layer in batch._running.cache.layers for state in (layer.keys, layer.values)]
+
+    batch.step([1, 2, 3])
+    before = places()
+    for token in range(20):
+        batch.step([token] * 3)
+    assert places() == before
+    batch.keep([0, 2])
+    batch.step([1, 2])
+    after = places()
+    batch.step([1, 2])
+    assert places() == after

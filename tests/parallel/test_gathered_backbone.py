@@ -130,3 +130,9 @@ def test_the_memory_of_a_gathered_backbone_is_given_back(runs, tiny_llama) -> No
         for name in ("gathered", "prefetched", "stage_3"):
             assert [step["live"] for step in runs.said[name][rank]] == [[0, full, 0]] * STEPS
         assert [step["live"] for step in runs.said["sharded"][rank]] == [[0, 0, 0]] * STEPS
+
+
+@pytest.mark.multirank
+def test_the_whole_backbone_is_gathered_where_every_rank_has_room_for_it(runs) -> None:
+    for rank in range(2):
+        assert [step["room"] for step in runs.said["sharded"][rank]] == [[True, False, False]] * STEPS

@@ -257,6 +257,9 @@ def test_the_launcher_prints_tables_json_and_a_picture(tmp_path, launch, tiny_ll
     assert [row["gpus"] for row in rows] == [2, 4]
     assert rows[0]["total_memory"] == sum(rows[0]["memory"].values())
     assert picture.read_bytes().startswith(b"\x89PNG")
+    micro = load_config(arguments[1]).training.micro_batch_size
+    pairs = launch("plan", *arguments, "--json", "--set", "training.objective=dpo").out
+    assert json.loads(pairs) == json.loads(launch("plan", *arguments, "--json", "--micro-batch", str(2 * micro)).out)
     bad = launch("plan", *arguments[:4], "--gpus", "3")
     assert bad.code == 2
     assert bad.err.count("\n") == 1

@@ -265,4 +265,4 @@ def test_a_batch_without_completions_counts_for_nothing(model) -> None:
     for loss in ("grpo", "dr_grpo", "dapo"):
         grpo = objective(loss, 0.0, False)
         assert grpo.weight(batch) == 0
-        assert float(grpo.loss(model(**batch.inputs).logits, batch).sum) == 0
+        assert float(grpo.loss(model(**batch.inputs).logits, batch).sum.detach()) == 0

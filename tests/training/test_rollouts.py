@@ -132,11 +132,14 @@ KILLS = int(os.environ.get("KILLS", "2"))
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path, tiny_llama, tiny_encoder) -> None:
-    """Two ranks, in the middle of generating and of an update by turns, at another place each time."""
+    """Two ranks, in the middle of generating and of an update by turns, at another place each time. What the advantages
+    remember goes on, too.
+    """
     options = {
         "parallel": {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2},
-        "training": {"steps": 2 * KILLS + 2, "micro_batch_size": 8},
-        "grpo": {"rewards": ["own_rewards:rarely"]},
+        "training": {"steps": 2 * KILLS + 2, "micro_batch_size": 8, "group_field": "country"},
+        "grpo": {"rewards": ["own_rewards:rarely"], "advantage": "history", "robust": "groupdro"},
+        "evaluation": {"min_answers": 8},
         "checkpoint": {"every": 1, "keep_last": 1},
     }
     whole, broken = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -501,6 +502,28 @@ def test_two_ranks_go_on_as_one_and_a_killed_run_as_a_whole_one(trained, tmp_pat
         assert exported(folder, tmp_path / "export").is_dir()
     assert opened.checkpoint == f"step-{STEPS}"
     assert report.splits
+
+
+@pytest.mark.multirank
+def test_dpo_begins_at_the_sft_policy_and_measures_from_it(trained, tmp_path) -> None:
+    """The people's answers that the run learned from become pairs. At the start policy the rewards are 0 against
+    itself, and against the bare backbone they are not.
+    """
+    data, training = {"kind": "preference"}, {"objective": "dpo", "learning_rate": 0.01}
+    paths = [
+        second(tmp_path, trained, f"dpo-{reference}", 1, data=data, training=training, dpo={"reference": reference})
+        for reference in ("start", "base")
+    ]
+    run_recipes(1, paths)
+    from_start, from_base = (metrics(load_config(path)) for path in paths)
+    assert from_start[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert from_start[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert abs(from_start[-1]["rewards/margins"]) > 1e-4
+    assert abs(from_base[0]["rewards/margins"]) > 1e-3
+    run = Run(load_config(paths[0]).run_dir)
+    before = Run(load_config(trained).run_dir)
+    sides = [{name: sizes["people"] for name, sizes in one.data().manifest["splits"].items()} for one in (run, before)]
+    assert sides[0] == sides[1]
 
 
 @pytest.mark.multirank

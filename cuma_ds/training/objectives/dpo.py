@@ -88,7 +88,8 @@ class Dpo(Objective):
             sft_P = -whole_P2[:, 0] / length_P2[:, 0]
             loss_P = loss_P + dpo.sft_weight * sft_P
             metrics["sft_loss"] = sft_P.detach()
-        means = {name: torch.stack([value_P.sum(), value_P.new_tensor(pairs)]) for name, value_P in metrics.items()}
+        number = log_p_P2.new_tensor(pairs)
+        means = {name: torch.stack([value_P.sum(), number]) for name, value_P in metrics.items()}
         if self._groups is not None:
             profile_P = batch.profile_rows_N[: 2 * pairs : 2]
             for name in ("rewards/accuracies", "rewards/margins"):

@@ -25,6 +25,7 @@ from cuma_ds.inference.sampling import Sampling, mixed_seed
 from cuma_ds.inference.text import AS_WRITTEN
 from cuma_ds.parallel.agreement import agreement, together
 from cuma_ds.parallel.held import HeldPolicy
+from cuma_ds.planning.rollouts import holds_whole_backbone
 from cuma_ds.training.groups import Groups
 from cuma_ds.training.objectives.protocol import Begin
 from cuma_ds.training.rollout.advantage import Advantages
@@ -76,6 +77,8 @@ class Rollouts:
         is_bare = config.model.init_from is None and begin.engine.model.switches_off
         keeps_start = config.grpo.kl_weight and config.grpo.reference == "start" and not is_bare
         self._start = HeldPolicy(self._engine) if keeps_start else None
+        self._tell = begin.tell
+        self._gathers = self._gathers_backbone(config.data.max_length)
         with self._evaluating(), self._whole_backbone():
             opened = open_engine(self._engine, config, inputs.renderer)
             self._decoder, self._all_done = opened.decoder(config.rollout.batch_size), opened.peers.all_done
@@ -84,7 +87,6 @@ class Rollouts:
         pack_length = config.data.max_length if config.data.packing else None
         self._cut = Cutter(layout, inputs.pad_id, pack_length, config.grpo.mask_truncated)
         self._kept = KeptCompletions(begin.run.completions, config.rollout.keep)
-        self._tell = begin.tell
         self._newest: int | None = None
         self._batches: list[Batch] = []
         self._numbers: dict[str, float] = {}
@@ -203,6 +205,15 @@ class Rollouts:
         finally:
             self._engine.train()
 
+    def _gathers_backbone(self, longest: int) -> bool:
+        """Whether a rollout gathers a sharded backbone once (``rollout.backbone``)."""
+        if self._rollout.backbone != "auto" or not self._engine.shards_backbone:
+            return self._rollout.backbone == "gathered"
+        gathers = holds_whole_backbone(self._engine, self._rollout.batch_size, longest)
+        held = "gathered once for each rollout" if gathers else "gathered for each token, as memory holds no whole one"
+        self._tell(f"rollouts: the sharded backbone is {held}")
+        return gathers
+
     def _whole_backbone(self) -> contextlib.AbstractContextManager[None]:
         """Inside, no forward gathers a sharded backbone again, where ``rollout.backbone`` allows that."""
-        return contextlib.nullcontext() if self._rollout.backbone == "sharded" else self._engine.gathered_backbone()
+        return self._engine.gathered_backbone() if self._gathers else contextlib.nullcontext()

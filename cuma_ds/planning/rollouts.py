@@ -1,0 +1,72 @@
+"""Whether a rank has room for the whole backbone while it generates (``rollout.backbone: auto``).
+
+Shapes: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from cuma_ds.parallel.backbone import full_bytes
+from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.topology import Topology
+
+# Share of the free memory that is counted with; the rest is for what allocators cannot use.
+_USABLE = 0.9
+
+
+def holds_whole_backbone(engine: AdapterEngine, sequences: int, length: int) -> bool:
+    """Whether each rank has memory for its sharded backbone as a whole and for what generating needs beside it.
+
+    What is there already (shards, adapters, optimizer states) is measured, not predicted. All ranks call this and get
+    the same answer.
+
+    Args:
+        engine: between two steps.
+        sequences: that are written at once on a rank.
+        length: most tokens of a sequence, prompt included.
+    """
+    backbone, device = engine.model.backbone, engine.topology.device
+    whole = full_bytes(backbone)
+    config = backbone.config
+    assert isinstance(config, PretrainedConfig)
+    itemsize = next(parameter for parameter in backbone.parameters() if not parameter.requires_grad).element_size()
+    needed = whole + generation_bytes(config.get_text_config(), itemsize, sequences, length)
+    fits = torch.tensor(int(needed <= _USABLE * free_bytes(engine.topology)), device=device)
+    dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+    return bool(fits)
+
+
+def generation_bytes(text: PretrainedConfig, itemsize: int, sequences: int, length: int) -> int:
+    """Bytes of keys and values, of the hidden states that reading all prompts at once needs, and of logits.
+
+    Args:
+        text: configuration of the language model.
+        itemsize: bytes of a number in the backbone's dtype.
+        sequences, length: as in :func:`holds_whole_backbone`.
+    """
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    # While a layer's cache grows it exists twice.
+    cache = 2 * (text.num_hidden_layers + 1) * key_heads * head * length
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    hidden = (4 * text.hidden_size + 3 * inner) * length
+    # One position in the backbone's dtype, and its probabilities in float32 with two sorted copies.
+    logits = text.vocab_size * (itemsize + 4 * 5)
+    return sequences * (itemsize * (cache + hidden) + logits)
+
+
+def free_bytes(topology: Topology) -> int:
+    """Memory that this rank may still use: of its GPU, or its share of the machine's where ranks run on CPUs."""
+    if topology.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(topology.device)
+        cached = torch.cuda.memory_reserved(topology.device) - torch.cuda.memory_allocated(topology.device)
+        return free + cached
+    ranks = [0] * topology.world
+    dist.all_gather_object(ranks, topology.local_rank)
+    here = max(1, max(ranks) + 1)
+    return psutil.virtual_memory().available // here

@@ -1,0 +1,72 @@
+"""The paper's preference recipes: every combination merges, and the numbers of the paper's table stand in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cuma_ds.config import RunConfig, load_config
+
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes" / "paper"
+BACKBONES, METHODS, TASKS = (
+    sorted(file.with_suffix("").name for file in (RECIPES / axis).glob("*.yaml"))
+    for axis in ("backbone", "method", "task")
+)
+# Steps, global batch, learning rate, longest sequence, balance weight and gate of each task.
+PAPER = {
+    "ca-sft": (625, 16, 2e-5, 2048, 0.0, "softmax_topk"),
+    "ca-dpo": (3750, 8, 5e-6, 2048, 0.0, "softmax_topk"),
+    "ca-grpo": (3750, 8, 1e-6, 768, 0.0, "softmax_topk"),
+    "prism-sft": (125, 16, 2e-5, 2048, 0.01, "softmax_topk_softmax"),
+    "prism-dpo": (500, 32, 5e-6, 2048, 0.0, "softmax_topk_softmax"),
+    "prism-grpo": (750, 8, 1e-6, 768, 0.0, "softmax_topk_softmax"),
+}
+
+
+def merged(backbone: str, task: str, method: str) -> RunConfig:
+    return load_config([f"paper/backbone/{backbone}", f"paper/task/{task}", f"paper/method/{method}"])
+
+
+def test_there_is_a_recipe_for_each_row() -> None:
+    assert set(PAPER) == set(TASKS)
+    assert {"qwen3-8b", "llama3.1-8b", "qwen3-0.6b"} <= set(BACKBONES)
+    assert {"cuma-r8", "cuma-r64", "lora-r8", "lora-r64"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_combination_is_a_whole_recipe(task) -> None:
+    for backbone in BACKBONES:
+        for method in METHODS:
+            config = merged(backbone, task, method)
+            assert config.run.name == task
+            assert config.training.objective == task.rpartition("-")[2]
+            assert config.adapters.lora_r == int(method.rpartition("-r")[2]) == config.adapters.lora_alpha / 2
+            assert config.data.profile_in_prompt
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_recipe_has_the_numbers_of_the_paper(task) -> None:
+    config = merged("qwen3-8b", task, "cuma-r8")
+    training, adapters = config.training, config.adapters
+    found = (training.steps, training.global_batch_size, training.learning_rate, config.data.max_length)
+    assert (*found, adapters.balance_weight, adapters.gate_norm) == PAPER[task]
+    assert (training.weight_decay, training.max_grad_norm, config.run.seed) == (0.01, 1.0, 42)
+    assert (adapters.num_experts, adapters.top_k, adapters.shared_a, adapters.share_router) == (8, 2, False, False)
+    if config.dpo is not None:
+        assert (config.dpo.beta, config.dpo.loss, config.dpo.reference) == (0.1, "sigmoid", "start")
+    if config.grpo is not None:
+        assert config.rollout is not None
+        assert (config.grpo.group_size, config.grpo.epsilon, config.grpo.kl_weight) == (8, 0.2, 0.0)
+        assert (config.rollout.temperature, config.rollout.max_new_tokens) == (1.0, 256)
+
+
+@pytest.mark.parametrize("source", ["ca", "prism"])
+def test_preferences_start_from_the_supervised_run_with_the_same_adapters(source) -> None:
+    start = merged("qwen3-8b", f"{source}-sft", "cuma-r8")
+    for task in ("dpo", "grpo"):
+        config = merged("qwen3-8b", f"{source}-{task}", "cuma-r8")
+        assert config.model.init_from == str(start.run_dir)
+        same = {"balance_weight": start.adapters.balance_weight}
+        assert config.adapters.model_copy(update=same) == start.adapters
+        assert config.profiles == start.profiles
