@@ -7,14 +7,19 @@ from pathlib import Path
 import torch
 import yaml
 from reference import reference_learning_rate
+from safetensors.torch import save_file
 from single_process import Learned, SingleRun, rows_of_steps
 from small_runs import recipe
 from torch import nn
 from transformers import AutoTokenizer
 
-from cuma_ds.config import RunConfig
-from cuma_ds.data import load_data
+from cuma_ds.config import RunConfig, load_config
+from cuma_ds.data import load_data, prepare
 from cuma_ds.data.batch import collate
+from cuma_ds.identity import file_sha256
+from cuma_ds.learned_settings import fingerprint
+from cuma_ds.parallel.stored import State, write_state
+from cuma_ds.runs import Run
 
 
 def rival(folder: Path, tiny_llama: Path, name: str, adapters: dict, make=recipe, **sections: dict) -> Path:
@@ -57,3 +62,17 @@ def by_hand(config: RunConfig, model: nn.Module, learns: type[Learned] = Learned
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), training.max_grad_norm)))
         optimizer.step()
     return SingleRun(losses, norms, {name: parameter.detach() for name, parameter in parameters.items()})
+
+
+def stored_run(recipe_file: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """The folder of a run that has trained these tensors."""
+    config = load_config(recipe_file)
+    run = Run.create(config)
+    data = prepare(config.data, config.profiles.template).save(run.data_folder)
+    run.record_identity(config, data, None)
+    folder = run.checkpoints / "step-7"
+    folder.mkdir(parents=True)
+    save_file({f"param/{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder / "shared.safetensors")
+    state: State = {"step": 7, "fingerprint": fingerprint(config), "identity": run.identity()}
+    write_state(folder, state, {"shared.safetensors": file_sha256(folder / "shared.safetensors")})
+    return run.folder
