@@ -54,7 +54,9 @@ class ModelSection(_Section):
 class ProfilesSection(_Section):
     """Profiles: how their fields become a sentence, and the sentence a vector."""
 
-    encoder: str | None = Field(None, description="folder or hub id of a sentence encoder; needed by method cuma")
+    encoder: str | None = Field(
+        None, description="folder or hub id of a sentence encoder; needed by method cuma without model.init_from"
+    )
     template: Literal["wvs", "generic", "authors"] = Field(
         "generic",
         description="how profile fields become a sentence; authors: as the authors' code writes survey respondents",
@@ -76,7 +78,8 @@ class DataSection(_Section):
     path: str | None = Field(None, description="folder made by prepare_data, or the raw files; wvs-sample needs none")
     kind: Literal["choice", "chat", "preference"] | None = Field(
         None,
-        description="what to make of a source that holds several: community-alignment and prism give chat by default",
+        description="what to make of a source that holds several: community-alignment and prism give chat by default; "
+        "preference draws pairs from answers to choice questions",
     )
     questions: tuple[str, ...] | None = Field(
         None, description="question ids to keep (wvs-sample: immigration, poverty); null keeps all"

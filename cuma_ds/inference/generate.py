@@ -90,8 +90,8 @@ class Decoder:
         chosen = [new[rows.index(row)] for row in range(len(place))]
         profiles = [completion.profile_P for completion in chosen if completion.profile_P is not None]
         prompts = [completion.prompt for completion in chosen]
-        logits_BV, add = self._batch.read(prompts, torch.stack(profiles) if profiles else None)
-        self._write(new, logits_BV[rows])
+        logits_UV, add = self._batch.read(prompts, torch.stack(profiles) if profiles else None)
+        self._write(new, logits_UV, rows)
         unfinished = [number for number, completion in enumerate(new) if not completion.done]
         if unfinished:
             add([rows[number] for number in unfinished])
@@ -126,9 +126,9 @@ class Decoder:
         self.running = []
         self._batch.keep([])
 
-    def _write(self, completions: Sequence[Completion], logits_BV: Tensor) -> None:
-        tokens = next_tokens(logits_BV, [completion.sampler for completion in completions])
-        scores = log_probabilities(logits_BV, tokens) if self._scores else []
+    def _write(self, completions: Sequence[Completion], logits_UV: Tensor, rows: Sequence[int] | None = None) -> None:
+        tokens = next_tokens(logits_UV, [completion.sampler for completion in completions], rows)
+        scores = log_probabilities(logits_UV if rows is None else logits_UV[rows], tokens) if self._scores else []
         for row, (completion, token) in enumerate(zip(completions, tokens, strict=True)):
             completion.log_probabilities += scores[row : row + 1]
             completion.add(token, token in self._end_ids)

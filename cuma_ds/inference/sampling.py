@@ -1,6 +1,6 @@
 """How the next token of a sequence is chosen: by temperature, top-p and the sequence's own seed.
 
-Shapes: B sequences, V vocabulary.
+Shapes: B sequences, U rows of logits, C distributions, D draws from one, V vocabulary.
 """
 
 from __future__ import annotations
@@ -65,19 +65,27 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def next_tokens(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+def next_tokens(logits_UV: Tensor, samplers: Sequence[Sampler], rows: Sequence[int] | None = None) -> list[int]:
     """One token id for each sequence.
 
     Args:
-        logits_BV: of the last position, any float dtype.
+        logits_UV: of the last position, any float dtype.
         samplers: B of them.
+        rows: of the logits, for each sampler; several may share one. None for one row each, in order.
     """
-    tokens = logits_BV.argmax(dim=-1).tolist()
-    drawing = [row for row, sampler in enumerate(samplers) if sampler.temperature]
-    if drawing:
-        chosen = [samplers[row] for row in drawing]
-        for row, token in zip(drawing, _sample(logits_BV[drawing], chosen).tolist(), strict=True):
-            tokens[row] = token
+    rows = range(len(samplers)) if rows is None else rows
+    best_U = logits_UV.argmax(dim=-1).tolist()
+    tokens = [best_U[row] for row in rows]
+    # Sequences that draw from one distribution share its order.
+    places: dict[tuple[int, float, float], list[int]] = {}
+    for place, (row, sampler) in enumerate(zip(rows, samplers, strict=True)):
+        if sampler.temperature:
+            places.setdefault((row, sampler.temperature, sampler.top_p), []).append(place)
+    if places:
+        drawn = _draw(logits_UV, list(places), [[samplers[place].draw() for place in own] for own in places.values()])
+        for own, found in zip(places.values(), drawn, strict=True):
+            for place, token in zip(own, found, strict=False):  # rows are as long as the longest
+                tokens[place] = token
     return tokens
 
 
@@ -87,20 +95,31 @@ def log_probabilities(logits_BV: Tensor, tokens: Sequence[int]) -> list[float]:
     return logits_BV.float().log_softmax(dim=-1).gather(1, chosen_B1)[:, 0].tolist()
 
 
-def _sample(logits_BV: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """[B] token ids: the draw's place in the cumulated probabilities of the smallest set that holds top_p."""
+def _draw(
+    logits_UV: Tensor, distributions: Sequence[tuple[int, float, float]], draws: Sequence[Sequence[float]]
+) -> list[list[int]]:
+    """Token ids of each distribution's draws: their places in the cumulated probabilities of the smallest set that
+    holds top_p.
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits_BV.device)[:, None]
+    Args:
+        logits_UV: of the last position.
+        distributions: C times a row of the logits, the temperature and top_p.
+        draws: uniform numbers for each; shorter rows are filled up.
+    """
+    rows, temperatures, shares = zip(*distributions, strict=True)
 
-    probabilities_BV = (logits_BV.float() / column([sampler.temperature for sampler in samplers])).softmax(dim=-1)
-    sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
-    before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
+    def numbers(values: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits_UV.device)
+
+    probabilities_CV = (logits_UV[list(rows)].float() / numbers(temperatures)[:, None]).softmax(dim=-1)
+    sorted_CV, order_CV = probabilities_CV.sort(dim=-1, descending=True, stable=True)
+    before_CV = sorted_CV.cumsum(dim=-1) - sorted_CV
     least = torch.finfo(torch.float32).tiny  # so that the most probable token is always kept
-    kept_BV = sorted_BV * (before_BV < column([max(sampler.top_p, least) for sampler in samplers]))
-    cumulated_BV = kept_BV.cumsum(dim=-1)
-    target_B1 = column([sampler.draw() for sampler in samplers]) * cumulated_BV[:, -1:]
-    place_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True)
+    kept_CV = sorted_CV * (before_CV < numbers([max(share, least) for share in shares])[:, None])
+    cumulated_CV = kept_CV.cumsum(dim=-1)
+    most = max(map(len, draws))
+    draws_CD = numbers([[*own, *[0.0] * (most - len(own))] for own in draws])
+    place_CD = torch.searchsorted(cumulated_CV, draws_CD * cumulated_CV[:, -1:], right=True)
     # A row of NaN keeps nothing; it must not fail the others.
-    last_B1 = ((kept_BV > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    return order_BV.gather(1, place_B1.minimum(last_B1))[:, 0]
+    last_C1 = ((kept_CV > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    return order_CV.gather(1, place_CD.minimum(last_C1)).tolist()

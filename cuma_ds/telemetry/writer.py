@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # What the bar and the plain lines show of a step's scalars, in this order, where present.
 _SHOWN = {
     "loss": "loss {:.4f}",
+    "reward": "reward {:.4f}",
     "rewards/accuracies": "accuracy {:.2f}",
     "rewards/margins": "margin {:.3f}",
     "lr": "lr {:.2e}",

@@ -142,3 +142,17 @@ def test_groups_that_are_large_enough_have_metrics_of_their_own(folder, tiny_lla
         assert row[f"rewards/margins/{name}"] == pytest.approx(0, abs=1e-5)
         assert 0 <= row[f"rewards/accuracies/{name}"] <= 1
     assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl", "balance"} <= row.keys()
+
+
+@pytest.mark.sixteen_bit
+def test_half_precision_backbones_stay_near_pairs_learned_by_hand(folder, tiny_llama, tiny_encoder, expected) -> None:
+    """Within 5 % in every loss; and at the start policy and reference agree to rounding."""
+    paths = [
+        pair_recipe(folder, tiny_llama, tiny_encoder, dtype, parallel=SHARDED, model={"dtype": dtype})
+        for dtype in ("bfloat16", "float16")
+    ]
+    run_recipes(2, paths)
+    for path in paths:
+        rows = metrics(load_config(path))
+        assert rows[0]["kl"] == pytest.approx(0, abs=1e-3)
+        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=5e-2)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from commands import TRAIN, one_line
 from ranks import run
 from safetensors import safe_open
@@ -153,7 +152,7 @@ def test_every_key_of_the_state_is_protected(copied) -> None:
 
 def test_on_two_ranks_a_flipped_bit_stops_the_run_with_the_reason_on_every_rank(copied, tmp_path) -> None:
     config = tmp_path / "again.yaml"
-    config.write_text(yaml.safe_dump(json.loads(copied.model_dump_json())))
+    config.write_text(copied.to_yaml())
     experts = find_checkpoint(Run(copied.run_dir).checkpoints) / "experts-1-of-2.safetensors"
     content = bytearray(experts.read_bytes())
     content[len(content) // 2] ^= 16
@@ -219,7 +218,7 @@ def test_a_run_of_release_0_1_0_is_read_and_one_line_says_what_cannot_be_checked
     assert "taken as they are now and checked from here on" in complaint(resume, copied)
     assert "taken as they are now" not in complaint(resume, copied)
     config = tmp_path / "again.yaml"
-    config.write_text(yaml.safe_dump(json.loads(copied.model_dump_json())))
+    config.write_text(copied.to_yaml())
     results = run(2, [TRAIN, "--config", str(config), "--set", "training.steps=6"])
     assert [code for code, _ in results] == [0, 0], results
     assert "after step 4" in results[0][1]
