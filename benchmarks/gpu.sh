@@ -30,7 +30,6 @@ fi
 for dtype in float32 bfloat16; do
     step "$python" benchmarks/gate.py --device cuda --dtype "$dtype" --tokens 65536
     step "$python" benchmarks/gate_scale.py --device cuda --dtype "$dtype" --tokens 65536
-    step "$python" benchmarks/permute.py --device cuda --dtype "$dtype" --tokens 16384 --width 4096
 done
 # The attention projections of an 8B model.
 step "$python" benchmarks/layer.py --device cuda --dtypes bfloat16 --width 4096 --tokens 16384

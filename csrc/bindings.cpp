@@ -17,21 +17,13 @@ STABLE_TORCH_LIBRARY(cuma_ds, m) {
   m.def(
       "gate_scale_backward(Tensor d_out, Tensor z, Tensor weight, Tensor expert, float scale) -> "
       "(Tensor d_z, Tensor d_weight)");
-  m.def("sort_by_expert(Tensor expert, int num_experts) -> (Tensor order, Tensor position, Tensor end)");
-  m.def("permute_gather(Tensor x, Tensor order, Tensor position, Tensor? weight) -> Tensor");
-  m.def("permute_scatter(Tensor y, Tensor order, Tensor position, Tensor? weight) -> Tensor");
-  m.def("permute_products(Tensor d, Tensor y, Tensor position) -> Tensor");
 }
 
-#define CUMA_IMPLEMENT(m)                                               \
-  m.impl("gate", TORCH_BOX(&cuma::gate));                               \
-  m.impl("gate_backward", TORCH_BOX(&cuma::gate_backward));             \
-  m.impl("gate_scale", TORCH_BOX(&cuma::gate_scale));                   \
-  m.impl("gate_scale_backward", TORCH_BOX(&cuma::gate_scale_backward)); \
-  m.impl("sort_by_expert", TORCH_BOX(&cuma::sort_by_expert));           \
-  m.impl("permute_gather", TORCH_BOX(&cuma::permute_gather));           \
-  m.impl("permute_scatter", TORCH_BOX(&cuma::permute_scatter));         \
-  m.impl("permute_products", TORCH_BOX(&cuma::permute_products))
+#define CUMA_IMPLEMENT(m)                                   \
+  m.impl("gate", TORCH_BOX(&cuma::gate));                   \
+  m.impl("gate_backward", TORCH_BOX(&cuma::gate_backward)); \
+  m.impl("gate_scale", TORCH_BOX(&cuma::gate_scale));       \
+  m.impl("gate_scale_backward", TORCH_BOX(&cuma::gate_scale_backward))
 
 STABLE_TORCH_LIBRARY_IMPL(cuma_ds, CPU, m) { CUMA_IMPLEMENT(m); }
 #ifdef CUMA_WITH_CUDA
@@ -45,7 +37,7 @@ static PyModuleDef module_definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1
 PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&module_definition);
   if (module != nullptr) {
-    PyModule_AddIntConstant(module, "SCHEMAS", 2);  // raise it with every change of a schema above
+    PyModule_AddIntConstant(module, "SCHEMAS", 3);  // raise it with every change of a schema above
     PyModule_AddStringConstant(module, "CUDA_ARCHITECTURES", CUMA_CUDA_ARCHITECTURES);
   }
   return module;

@@ -22,11 +22,4 @@ Tensor gate_scale(const Tensor& z, const Tensor& weight, const Tensor& expert, i
 std::tuple<Tensor, Tensor> gate_scale_backward(const Tensor& d_out, const Tensor& z, const Tensor& weight,
                                                const Tensor& expert, double scale);
 
-std::tuple<Tensor, Tensor, Tensor> sort_by_expert(const Tensor& expert, int64_t num_experts);
-Tensor permute_gather(const Tensor& x, const Tensor& order, const Tensor& position,
-                      const std::optional<Tensor>& weight);
-Tensor permute_scatter(const Tensor& y, const Tensor& order, const Tensor& position,
-                       const std::optional<Tensor>& weight);
-Tensor permute_products(const Tensor& d, const Tensor& y, const Tensor& position);
-
 }  // namespace cuma

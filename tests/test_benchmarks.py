@@ -34,7 +34,6 @@ def table(monkeypatch, capsys):
     [
         ("gate", "--tokens 40 --experts 8 --profiles 3", "PyTorch operations"),
         ("gate_scale", "--tokens 40 --rank 4", "loop over experts"),
-        ("permute", "--tokens 40 --width 24", "loop over experts"),
     ],
 )
 def test_operators(name, sizes, peer, dtype, table) -> None:

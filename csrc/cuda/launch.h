@@ -1,6 +1,5 @@
 // The launchers of the CUDA kernels: raw pointers, sizes and a stream. T is float, BFloat16 or Float16.
-// All arrays are contiguous. Shapes: T tokens, E experts, K active, N profiles, r rank, M = T * K assignments,
-// W features, C chunks of tokens.
+// All arrays are contiguous. Shapes: T tokens, E experts, K active, N profiles, r rank, C chunks of tokens.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,22 +34,5 @@ template <typename T>
 void scale_backward(const T* d_out_TER, const T* z, const float* weight_TK, const int32_t* expert_TK, int64_t tokens,
                     int experts, int top_k, int rank, bool shared, float scale, T* d_z, float* d_weight_TK,
                     cudaStream_t stream);
-
-// counts_EC [E, C] scratch; order_M is -1 past the last assignment; end_E [E] is where each expert's rows end.
-int sort_chunks(int64_t assignments);
-void sort_assignments(const int32_t* expert_M, int64_t assignments, int experts, int32_t* order_M, int32_t* position_M,
-                      int32_t* end_E, int32_t* counts_EC, int chunks, cudaStream_t stream);
-
-template <typename T>
-void gather_rows(const T* x_TW, const int32_t* order_M, const float* weight_M, int64_t assignments, int top_k,
-                 int64_t width, T* out_MW, cudaStream_t stream);
-
-template <typename T>
-void scatter_rows(const T* y_MW, const int32_t* position_TK, const float* weight_TK, int64_t tokens, int64_t rows,
-                  int top_k, int64_t width, T* out_TW, cudaStream_t stream);
-
-template <typename T>
-void row_products(const T* d_TW, const T* y_MW, const int32_t* position_TK, int64_t tokens, int64_t rows, int top_k,
-                  int64_t width, float* out_TK, cudaStream_t stream);
 
 }  // namespace cuma::cuda

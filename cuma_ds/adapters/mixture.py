@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cuma_ds.ops import gate_scale, permute_gather, permute_scatter, sort_by_expert
+from cuma_ds.adapters.pairs import Pairs, add_up, gather, rows_of_pairs, sort_by_expert
+from cuma_ds.ops import gate_scale
 
 Strategy = Literal["dense", "grouped"]
 
@@ -87,15 +88,15 @@ def mixture(
             h_TER = gate_scale(z_TER, weight_TK, expert_TK, experts, scale)
             y_TO = h_TER.flatten(1) @ b_EOR.transpose(1, 2).flatten(0, 1)
         else:
-            pairs = sort_by_expert(expert_TK, experts)
-            order_M, position_TK, _ = pairs
+            # Padding goes to the first expert with weight zero, so that every row of a product is written.
+            pairs = sort_by_expert(expert_TK.clamp(min=0), experts)
+            weight_M = weight_TK.masked_fill(expert_TK < 0, 0.0).flatten().index_select(0, pairs.order_M)
             if lora_a is not None and lora_a.dim() == 3:
                 z_MR = _Shrink.apply(x_TI.to(b_EOR.dtype), _rounded(lora_a, x_TI), *pairs)
             else:
                 z_TR = x_TI if lora_a is None else times_a(x_TI, lora_a)
-                z_MR = permute_gather(z_TR.to(b_EOR.dtype), order_M, position_TK)
-            weight_M1 = permute_gather(weight_TK.reshape(-1, 1), order_M, position_TK.reshape(-1, 1))
-            h_MR = (z_MR * (scale * weight_M1)).to(z_MR.dtype)
+                z_MR = rows_of_pairs(z_TR.to(b_EOR.dtype), pairs)
+            h_MR = (z_MR * (scale * weight_M)[:, None]).to(z_MR.dtype)
             y_TO = _Expand.apply(h_MR, b_EOR.transpose(1, 2), *pairs)
     return y_TO.to(x_TI.dtype)
 
@@ -142,7 +143,7 @@ def cheaper_strategy(sizes: MixtureSizes, dtype: torch.dtype, device: str = "cpu
 
 
 # What moving one row costs, in columns of a dense product. GPUs multiply far faster than they move.
-MOVED_COLUMNS = {"cpu": 64.0, "cuda": 400.0}
+MOVED_COLUMNS = {"cpu": 64.0, "cuda": 900.0}
 
 
 class _Context(Protocol):
@@ -157,8 +158,7 @@ class _Context(Protocol):
 class _Shrink(torch.autograd.Function):
     """The rows of x, repeated per chosen expert and multiplied by its A: [T, I] -> [M, r], sorted by expert.
 
-    Rows after the last real pair are uninitialised and must not be read. The repeated rows are gathered again in the
-    backward pass, because keeping them costs K times the memory of x.
+    The repeated rows are gathered again in the backward pass, because keeping them costs K times the memory of x.
     """
 
     @staticmethod
@@ -166,42 +166,42 @@ class _Shrink(torch.autograd.Function):
         ctx: _Context, x_TI: Tensor, a_ERI: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x_TI, a_ERI, order_M, position_TK, end_E)
-        return _grouped_mm(permute_gather(x_TI, order_M, position_TK), a_ERI.transpose(1, 2), end_E)
+        rows_MI = gather(x_TI, Pairs(order_M, position_TK, end_E))
+        return _grouped_mm(rows_MI, a_ERI.transpose(1, 2), end_E)
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dz_MR,) = grads
-        x_TI, a_ERI, order_M, position_TK, end_E = ctx.saved_tensors
+        x_TI, a_ERI, *saved = ctx.saved_tensors
+        pairs = Pairs(*saved)
         dx_TI = da_ERI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = permute_scatter(_grouped_mm(dz_MR, a_ERI, end_E), order_M, position_TK)
+            dx_TI = add_up(_grouped_mm(dz_MR, a_ERI, pairs.end_E), pairs)
         if ctx.needs_input_grad[1]:
-            da_ERI = _grouped_mm(dz_MR.T, permute_gather(x_TI, order_M, position_TK), end_E)
+            da_ERI = _grouped_mm(dz_MR.T, gather(x_TI, pairs), pairs.end_E)
         return dx_TI, da_ERI, None, None, None
 
 
 class _Expand(torch.autograd.Function):
-    """The rows of h, multiplied by their expert's B and summed per token: [M, r] -> [T, O].
-
-    Rows after the last pair are not read.
-    """
+    """The rows of h, multiplied by their expert's B and summed per token: [M, r] -> [T, O]."""
 
     @staticmethod
     def forward(
         ctx: _Context, h_MR: Tensor, b_ERO: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor
     ) -> Tensor:
         ctx.save_for_backward(h_MR, b_ERO, order_M, position_TK, end_E)
-        return permute_scatter(_grouped_mm(h_MR, b_ERO, end_E), order_M, position_TK)
+        return add_up(_grouped_mm(h_MR, b_ERO, end_E), Pairs(order_M, position_TK, end_E))
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h_MR, b_ERO, order_M, position_TK, end_E = ctx.saved_tensors
-        dy_MO = permute_gather(grads[0], order_M, position_TK)
+        h_MR, b_ERO, *saved = ctx.saved_tensors
+        pairs = Pairs(*saved)
+        dy_MO = gather(grads[0], pairs)
         dh_MR = db_ERO = None
         if ctx.needs_input_grad[0]:
-            dh_MR = _grouped_mm(dy_MO, b_ERO.transpose(1, 2), end_E)
+            dh_MR = _grouped_mm(dy_MO, b_ERO.transpose(1, 2), pairs.end_E)
         if ctx.needs_input_grad[1]:
-            db_ERO = _grouped_mm(h_MR.T, dy_MO, end_E)
+            db_ERO = _grouped_mm(h_MR.T, dy_MO, pairs.end_E)
         return dh_MR, db_ERO, None, None, None
 
 

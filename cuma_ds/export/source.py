@@ -16,6 +16,7 @@ _MODULES = (
     "cuma_ds.identity",
     "cuma_ds.adapters.config",
     "cuma_ds.ops.reference",
+    "cuma_ds.adapters.pairs",
     "cuma_ds.adapters.mixture",
     "cuma_ds.adapters.context",
     "cuma_ds.adapters.balance",

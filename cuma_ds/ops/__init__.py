@@ -14,20 +14,16 @@ from torch import Tensor
 
 from cuma_ds.errors import ModelError
 from cuma_ds.ops import library, reference
-from cuma_ds.ops.reference import GATE_NORMS, GateOutput, Pairs, dense_gate
+from cuma_ds.ops.reference import GATE_NORMS, GateOutput, dense_gate
 from cuma_ds.torch_compat import is_fake
 
 __all__ = [
     "GATE_NORMS",
     "GateOutput",
-    "Pairs",
     "demographic_gate",
     "dense_gate",
     "describe",
     "gate_scale",
-    "permute_gather",
-    "permute_scatter",
-    "sort_by_expert",
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -108,77 +104,6 @@ def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts:
     return reference.gate_scale(z_TER, weight_TK, expert_TK, num_experts, scale)
 
 
-def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
-    """Sort the pairs of a token and an expert by expert, stably, without waiting for the device.
-
-    Args:
-        expert_TK: [T, K] int32, -1 for padding.
-        num_experts: E.
-
-    Returns:
-        :class:`Pairs`.
-
-    Raises:
-        ModelError: a wrong shape or dtype; on the CPU also an expert out of range.
-    """
-    _check("expert_TK", expert_TK, (torch.int32,), (None, None), expert_TK)
-    if library.supports(torch.float32, expert_TK.device.type) and num_experts <= 512:
-        return Pairs(*torch.ops.cuma_ds.sort_by_expert(expert_TK, num_experts))
-    return reference.sort_by_expert(expert_TK, num_experts)
-
-
-def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """The tokens' rows in the order of :func:`sort_by_expert`, times their weight if given.
-
-    Rows after the last pair are zero.
-
-    Args:
-        x_TW: [T, W].
-        order_M, position_TK: of :func:`sort_by_expert`.
-        weight_TK: [T, K] or None.
-
-    Returns:
-        [M, W] in the dtype of ``x_TW``. Differentiable in ``x_TW`` and ``weight_TK``.
-
-    Raises:
-        ModelError: shapes, dtypes or devices that do not fit.
-    """
-    _matrix("x_TW", x_TW, _FLOATS)
-    _check_permutation(x_TW, order_M, position_TK, weight_TK)
-    if x_TW.shape[0] != position_TK.shape[0]:
-        raise ModelError(f"x_TW has {x_TW.shape[0]} rows; position_TK has {position_TK.shape[0]}")
-    if _compiled(x_TW):
-        return torch.ops.cuma_ds.permute_gather(
-            x_TW, order_M, position_TK, None if weight_TK is None else weight_TK.float()
-        )
-    return reference.permute_gather(x_TW, order_M, position_TK, weight_TK)
-
-
-def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """The sum of each token's K rows, times their weights if given, from the order of :func:`sort_by_expert`.
-
-    Args:
-        y_MW: [M, W].
-        order_M, position_TK: of :func:`sort_by_expert`.
-        weight_TK: [T, K] or None.
-
-    Returns:
-        [T, W] in the dtype of ``y_MW``. Differentiable in ``y_MW`` and ``weight_TK``.
-
-    Raises:
-        ModelError: shapes, dtypes or devices that do not fit.
-    """
-    _matrix("y_MW", y_MW, _FLOATS)
-    _check_permutation(y_MW, order_M, position_TK, weight_TK)
-    if y_MW.shape[0] != len(order_M):
-        raise ModelError(f"y_MW has {y_MW.shape[0]} rows; order_M has {len(order_M)}")
-    if _compiled(y_MW):
-        return torch.ops.cuma_ds.permute_scatter(
-            y_MW, order_M, position_TK, None if weight_TK is None else weight_TK.float()
-        )
-    return reference.permute_scatter(y_MW, order_M, position_TK, weight_TK)
-
-
 def describe() -> str:
     """One line: what computes the operators here, and why not the compiled ones if not."""
     if library.reason:
@@ -221,13 +146,6 @@ def _check_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_expert
         raise ModelError(f"z_TER has {z_TER.shape[1]} experts; expected {num_experts}, or 1 when they share A")
     _check("weight_TK", weight_TK, _FLOATS, (z_TER.shape[0], None), z_TER)
     _check("expert_TK", expert_TK, (torch.int32,), tuple(weight_TK.shape), z_TER)
-
-
-def _check_permutation(beside: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None) -> None:
-    _check("position_TK", position_TK, (torch.int32,), (None, None), beside)
-    _check("order_M", order_M, (torch.int32,), (position_TK.numel(),), beside)
-    if weight_TK is not None:
-        _check("weight_TK", weight_TK, _FLOATS, tuple(position_TK.shape), beside)
 
 
 def _compiled(tensor: Tensor) -> bool:

@@ -21,7 +21,7 @@ reason = ""
 architectures: tuple[str, ...] = ()
 BUILD = "python setup.py build_ext --inplace"
 # The schemas that this file registers shapes and gradients for, as counted in csrc/bindings.cpp.
-_SCHEMAS = 2
+_SCHEMAS = 3
 
 
 class _Context(Protocol):
@@ -130,38 +130,6 @@ def _register() -> None:
         return d_z, d_weight, None, None, None
 
     torch.library.register_autograd("cuma_ds::gate_scale", scale_gradient, setup_context=scale_context)
-
-    @torch.library.register_fake("cuma_ds::sort_by_expert")
-    def sort_shapes(expert: Tensor, num_experts: int) -> tuple[Tensor, ...]:
-        return expert.new_empty(expert.numel()), expert.new_empty(expert.shape), expert.new_empty(num_experts)
-
-    @torch.library.register_fake("cuma_ds::permute_gather")
-    def gather_shape(x: Tensor, order: Tensor, position: Tensor, weight: Tensor | None) -> Tensor:
-        return x.new_empty(order.shape[0], x.shape[1])
-
-    @torch.library.register_fake("cuma_ds::permute_scatter")
-    def scatter_shape(y: Tensor, order: Tensor, position: Tensor, weight: Tensor | None) -> Tensor:
-        return y.new_empty(position.shape[0], y.shape[1])
-
-    @torch.library.register_fake("cuma_ds::permute_products")
-    def products_shape(d: Tensor, y: Tensor, position: Tensor) -> Tensor:
-        return d.new_empty(position.shape, dtype=torch.float32)
-
-    def permute_context(ctx: _Context, inputs: tuple[object, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    def gather_gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, order, position, weight = ctx.saved_tensors
-        d_weight = None if weight is None else ops.permute_products(x, d_out, position)
-        return ops.permute_scatter(d_out, order, position, weight), None, None, d_weight
-
-    def scatter_gradient(ctx: _Context, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        y, order, position, weight = ctx.saved_tensors
-        d_weight = None if weight is None else ops.permute_products(d_out, y, position)
-        return ops.permute_gather(d_out, order, position, weight), None, None, d_weight
-
-    torch.library.register_autograd("cuma_ds::permute_gather", gather_gradient, setup_context=permute_context)
-    torch.library.register_autograd("cuma_ds::permute_scatter", scatter_gradient, setup_context=permute_context)
 
 
 reason = _load()

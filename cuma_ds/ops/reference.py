@@ -29,19 +29,6 @@ class GateOutput(NamedTuple):
     invalid: Tensor
 
 
-class Pairs(NamedTuple):
-    """The pairs of a token and one of its experts, sorted by expert, as :func:`sort_by_expert` returns them.
-
-    order_M: [M] int32, the pair (t * K + k) at each sorted place, -1 after the last one.  position_TK: [T, K] int32,
-    the place of each pair, -1 for padding.  end_E: [E] int32, where each expert's places end (the offsets that grouped
-    products take).
-    """
-
-    order_M: Tensor
-    position_TK: Tensor
-    end_E: Tensor
-
-
 def demographic_gate(
     hidden_logits_TE: Tensor, profile_logits_NE: Tensor | None, profile_index_T: Tensor, top_k: int, norm: str
 ) -> GateOutput:
@@ -89,40 +76,6 @@ def dense_gate(weight_TK: Tensor, expert_TK: Tensor, num_experts: int) -> Tensor
 def gate_scale(z_TER: Tensor, weight_TK: Tensor, expert_TK: Tensor, num_experts: int, scale: float = 1.0) -> Tensor:
     """See :func:`cuma_ds.ops.gate_scale`."""
     return _scaled(z_TER, (scale * dense_gate(weight_TK, expert_TK, num_experts))[:, :, None])
-
-
-def sort_by_expert(expert_TK: Tensor, num_experts: int) -> Pairs:
-    """See :func:`cuma_ds.ops.sort_by_expert`."""
-    expert_M = expert_TK.reshape(-1).long()
-    key_M = expert_M.masked_fill(expert_M < 0, num_experts)
-    order_M = key_M.argsort(stable=True)
-    place_M = torch.arange(len(order_M), device=order_M.device)
-    position_M = torch.empty_like(order_M).scatter(0, order_M, place_M)
-    end_E = (
-        torch.zeros(num_experts + 1, dtype=torch.long, device=key_M.device)
-        .scatter_add(0, key_M, torch.ones_like(key_M))
-        .cumsum(0)[:-1]
-    )
-    order_M = order_M.masked_fill(place_M >= end_E[-1:], -1)
-    position_M = position_M.masked_fill(expert_M < 0, -1)
-    return Pairs(order_M.to(torch.int32), position_M.to(torch.int32).view(expert_TK.shape), end_E.to(torch.int32))
-
-
-def permute_gather(x_TW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """See :func:`cuma_ds.ops.permute_gather`."""
-    from_M = order_M.clamp(min=0).long()
-    rows_MW = x_TW[from_M // position_TK.shape[1]]
-    if weight_TK is not None:
-        rows_MW = _scaled(rows_MW, weight_TK.reshape(-1)[from_M, None])
-    return rows_MW.masked_fill(order_M[:, None] < 0, 0.0)
-
-
-def permute_scatter(y_MW: Tensor, order_M: Tensor, position_TK: Tensor, weight_TK: Tensor | None = None) -> Tensor:
-    """See :func:`cuma_ds.ops.permute_scatter`."""
-    y_TKW = y_MW[position_TK.clamp(min=0).long()].masked_fill(position_TK[:, :, None] < 0, 0.0)
-    if weight_TK is None:
-        return y_TKW.sum(dim=1)
-    return (y_TKW * weight_TK[:, :, None]).sum(dim=1).to(y_MW.dtype)
 
 
 def _scaled(rows: Tensor, weight: Tensor) -> Tensor:

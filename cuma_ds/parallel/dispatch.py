@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cuma_ds.adapters.experts import Dispatched, Dispatcher, Experts, ExpertWeights, MixtureInputs
 from cuma_ds.adapters.mixture import Routes, times_a, with_gradient_of
+from cuma_ds.adapters.pairs import Pairs, rows_of_pairs, sort_by_expert
 from cuma_ds.methods.cuma import shapes_of
-from cuma_ds.ops import permute_gather, permute_scatter, sort_by_expert
 from cuma_ds.parallel.wire import Payload, cheaper_dispatch
 
 DispatchKind = Literal["auto", "all_to_all", "gather_experts"]
@@ -110,19 +110,18 @@ class AllToAll(ExpertParallelDispatcher):
 
     def dispatch(self, x_TI: Tensor, routes: Routes, experts: Experts) -> Dispatched:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`. The host waits for the row counts."""
-        order_M, position_TK, end_E = sort_by_expert(routes.expert_TK, experts.num_experts)  # and so by rank
-        counts_RL = end_E.diff(prepend=end_E.new_zeros(1)).long().view(self.ranks.size, -1)
+        pairs = sort_by_expert(routes.expert_TK, experts.num_experts)  # and so by rank
+        counts_RL = pairs.end_E.diff(prepend=pairs.end_E.new_zeros(1)).long().view(self.ranks.size, -1)
         per_rank = [1] * self.ranks.size
         by_source = self.ranks.all_to_all(counts_RL, per_rank, per_rank).wait().tolist()
         send, receive = counts_RL.sum(dim=1).tolist(), [sum(row) for row in by_source]
 
         def gather(rows: Tensor) -> Tensor:
-            return permute_gather(rows, order_M, position_TK)[: sum(send)]
+            return rows_of_pairs(rows, pairs)[: sum(send)]
 
         share_M1 = None
         if routes.share_TK is not None:
-            share_T1 = routes.share_TK.reshape(-1, 1).to(x_TI.dtype)
-            share_M1 = permute_gather(share_T1, order_M, position_TK.reshape(-1, 1))[: sum(send)]
+            share_M1 = routes.share_TK.flatten()[pairs.order_M[: sum(send)], None].to(x_TI.dtype)
         if not experts.shared_a:
             payload = gather(x_TI)
         elif share_M1 is None:
@@ -133,16 +132,17 @@ class AllToAll(ExpertParallelDispatcher):
             payload = with_gradient_of(value, share_M1 * learner)
         rows = _start(payload, _ExchangeRows(self.ranks, send, receive))
         share = None if share_M1 is None else _start(share_M1, _ExchangeRows(self.ranks, send, receive))
-        back = _Return(_ExchangeRows(self.ranks, receive, send), order_M, position_TK, routes.weight_TK)
+        back = _Return(_ExchangeRows(self.ranks, receive, send), pairs, routes.weight_TK)
         return _SentRows(rows, share, experts, by_source, back)
 
     def combine(self, y_MO: Tensor, sent: Dispatched) -> Tensor:
         """See :class:`cuma_ds.adapters.experts.Dispatcher`."""
         assert isinstance(sent, _SentRows)
-        exchange, order_M, position_TK, weight_TK = sent.back
+        exchange, pairs, weight_TK = sent.back
         answers = _start(y_MO, exchange).wait()
-        unsent = answers.new_zeros(len(order_M) - len(answers), answers.shape[1])
-        return permute_scatter(torch.cat([answers, unsent]), order_M, position_TK, weight_TK)
+        unsent = answers.new_zeros(len(pairs.order_M) - len(answers), answers.shape[1])
+        y_MO = torch.cat([answers, unsent]).index_select(0, pairs.position_TK.flatten())
+        return (y_MO.view(*weight_TK.shape, -1) * weight_TK[:, :, None]).sum(dim=1).to(answers.dtype)
 
 
 class CheaperDispatch(ExpertParallelDispatcher):
@@ -213,8 +213,7 @@ class _Return(NamedTuple):
     """How the experts' answers are sent back and summed per token."""
 
     exchange: _ExchangeRows
-    order_M: Tensor
-    position_TK: Tensor
+    pairs: Pairs
     weight_TK: Tensor
 
 

@@ -432,7 +432,11 @@ def test_a_start_policy_that_was_changed_is_refused(tmp_path, tiny_llama, tiny_e
 
 
 def test_an_export_is_judged_as_the_run_it_was_made_of(run_folder, asked, report, tmp_path) -> None:
+    evaluate(asked, Run(run_folder).report_folder)
     write_hf(read_run(run_folder), tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "(preferences)" in card
+    assert f"| **trained** | {report.splits['test'].rows['trained'].accuracy:.3f} [" in card
     opened = open_export(tmp_path / "exported", overrides=[*SETTINGS, "model.dtype=float32"])
     split = evaluate(subject(opened, Run(run_folder).data_folder), tmp_path / "report").splits["test"]
     expected = report.splits["test"]

@@ -20,7 +20,7 @@ from cuma_ds.ops import GATE_NORMS, reference
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SOURCES = ("gate", "scale", "permute")
+SOURCES = ("gate", "scale")
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered", "-Wno-subobject-linkage"]
 
@@ -250,59 +250,6 @@ def compare_scale(
         close(name, one, other, dtype)
 
 
-# T, K, E, W
-PERMUTATIONS = [(1, 1, 1, 1), (5, 2, 3, 7), (33, 8, 512, 16), (1500, 2, 40, 8), (4, 1, 5, 600)]
-
-
-def compare_permutation(
-    emulator: Emulator, shape: tuple[int, int, int, int], crowded: bool, dtype: torch.dtype
-) -> None:
-    """Sort, gather, scatter and products; `crowded`: one expert takes all, else padding and empty experts."""
-    tokens, top_k, experts, width = shape
-    rows = tokens * top_k
-    generator = torch.Generator().manual_seed(tokens + experts)
-    expert = torch.randint(0, max(1, experts // 2), (tokens, top_k), generator=generator, dtype=torch.int32)
-    expert[torch.rand(tokens, generator=generator) < 0.3] = -1
-    if crowded:
-        expert.zero_()
-
-    def sort() -> list[Tensor]:
-        outs = [unwritten(*size, dtype=torch.int32) for size in ((rows,), (tokens, top_k), (experts,))]
-        emulator("sort_by_expert", expert, rows, experts, *outs)
-        return outs
-
-    order, position, end = emulator.in_both_orders(sort)
-    plain = reference.sort_by_expert(expert, experts)
-    for name, one, other in zip(("order", "position", "end"), (order, position, end), plain, strict=True):
-        same(name, one, other)
-
-    x = torch.randn(tokens, width, generator=generator).to(dtype)
-    y = torch.randn(rows + 1, width, generator=generator).to(dtype)[
-        1:
-    ]  # not aligned to 16 bytes where the width is odd
-    weight = torch.rand(tokens, top_k, generator=generator)
-    for w in (None, weight):
-
-        def move(w: Tensor | None = w) -> list[Tensor]:
-            gathered, scattered = unwritten(rows, width, dtype=dtype), unwritten(tokens, width, dtype=dtype)
-            emulator("permute_gather", dtype, x, order, w, rows, top_k, width, gathered)
-            emulator("permute_scatter", dtype, y, position, w, tokens, rows, top_k, width, scattered)
-            return [gathered, scattered]
-
-        gathered, scattered = emulator.in_both_orders(move)
-        exact = None if w is None else w.double()
-        close("gathered", gathered, reference.permute_gather(x.double(), order, position, exact), dtype)
-        close("scattered", scattered, reference.permute_scatter(y.double(), order, position, exact), dtype)
-
-    def multiply() -> list[Tensor]:
-        out = unwritten(tokens, top_k)
-        emulator("permute_products", dtype, x, y, position, tokens, rows, top_k, width, out)
-        return [out]
-
-    chosen = y.double()[position.clamp(min=0).long()] * (position >= 0)[:, :, None]
-    close("products", emulator.in_both_orders(multiply)[0], (x.double()[:, None] * chosen).sum(dim=-1))
-
-
 def comparisons(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Emulator], None]]]:
     """All comparisons by name.
 
@@ -323,9 +270,6 @@ def comparisons(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[Emulator], 
                     f"scale {shape} {shared} {aligned}",
                     lambda e, s=shape, a=shared, b=aligned: compare_scale(e, s, a, b, dtype),
                 )
-    for shape in PERMUTATIONS[shapes]:
-        for crowded in (False, True):
-            yield f"permutation {shape} {crowded}", lambda e, s=shape, c=crowded: compare_permutation(e, s, c, dtype)
 
 
 def main() -> None:

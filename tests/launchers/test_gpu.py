@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import TRAIN, all_tensors
+from pairs import pair_recipe
 from ranks import ROOT, environment, finish, run, run_recipes, start
 from single_process import train_single
 from small_runs import assert_same_training, metrics, recipe
@@ -25,6 +27,7 @@ from cuma_ds.parallel.stored import find_checkpoint
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")
+MANY = str(ROOT / "tests" / "helpers" / "train_many.py")
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SAME_AS_SHARDED = ("offloaded", "offloaded-optimizer", "whole", "stage-3")
 # As wide as grouped products need in 16 bits, and with so many experts that they are the cheaper way on a GPU too.
@@ -98,34 +101,92 @@ def test_16_bit_training_stays_near_the_cpu(dtype, tmp_path, tiny_llama, tiny_en
             assert row.get("loss_scale") == (4096 if dtype == "float16" else None)
 
 
-@pytest.mark.parametrize("adapters", [{}, GROUPED], ids=["dense", "grouped"])
+def preferences(folder: Path, tiny_llama: Path, tiny_encoder: Path, name: str, **sections: dict) -> Path:
+    """A recipe of objective dpo or grpo, as its name begins."""
+    training = {"steps": 6} | sections.pop("training", {})
+    if name.startswith("dpo"):
+        return pair_recipe(folder, tiny_llama, tiny_encoder, name, training=training, **sections)
+    grpo = {"rewards": ["own_rewards:characters"], "group_size": 4, "kl_weight": 0.1, "iterations": 2}
+    training |= {"objective": "grpo", "global_batch_size": 4, "micro_batch_size": 16}
+    rollout = {"max_new_tokens": 8, "keep": 100}
+    return recipe(folder, tiny_llama, tiny_encoder, name, training=training, grpo=grpo, rollout=rollout, **sections)
+
+
+def test_float32_preferences_are_learned_as_on_the_cpu(tmp_path, tiny_llama, tiny_encoder, monkeypatch) -> None:
+    parallel = {"deepspeed_config": "zero2_sharded_backbone"}
+    places = {}
+    for place in ("gpu", "cpu"):
+        (tmp_path / place).mkdir()
+        monkeypatch.setenv(
+            "CUDA_VISIBLE_DEVICES", "" if place == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        )
+        recipes = [
+            preferences(tmp_path / place, tiny_llama, tiny_encoder, name, parallel=parallel) for name in ("dpo", "grpo")
+        ]
+        places[place] = recipes, start(1, [MANY, json.dumps([str(path) for path in recipes])], fresh=True)
+    for _, ranks in places.values():
+        ((code, printed),) = finish(ranks)
+        assert code == 0, printed
+    for path, other in zip(places["gpu"][0], places["cpu"][0], strict=True):
+        config, expected = load_config(path), load_config(other)
+        rows, others = metrics(config), metrics(expected)
+        assert rows[-1]["gpu_memory_gib"] > 0, "it did not train on the GPU"
+        names = [name for name in others[-1] if not name.endswith(("seconds", "per_second", "gib"))]
+        assert len(names) > 10
+        for row, theirs in zip(rows, others, strict=True):
+            found = {name: row[name] for name in names}
+            assert found == pytest.approx({name: theirs[name] for name in names}, rel=1e-3, abs=1e-4), path.stem
+        completions, written = (Run(one.run_dir).completions for one in (config, expected))
+        assert completions.exists() == (path.stem == "grpo")
+        assert not completions.exists() or completions.read_text() == written.read_text()
+
+
+# By name: steps and steps between checkpoints, both long enough to be killed between them.
+KILLED = {"dense": (200, 20), "grouped": (200, 20), "dpo": (80, 10), "grpo": (40, 4)}
+
+
+@pytest.mark.parametrize("name", KILLED)
 def test_killed_in_the_middle_the_same_command_resumes_bit_identically(
-    adapters, tmp_path, tiny_llama, tiny_encoder
+    name, tmp_path, tiny_llama, tiny_encoder
 ) -> None:
+    steps, every = KILLED[name]
     options = {
         "model": {"dtype": "bfloat16"},
         "parallel": {"deepspeed_config": "zero2_sharded_backbone"},
-        "checkpoint": {"every": 20},
-        "training": {"steps": 200, "warmup_steps": 2},
-        "adapters": {"dropout": 0.1, **adapters},
+        "checkpoint": {"every": every},
+        "training": {"steps": steps, "warmup_steps": 2},
+        "adapters": {"dropout": 0.1} | (GROUPED if name == "grouped" else {}),
     }
-    whole, broken = (recipe(tmp_path, tiny_llama, tiny_encoder, name, **options) for name in ("whole", "broken"))
+    make = preferences if name in ("dpo", "grpo") else recipe
+    whole, broken = (
+        make(tmp_path, tiny_llama, tiny_encoder, f"{name}-{which}", **copy.deepcopy(options))
+        for which in ("whole", "broken")
+    )
     checkpoints = Run(load_config(broken).run_dir).checkpoints
     undisturbed = start(1, [TRAIN, "--config", str(whole)], fresh=True)
     killed = start(1, [TRAIN, "--config", str(broken)], fresh=True)
     deadline = time.monotonic() + 120
-    while not (checkpoints / "step-40" / "state.json").exists() and time.monotonic() < deadline:
+    while _newest(checkpoints) < 2 * every and time.monotonic() < deadline:
+        assert killed[0].poll() is None, killed[0].communicate()
         time.sleep(0.02)
     killed[0].send_signal(signal.SIGKILL)
     finish(killed)
-    assert not (checkpoints / "step-200").exists(), "the kill came too late to mean anything"
+    assert not (checkpoints / f"step-{steps}").exists(), "the kill came too late to mean anything"
     ((code, printed),) = run(1, [TRAIN, "--config", str(broken)], fresh=True)
     assert code == 0, printed
     assert "resuming" in printed
     assert [code for code, _ in finish(undisturbed)] == [0]
     one, other = (all_tensors(find_checkpoint(Run(load_config(path).run_dir).checkpoints)) for path in (whole, broken))
     assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert [tensor for tensor in one if not torch.equal(one[tensor], other[tensor])] == []
+    rows = metrics(load_config(whole))
+    assert all(row["loss"] is not None for row in rows)
+
+
+def _newest(checkpoints: Path) -> int:
+    """The step of the newest complete checkpoint, or 0."""
+    complete = checkpoints.glob("step-*[0-9]/state.json")
+    return max((int(state.parent.name.removeprefix("step-")) for state in complete), default=0)
 
 
 def test_what_a_trained_model_says_is_the_same_without_a_gpu(tmp_path, tiny_llama, tiny_encoder) -> None:
@@ -149,15 +210,16 @@ def _asked(run: Path, out: Path, without_gpu: bool) -> tuple[list[str], dict[str
     """Answers of a run and of its export to two people, and the numbers of its reports."""
     norway, ghana = ("--profile", '{"country": "Norway"}'), ("--profile", '{"country": "Ghana"}')
     report, export, lora = (str(out / name) for name in ("report", "export", "lora"))
-    for arguments in (
+    calls = (
         ("evaluate", "--run", str(run), "--gradients", "--out", report),
         ("export", "--run", str(run), "--format", "lora", *norway, "--calibration", "8", "--out", lora),
         ("export", "--run", str(run), "--format", "hf", "--out", export),
-    ):
-        command(*arguments, without_gpu=without_gpu)
+    )
     prompt = (*norway, *ghana, "--prompt", "Can people be trusted?", "--max-new-tokens", "12")
     models = (("--run", str(run)), ("--export", export))
-    said = [command("generate", *model, *prompt, without_gpu=without_gpu) for model in models]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(lambda call: command(*call, without_gpu=without_gpu), calls))
+        said = list(pool.map(lambda model: command("generate", *model, *prompt, without_gpu=without_gpu), models))
     judged, folded = (json.loads(Path(folder, "report.json").read_text()) for folder in (report, lora))
     return said, dict(_numbers([judged["splits"], folded["profiles"]]))
 

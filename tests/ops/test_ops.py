@@ -167,69 +167,6 @@ def test_plain_gate_scale_passes_gradcheck(shared: bool) -> None:
     assert torch.autograd.gradcheck(lambda a, b: reference.gate_scale(a, b, expert, 4, 0.7), leaves)
 
 
-PERMUTE_SHAPES = [(0, 2, 4, 8), (1, 1, 1, 1), (5, 2, 3, 7), (33, 8, 512, 16), (10_000, 2, 8, 24), (4_100, 3, 64, 1)]
-
-
-def permute_inputs(tokens: int, top_k: int, experts: int, kind: str, device: str = "cpu") -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    if kind == "one takes all":
-        return torch.zeros(tokens, top_k, dtype=torch.int32, device=device)
-    expert = torch.randint(
-        0, max(1, experts // 2), (tokens, top_k), generator=generator, dtype=torch.int32
-    )  # half of them stay empty
-    expert[torch.rand(tokens, generator=generator) < 0.3] = -1
-    return expert.to(device)
-
-
-@compiled
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["padding and empty experts", "one takes all"])
-@pytest.mark.parametrize("shape", PERMUTE_SHAPES, ids=str)
-def test_permutation_equals_a_stable_sort_and_plain_pytorch(shape, kind: str, device: str) -> None:
-    tokens, top_k, experts, width = shape
-    expert = permute_inputs(tokens, top_k, experts, kind, device)
-    order, position, end = ops.sort_by_expert(expert, experts)
-    flat = expert.flatten().tolist()
-    expected = sorted((m for m in range(len(flat)) if flat[m] >= 0), key=lambda m: flat[m])  # sorted() is stable
-    assert order.tolist() == expected + [-1] * (len(flat) - len(expected))
-    place = {m: i for i, m in enumerate(expected)}
-    assert position.flatten().tolist() == [place.get(m, -1) for m in range(len(flat))]
-    assert end.tolist() == [sum(0 <= e <= i for e in flat) for i in range(experts)]
-    for one, other in zip((order, position, end), reference.sort_by_expert(expert, experts), strict=True):
-        assert torch.equal(one, other)
-    for dtype in FLOATS:
-        generator = torch.Generator().manual_seed(6)
-        x = torch.randn(tokens, width, generator=generator).to(device, dtype)
-        y = torch.randn(tokens * top_k, width, generator=generator).to(device, dtype)
-        weight = torch.rand(tokens, top_k, generator=generator).to(device)
-        for compiled_op, plain, rows in (
-            (ops.permute_gather, reference.permute_gather, x),
-            (ops.permute_scatter, reference.permute_scatter, y),
-        ):
-            for w in (None, weight):
-                grads, outs = [], []
-                for op, cast in ((compiled_op, lambda t: t), (plain, lambda t: t.cpu().double())):
-                    leaves = [cast(t).detach().requires_grad_() for t in (rows, w) if t is not None]
-                    indices = [t if cast(rows) is rows else t.cpu() for t in (order, position)]
-                    out = op(leaves[0], *indices, *leaves[1:])
-                    d = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.device, out.dtype)
-                    outs.append(out)
-                    grads.append(torch.autograd.grad(out, leaves, d))
-                close(outs[0], outs[1], dtype)
-                for one, other in zip(*grads, strict=True):
-                    scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
-                    close(one / scale, other / scale, dtype)
-
-
-def test_plain_permutation_passes_gradcheck() -> None:
-    expert = permute_inputs(6, 2, 4, "padding and empty experts")
-    order, position, _ = reference.sort_by_expert(expert, 4)
-    weight = torch.rand(6, 2, dtype=torch.float64, requires_grad=True)
-    for op, rows in ((reference.permute_gather, 6), (reference.permute_scatter, 12)):
-        x = torch.randn(rows, 3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda a, b, op=op: op(a, order, position, b), (x, weight))
-
-
 @compiled
 def test_operators_pass_opcheck() -> None:
     """Schema, autograd registration, traced shapes and ahead-of-time dispatch, with and without optional arguments."""
@@ -238,7 +175,6 @@ def test_operators_pass_opcheck() -> None:
     hidden.requires_grad_(), profile.requires_grad_()
     z, weight, expert = scale_inputs(9, 6, 2, 4, False, torch.float32)
     d_out = torch.randn(9, 6, 4)
-    order, position, _ = ops.sort_by_expert(expert, 6)
     leaf = [t.clone().requires_grad_() for t in (z, weight)]
     out = ops.demographic_gate(hidden.detach(), profile.detach(), index, 2, "softmax_topk")
     cases = [
@@ -259,10 +195,6 @@ def test_operators_pass_opcheck() -> None:
         ),
         (names.gate_scale, (*leaf, expert, 6, 2.0)),
         (names.gate_scale_backward, (d_out, z, weight, expert, 2.0)),
-        (names.sort_by_expert, (expert, 6)),
-        (names.permute_gather, (torch.randn(9, 5, requires_grad=True), order, position, leaf[1])),
-        (names.permute_scatter, (torch.randn(18, 5, requires_grad=True), order, position, None)),
-        (names.permute_products, (torch.randn(9, 5), torch.randn(18, 5), position)),
     ]
     for op, arguments in cases:
         torch.library.opcheck(op, arguments)
@@ -300,9 +232,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         h, p = hidden.clone().requires_grad_(), profile.clone().requires_grad_()
         out = ops.demographic_gate(h, p, index, 2, "softmax_topk")
         (out.weight_TK.square().sum() + out.weight_sum_E.square().sum()).backward()
-        order, position, _ = ops.sort_by_expert(out.expert_TK, 16)
-        rows = ops.permute_gather(torch.ones(5000, 70).cumsum(dim=0).sin(), order, position)
-        return [*out, h.grad, p.grad, rows, ops.permute_scatter(rows, order, position, out.weight_TK)]
+        return [*out, h.grad, p.grad]
 
     try:
         for one, other in zip(run(1), run(3), strict=True):
@@ -326,7 +256,6 @@ def test_logits_that_are_not_finite_are_reported_and_padding_ones_ignored(value:
 def test_mistaken_arguments_are_named_with_what_was_expected() -> None:
     hidden, profile, index = gate_inputs((10, 4, 2, 3), torch.float32, "cpu")
     z, weight, expert = scale_inputs(10, 4, 2, 5, False, torch.float32)
-    order, position, _ = ops.sort_by_expert(expert, 4)
 
     def gate(**changes: object) -> object:
         values = {"hidden": hidden, "profile": profile, "index": index, "top_k": 2, "norm": "topk_softmax", **changes}
@@ -346,9 +275,6 @@ def test_mistaken_arguments_are_named_with_what_was_expected() -> None:
         (lambda: ops.gate_scale(z[:, :3], weight, expert, 4), "z_TER has 3 experts; expected 4, or 1"),
         (lambda: ops.gate_scale(z, weight[:, :1], expert, 4), r"expert_TK has shape \[10, 2\]; expected \[10, 1\]"),
         (lambda: ops.gate_scale(z, weight, expert.long(), 4), "expert_TK is int64; expected int32"),
-        (lambda: ops.permute_gather(hidden[:9], order, position), "x_TW has 9 rows; position_TK has 10"),
-        (lambda: ops.permute_scatter(hidden, order, position), "y_MW has 10 rows; order_M has 20"),
-        (lambda: ops.permute_gather(hidden, order[:3], position), r"order_M has shape \[3\]; expected \[20\]"),
     ]
     for call, message in cases:
         with pytest.raises(ModelError, match=message):
@@ -361,8 +287,6 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
     names = torch.ops.cuma_ds
     hidden, profile, index = gate_inputs((10, 4, 2, 3), torch.float32, "cpu")
     z, weight, expert = scale_inputs(10, 4, 2, 5, False, torch.float32)
-    order, position, _ = ops.sort_by_expert(expert, 4)
-    x, y = torch.randn(10, 3), torch.randn(20, 3)
     cases = [
         (
             lambda: names.gate(hidden, profile, index + 5, 2, 0),
@@ -375,10 +299,6 @@ def test_the_operators_themselves_refuse_what_would_read_out_of_bounds() -> None
         (lambda: names.gate_scale(z, weight, expert + 9, 4, 1.0), "expert has an index out of range"),
         (lambda: names.gate_scale_backward(z, z, weight, expert + 9, 1.0), "expert has an index out of range"),
         (lambda: names.gate_scale_backward(z[:, :, :4], z, weight, expert, 1.0), r"d_out has shape \[10, 4, 4\]"),
-        (lambda: names.sort_by_expert(expert.clamp(min=0) + 9, 4), "expert has an index out of range"),
-        (lambda: names.permute_gather(x, order + 50, position, None), "order has an index out of range"),
-        (lambda: names.permute_scatter(y, order, position + 50, None), "position has an index out of range"),
-        (lambda: names.permute_products(x, y[:5], position), "position has an index out of range"),
     ]
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):

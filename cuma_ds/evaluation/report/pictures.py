@@ -111,15 +111,15 @@ def preference_pictures(folder: Path, splits: Mapping[str, PreferenceSplit], mai
         "people."
     }
     fields = {field: part.shown for field, part in next(iter(splits.values())).subgroups.items() if part.shown}
-    largest = {
-        field: sorted(rows, key=lambda row: -row.people)[:_MOST_ROWS]
-        for field, rows in list(fields.items())[:_MOST_FIELDS]
-    }
-    if not largest:
+    fields = dict(list(fields.items())[:_MOST_FIELDS])
+    drawn_rows = {field: sorted(rows, key=lambda row: -row.people)[:_MOST_ROWS] for field, rows in fields.items()}
+    if not fields:
         return pictures
-    ordered = {field: [row for row in fields[field] if row in rows] for field, rows in largest.items()}
+    ordered = {field: [row for row in rows if row in drawn_rows[field]] for field, rows in fields.items()}
     plot_group_shares(folder / "preferences-by-group.png", ordered, main, score, what)
-    pictures["preferences-by-group.png"] = f"The same for subgroups of people: {what}."
+    capped = any(len(rows) > _MOST_ROWS for rows in fields.values())
+    most = f" The {_MOST_ROWS} subgroups of a field with most people are shown." if capped else ""
+    pictures["preferences-by-group.png"] = f"The same for subgroups of people: {what}.{most}"
     return pictures
 
 
