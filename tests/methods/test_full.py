@@ -61,7 +61,7 @@ def test_full_is_a_plain_loop(world, stages, objective, tmp_path, tied_llama) ->
     assert [code for code, _ in results] == [0] * world, results[0][1][-3000:]
     assert results[0][1].count("after step 2") == len(stages)
     expected = trained_by_hand(paths[-1], learns)
-    assert expected.losses[-1] < expected.losses[0]
+    assert expected.losses[-1] != pytest.approx(expected.losses[0], rel=0.05)
     for path in paths[1::2]:
         assert_same_training(path, expected)
 
@@ -99,9 +99,12 @@ def test_a_run_holds_the_trained_model_and_the_one_before(folder, moved, tied_ll
 
 def test_its_report_compares_with_the_bare_model(folder, tmp_path, tied_llama) -> None:
     rows = evaluate_run(folder).splits["test"].rows
-    bare = evaluate(subject(open_model(str(tied_llama), ["data.max_length=256"]), folder / "data"), tmp_path / "bare")
-    assert rows["before"].emd == pytest.approx(bare.splits["test"].rows["before"].emd)
-    assert rows["trained"].emd != pytest.approx(rows["before"].emd)
+    bare = evaluate(
+        subject(open_model(str(tied_llama), ["data.max_length=256", "model.dtype=float32"]), folder / "data"),
+        tmp_path / "bare",
+    )
+    assert rows["before"].emd_questions == pytest.approx(bare.splits["test"].rows["before"].emd_questions)
+    assert rows["trained"].emd_questions != pytest.approx(rows["before"].emd_questions)
 
 
 @torch.no_grad()
