@@ -41,6 +41,8 @@ def load(arguments: argparse.Namespace) -> CumaModel:
     config = CumaConfig(num_experts=8, top_k=2, lora_r=8, profile_dim=384, target_modules=("q_proj", "v_proj"))
     adapted = inject_adapters(backbone.requires_grad_(False), config).to(arguments.device)
     adapted.set_profile_standardisation(torch.randn(64, 384), 3.0)
+    if arguments.gradient_checkpointing:
+        adapted.enable_gradient_checkpointing()
     return adapted.train()
 
 
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="pairs of a step")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--answer", type=int, default=64, help="tokens of the longest answer")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations, in all variants")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a process, after one for warming up")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")

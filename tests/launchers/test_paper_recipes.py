@@ -122,7 +122,7 @@ def test_a_recipe_goes_from_supervised_learning_to_an_evaluated_result(
     }
     assert [len(found) for found in rows.values()] == [2, 2, 2]
     assert all(math.isfinite(row["loss"]) for found in rows.values() for row in found)
-    assert rows[f"{source}-dpo"][0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # the reference is the start
+    assert rows[f"{source}-dpo"][0]["rewards/margins"] == pytest.approx(0, abs=1e-3)  # but for dropout
     assert rows[f"{source}-dpo"][1]["rewards/margins"] != 0
     assert server.calls
     assert {"reward", "frac_reward_zero_std"} <= rows[f"{source}-grpo"][1].keys()
@@ -132,4 +132,4 @@ def test_a_recipe_goes_from_supervised_learning_to_an_evaluated_result(
     report = json.loads((tmp_path / "runs" / f"{source}-dpo" / "evaluation" / "report.json").read_text())
     assert report["kind"] == "preference"
     contenders = report["splits"]["test"]["rows"]
-    assert {"start", "trained", "swapped"} <= contenders.keys()
+    assert {"before", "start", "trained"} <= contenders.keys()
