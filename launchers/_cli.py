@@ -50,14 +50,18 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         _leave(130)
-    sys.exit(0)
+    _leave(0)
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit with ``code`` for certain: process groups of ranks that stopped too can block an orderly shutdown."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    """Exit with ``code`` for certain. Ranks, and processes with threads, leave without the interpreter's shutdown.
+
+    It can fail in two ways. Process groups can wait for ranks that stopped too. A thread that comes back from a torch
+    operator meanwhile ends the process with "terminate called without an active exception" (pytorch/pytorch#38228).
+    """
+    if "LOCAL_RANK" in os.environ or threading.active_count() > 1:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
