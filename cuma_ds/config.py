@@ -106,6 +106,11 @@ class DataSection(_Section):
         "uniform",
         description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)",
     )
+    probe: str | None = Field(
+        None,
+        description="wvb: samples.tsv of WVB-probe; its answers become a split of their own, and its people are never "
+        "trained on",
+    )
     weights: bool = Field(
         False,
         description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
@@ -166,6 +171,8 @@ class DataSection(_Section):
             )
         if self.weights and self.source not in ("jsonl", "wvb"):
             raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
+        if self.probe is not None and self.source != "wvb":
+            raise ValueError(f"probe is {self.probe}, but source {self.source} has none; only wvb has")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
             raise ValueError(
                 "weights is true, but single answers (histogram_targets: false) with example_weight: uniform "
@@ -408,6 +415,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("data", "prompt_style"): "metadata",
     ("data", "option_order"): "fixed",
     ("data", "weights"): False,
+    ("data", "probe"): None,
     (
         "data",
         "on_long_prompt",
@@ -490,6 +498,17 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _check_reference(self) -> RunConfig:
+        for name in ("dpo", "grpo"):
+            section = getattr(self, name)
+            if section is not None and section.reference == "base" and self.adapters.method == "full":
+                raise ValueError(
+                    f"{name}.reference: base is the bare backbone, which adapters.method full trains away; use "
+                    "reference: start"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.rollout is not None and self.rollout.max_new_tokens >= self.data.max_length:
             raise ValueError(
@@ -506,6 +525,12 @@ class RunConfig(_Section):
                 "apart, and method "
                 f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
             )
+        for key in ("router_learning_rate", "router_weight_decay"):
+            if getattr(self.training, key) is not None and not self.adapters.has_router:
+                raise ValueError(
+                    f"training.{key} is {getattr(self.training, key)}, but method {self.adapters.method!r} has no "
+                    "routers; leave it out"
+                )
         if self.adapters.blurs_profiles and self.training.objective == "grpo":
             raise ValueError(
                 "adapters.profile_dropout and adapters.profile_noise are for objectives sft and dpo: completions are "

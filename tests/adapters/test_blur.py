@@ -86,6 +86,7 @@ def test_rows_and_steps_have_seeds_of_their_own_and_the_examples_of_a_unit_share
             {"adapters": {"profile_dropout": 0.1}, "profiles": {"encoder": "e"}, "training": {"objective": "grpo"}},
             r"profile_noise are for objectives sft and dpo",
         ),
+        ({"adapters": {"method": "lora"}, "training": {"router_learning_rate": 0.1}}, r"method 'lora' has no routers"),
         ({"adapters": {"profile_dropout": 1.0}}, r"adapters.profile_dropout is 1.0"),
     ],
 )
