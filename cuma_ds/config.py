@@ -465,6 +465,17 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _check_reference(self) -> RunConfig:
+        for name in ("dpo", "grpo"):
+            section = getattr(self, name)
+            if section is not None and section.reference == "base" and self.adapters.method == "full":
+                raise ValueError(
+                    f"{name}.reference: base is the bare backbone, which adapters.method full trains away; use "
+                    "reference: start"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.rollout is not None and self.rollout.max_new_tokens >= self.data.max_length:
             raise ValueError(
