@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,14 @@ from itertools import pairwise
 import numpy as np
 
 from cuma_ds.errors import CumaError, DataError
-from cuma_ds.evaluation.report.model import ChoiceSplit, Report, read_report
+from cuma_ds.evaluation.generation import ANSWERS_FILE
+from cuma_ds.evaluation.metrics import distinct, equal_lengths
+from cuma_ds.evaluation.report.model import ChoiceSplit, Number, Report, number, read_report
 from cuma_ds.methods.model import Trained
 from cuma_ds.planning.skeleton import Setup, read_model_config
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
-from cuma_ds.studies.compared import Contender, compare, read_evaluated
+from cuma_ds.studies.compared import Contender, Evaluated, compare, read_evaluated
 from cuma_ds.studies.report.model import Curve, CurvePoint, Measured, RunsReport, StudyReport, Table, Trial, Tuned
 from cuma_ds.studies.study import Task, run_arguments, run_config
 from cuma_ds.studies.tuning import at_edge, best_rate
@@ -82,7 +85,23 @@ def _table(work: Work, recipe: str, steps: int, part: Part, replicates: int) -> 
         main = work.study.first if work.study.first in [one.name for one in contenders] else contenders[0].name
         table.splits = compare(contenders, replicates, main)
     _curves(table, work.study.targets)
+    table.equal_lengths = _equal_lengths({one.name: one.runs[0] for one in contenders})
     return table
+
+
+def _equal_lengths(runs: Mapping[str, Evaluated]) -> dict[str, Number]:
+    """Distinct-2 of the answers of each method, cut to the shortest that any gave to the same conversation."""
+    asked, answers = set(), {}
+    for method, run in runs.items():
+        file = run.folder / ANSWERS_FILE
+        if run.report.generation is None or not file.is_file():
+            return {}
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        asked.add(json.dumps([row["messages"] for row in rows]))
+        answers[method] = [row[run.report.main] for row in rows]
+    if len(asked) != 1:
+        return {}
+    return {method: number(distinct(texts, 2)) for method, texts in equal_lengths(answers).items()}
 
 
 def _final_report(work: Work, task: Task) -> Report | None:

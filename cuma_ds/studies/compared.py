@@ -34,9 +34,15 @@ _REFERENCES = ("collapse", "oracle")
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A report and the predictions beside it."""
+    """A report and the predictions beside it.
+
+    Attributes:
+        place: as it was named.
+        folder: of the report.
+    """
 
     place: str
+    folder: Path
     report: Report
     predictions: dict[str, Predictions]
 
@@ -63,7 +69,7 @@ def read_evaluated(place: str | Path) -> Evaluated:
             raise DataError(
                 f"there is no report in {place}; evaluate it with launchers/evaluate.py, or name the folder of a report"
             )
-        return Evaluated(str(place), report, read_predictions(folder))
+        return Evaluated(str(place), folder, report, read_predictions(folder))
     except DataError as error:
         raise DataError(f"{place}: {error}" if str(place) not in str(error) else str(error)) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from cuma_ds.studies.study import Study, Task, run_arguments, run_config
 from cuma_ds.studies.tuning import Tried, best_rate, next_rate
 
 VALID = "valid"
+# Bytes at the end of a file of metrics that hold its last row.
+_TAIL = 20_000
 
 
 class Part(NamedTuple):
@@ -120,6 +123,8 @@ class Work:
                     self._train(task)
                     self._evaluate(task, list(self.points(task)))
                     self._report(task)
+                except OutOfTime:
+                    break
                 except CumaError as error:
                     self._fail(task, error)
 
@@ -132,6 +137,8 @@ class Work:
                 self._train(task)
                 self._evaluate(task, self._last(task))
                 tried[rate] = self.result(task)
+            except OutOfTime:
+                break
             except CumaError as error:
                 self._fail(task, error)
                 tried[rate] = None
@@ -256,7 +263,7 @@ class Work:
         """Evaluate the finished run on the people that nothing was chosen on, with all that the study measures."""
         evaluation, run = self.study.evaluation, self.folder(task)
         arguments = ["--run", str(run.folder)]
-        if evaluation.gradients and run.config().adapters.uses_profiles and evaluation.ranks == 1:
+        if evaluation.gradients and run.config().adapters.has_router and evaluation.ranks == 1:
             arguments.append("--gradients")
         if evaluation.generate is not None:
             arguments += ["--generate", str(evaluation.generate), "--max-new-tokens", str(evaluation.max_new_tokens)]
@@ -281,7 +288,7 @@ class Work:
             CommandFailed: it ended with an error, or there is no time left to start it.
         """
         if self.out_of_time:
-            raise OutOfTime("there was no time left")
+            raise OutOfTime("there is no time left")
         self.progress.begin(task, what)
         metrics = self.folder(task).metrics
         record = self.processes.run(task.name, what, words, lambda: self.progress.step(last_step(metrics)))
@@ -292,8 +299,6 @@ class Work:
         self.failed.pop(task.name, None)
 
     def _fail(self, task: Task, error: CumaError) -> None:
-        if isinstance(error, OutOfTime):
-            return
         self.failed[task.name] = str(error)
         if not isinstance(error, CommandFailed):  # of a command it has been said
             self.progress.end(f"{task.name}: {error}")
@@ -335,8 +340,12 @@ def metric_rows(metrics: Path) -> list[dict[str, float | None]]:
 
 def last_step(metrics: Path) -> int:
     """Of a run in progress; 0 before its first row."""
-    rows = metric_rows(metrics)
-    return int(rows[-1].get("step") or 0) if rows else 0
+    if not metrics.is_file():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - _TAIL))
+        steps = re.findall(rb'^{"step": (\d+)', file.read(), re.MULTILINE)
+    return int(steps[-1]) if steps else 0
 
 
 def step_seconds(metrics: Path) -> list[float]:

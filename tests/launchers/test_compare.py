@@ -85,6 +85,10 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     assert not forked
     assert "4 runs to do" in planned.out
     assert not (tmp_path / "studies").exists()
+    no_time = launch("compare", "--study", str(file), "--minutes", "0")
+    assert no_time.code == 0, no_time.err
+    assert not forked
+    assert "3 runs are missing; the same command goes on" in no_time.out
 
     done = launch("compare", "--study", str(file))
     assert done.code == 0, done.err + done.out

@@ -61,7 +61,7 @@ def evaluated(kept: Predictions, place: str = "run") -> Evaluated:
         format_version=FORMAT_VERSION, run=place, checkpoint="step-1", kind="choice", main="trained", min_answers=1,
         min_subgroup=2, bootstrap=0, splits={"test": {**split, **lists}},
     )  # fmt: skip
-    return Evaluated(place, report, {"test": kept})
+    return Evaluated(place, Path(place), report, {"test": kept})
 
 
 def emd_of(group_U: np.ndarray, answer_U: np.ndarray, chances_GN: np.ndarray) -> float:
@@ -160,7 +160,7 @@ def test_conversations_are_compared_by_their_loss_per_token() -> None:
             run=place, checkpoint="c", kind="chat", main="trained", min_answers=1, min_subgroup=2, bootstrap=0,
             splits={"test": split},
         )  # fmt: skip
-        runs.append(Evaluated(place, report, {"test": kept}))
+        runs.append(Evaluated(place, Path(place), report, {"test": kept}))
     found = compare([Contender(one.place, [one]) for one in runs], 3000)["test"].differences[0].scores["loss"]
     nll_RU = np.array([np.bincount(person_M, loss_M * tokens_M, 20) for loss_M in loss_RM])
     tokens_U = np.bincount(person_M, tokens_M, 20)
@@ -183,6 +183,6 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     write_predictions(tmp_path / "bare", kept.predictions)
     assert read_evaluated(tmp_path / "bare").predictions["test"].ids == kept.predictions["test"].ids
-    elsewhere = Evaluated("b", kept.report, {"heldout": kept.predictions["test"]})
+    elsewhere = Evaluated("b", Path("b"), kept.report, {"heldout": kept.predictions["test"]})
     with pytest.raises(DataError, match="no split in common: run has test; b has heldout"):
         compare([Contender("a", [kept]), Contender("b", [elsewhere])], 0)

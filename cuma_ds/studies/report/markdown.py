@@ -231,6 +231,9 @@ def _costs(table: Table) -> list[str]:
     for place, (method, run) in enumerate(runs):
         name = method if run.status == "trained" else f"{method} ({run.status})"
         lines.append(f"| {name} | {' | '.join(cells[place] for cells in shown.values())} |")
+    if table.equal_lengths:
+        said = ", ".join(f"{method} {plain(value, '{:.4f}')}" for method, value in table.equal_lengths.items())
+        lines += ["", f"Distinct-2 of answers cut to equal lengths, conversation by conversation: {said}."]
     return [*lines, ""]
 
 

@@ -171,6 +171,8 @@ class Table(BaseModel):
         splits: comparisons of the methods with at least one evaluated run.
         reached: target distance -> method -> seconds of training until it was reached on ``valid``, mean over seeds
             (between checkpoints by a straight line); None where a seed did not reach it.
+        equal_lengths: method -> Distinct-2 of generated answers, each cut to the shortest that any method gave to the
+            same conversation (first seeds); empty where none were generated.
         equal_seconds: the time at which the first method had finished.
         at_equal_time: method -> distance on ``valid`` at that time, mean over seeds.
     """
@@ -181,6 +183,7 @@ class Table(BaseModel):
     tuned: dict[str, Tuned] = {}
     splits: dict[str, Compared] = {}
     reached: dict[str, dict[str, Number]] = {}
+    equal_lengths: dict[str, Number] = {}
     equal_seconds: Number = None
     at_equal_time: dict[str, Number] = {}
 
