@@ -39,6 +39,11 @@ class ModelSection(_Section):
 
     path: str = Field(description="folder with config.json and safetensors, or a hub id")
     dtype: DType = Field("bfloat16", description="dtype the frozen backbone is held and run in")
+    quantisation: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="how the weights of the frozen backbone's linear layers are kept: in dtype | in 8 bits | in 4 bits "
+        "(needs bitsandbytes); embeddings, norms and output head stay in dtype",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation of transformers"
     )
@@ -389,6 +394,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
     ("data", "min_margin"): 0.0,
     ("model", "init_from"): None,
+    ("model", "quantisation"): "none",
     ("training", "group_field"): None,
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
