@@ -101,6 +101,11 @@ class DataSection(_Section):
         "uniform",
         description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)",
     )
+    probe: str | None = Field(
+        None,
+        description="wvb: samples.tsv of WVB-probe; its answers become a split of their own, and its people are never "
+        "trained on",
+    )
     weights: bool = Field(
         False,
         description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
@@ -134,6 +139,9 @@ class DataSection(_Section):
         False, description="several examples per row of max_length tokens, none seeing another; less padding"
     )
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
+    valid_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of other people held out for choosing settings, e.g. a learning rate"
+    )
     heldout_fraction: float | None = Field(
         None, ge=0, lt=1,
         description=(
@@ -148,8 +156,15 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        if self.test_fraction + self.valid_fraction >= 1:
+            raise ValueError(
+                f"test_fraction {self.test_fraction} and valid_fraction {self.valid_fraction} leave nobody to learn "
+                "from; their sum must be below 1"
+            )
         if self.weights and self.source not in ("jsonl", "wvb"):
             raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
+        if self.probe is not None and self.source != "wvb":
+            raise ValueError(f"probe is {self.probe}, but source {self.source} has none; only wvb has")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
             raise ValueError(
                 "weights is true, but single answers (histogram_targets: false) with example_weight: uniform "
@@ -388,11 +403,13 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("data", "prompt_style"): "metadata",
     ("data", "option_order"): "fixed",
     ("data", "weights"): False,
+    ("data", "probe"): None,
     (
         "data",
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
     ("data", "min_margin"): 0.0,
+    ("data", "valid_fraction"): 0.0,
     ("model", "init_from"): None,
     ("model", "quantisation"): "none",
     ("training", "group_field"): None,
@@ -462,6 +479,17 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _check_reference(self) -> RunConfig:
+        for name in ("dpo", "grpo"):
+            section = getattr(self, name)
+            if section is not None and section.reference == "base" and self.adapters.method == "full":
+                raise ValueError(
+                    f"{name}.reference: base is the bare backbone, which adapters.method full trains away; use "
+                    "reference: start"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.rollout is not None and self.rollout.max_new_tokens >= self.data.max_length:
             raise ValueError(
@@ -477,6 +505,11 @@ class RunConfig(_Section):
                 f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences "
                 "apart, and method "
                 f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
+            )
+        if self.model.quantisation != "none" and self.adapters.method == "full":
+            raise ValueError(
+                f"model.quantisation is {self.model.quantisation}, but adapters.method full trains the backbone, and "
+                "packed weights cannot train; set model.quantisation: none"
             )
         if self.adapters.num_experts % self.parallel.ep_size:
             raise ValueError(

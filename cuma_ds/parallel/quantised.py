@@ -94,6 +94,9 @@ class QuantisedLinear(nn.Linear):
         packing: how both become a weight.
     """
 
+    weight: nn.Parameter
+    scales: nn.Parameter
+
     def __init__(self, linear: nn.Linear, kind: Kind, parts: int = 1) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features

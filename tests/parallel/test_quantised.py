@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.config import ModelSection, RunConfig, load_config
+from cuma_ds.config import ModelSection, RunConfig, load_config, make_config
 from cuma_ds.errors import ConfigError, ModelError
 from cuma_ds.learned_settings import first_difference
 from cuma_ds.parallel import quantised
@@ -228,3 +228,9 @@ def test_stage_3_is_refused(tiny_llama, tiny_encoder, tmp_path) -> None:
     stage_3 = config.model_copy(update={"parallel": config.parallel.model_copy(update={"deepspeed_config": "zero3"})})
     with pytest.raises(ConfigError, match="stage 3 would cast a quantised backbone"):
         read_deepspeed_config(stage_3, 1, 1, 2)
+
+
+def test_a_backbone_that_trains_is_not_quantised(tiny_llama) -> None:
+    values = {"model": {"path": str(tiny_llama), "quantisation": "nf4"}, "adapters": {"method": "full"}}
+    with pytest.raises(ConfigError, match="packed weights cannot train"):
+        make_config(values)
