@@ -38,8 +38,8 @@ examples
     python launchers/compare.py --runs runs/quickstart runs/mine --out reports/compared
 
 A study lives in output_dir/name: runs/, valid/ (reports on the people for choosing settings), logs/, journal.jsonl (all
-commands) and report/ (report.html, report.md, comparison.json, pictures). What is there is not done again. A run that fails does not
-stop the others; the report names it, and the next start tries it again.
+commands) and report/ (report.html, report.md, comparison.json, pictures). What is there is not done again. A run that
+fails does not stop the others; the report names it, and the next start tries it again.
 """
 _SLICES = ("recipes", "methods", "budgets", "seeds")
 
