@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -106,3 +108,38 @@ def test_sections_can_be_reached_and_points_have_names(page) -> None:
 def test_one_point_and_no_point(tmp_path) -> None:
     assert "<circle" not in html(TEXT, tmp_path)
     assert 'cx="500.0" cy="310.0"' in html(TEXT, tmp_path, [MapPoint(group="Norway", x=7, y=-2)])
+
+
+def in_browser(page: str, actions: str, folder, *options: str) -> Page:
+    """What a browser shows of a page after some actions."""
+    if shutil.which("chromium") is None:
+        pytest.skip("chromium is not installed")
+    file = folder / "acted.html"
+    file.write_text(page.replace("</body>", f"<script>{actions}</script></body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
+    command += [*options, "--dump-dom", file.as_uri()]
+    return Page(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+
+
+def test_a_browser_sorts_by_the_column_that_is_pressed(tmp_path) -> None:
+    page = html(TEXT, tmp_path, [MapPoint(group="Norway", x=0, y=0)])
+    press = "document.querySelectorAll('th button')[1].click();"
+    for presses, order in ((1, ["trained", "one global distribution"]), (2, ["one global distribution", "trained"])):
+        shown = in_browser(page, press * presses, tmp_path)
+        rows = [shown.cells[place] for place in (3, 6, 9)]
+        assert rows == [*order, "<script>alert(1)</script>"]  # without a number: last in both directions
+        head = shown.of("th")[1]
+        assert head["aria-sort"] == ("ascending" if presses == 1 else "descending")
+
+
+def test_a_browser_tells_the_name_of_a_point(tmp_path) -> None:
+    page = html(TEXT, tmp_path, [MapPoint(group="Norway", x=0, y=0), MapPoint(group="Peru", x=1, y=0)])
+    actions = """
+        document.querySelectorAll('circle')[1].focus();
+        const told = document.createElement('td');
+        told.textContent = document.querySelector('output').textContent;
+        document.body.append(told);
+        const wide = document.createElement('td');
+        wide.textContent = document.documentElement.scrollWidth <= window.innerWidth;
+        document.body.append(wide);"""
+    assert in_browser(page, actions, tmp_path, "--window-size=500,900").cells[-2:] == ["Peru", "true"]
