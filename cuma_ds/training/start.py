@@ -28,7 +28,7 @@ from cuma_ds.runs import Run
 # Keys that belong to a trained model and to the people it has seen. A recipe that leaves them out takes those of its
 # start.
 _PROMPT = ("profile_in_prompt", "system_prompt", "prompt_style", "option_order")
-_SPLIT = ("test_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
+_SPLIT = ("test_fraction", "heldout_fraction", "heldout_profile_fraction", "heldout_question_fraction", "split_seed")
 _INHERITED = {
     "adapters": tuple(key for key in CumaConfig.model_fields if key != "profile_dim"),
     "profiles": ("encoder", "template", "standardise"),
@@ -39,6 +39,7 @@ _MAY_DIFFER: set[Key] = {
     *(("adapters", f"balance_{key}") for key in ("weight", "probability", "scope", "decay")),
     *(("adapters", key) for key in ("gradient_mask", "gradient_groups", "dropout")),
     ("profiles", "encoder"),
+    ("data", "heldout_question_fraction"),  # conversations and preferences have no questions
 }
 _WHAT = "a run folder, or a folder made by launchers/export.py --format hf"
 

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cuma_ds.data.raw import ReadOptions, Rows
-from cuma_ds.data.sources import community_alignment, jsonl, prism, worldvaluesbench, wvs_sample
+from cuma_ds.data.sources import (
+    community_alignment,
+    global_opinions,
+    jsonl,
+    prism,
+    subpop,
+    survey,
+    worldvaluesbench,
+    wvs_sample,
+)
 
 
 class Source(NamedTuple):
@@ -33,5 +42,9 @@ SOURCES = {
         worldvaluesbench.read, "the benchmark's folder, or one with the WVS-7 CSV and the benchmark's three JSON files"
     ),
     "community-alignment": Source(community_alignment.read, "the data set's CSV file or folder"),
+    "survey": Source(survey.read, "a .sav, .dta, .csv or .parquet file of a survey"),
+    "global-opinions": Source(global_opinions.read, "the data set's CSV file"),
+    "subpop": Source(subpop.read, "the data set's .jsonl file"),
+    "opinionqa": Source(subpop.read, "its .jsonl file in the form of SubPOP"),
     "prism": Source(prism.read, "the folder with conversations.jsonl and survey.jsonl"),
 }

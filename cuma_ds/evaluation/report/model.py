@@ -36,6 +36,7 @@ SPLITS = {
     "unseen": "Held-out people whose exact profile was never trained on (zero-shot)",
     "heldout": "Groups held out entirely (zero-shot)",
     "heldout_profiles": "Profiles held out entirely (zero-shot)",
+    "heldout_questions": "Questions held out entirely (zero-shot)",
 }
 
 # None stands for what JSON cannot hold: no number, or infinity.
