@@ -379,6 +379,16 @@ class EvaluationSection(_Section):
     bootstrap: int = Field(
         1000, ge=0, description="bootstrap samples of people behind the 95% intervals; 0 = no intervals"
     )
+    max_people: int | None = Field(
+        None, ge=1, description="most people of each split, drawn at random with all of their answers; null takes all"
+    )
+    max_examples: int | None = Field(
+        None,
+        ge=1,
+        description="most answers (conversations, pairs) of each split, drawn at random from those of max_people; "
+        "null takes all",
+    )
+    sample_seed: int = Field(0, ge=0, description="seed of both draws")
 
 
 # Keys that decide what is learned and that release 0.1.0 did not have, with the value that says what it did.

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
+from cuma_ds.config import EvaluationSection
 from cuma_ds.data.batch import EncodedExample, encode_example, encode_pair
 from cuma_ds.data.lengths import Reading, fitting
+from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rows import Split
+from cuma_ds.data.sampling import Limits, sample
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import ChatLosses, chat_losses
 from cuma_ds.evaluation.choice import ChoicePredictions, predict_choices
@@ -38,6 +41,7 @@ from cuma_ds.evaluation.report.model import (
     PreferenceSplit,
     Report,
     Routing,
+    SampleSize,
     write_json,
 )
 from cuma_ds.evaluation.report.pictures import (
@@ -123,6 +127,7 @@ class Evaluator:
         main: the contender that is the model itself: ``trained``, or ``before`` where nothing was trained.
         splits: names of the splits that hold anything, ``train`` apart.
         predictions: what each contender predicted, by split, once asked.
+        samples: how much of each split is evaluated, where that is not all of it.
     """
 
     def __init__(self, subject: Subject, folder: Path, progress: Progress | None = None) -> None:
@@ -135,8 +140,9 @@ class Evaluator:
             raise DataError(
                 "there is nothing to evaluate on: the splits test and heldout are empty; hold out more people"
             )
+        data, self.samples = sampled(subject.data, self.splits, subject.config.evaluation)
         data = fitting(
-            subject.data, Reading(subject.renderer), subject.config.data, self.splits,
+            data, Reading(subject.renderer), subject.config.data, self.splits,
             lambda needed: (
                 f"evaluate with --set data.max_length={needed}, "
                 "or leave them out with --set data.on_long_prompt=skip"
@@ -166,6 +172,7 @@ class Evaluator:
             contenders = references(train, examples, self.subject.embeddings_NP, settings.min_answers) | models
             self.predictions[name] = collect(examples, contenders)
             splits[name] = choice_split(examples, contenders, fields, settings, self.main, mass)
+            self._say_sample(name, splits[name])
             unseen = _unseen(train, examples) if name == "test" else []
             if sum(examples.counts[index].sum() for index in unseen) >= settings.min_answers:
                 part = examples.only(unseen)
@@ -195,6 +202,7 @@ class Evaluator:
             people = None if talks.people is None else [int(row[0]) for row in talks.people]
             self.predictions[name] = collect_talks(talks, losses)
             splits[name] = chat_split(losses, people, settings.bootstrap)
+            self._say_sample(name, splits[name])
             if not pictures:
                 routing, pictures = self._routing(talks, losses[self.main], fields)
         report = ChatReport(kind="chat", splits=splits, **self._about())
@@ -214,6 +222,7 @@ class Evaluator:
             found = self._log_probabilities(name, pairs)
             self.predictions[name] = collect_pairs(pairs, found)
             splits[name] = preference_split(pairs, found, fields, settings, self.main)
+            self._say_sample(name, splits[name])
             if routing is None:
                 routing, pictures = self._routing(_as_examples(split), found[self.main], fields)
         pictures = preference_pictures(self.folder, splits, self.main) | pictures
@@ -235,6 +244,11 @@ class Evaluator:
         """A progress function of (done, in all) for one piece of work."""
         told = self.progress
         return None if told is None else lambda done, total: told(what, done, total)
+
+    def _say_sample(self, name: str, split: ChoiceSplit | ChatSplit | PreferenceSplit) -> None:
+        """Keys that do not apply are not written, so this one is set where something was left out."""
+        if name in self.samples:
+            split.sample = self.samples[name]
 
     def _about(self) -> _About:
         settings = self.subject.config.evaluation
@@ -313,6 +327,32 @@ class Evaluator:
         pictures = expert_picture(self.folder, names, examples.questions, examples.groups, weights, gates_MRE)
         section, more = routing_pictures(self.folder, found.routing, examples, gates_MRE, fields)
         return section, pictures | more
+
+
+def sampled(
+    data: PreparedData, splits: Sequence[str], settings: EvaluationSection
+) -> tuple[PreparedData, dict[str, SampleSize]]:
+    """The data with at most ``max_people`` people and ``max_examples`` answers of theirs in each of ``splits``.
+
+    Returns:
+        The data, and the size of each sample that is smaller than its split.
+    """
+    limits = Limits(settings.max_people, settings.max_examples, settings.sample_seed)
+    if limits.people is None and limits.examples is None:
+        return data, {}
+    drawn = {name: sample(data.splits[name], limits) for name in splits}
+    sizes = {
+        name: SampleSize(
+            people=one.people,
+            of_people=one.of_people,
+            answers=one.answers,
+            of_answers=one.of_answers,
+            seed=settings.sample_seed,
+        )
+        for name, one in drawn.items()
+        if one.answers < one.of_answers
+    }
+    return dataclasses.replace(data, splits=data.splits | {name: one.split for name, one in drawn.items()}), sizes
 
 
 def check_kind(subject: Subject, kind: str, option: str) -> None:
