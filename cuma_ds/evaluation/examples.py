@@ -26,6 +26,7 @@ class ChoiceExamples:
         nominal: ids of the questions whose options have no order.
         answers: with survey weights, people who gave each answer of each example, int64 [n].
         weights: with survey weights, that of each of ``people``.
+        distributions: the answers are published shares; ``people`` then tells distributions apart.
     """
 
     questions: list[str]
@@ -37,6 +38,7 @@ class ChoiceExamples:
     nominal: frozenset[str] = frozenset()
     answers: list[NDArray[np.int64]] | None = None
     weights: list[NDArray[np.float64]] | None = None
+    distributions: bool = False
 
     @classmethod
     def of(cls, split: Split | Mapping[str, Sequence]) -> ChoiceExamples:
@@ -61,6 +63,7 @@ class ChoiceExamples:
             ),
             answers=[np.asarray(answers, dtype=np.int64) for answers in split["answers"]] if weighted else None,
             weights=[np.asarray(weights, dtype=np.float64) for weights in split["weights"]] if weighted else None,
+            distributions=isinstance(split, Split) and split.distributions,
         )
 
     def only(self, chosen: Sequence[int]) -> ChoiceExamples:
@@ -75,6 +78,7 @@ class ChoiceExamples:
             nominal=self.nominal,
             answers=None if self.answers is None else [self.answers[index] for index in chosen],
             weights=None if self.weights is None else [self.weights[index] for index in chosen],
+            distributions=self.distributions,
         )
 
     def __len__(self) -> int:

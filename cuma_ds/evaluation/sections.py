@@ -72,8 +72,9 @@ def choice_split(
     scorer = Scorer(examples, fields, settings.min_answers, settings.min_subgroup)
     scores = scorer.scores(contenders, settings.bootstrap, against=main)
     return ChoiceSplit(
-        people=scorer.answers.people if scorer.answers.known else None,
-        weighted=examples.weights is not None,
+        people=scorer.answers.people if scorer.answers.known and not examples.distributions else None,
+        distributions=scorer.answers.people if examples.distributions else None,
+        weighted=examples.weights is not None and not examples.distributions,
         **_size(scorer),
         letter_mass={
             name: _letter_mass(scorer.cells, examples, mass_M) for name, mass_M in (letter_mass or {}).items()
@@ -229,7 +230,7 @@ def _size(scorer: Scorer) -> _Size:
         "answers": _count(weight_A.sum()),
         "compared": Compared(cells=len(cells.keys), answers=_count(cells.answers.sum())),
     }
-    if examples.weights is not None:
+    if examples.weights is not None and not examples.distributions:
         # (sum w)^2 / sum w^2: how many answers of one weight would be as precise.
         size["effective_answers"] = round(float(weight_A.sum() ** 2 / np.square(weight_A).sum()), 2)
     return size

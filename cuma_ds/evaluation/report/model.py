@@ -197,12 +197,14 @@ class ChoiceSplit(Scored):
 
     Attributes:
         people: None where the data does not say who answered.
+        distributions: published distributions, of which intervals are made; None where there are people's answers.
         sample: None where all of the split was evaluated.
         letter_mass: by contender that is a model.
         differences: the main contender less each other one, over the same people.
     """
 
     people: int | None
+    distributions: int | None = None
     sample: SampleSize | None = None
     weighted: bool = False
     letter_mass: dict[str, LetterMass] = {}
