@@ -112,7 +112,9 @@ def main() -> None:
             suggest_map(Path(arguments.root), Path(arguments.map), progress("reading columns"))
         return
     if arguments.out is None:
-        raise SystemExit("prepare_data.py survey: error: name a folder with --out, or write a map with --suggest")
+        from cuma_ds.errors import ConfigError
+
+        raise ConfigError("--out is missing: name the folder to prepare, or write a first map with --suggest")
     _prepare(arguments)
 
 

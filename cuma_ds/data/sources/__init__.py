@@ -38,13 +38,13 @@ SOURCES = {
     "jsonl": Source(
         jsonl.read, "a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id"
     ),
+    "survey": Source(survey.read, "a .sav, .dta, .csv or .parquet file of a survey"),
     "wvb": Source(
         worldvaluesbench.read, "the benchmark's folder, or one with the WVS-7 CSV and the benchmark's three JSON files"
     ),
-    "community-alignment": Source(community_alignment.read, "the data set's CSV file or folder"),
-    "survey": Source(survey.read, "a .sav, .dta, .csv or .parquet file of a survey"),
     "global-opinions": Source(global_opinions.read, "the data set's CSV file"),
     "subpop": Source(subpop.read, "the data set's .jsonl file"),
     "opinionqa": Source(subpop.read, "its .jsonl file in the form of SubPOP"),
+    "community-alignment": Source(community_alignment.read, "the data set's CSV file or folder"),
     "prism": Source(prism.read, "the folder with conversations.jsonl and survey.jsonl"),
 }
