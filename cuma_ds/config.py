@@ -138,6 +138,9 @@ class DataSection(_Section):
         False, description="several examples per row of max_length tokens, none seeing another; less padding"
     )
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
+    valid_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of other people held out for choosing settings, e.g. a learning rate"
+    )
     heldout_fraction: float | None = Field(
         None, ge=0, lt=1,
         description=(
@@ -161,6 +164,11 @@ class DataSection(_Section):
             )
         if self.map is not None and self.source != "survey":
             raise ValueError(f"map is {self.map}, but source {self.source} reads none; only survey does")
+        if self.test_fraction + self.valid_fraction >= 1:
+            raise ValueError(
+                f"test_fraction {self.test_fraction} and valid_fraction {self.valid_fraction} leave nobody to learn "
+                "from; their sum must be below 1"
+            )
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
             raise ValueError(
                 "weights is true, but single answers (histogram_targets: false) with example_weight: uniform "
@@ -406,6 +414,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("data", "min_margin"): 0.0,
     ("data", "heldout_question_fraction"): 0.0,
     ("data", "map"): None,
+    ("data", "valid_fraction"): 0.0,
     ("model", "init_from"): None,
     ("training", "group_field"): None,
 }

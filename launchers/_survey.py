@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cuma_ds.data.sources.survey_suggest import Part, Suggestion
 
-_LONGEST_TEXT = 48
+_LONGEST_TEXT = 40
 
 
 def suggest_map(source: Path, place: Path, progress: Callable[[int, int], None]) -> None:
@@ -38,35 +39,44 @@ def _report(found: Suggestion, place: Path) -> None:
     from rich.table import Table
 
     console = Console()
+    say = partial(console.print, highlight=False, soft_wrap=True)
     table = Table(
         title=f"{found.file.path.name}: {found.people:,} people, {len(found.file.columns):,} columns",
         title_justify="left",
     )
-    for name, side in (("", "left"), ("column", "left"), ("text", "left"), ("answers", "right"), ("missing", "right")):
-        table.add_column(name, justify="right" if side == "right" else "left")
-    table.add_column("to check")
+    for name in ("what", "column", "text"):
+        table.add_column(name)
+    for name in ("answers", "no answer"):
+        table.add_column(name, justify="right")
     for part in found.who:
-        table.add_row(
-            part.name, part.column, _short(part.text), f"{part.values:,}", f"{part.missing:.0%}", _check(part)
-        )
+        table.add_row(part.name, part.column, _short(part.text), f"{part.values:,}", f"{part.missing:.0%}")
     table.add_section()
     for part in found.questions:
         answers = f"{part.values:,} {part.scale}"
-        table.add_row("question", part.column, _short(part.text), answers, f"{part.missing:.0%}", _check(part))
+        table.add_row("question", part.column, _short(part.text), answers, f"{part.missing:.0%}")
     console.print(table)
+    for part in [*found.who, *found.questions]:
+        if part.unlabelled:
+            console.print(
+                f"to decide: {part.column} has codes without a label: {_codes(part)}", highlight=False, soft_wrap=True
+            )
     roles = {"ids of people": found.person, "weights": found.weight, "waves": found.wave}
-    console.print(", ".join(f"{what}: {column or 'none found'}" for what, column in roles.items()), highlight=False)
+    console.print(
+        ", ".join(f"{what}: {column or 'none found'}" for what, column in roles.items()),
+        highlight=False,
+        soft_wrap=True,
+    )
     for reason, columns in found.left_out.items():
         shown = ", ".join(columns[:8]) + (f" and {len(columns) - 8} more" if len(columns) > 8 else "")
-        console.print(f"left out, {reason}: {shown}", highlight=False)
-    console.print(f"written: {place}. Look through it, then prepare with --out FOLDER.", highlight=False)
+        say(f"left out, {reason}: {shown}")
+    console.print(
+        f"written: {place}. Look through it, then prepare with --out FOLDER.", highlight=False, soft_wrap=True
+    )
 
 
-def _check(part: Part) -> str:
-    """What somebody has to decide about a column."""
+def _codes(part: Part) -> str:
     codes = [f"{code} ({people:,} people)" for code, people in part.unlabelled.items()]
-    shown = ", ".join(codes[:4]) + (f" and {len(codes) - 4} more" if len(codes) > 4 else "")
-    return f"codes without a label: {shown}" if codes else ""
+    return ", ".join(codes[:4]) + (f" and {len(codes) - 4} more" if len(codes) > 4 else "")
 
 
 def _short(text: str) -> str:

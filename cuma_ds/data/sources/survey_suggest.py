@@ -19,7 +19,7 @@ from cuma_ds.data.sources.survey_file import Cells, Code, Column, SurveyFile
 # Beginnings of names and short labels that tell what a column is, in the languages of the usual surveys.
 _KNOWN = {
     "person": r"id|case ?id|resp(ondent)?( ?id| ?no)?|person( ?id)?|idno|serial|d_interview|interview( no| id)|uuid",
-    "weight": r"w|w_?weight|\w*weights?\b|wg?t\w*|pond\w*|gewicht\w*|poids|peso|вес|权重|加重|ウェイト|وزن",
+    "weight": r"w|\w*weights?|\w*wgh?t\w*|\w*wt|wt\w*|pond\w*|gewicht\w*|poids|peso|вес|权重|加重|ウェイト|وزن",
     "wave": r"wave|round|s002\w*|a_wave|welle|vague|ola|волна|波次",
     "country": (
         r"country|cntry|nation|b_country\w*|s003\w*|land|staat|pays|país|pais|ülke|страна|国家|国|دولة|الدولة|البلد|देश|국가"

@@ -32,6 +32,7 @@ CONTENDERS = {
     "swapped": "trained, profiles swapped",
 }
 SPLITS = {
+    "valid": "People held out for choosing settings",
     "test": "Held-out people of groups seen in training",
     "unseen": "Held-out people whose exact profile was never trained on (zero-shot)",
     "heldout": "Groups held out entirely (zero-shot)",
