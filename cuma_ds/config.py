@@ -104,6 +104,11 @@ class DataSection(_Section):
         "uniform",
         description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)",
     )
+    probe: str | None = Field(
+        None,
+        description="wvb: samples.tsv of WVB-probe; its answers become a split of their own, and its people are never "
+        "trained on",
+    )
     weights: bool = Field(
         False,
         description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb), "
@@ -169,6 +174,8 @@ class DataSection(_Section):
                 f"test_fraction {self.test_fraction} and valid_fraction {self.valid_fraction} leave nobody to learn "
                 "from; their sum must be below 1"
             )
+        if self.probe is not None and self.source != "wvb":
+            raise ValueError(f"probe is {self.probe}, but source {self.source} has none; only wvb has")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
             raise ValueError(
                 "weights is true, but single answers (histogram_targets: false) with example_weight: uniform "
@@ -407,6 +414,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("data", "prompt_style"): "metadata",
     ("data", "option_order"): "fixed",
     ("data", "weights"): False,
+    ("data", "probe"): None,
     (
         "data",
         "on_long_prompt",
@@ -480,6 +488,17 @@ class RunConfig(_Section):
                         f"{key} is {number}, but a checkpoint lies between two rollouts, which last "
                         f"grpo.iterations {self.grpo.iterations} steps each; make it a multiple"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> RunConfig:
+        for name in ("dpo", "grpo"):
+            section = getattr(self, name)
+            if section is not None and section.reference == "base" and self.adapters.method == "full":
+                raise ValueError(
+                    f"{name}.reference: base is the bare backbone, which adapters.method full trains away; use "
+                    "reference: start"
+                )
         return self
 
     @model_validator(mode="after")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from _cli import read_profile, run_main, warn_in_one_line
+
+from cuma_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from cuma_ds.export.lora import LoraRow
@@ -28,8 +32,6 @@ def main() -> None:
 
     warn_in_one_line()
 
-    from cuma_ds.errors import ConfigError
-
     profiles = [read_profile(text) for text in arguments.profile]
     if (arguments.run is None) == (arguments.from_reference is None):
         raise ConfigError("export takes one of --run (a run folder) and --from-reference (the authors' checkpoint)")
@@ -37,6 +39,14 @@ def main() -> None:
         raise ConfigError("--from-reference needs --base, the model folder its adapters were trained on")
     if arguments.run is not None and (arguments.base or arguments.encoder):
         raise ConfigError("--base and --encoder belong to --from-reference; a run names its own")
+    if arguments.run is not None:
+        from cuma_ds.export.plain import is_plain, refuse_other_formats, write_plain
+
+        if is_plain(arguments.run):
+            refuse_other_formats(arguments.run, arguments.format)
+            _refuse_profiles(profiles)
+            print(_written(write_plain(arguments.run, arguments.out, arguments.step), "a model for transformers"))
+            return
     if arguments.format == "lora":
         if arguments.run is None:
             raise ConfigError("--format lora needs --run: the router is averaged over prompts of the run's data")
@@ -47,8 +57,7 @@ def main() -> None:
             print(f"profile-{number}: rank {row['rank']}, {_divergence(row)}")
         print(f"{arguments.out}: {len(report['profiles'])} LoRA adapter(s) and report.json")
         return
-    if profiles:
-        raise ConfigError("--profile belongs to --format lora; an hf export takes every profile when it is called")
+    _refuse_profiles(profiles)
     from cuma_ds.export.hf import read_run, write_hf
     from cuma_ds.export.reference import read_reference
 
@@ -58,8 +67,17 @@ def main() -> None:
         else read_reference(arguments.from_reference, arguments.base, arguments.encoder)
     )
     folder = write_hf(trained, arguments.out, merged=arguments.format == "hf-merged-repo")
+    print(_written(folder, f"{len(trained.state)} adapter tensors"))
+
+
+def _refuse_profiles(profiles: Sequence[object]) -> None:
+    if profiles:
+        raise ConfigError("--profile belongs to --format lora; an hf export takes every profile when it is called")
+
+
+def _written(folder: Path, what: str) -> str:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: {len(trained.state)} adapter tensors, {size / 1e6:.1f} MB in all")
+    return f"{folder}: {what}, {size / 1e6:.1f} MB in all"
 
 
 def _divergence(row: LoraRow) -> str:

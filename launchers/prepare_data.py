@@ -198,6 +198,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             map=getattr(arguments, "map", None),
             kind=getattr(arguments, "kind", None),
             weights=getattr(arguments, "weights", False),
+            probe=getattr(arguments, "probe", None),
             min_margin=getattr(arguments, "min_margin", 0.0),
             prompt_style=getattr(arguments, "prompt_style", "letters"),
             option_order=getattr(arguments, "option_order", "fixed"),
@@ -220,6 +221,7 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
         "train": "learned from", "valid": "other people, for choosing settings", "test": "other people",
         "heldout": "countries (or profiles) never trained on", "heldout_profiles": "profiles never trained on",
         "heldout_questions": "everybody's answers to questions never trained on",
+        "probe": "WVB-probe, of people in the splits above",
     }  # fmt: skip
     what = "published distributions" if data.splits["train"].distributions else data.kind
     table = Table(title=f"{arguments.out} ({what}, {len(data.profiles)} profiles)", title_justify="left")
@@ -256,7 +258,8 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
         )
     section = _section(arguments)
     chosen = [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
-    keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in ("source", "path", "map")]
+    raw = ("source", "path", "map", "probe")
+    keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in raw]
     recipe = ", ".join([f"source: {arguments.command}", f"path: {arguments.out}", *keys])
     console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, markup=False, soft_wrap=True)
 
@@ -367,6 +370,11 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="RAW",
         help="the benchmark's folder, or one with its JSON files and the WVS-7 CSV",
+    )
+    wvb.add_argument(
+        "--probe",
+        metavar="FILE",
+        help="samples.tsv of WVB-probe: its answers become a split of their own, and its people are never trained on",
     )
     alignment = commands.add_parser(
         "community-alignment",

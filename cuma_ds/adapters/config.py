@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.fields import FieldInfo
 
 GateNorm = Literal["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
-Method = Literal["cuma", "mixlora", "hydralora", "lora"]
+Method = Literal["cuma", "mixlora", "hydralora", "lora", "full"]
 
 # What each method fixes; a recipe that asks for something else under the same name is refused.
 _METHOD_FIXES: dict[str, dict[str, object]] = {
@@ -17,13 +17,17 @@ _METHOD_FIXES: dict[str, dict[str, object]] = {
     "hydralora": {"shared_a": True},
     "lora": {"num_experts": 1, "top_k": 1, "shared_a": False, "balance_weight": 0.0},
 }
+# Methods without a mixture, with the keys that each reads. In a recipe, all other keys of the section are mistakes.
+_READS: dict[str, tuple[str, ...]] = {"full": ()}
+_WITHOUT_EXPERTS: dict[str, object] = {"num_experts": 1, "top_k": 1, "balance_weight": 0.0}
 
 
 class CumaConfig(BaseModel):
     """The adapters of one model (CuMA, arXiv 2601.04885, section 3; baselines are special cases).
 
     ``method`` names a preset: ``cuma`` routes on the token and the profile; ``mixlora`` (own A) and ``hydralora``
-    (shared A) route on the token alone; ``lora`` is one expert without a router.
+    (shared A) route on the token alone; ``lora`` is one expert without a router. ``full`` is no mixture: the backbone
+    itself trains, and no other key is read.
 
     Raises:
         pydantic.ValidationError: impossible values, e.g. ``top_k`` above ``num_experts``.
@@ -32,7 +36,9 @@ class CumaConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = Field(
-        "cuma", description="preset: cuma | mixlora (semantic only, own A) | hydralora (semantic only, shared A) | lora"
+        "cuma",
+        description="cuma | mixlora (semantic only, own A) | hydralora (semantic only, shared A) | lora | full (the "
+        "backbone itself trains)",
     )
     num_experts: int = Field(8, ge=1, le=512, description="E, experts per adapted linear")
     top_k: int = Field(2, ge=1, le=512, description="K, experts that answer for one token")
@@ -88,11 +94,28 @@ class CumaConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         method = values.get("method", "cuma")
+        if isinstance(method, str) and method in _READS:
+            return cls._without_experts(method, values)
         fixes = _METHOD_FIXES.get(method, {}) if isinstance(method, str) else {}
         for key, fixed in fixes.items():
             if key in values and _typed(cls.model_fields[key], values[key]) != fixed:
                 raise ValueError(f"method {method!r} means {key}: {fixed}, but {key}: {values[key]} was asked for")
         return {**values, **fixes}
+
+    @classmethod
+    def _without_experts(cls, method: str, values: dict[str, object]) -> dict[str, object]:
+        """The section of a method that is no mixture. A resolved recipe has every key, each with the value it has when
+        it is left out.
+        """
+        unread = {key: field.default for key, field in cls.model_fields.items()} | _WITHOUT_EXPERTS
+        for key in ("method", *_READS[method]):
+            del unread[key]
+        for key in values.keys() & unread.keys():
+            if _typed(cls.model_fields[key], values[key]) != unread[key]:
+                raise ValueError(
+                    f"method {method!r} does not read {key}, but {key}: {values[key]} was given; remove it"
+                )
+        return {**values, **_WITHOUT_EXPERTS}
 
     @model_validator(mode="after")
     def _check(self) -> CumaConfig:
@@ -125,8 +148,8 @@ class CumaConfig(BaseModel):
 
     @property
     def has_router(self) -> bool:
-        """False for plain LoRA: one expert, gate 1."""
-        return self.method != "lora"
+        """False for plain LoRA, which is one expert with gate 1, and for methods that are no mixture."""
+        return self.method in ("cuma", "mixlora", "hydralora")
 
     @property
     def active_experts(self) -> int:

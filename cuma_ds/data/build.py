@@ -31,7 +31,18 @@ from cuma_ds.data.rows import (
     choice_schema,
     people_lists,
 )
-from cuma_ds.data.splits import HELDOUT, HELDOUT_QUESTIONS, SPLITS, TRAIN, Share, assign_splits, chosen, draws
+from cuma_ds.data.splits import (
+    HELDOUT,
+    HELDOUT_QUESTIONS,
+    PROBE,
+    SPLITS,
+    TEST,
+    TRAIN,
+    Share,
+    assign_splits,
+    chosen,
+    draws,
+)
 from cuma_ds.errors import DataError
 
 _ALWAYS = ("train", "test", "heldout")
@@ -89,7 +100,7 @@ def build(rows: Rows, config: DataSection, spool: Path | None = None) -> Prepare
 
 
 def _parts(rows: Rows, config: DataSection) -> Iterator[tuple[str, Rows, np.ndarray]]:
-    """Each split's name, the rows with those questions that it may hold, and which of the rows it holds [N].
+    """Each split's name, the rows with the answers that it may hold, and which of the rows it holds [N].
 
     Raises:
         DataError: nothing is left for training.
@@ -106,6 +117,9 @@ def _parts(rows: Rows, config: DataSection) -> Iterator[tuple[str, Rows, np.ndar
         if number == TRAIN and not chosen_N.any():
             raise _nothing_left(rows, config)
         yield name, part, chosen_N
+    if rows.probe_NQ is not None and rows.option_NQ is not None:
+        probed = np.where(rows.probe_NQ, rows.option_NQ, np.int8(-1))
+        yield PROBE, dataclasses.replace(rows, option_NQ=probed), np.asarray(rows.probe_NQ.any(axis=1))
 
 
 def _heldout_questions(rows: Rows, config: DataSection) -> np.ndarray | None:
@@ -262,6 +276,8 @@ def _split(rows: Rows, config: DataSection) -> np.ndarray:
             "itself; leave it out"
         )
     split_N = assign_splits(people, units, profiles, rows.given_N, config.valid_fraction)
+    if rows.probe_NQ is not None:
+        split_N[(split_N == TRAIN) & rows.probe_NQ.any(axis=1)] = TEST
     expected = round(config.heldout * len(units.draw))
     if expected and not (split_N == HELDOUT).any():
         what = "countries" if countries else "profiles"

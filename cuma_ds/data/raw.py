@@ -100,6 +100,7 @@ class Rows:
         weight_N: [N] survey weight of each row, in any unit; None where all count alike.
         distributions: rows are the shares of published distributions. Then a person is one distribution, and
             ``weight_N`` are the people behind each share.
+        probe_NQ: [N, Q] bool, the answers of ``option_NQ`` that are also a split of their own; None where none are.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class Rows:
     given_N: np.ndarray | None = None
     weight_N: np.ndarray | None = None
     distributions: bool = False
+    probe_NQ: np.ndarray | None = None
 
 
 def question_file(questions: Sequence[Question], file: Path | None) -> ArrowFile:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 SPLITS = ("train", "valid", "test", "heldout", "heldout_profiles", "heldout_questions")
+# Answers to judge a model by that a source names itself. Their people stand in one of the splits above, too.
+PROBE = "probe"
 TRAIN, VALID, TEST, HELDOUT, HELDOUT_PROFILES, HELDOUT_QUESTIONS = range(len(SPLITS))
 
 

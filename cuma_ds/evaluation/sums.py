@@ -37,8 +37,8 @@ class Layout:
                 self.places[-1][name] = slice(self.width, self.width + block.width)
                 for column_A, value_A in block.parts:
                     used = (column_A >= 0) & (value_A != 0)
-                    rows.append(kind_A[used])
-                    columns.append(column_A[used] + self.width)
+                    rows.append(kind_A[used].astype(np.int32))
+                    columns.append((column_A[used] + self.width).astype(np.int32))
                     values.append(value_A[used] * weight_A[used])
                 self.width += block.width
         shape = (kinds, self.width)
@@ -48,11 +48,6 @@ class Layout:
         """The sums [B, width] of every block when each kind of people counts ``weights_BY`` times."""
         total = np.asarray((self._matrix.T @ weights_BY.T).T)
         return [{name: total[:, place] for name, place in group.items()} for group in self.places]
-
-
-def codes(names: Sequence[str]) -> Indices:
-    place = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    return np.array([place[name] for name in names], dtype=np.int64)
 
 
 def join(code_A: Indices, option_A: Indices, width: int) -> Indices:

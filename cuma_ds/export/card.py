@@ -87,6 +87,26 @@ def model_card(export: Export, story: str, base: Path, merged: bool) -> str:
     return "\n".join([head, about, "", story.strip(), "", use, _RISK, "## Licence", "", licence_text, ""])
 
 
+def plain_card(config: RunConfig, story: str) -> str:
+    """README.md of a folder that holds nothing of this package.
+
+    Args:
+        config: the recipe of the run.
+        story: where it comes from, as Markdown.
+    """
+    base, place = config.model.path, Path(config.model.path).expanduser()
+    licence, name = base_licence(place), _short(base)
+    head = _HEAD.format(licence=licence or "other", name=name).replace(f"CuMA adapters for {name}", f"{name}, trained")
+    head = head.replace(
+        "tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]", "tags: [pluralistic-alignment]"
+    )
+    about = f"{name}, trained with cuma-ds (method {config.adapters.method})."
+    who = (
+        "It sees a profile only where the prompt tells it." if config.data.profile_in_prompt else "It sees no profiles."
+    )
+    return "\n".join([head, f"{about} {who}", "", story.strip(), "", _RISK])
+
+
 def _profiles(about: ProfileFacts, width: int) -> tuple[str, str]:
     """How profiles are given: an argument of the example, and what to say about it."""
     if not width:

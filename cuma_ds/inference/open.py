@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cuma_ds.adapters import CumaModel, inject_adapters
+from cuma_ds.adapters import CumaModel
 from cuma_ds.config import ModelSection, RunConfig, make_config
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
@@ -28,7 +28,9 @@ from cuma_ds.inference.generate import Decoder
 from cuma_ds.inference.modeling import ProfileFacts, ProfileReader, load_exported
 from cuma_ds.inference.peers import ALONE, Peers
 from cuma_ds.inference.running import ModelForward, measured_batch
+from cuma_ds.methods import METHODS
 from cuma_ds.methods.cuma import CumaMethod
+from cuma_ds.methods.model import AdaptedModel
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 from cuma_ds.parallel.ds_config import FrozenBackbone, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine, place_model
@@ -123,23 +125,25 @@ def open_trained(config: RunConfig, trained: TrainedRun, topology: Topology | No
         config: the recipe.
         trained: the checkpoint.
         topology: of ranks that hold the model together as the recipe's section ``parallel`` says, with expert-parallel
-            groups. All of them call this. None loads the model whole.
+            groups. All of them call this. None loads the model whole, as every rank does with a method that is no
+            mixture.
     """
-    table, peers = trained.table, ALONE
-    if topology is None:
-        model = load_trained(config, trained.adapters, table)
+    table, start = trained.table, trained.start
+    sized = _with_width(config, table)
+    if topology is None or not issubclass(METHODS[config.adapters.method], CumaMethod):
+        method, peers = _loaded(sized, trained.adapters), ALONE
     else:
-        model, peers = _placed(_with_width(config, table), trained.adapters, topology)
-    width, start = model.config.profile_dim, trained.start
+        method, peers = _placed(sized, trained.adapters, topology)
+    width = sized.adapters.profile_dim
     return Opened(
         name=config.run.name,
         checkpoint=trained.checkpoint.name,
-        model=model,
+        model=method.inference_model,
         renderer=Renderer.of(load_tokenizer(config.model), config.data),
         config=config,
         reader=ProfileReader(profile_facts(config, trained.data, table), width) if width else None,
-        untrained=model.adapters_disabled,
-        started=None if start is None else lambda: _holding(model, lambda: _own_part(model, start(), topology)),
+        untrained=method.disabled if method.switches_off else lambda: _holding(method, lambda: _bare(config)),
+        started=None if start is None else lambda: _holding(method, lambda: _own_part(method, start(), topology)),
         peers=peers,
     )
 
@@ -154,11 +158,14 @@ def open_engine(engine: AdapterEngine, config: RunConfig, renderer: Renderer) ->
         config: the recipe.
         renderer: of the model's tokenizer.
     """
-    assert isinstance(engine.model, CumaMethod)
-    name, model, disabled = config.run.name, engine.model.cuma, engine.model.disabled
-    peers = Peers.of(engine.topology, engine.dispatcher)
     return Opened(
-        name=name, checkpoint="now", model=model, renderer=renderer, config=config, untrained=disabled, peers=peers
+        name=config.run.name,
+        checkpoint="now",
+        model=engine.model.inference_model,
+        renderer=renderer,
+        config=config,
+        untrained=engine.model.disabled if engine.model.switches_off else None,
+        peers=Peers.of(engine.topology, engine.dispatcher),
     )
 
 
@@ -255,43 +262,55 @@ def load_trained(config: RunConfig, adapters: dict[str, Tensor], table: ProfileT
         adapters: as :func:`cuma_ds.parallel.stored.read_adapters` returns them.
         table: embedded profiles; None for methods without profiles.
     """
-    model = inject_adapters(load_backbone(config.model), _with_width(config, table).adapters)
-    model.load_adapter_state(adapters)
-    return model.eval()
+    method = _loaded(_with_width(config, table), adapters)
+    assert isinstance(method, CumaMethod)
+    return method.cuma
 
 
-def _placed(config: RunConfig, adapters: dict[str, Tensor], topology: Topology) -> tuple[CumaModel, Peers]:
+def _loaded(config: RunConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
+    """A whole trained model in eval mode."""
+    method = METHODS[config.adapters.method](load_backbone(config.model), config)
+    method.load(tensors)
+    return method.eval()
+
+
+def _bare(config: RunConfig) -> dict[str, Tensor]:
+    """The parameters that a backbone had before it trained, by name."""
+    return {name: parameter.detach() for name, parameter in load_backbone(config.model).named_parameters()}
+
+
+def _placed(config: RunConfig, adapters: dict[str, Tensor], topology: Topology) -> tuple[CumaMethod, Peers]:
     """This rank's part of a trained model, in eval mode."""
     settings = read_deepspeed_config(config, 1, 1, topology.world)
     if settings.stage == 3:  # also shards adapters, for their optimizer's sake
         settings = dataclasses.replace(settings, stage=2, backbone=FrozenBackbone(sharded=True))
     placed = place_model(config, settings, topology)
-    assert isinstance(placed.model, CumaMethod)
-    model = placed.model.cuma
-    model.load_adapter_state(_own_part(model, adapters, topology))
-    return model.eval(), Peers.of(topology, placed.dispatcher)
+    method = placed.model
+    assert isinstance(method, CumaMethod)
+    method.load(_own_part(method, adapters, topology))
+    return method.eval(), Peers.of(topology, placed.dispatcher)
 
 
-def _own_part(model: CumaModel, adapters: dict[str, Tensor], topology: Topology | None) -> dict[str, Tensor]:
+def _own_part(method: AdaptedModel, adapters: dict[str, Tensor], topology: Topology | None) -> dict[str, Tensor]:
     """The tensors of a whole state that this rank's model holds: of per-expert ones those of its own experts."""
-    if topology is None:
+    if topology is None or not isinstance(method, CumaMethod):
         return adapters
-    first, count = topology.experts(model.config.num_experts)
+    first, count = topology.experts(method.cuma.config.num_experts)
     return {
         name: adapters[name][first : first + count] if own.shape != adapters[name].shape else adapters[name]
-        for name, own in model.adapter_state().items()
+        for name, own in method.tensors().items()
     }
 
 
 @contextlib.contextmanager
-def _holding(model: CumaModel, read: Callable[[], dict[str, Tensor]]) -> Iterator[None]:
-    """Inside, the model has other adapters, which are read when they are needed."""
-    own = {name: tensor.clone() for name, tensor in model.adapter_state().items()}
-    model.load_adapter_state(read())
+def _holding(method: AdaptedModel, read: Callable[[], dict[str, Tensor]]) -> Iterator[None]:
+    """Inside, the model has other trained tensors, which are read when they are needed."""
+    own = {name: tensor.clone() for name, tensor in method.tensors().items()}
+    method.load(read())
     try:
         yield
     finally:
-        model.load_adapter_state(own)
+        method.load(own)
 
 
 def _with_width(config: RunConfig, table: ProfileTable | None) -> RunConfig:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import nn
-
-from cuma_ds.config import RunConfig
 from cuma_ds.methods.cuma import CumaMethod
+from cuma_ds.methods.full import FullMethod
 from cuma_ds.methods.model import AdaptedModel
 
-METHODS: dict[str, Callable[[nn.Module, RunConfig], AdaptedModel]] = {
+METHODS: dict[str, type[AdaptedModel]] = {
     "cuma": CumaMethod,
     "mixlora": CumaMethod,
     "hydralora": CumaMethod,
     "lora": CumaMethod,
+    "full": FullMethod,
 }

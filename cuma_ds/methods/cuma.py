@@ -6,13 +6,14 @@ Shapes: N examples of a micro batch, P profile width, R routers, E experts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cuma_ds.adapters import inject_adapters
+from cuma_ds.adapters import CumaModel, inject_adapters
 from cuma_ds.adapters.experts import Experts
+from cuma_ds.adapters.inject import find_targets
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, ModelInputs
 from cuma_ds.methods.model import AdaptedModel, ExpertShapes, Output, Spread, Trained
@@ -41,10 +42,20 @@ class CumaMethod(AdaptedModel):
         self._rms = config.profiles.standardise
         self._mask_NE: Tensor | None = None
 
+    @classmethod
+    def check(cls, skeleton: nn.Module, config: RunConfig) -> None:
+        """Targets must match linears of the backbone."""
+        find_targets(skeleton, config.adapters.target_modules)
+
     @property
     def backbone(self) -> nn.Module:
         """See :class:`AdaptedModel`."""
         return self.cuma.base_model
+
+    @property
+    def inference_model(self) -> CumaModel:
+        """See :class:`AdaptedModel`."""
+        return self.cuma
 
     def forward(self, batch: Batch, table: ProfileTable | None = None) -> Output:
         """See :class:`AdaptedModel`."""
@@ -62,6 +73,14 @@ class CumaMethod(AdaptedModel):
         """The centre and scale of profile embeddings, and the running shares of the balance loss."""
         kept = {f"param/{name}": buffer for name, buffer in self.cuma.standardisation().items()}
         return kept | {f"balance/{name}": buffer for name, buffer in self.cuma.balance_state().items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Trained parameters and the profile standardisation."""
+        return self.cuma.adapter_state()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """See :class:`AdaptedModel`."""
+        self.cuma.load_adapter_state(dict(tensors))
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """See :class:`AdaptedModel`."""

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from cuma_ds.adapters.balance import RoutingStatistics
 from cuma_ds.adapters.experts import Dispatcher
+from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch
+from cuma_ds.errors import ModelError
 from cuma_ds.profiles import ProfileTable
 
 # replicated: the same on every rank. per_expert: dimension 0 counts experts, which expert parallelism spreads over
@@ -83,14 +85,30 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         router_names: a name for each router, in the order of ``Output.routing``.
+        switches_off: whether :meth:`disabled` is there.
     """
 
     router_names: Sequence[str] = ()
+    switches_off = True
+
+    @classmethod
+    def check(cls, skeleton: nn.Module, config: RunConfig) -> None:
+        """Raise a CumaError for a backbone that the recipe's method cannot train, before its weights are loaded.
+
+        Args:
+            skeleton: the backbone without weights.
+            config: the recipe.
+        """
 
     @property
     def backbone(self) -> nn.Module:
         """The model of transformers inside."""
         raise NotImplementedError
+
+    @property
+    def inference_model(self) -> nn.Module:
+        """What generates and answers: called as a model of transformers, with all that was trained."""
+        return self.backbone
 
     def forward(self, batch: Batch, table: ProfileTable | None = None) -> Output:
         """Run one micro batch.
@@ -114,6 +132,19 @@ class AdaptedModel(nn.Module):
         """Copy tensors with the keys of :meth:`state` in."""
         for key, buffer in self.state().items():
             buffer.copy_(tensors[key])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Trained parameters, and buffers that belong to them, by name; detached and not copied."""
+        return {one.name: one.parameter.detach() for one in self.trained_parameters()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors with the names of :meth:`tensors` in.
+
+        Raises:
+            ModelError: names the first missing, unexpected or misshapen tensor.
+        """
+        copy_tensors(self.tensors(), tensors)
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model is the bare backbone."""
@@ -148,3 +179,20 @@ class AdaptedModel(nn.Module):
         Args:
             load_RE: [R, E] top-k assignments of the whole step over all ranks; None for methods without routers.
         """
+
+
+@torch.no_grad()
+def copy_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into those of a model that have the same names and shapes.
+
+    Raises:
+        ModelError: names the first missing, unexpected or misshapen tensor.
+    """
+    for name in sorted(own.keys() ^ tensors.keys()):
+        what = "lack" if name in own else "hold"
+        raise ModelError(f"the trained tensors {what} {name}; they belong to another model or configuration")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            shape = tuple(tensors[name].shape)
+            raise ModelError(f"trained tensor {name} has shape {shape}; this model needs {tuple(tensor.shape)}")
+        tensor.copy_(tensors[name])

@@ -151,16 +151,19 @@ def _set(engine: AdapterEngine, trained: Trained, moment: str | None, value: Ten
 
 
 def _tensors(engine: AdapterEngine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What every rank has alike, and this rank's experts one by one if it holds their first copy, by key."""
+    """What every rank has alike (on the main rank), and this rank's experts one by one if it holds their first copy, by
+    key.
+    """
     shared: dict[str, Tensor] = {}
     experts: dict[str, Tensor] = {}
     for trained in engine.trained:
         for kind, moment in _KINDS.items():
-            value = compat.whole_value(trained.parameter, moment).cpu()
+            value = compat.whole_value(trained.parameter, moment)
             if trained.placement == "replicated":
-                shared[f"{kind}/{trained.name}"] = value
+                if engine.topology.is_main:  # which writes them
+                    shared[f"{kind}/{trained.name}"] = value.cpu()
             elif engine.topology.holds_first_copy:
-                numbered = zip(_experts(engine, trained), value, strict=True)
+                numbered = zip(_experts(engine, trained), value.cpu(), strict=True)
                 experts |= {f"{kind}/{trained.name}/{number}": expert.contiguous() for number, expert in numbered}
     shared |= {key: buffer.cpu().contiguous() for key, buffer in engine.model.state().items()}
     return shared, experts

@@ -61,8 +61,8 @@ class DeepSpeedSettings:
     """A DeepSpeed configuration taken apart.
 
     engine: what ``deepspeed.initialize`` gets.  stage: its ZeRO stage.  backbone: how the frozen backbone is held
-    beside it.  loss_scale: for a float16 backbone at stages 1 and 2, else None (at stage 3 the engine scales by
-    itself).
+    beside it.  loss_scale: for a frozen float16 backbone at stages 1 and 2, else None (an engine that holds the
+    backbone scales by itself).
     """
 
     engine: dict[str, Any]
@@ -97,6 +97,11 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         raise ConfigError(
             f"{path}: frozen_backbone.sharded is for ZeRO stages 1 and 2; stage 3 already shards everything"
         )
+    if backbone.sharded and config.adapters.method == "full":
+        raise ConfigError(
+            f"{path}: frozen_backbone.sharded is for a backbone that does not train, but adapters.method is full; use "
+            "zero3, which shards everything, or zero1 or zero2"
+        )
     if stage == 3 and config.parallel.ep_size > 1:
         raise ConfigError(
             f"{path}: ZeRO stage 3 cannot hold expert parallelism (parallel.ep_size {config.parallel.ep_size}); "
@@ -110,11 +115,14 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         "gradient_clipping": config.training.max_grad_norm,
         "steps_per_print": 10**9,
     }
-    if stage < 3:
+    # The engine is given adapters alone, which are float32; or the backbone too, in its own dtype.
+    has_backbone = stage == 3 or config.adapters.method == "full"
+    if not has_backbone:
         return DeepSpeedSettings(engine, stage, backbone, loss_scale if config.model.dtype == "float16" else None)
     if config.model.dtype == "float16":
         if not get_accelerator().is_fp16_supported():
-            needs = "ZeRO stage 3 and model.dtype float16 need a device that computes in it"
+            what = "ZeRO stage 3" if stage == 3 else "adapters.method full"
+            needs = f"{what} and model.dtype float16 need a device that computes in it"
             raise ConfigError(f"{path}: {needs}; use bfloat16 or float32")
         engine["fp16"] = {"enabled": True, **loss_scale.model_dump()}
     elif config.model.dtype == "bfloat16":

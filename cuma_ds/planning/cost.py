@@ -64,9 +64,10 @@ class Sizes:
 
     backbone: of each frozen parameter.  gathered: of the frozen parameters that one micro step gathers, in order.
     itemsize: bytes of one of them.  shared, expert: trained on every rank, and trained with an expert dimension.
-    layers: experts of each adapted linear.  active: experts that answer for one token.  multiplied: numbers of the
-    backbone that each token is multiplied with.  attention: FLOPs of one token's attention per token of its
-    sequence.
+    layers: experts of each adapted linear.  active: experts that answer for one token.  multiplied: frozen numbers
+    that each token is multiplied with.  attention: FLOPs of one token's attention per token of its sequence.
+    trained_itemsize, trained_multiplied: as itemsize and multiplied, of what trains.  largest: numbers of the largest
+    parameter.
     """
 
     backbone: tuple[int, ...]
@@ -78,6 +79,9 @@ class Sizes:
     active: int
     multiplied: int
     attention: int
+    trained_itemsize: int
+    trained_multiplied: int
+    largest: int
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ class Layout:
         return {
             "backbone": backbone,
             "live layer": self._live(),
-            "adapters": 4 * local,
-            "gradients": 4 * (local + self._bucket(local) + masters),
+            "adapters": sizes.trained_itemsize * local,
+            "gradients": sizes.trained_itemsize * (local + self._bucket(local)) + 4 * masters,
             "optimizer": 12 * masters,
         }
 
@@ -123,7 +127,7 @@ class Layout:
         if not self.is_sharded or self.gpus == 1:
             return 0
         sizes, ours = self.sizes, self.settings.backbone
-        live = max(self._whole([count]) for count in sizes.backbone)
+        live = self._whole([sizes.largest])
         if self.settings.stage == 3:
             return live
         early = (ours.prefetch_bucket_size + ours.max_reuse_distance) * sizes.itemsize
@@ -175,20 +179,20 @@ class Layout:
         if self.gpus == 1:
             return {}
         micro_steps, gpus, trained = self.work.accumulation, self.gpus, self.sizes.shared + self.sizes.expert
-        sent: Counter[str] = Counter()
+        size, sent = self.sizes.trained_itemsize, Counter[str]()
         if self.is_sharded:
             sent["backbone all_gather"] = micro_steps * all_gather_bytes(self._whole(self.sizes.gathered) // gpus, gpus)
         if self.settings.stage == 3:
-            sent["adapters all_gather"] = micro_steps * all_gather_bytes(2 * 4 * trained // gpus, gpus)
-            sent["gradients reduce_scatter"] = micro_steps * all_gather_bytes(4 * trained // gpus, gpus)
+            sent["adapters all_gather"] = micro_steps * all_gather_bytes(2 * size * trained // gpus, gpus)
+            sent["gradients reduce_scatter"] = micro_steps * all_gather_bytes(size * trained // gpus, gpus)
             return dict(sent)
         shared, expert, copies = self.sizes.shared, self.sizes.expert // self.ep_size, gpus // self.ep_size
         reduces = micro_steps if self.settings.stage == 2 else 1
         sent["gradients all_reduce"] = reduces * (
-            all_reduce_bytes(4 * shared, gpus) + all_reduce_bytes(4 * expert, copies)
+            all_reduce_bytes(size * shared, gpus) + all_reduce_bytes(size * expert, copies)
         )
-        sent["adapters all_gather"] = all_gather_bytes(4 * -(-shared // gpus), gpus) + all_gather_bytes(
-            4 * -(-expert // copies), copies
+        sent["adapters all_gather"] = all_gather_bytes(size * -(-shared // gpus), gpus) + all_gather_bytes(
+            size * -(-expert // copies), copies
         )
         for shape in self.sizes.layers:
             for collective, count in self._layer_wire(shape).items():
@@ -211,7 +215,7 @@ class Layout:
         passes = 3 if self.config.model.gradient_checkpointing else 2  # forward, gradient of the input, recomputation
         frozen = passes * (2 * self.sizes.multiplied + self.sizes.attention * self.work.length)
         # Every expert's product is computed, forward and twice backward.
-        adapters = 3 * 2 * (self.sizes.shared + self.sizes.expert)
+        adapters = 3 * 2 * self.sizes.trained_multiplied
         flops = self.work.tokens * self.work.accumulation * (frozen + adapters)
         seconds = {"compute": flops / (hardware.flops * hardware.efficiency)}
         within = min(self.gpus, hardware.gpus_per_node)

@@ -127,7 +127,10 @@ def _sizes(setup: Setup) -> Sizes:
         expert=trained["per_expert"],
         layers=tuple(model.expert_shapes()),
         active=setup.config.adapters.active_experts,
-        multiplied=sum(p.numel() for p in frozen if p.dim() >= 2) - _embedding_numbers(model.backbone),
+        trained_itemsize=max((one.parameter.itemsize for one in model.trained_parameters()), default=4),
+        largest=max(parameter.numel() for parameter in model.parameters()),
+        multiplied=_multiplied(frozen, model.backbone),
+        trained_multiplied=_multiplied([one.parameter for one in model.trained_parameters()], model.backbone),
         # Causal: half of 4 S D per token and layer.
         attention=2 * setup.text.num_hidden_layers * setup.text.hidden_size,
     )
@@ -137,8 +140,12 @@ def _counts(parameters: list[nn.Parameter]) -> tuple[int, ...]:
     return tuple(parameter.numel() for parameter in parameters)
 
 
-def _embedding_numbers(backbone: nn.Module) -> int:
-    """Numbers of an input embedding that is looked up, not multiplied. A tied one is multiplied as the head."""
+def _multiplied(parameters: list[nn.Parameter], backbone: nn.Module) -> int:
+    """Numbers of matrices that each token is multiplied with.
+
+    An input embedding is looked up. A tied one is multiplied as the head.
+    """
     embedding = backbone.get_input_embeddings()  # type: ignore[operator]
     head = backbone.get_output_embeddings()  # type: ignore[operator]
-    return 0 if head is not None and head.weight is embedding.weight else embedding.weight.numel()
+    looked_up = None if head is not None and head.weight is embedding.weight else embedding.weight
+    return sum(p.numel() for p in parameters if p.dim() >= 2 and p is not looked_up)

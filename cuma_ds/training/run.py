@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cuma_ds.adapters.inject import find_targets
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch
 from cuma_ds.errors import ConfigError, CumaError
 from cuma_ds.files import write_atomically
 from cuma_ds.learned_settings import fingerprint
+from cuma_ds.methods import METHODS
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, resident_bytes, skeleton
 from cuma_ds.parallel.checkpoint import load_checkpoint, load_start, save_checkpoint
@@ -67,7 +67,7 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
         inputs = load_inputs(config, topology)
         settings = read_deepspeed_config(config, *inputs.objective.layout(inputs.draw), topology.world)
         sized = with_profile_width(config, inputs.table)
-        find_targets(skeleton(config.model), config.adapters.target_modules)
+        METHODS[config.adapters.method].check(skeleton(config.model), sized)
         if has_checkpoint(run.checkpoints):
             newest, known = find_checkpoint(run.checkpoints), run.known_fingerprints(config)
             check_checkpoint(newest, known, run.identity(), content=topology.is_main)

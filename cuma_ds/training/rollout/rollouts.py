@@ -74,7 +74,8 @@ class Rollouts:
         together(lambda: self._rewards.check(begin.tell) if self._engine.topology.is_main else None)
         names, weights = self._rewards.names, self._rewards.weights
         self.advantages = Advantages(config.grpo, names, weights, groups, self._engine.topology)
-        keeps_start = config.grpo.kl_weight and config.grpo.reference == "start" and config.model.init_from is not None
+        is_bare = config.model.init_from is None and begin.engine.model.switches_off
+        keeps_start = config.grpo.kl_weight and config.grpo.reference == "start" and not is_bare
         self._start = HeldPolicy(self._engine) if keeps_start else None
         self._tell = begin.tell
         self._gathers = self._gathers_backbone(config.data.max_length)

@@ -1,0 +1,85 @@
+"""What each method trains on the shapes of the paper's backbones, against counts made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cuma_ds.config import make_config
+from cuma_ds.planning.cost import Hardware, Work
+from cuma_ds.planning.plan import Planner
+from cuma_ds.planning.skeleton import Setup, read_model_config
+
+SHAPES = Path(__file__).parents[2] / "launchers" / "model_configs"
+MLP = {"router": "mlp", "router_hidden": 256, "router_layers": 2, "target_modules": ["q_proj", "v_proj"]}
+LINEAR = {"router": "linear", "target_modules": ["q_proj", "v_proj"]}
+# Widths of both backbones: hidden, keys and values, profile, experts, hidden width of the router.
+D, KV, P, E, H = 4096, 1024, 1024, 8, 256
+LAYERS = {"qwen3-8b": 36, "llama-8b": 32}
+BACKBONE = {"qwen3-8b": 8_190_735_360, "llama-8b": 8_030_261_248}
+
+
+def mlp_router(profile: int) -> int:
+    return (D + profile) * H + H + H * E + E
+
+
+def experts(rank: int, shared_a: bool = False) -> int:
+    a = 2 * rank * D * (1 if shared_a else E)
+    return a + E * rank * (D + KV)
+
+
+METHODS = {
+    "cuma, r 8": ({"lora_r": 8, "share_router": False, **MLP}, experts(8) + 2 * mlp_router(P)),
+    "cuma, r 64": ({"lora_r": 64, "share_router": False, **MLP}, experts(64) + 2 * mlp_router(P)),
+    "cuma, r 64, as released": ({"lora_r": 64, "shared_a": True, **MLP}, experts(64, True) + mlp_router(P)),
+    "mixlora": ({"method": "mixlora", "lora_r": 64, **LINEAR}, experts(64) + D * E),
+    "hydralora": (
+        {"method": "hydralora", "lora_r": 64, "share_router": False, **MLP}, experts(64, True) + 2 * mlp_router(0),
+    ),
+    "lora, r 8": ({"method": "lora", "lora_r": 8, **LINEAR}, 8 * (3 * D + KV)),
+    "lora, r 64": ({"method": "lora", "lora_r": 64, **LINEAR}, 64 * (3 * D + KV)),
+}  # fmt: skip
+# Of all parameters of Qwen3-8B and Llama-3.1-8B, in percent.
+SHARES = {
+    "cuma, r 8": (1.53, 1.39),
+    "cuma, r 64": (4.15, 3.76),
+    "mixlora": (3.01, 2.73),
+    "hydralora": (2.31, 2.09),
+    "lora, r 64": (0.37, 0.34),
+    "full": (100.0, 100.0),
+}
+
+
+def trained(adapters: dict, shape: str) -> int:
+    config = make_config({"model": {"path": shape}, "profiles": {"encoder": "any"}, "adapters": dict(adapters)})
+    width = P if config.adapters.uses_profiles else 0
+    sized = config.adapters.model_copy(update={"profile_dim": width})
+    setup = Setup(read_model_config(SHAPES / f"{shape}.json"), config.model_copy(update={"adapters": sized}))
+    return sum(one.parameter.numel() for one in setup.build().trained_parameters())
+
+
+@pytest.mark.parametrize("shape", LAYERS)
+def test_each_method_trains_as_many_parameters_as_counted_by_hand(shape) -> None:
+    counted = {name: trained(adapters, shape) for name, (adapters, _) in METHODS.items()}
+    assert counted == {name: LAYERS[shape] * of_layer for name, (_, of_layer) in METHODS.items()}
+    counted["full"] = trained({"method": "full"}, shape)
+    assert counted["full"] == BACKBONE[shape]
+    place = list(LAYERS).index(shape)
+    shares = {name: round(100 * counted[name] / BACKBONE[shape], 2) for name in SHARES}
+    assert shares == {name: both[place] for name, both in SHARES.items()}
+
+
+def test_full_is_planned_in_the_dtype_of_the_model() -> None:
+    values = {"model": {"path": "llama-8b"}, "adapters": {"method": "full"}}
+    config = make_config({**values, "parallel": {"deepspeed_config": "zero3"}})
+    plan = Planner(config, read_model_config(SHAPES / "llama-8b.json"), 0).plan(8, Work(1, 64, 64), Hardware())
+    part = BACKBONE["llama-8b"] // 8
+    assert plan.trained_parameters == BACKBONE["llama-8b"]
+    assert plan.backbone_parameters == plan.memory["backbone"] == 0
+    assert plan.memory["adapters"] == 2 * part
+    assert plan.memory["optimizer"] == 12 * part
+    assert plan.memory["live layer"] == 2 * 128_256 * 4096
+    # Six FLOPs for each number but those of the embedding, which is looked up, and the attention.
+    flops = 64 * (6 * (BACKBONE["llama-8b"] - 128_256 * 4096) + 2 * 2 * 32 * 4096 * 64)
+    assert plan.seconds["compute"] == pytest.approx(flops / (989e12 * 0.4), rel=1e-3)
