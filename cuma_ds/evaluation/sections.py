@@ -151,8 +151,9 @@ def chat_split(
 def _floor(scorer: Scorer) -> dict[str, ChoiceScores]:
     """What the observed distributions would score against other people of the same population, and as many."""
     weight_A = scorer.answers.weight_A
-    # Answers of unequal weights tell as much as fewer answers of one weight.
-    precision = float(weight_A.sum() / np.square(weight_A).sum()) if len(weight_A) else 1.0
+    # Answers of unequal weights tell as much as fewer answers of one weight; those of a distribution are its people.
+    alike = not len(weight_A) or scorer.examples.distributions
+    precision = 1.0 if alike else float(weight_A.sum() / np.square(weight_A).sum())
     truths = [
         truth._replace(answers_D=truth.answers_D * precision)
         for truth in (scorer.cell_truth(), scorer.question_truth())
