@@ -53,6 +53,7 @@ REQUIRES = [
 ]
 SERVE = ["fastapi>=0.120", "starlette>=0.49", "uvicorn>=0.38", "h11>=0.16"]  # launchers/serve.py
 JUDGE = ["openai>=2"]  # the judge of generated answers, behind any OpenAI-compatible endpoint
+QUANTISATION = ["bitsandbytes>=0.49"]  # packs and unpacks quantised backbones (model.quantisation)
 PEFT = ["peft>=0.19"]  # folders that PEFT wrote, opened beside our own
 EXTRAS = {
     # The embedded model and encoder come on top, without their own dependencies; see `make demo`.
@@ -60,10 +61,12 @@ EXTRAS = {
     "serve": SERVE,
     "judge": JUDGE,
     "peft": PEFT,
+    "quantisation": QUANTISATION,
     "dev": [
         *SERVE,
         *JUDGE,
         *PEFT,
+        *QUANTISATION,
         "pytest>=8",
         "pytest-xdist>=3.8",
         "hypothesis>=6.130",

@@ -40,6 +40,11 @@ class ModelSection(_Section):
 
     path: str = Field(description="folder with config.json and safetensors, or a hub id")
     dtype: DType = Field("bfloat16", description="dtype the frozen backbone is held and run in")
+    quantisation: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="how the weights of the frozen backbone's linear layers are kept: in dtype | in 8 bits | in 4 bits "
+        "(needs bitsandbytes); embeddings, norms and output head stay in dtype",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation of transformers"
     )
@@ -507,6 +512,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("profiles", "max_tokens"): None,
     ("data", "valid_fraction"): 0.0,
     ("model", "init_from"): None,
+    ("model", "quantisation"): "none",
     ("training", "group_field"): None,
     ("training", "schedule_steps"): None,
 }
@@ -605,6 +611,11 @@ class RunConfig(_Section):
                 f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences "
                 "apart, and method "
                 f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
+            )
+        if self.model.quantisation != "none" and self.adapters.method == "full":
+            raise ValueError(
+                f"model.quantisation is {self.model.quantisation}, but adapters.method full trains the backbone, and "
+                "packed weights cannot train; set model.quantisation: none"
             )
         if self.adapters.num_experts % self.parallel.ep_size:
             raise ValueError(
