@@ -47,6 +47,7 @@ REQUIRES = [
     "rich>=14",  # progress and tables in the terminal
     "numpy>=2",  # answer counts, metrics
     "pandas>=2.2",  # reading and splitting surveys
+    "pyreadstat>=1.3",  # surveys in SPSS and Stata files
     "scipy>=1.15",  # clustering in reports
     "scikit-learn>=1.8",  # maps of profiles in reports
     "matplotlib>=3.10",  # pictures in reports
