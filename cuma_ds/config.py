@@ -107,13 +107,29 @@ class ProfilesSection(_Section):
 class DataSection(_Section):
     """What is asked and answered."""
 
-    source: Literal["wvs-sample", "synthetic", "jsonl", "wvb", "community-alignment", "prism"] = Field(
+    source: Literal[
+        "wvs-sample",
+        "synthetic",
         "jsonl",
-        description="wvs-sample (embedded survey answers) | synthetic (known truth) | jsonl (your own) | wvb | "
-        "community-alignment | prism",
+        "survey",
+        "wvb",
+        "global-opinions",
+        "subpop",
+        "opinionqa",
+        "community-alignment",
+        "prism",
+    ] = Field(
+        "jsonl",
+        description="wvs-sample (embedded survey answers) | synthetic (known truth) | jsonl (your own rows) | survey "
+        "(your own SPSS, Stata, CSV or parquet file) | wvb | global-opinions | subpop | opinionqa | community-alignment | prism",
     )
     path: str | None = Field(
         None, description="folder made by prepare_data, or the raw files; wvs-sample and synthetic need none"
+    )
+    map: str | None = Field(
+        None,
+        description="source survey: the YAML file that says which columns are people and which are questions, see "
+        "docs/surveys.md; a prepared folder needs none",
     )
     modes: int = Field(4, ge=2, le=8, description="source synthetic: M, the number of modes that groups fall into")
     separation: float = Field(
@@ -159,7 +175,8 @@ class DataSection(_Section):
     )
     weights: bool = Field(
         False,
-        description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
+        description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb), "
+        "the column that the map names (survey)",
     )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
     profile_prompt: str = Field(
@@ -204,12 +221,15 @@ class DataSection(_Section):
     heldout_fraction: float | None = Field(
         None, ge=0, lt=1,
         description=(
-            "share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, "
-            "community-alignment and prism"
+            "share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, global-opinions, subpop, "
+            "opinionqa, community-alignment and prism"
         ),
     )  # fmt: skip
     heldout_profile_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the other profiles held out entirely"
+    )
+    heldout_question_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the questions held out entirely, with everybody's answers to them"
     )
     split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
 
@@ -218,6 +238,12 @@ class DataSection(_Section):
         for key in ("modes", "separation"):
             if self.source != "synthetic" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} is {getattr(self, key)}, but only source synthetic reads it; leave it out")
+        if self.weights and self.source not in ("jsonl", "wvb", "survey"):
+            raise ValueError(
+                f"weights is true, but source {self.source} has no survey weights; only jsonl, wvb and survey may"
+            )
+        if self.map is not None and self.source != "survey":
+            raise ValueError(f"map is {self.map}, but source {self.source} reads none; only survey does")
         if self.profile_prompt.count("{profile}") != 1:
             raise ValueError(
                 f"profile_prompt is {self.profile_prompt!r}; it must have {{profile}} once, where the sentence stands"
@@ -227,8 +253,6 @@ class DataSection(_Section):
                 f"test_fraction {self.test_fraction} and valid_fraction {self.valid_fraction} leave nobody to learn "
                 "from; their sum must be below 1"
             )
-        if self.weights and self.source not in ("jsonl", "wvb"):
-            raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
         if self.probe is not None and self.source != "wvb":
             raise ValueError(f"probe is {self.probe}, but source {self.source} has none; only wvb has")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
@@ -246,7 +270,7 @@ class DataSection(_Section):
         """
         if self.heldout_fraction is not None:
             return self.heldout_fraction
-        return 0.0 if self.source in ("wvb", "community-alignment", "prism") else 0.15
+        return 0.15 if self.source in ("wvs-sample", "jsonl", "survey") else 0.0
 
 
 class TrainingSection(_Section):
@@ -501,6 +525,8 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("data", "min_margin"): 0.0,
     ("data", "modes"): 4,
     ("data", "separation"): 10.0,
+    ("data", "heldout_question_fraction"): 0.0,
+    ("data", "map"): None,
     ("data", "max_people"): None,
     ("data", "max_examples"): None,
     ("data", "sample_seed"): 0,

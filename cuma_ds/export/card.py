@@ -54,6 +54,7 @@ _SPLITS = {
     "train": "training",
     "test": "test (other people, same countries)",
     "heldout": "held out (never trained on)",
+    "heldout_questions": "questions held out (never trained on)",
 }
 
 
