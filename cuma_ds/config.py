@@ -121,7 +121,8 @@ class DataSection(_Section):
     ] = Field(
         "jsonl",
         description="wvs-sample (embedded survey answers) | synthetic (known truth) | jsonl (your own rows) | survey "
-        "(your own SPSS, Stata, CSV or parquet file) | wvb | global-opinions | subpop | opinionqa | community-alignment | prism",
+        "(your own SPSS, Stata, CSV or parquet file) | wvb | global-opinions | subpop | opinionqa | "
+        "community-alignment | prism",
     )
     path: str | None = Field(
         None, description="folder made by prepare_data, or the raw files; wvs-sample and synthetic need none"
@@ -270,7 +271,7 @@ class DataSection(_Section):
         """
         if self.heldout_fraction is not None:
             return self.heldout_fraction
-        return 0.15 if self.source in ("wvs-sample", "jsonl", "survey") else 0.0
+        return 0.15 if self.source in ("wvs-sample", "synthetic", "jsonl", "survey") else 0.0
 
 
 class TrainingSection(_Section):
