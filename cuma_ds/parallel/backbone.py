@@ -122,6 +122,18 @@ def load_sharded(model: ModelSection, stage3: dict[str, object]) -> PreTrainedMo
         del keep_alive
 
 
+@contextlib.contextmanager
+def known_as_sharded(model: ModelSection) -> Iterator[None]:
+    """Inside, libraries that ask transformers whether parameters are partitioned are told so. PEFT then makes weights
+    whole that it begins with.
+    """
+    keep_alive = HfDeepSpeedConfig(stage3_config(model))
+    try:
+        yield
+    finally:
+        del keep_alive
+
+
 def stage3_config(model: ModelSection, offload: bool = False) -> dict[str, object]:
     """The DeepSpeed configuration that partitions a frozen model in its own dtype."""
     zero: dict[str, object] = {"stage": 3, "stage3_param_persistence_threshold": 0}

@@ -179,6 +179,12 @@ def held(parameter: Tensor) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter)
 
 
+def gathered(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[None]:
+    """Inside, partitioned parameters are whole on every rank; all ranks enter it together. Others are left alone."""
+    # Relies on ``GatheredParameters`` in a forward leaving the hooks of ZeRO-3 to find the parameters partitioned.
+    return deepspeed.zero.GatheredParameters([one for one in parameters if is_partitioned(one)])
+
+
 def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter, partitioned or not."""
     # Relies on the attribute ``ds_shape``.
