@@ -143,6 +143,9 @@ class DataSection(_Section):
         False, description="several examples per row of max_length tokens, none seeing another; less padding"
     )
     test_fraction: float = Field(0.3, gt=0, lt=1, description="share of people held out for the test split")
+    valid_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of other people held out for choosing settings, e.g. a learning rate"
+    )
     heldout_fraction: float | None = Field(
         None, ge=0, lt=1,
         description=(
@@ -157,6 +160,11 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        if self.test_fraction + self.valid_fraction >= 1:
+            raise ValueError(
+                f"test_fraction {self.test_fraction} and valid_fraction {self.valid_fraction} leave nobody to learn "
+                "from; their sum must be below 1"
+            )
         if self.weights and self.source not in ("jsonl", "wvb"):
             raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
@@ -380,6 +388,16 @@ class EvaluationSection(_Section):
     bootstrap: int = Field(
         1000, ge=0, description="bootstrap samples of people behind the 95% intervals; 0 = no intervals"
     )
+    max_people: int | None = Field(
+        None, ge=1, description="most people of each split, drawn at random with all of their answers; null takes all"
+    )
+    max_examples: int | None = Field(
+        None,
+        ge=1,
+        description="most answers (conversations, pairs) of each split, drawn at random from those of max_people; "
+        "null takes all",
+    )
+    sample_seed: int = Field(0, ge=0, description="seed of both draws")
 
 
 # Keys that decide what is learned and that release 0.1.0 did not have, with the value that says what it did.
@@ -395,6 +413,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
     ("data", "min_margin"): 0.0,
+    ("data", "valid_fraction"): 0.0,
     ("model", "init_from"): None,
     ("training", "group_field"): None,
 }

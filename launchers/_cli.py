@@ -38,7 +38,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
 
     Ranks that deepspeed or torchrun started also end, with exit code 2, when that launcher is gone.
     """
-    _end_with_launcher()
+    launched = _end_with_launcher()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for letters it does not know
     try:
@@ -46,30 +46,35 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     except CumaError as error:
         if not error.printed_by_main or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(2)
+        _leave(2, launched)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
-        _leave(130)
-    sys.exit(0)
+        _leave(130, launched)
+    _leave(0, launched)
 
 
-def _leave(code: int) -> NoReturn:
-    """Exit with ``code`` for certain: process groups of ranks that stopped too can block an orderly shutdown."""
+def _leave(code: int, launched: bool) -> NoReturn:
+    """Exit with ``code`` for certain. Ranks leave without the interpreter's shutdown, which can fail in two ways.
+
+    Process groups can wait for ranks that stopped too. A thread that comes back from a torch operator meanwhile ends
+    the process with "terminate called without an active exception" (pytorch/pytorch#38228).
+    """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    if launched or (distributed is not None and distributed.is_initialized()):
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _end_with_launcher() -> None:
-    """Watch the launcher that started this rank.
+def _end_with_launcher() -> bool:
+    """Watch the launcher that started this rank; returns whether there is one.
 
     A process that was started by hand watches nothing and outlives its shell. ``deepspeed`` is two processes, one above
     the other. When the upper one is killed, the lower one and the ranks would go on.
     """
     if "LOCAL_RANK" not in os.environ:
-        return
+        return False
     import psutil  # DeepSpeed's own launcher needs it too
 
     chain = [psutil.Process()]
@@ -82,6 +87,7 @@ def _end_with_launcher() -> None:
         pass
     if len(chain) > 1:
         threading.Thread(target=_watch, args=(chain,), name="launcher watch", daemon=True).start()
+    return len(chain) > 1
 
 
 def _watch(chain: list[psutil.Process]) -> None:

@@ -24,6 +24,8 @@ examples
     python launchers/evaluate.py --run runs/quickstart
   an earlier one, naming only groups of at least 100 people:
     python launchers/evaluate.py --run runs/quickstart --step 50 --set evaluation.min_answers=100
+  quickly, the model alone on the people held out for choosing settings (data.valid_fraction):
+    python launchers/evaluate.py --run runs/mine --splits valid --brief --out reports/valid
   an exported folder, a PEFT adapter or a model as it is, on prepared data or your own rows:
     python launchers/evaluate.py --export exported --data prepared/wvb --out reports/exported
     python launchers/evaluate.py --adapter lora/profile-1 --data answers.jsonl --out reports/lora
@@ -33,6 +35,7 @@ examples
   conversations: 200 answers before and after training, compared by a judge behind an OpenAI-compatible endpoint:
     python launchers/evaluate.py --run runs/chat --generate 200 --judge-url http://host:8000/v1 --judge-model NAME"""
 _KINDS = ("run", "export", "adapter", "model")
+_SPLITS = ("valid", "test", "heldout", "heldout_profiles")
 
 
 def main() -> None:
@@ -57,7 +60,7 @@ def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cuma_ds.evaluation.report.tables import terminal_tables
-    from cuma_ds.evaluation.run import evaluate, written_files
+    from cuma_ds.evaluation.run import Scope, evaluate, written_files
 
     quiet_transformers()
     extras = _extras(arguments)
@@ -73,7 +76,9 @@ def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: 
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        report = evaluate(_open(arguments, topology), folder, progress, extras)
+        report = evaluate(
+            _open(arguments, topology), folder, progress, extras, Scope(arguments.splits, arguments.brief)
+        )
     for table in terminal_tables(report):
         console.print(table)
     for file in written_files(folder, report):
@@ -166,6 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", metavar="PLACE", help="prepared folder, or file of rows; default for a run: its own data"
     )
+    parser.add_argument(
+        "--splits", nargs="+", choices=_SPLITS, metavar="NAME",
+        help=f"which people, of {', '.join(_SPLITS)}; default: all but valid, the people for choosing settings",
+    )  # fmt: skip
+    parser.add_argument(
+        "--brief", action="store_true",
+        help="only the model itself: not the backbone before training, not profiles swapped, no routing, no pictures",
+    )  # fmt: skip
     parser.add_argument(
         "--out", metavar="FOLDER", help="where the report goes; default for a run: its folder evaluation"
     )

@@ -158,6 +158,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             path=getattr(arguments, "root", None),
             questions=arguments.questions,
             test_fraction=arguments.test_fraction,
+            valid_fraction=arguments.valid_fraction,
             heldout_fraction=arguments.heldout_fraction,
             heldout_profile_fraction=arguments.heldout_profile_fraction,
             kind=getattr(arguments, "kind", None),
@@ -169,6 +170,8 @@ def _section(arguments: argparse.Namespace) -> DataSection:
         )
     except ValidationError as error:
         problem = error.errors()[0]
+        if not problem["loc"]:  # of several options
+            raise ConfigError(problem["msg"].removeprefix("Value error, ")) from None
         option = "--seed" if problem["loc"][0] == "split_seed" else f"--{str(problem['loc'][0]).replace('_', '-')}"
         raise ConfigError(f"{option} {problem['input']}: {problem['msg']}") from None
 
@@ -247,6 +250,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of people held out (default %(default)s)",
     )
+    shared.add_argument(
+        "--valid-fraction", type=float, default=0.0, metavar="SHARE",
+        help="share of other people held out for choosing settings (default %(default)s)",
+    )  # fmt: skip
     shared.add_argument(
         "--heldout-fraction", type=float, metavar="SHARE",
         help=(

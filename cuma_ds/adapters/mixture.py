@@ -146,7 +146,7 @@ def cheaper_strategy(sizes: MixtureSizes, dtype: torch.dtype, device: str = "cpu
 MOVED_COLUMNS = {"cpu": 64.0, "cuda": 900.0}
 
 
-class _Context(Protocol):
+class AutogradContext(Protocol):
     """What torch gives to the forward and the backward of an autograd function."""
 
     saved_tensors: tuple[Tensor, ...]
@@ -163,14 +163,14 @@ class _Shrink(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, x_TI: Tensor, a_ERI: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor
+        ctx: AutogradContext, x_TI: Tensor, a_ERI: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x_TI, a_ERI, order_M, position_TK, end_E)
         rows_MI = gather(x_TI, Pairs(order_M, position_TK, end_E))
         return _grouped_mm(rows_MI, a_ERI.transpose(1, 2), end_E)
 
     @staticmethod
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dz_MR,) = grads
         x_TI, a_ERI, *saved = ctx.saved_tensors
         pairs = Pairs(*saved)
@@ -187,13 +187,13 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Context, h_MR: Tensor, b_ERO: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor
+        ctx: AutogradContext, h_MR: Tensor, b_ERO: Tensor, order_M: Tensor, position_TK: Tensor, end_E: Tensor
     ) -> Tensor:
         ctx.save_for_backward(h_MR, b_ERO, order_M, position_TK, end_E)
         return add_up(_grouped_mm(h_MR, b_ERO, end_E), Pairs(order_M, position_TK, end_E))
 
     @staticmethod
-    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h_MR, b_ERO, *saved = ctx.saved_tensors
         pairs = Pairs(*saved)
         dy_MO = gather(grads[0], pairs)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cuma_ds.adapters.config import CumaConfig
-from cuma_ds.adapters.mixture import compute_dtype, without_autocast
+from cuma_ds.adapters.mixture import AutogradContext, without_autocast
 from cuma_ds.ops import GateOutput, demographic_gate
 
 
@@ -57,15 +57,17 @@ class Router(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def logits(self, h_TD: Tensor, profiles_NP: Tensor | None, profile_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The two terms of the logits: [T, E] of tokens, and [N, E] of profiles or None. float32 (float64 stays).
+        """The two terms of the logits: [T, E] of tokens, and [N, E] of profiles or None.
+
+        They are products of float32 numbers on every device, because rounding them to 16 bits makes experts tie and
+        change between machines. float64 stays.
 
         Args:
             h_TD: [T, D] the adapted linear's input.
             profiles_NP: [N, P] standardised embeddings of the batch's profiles, or None (semantic-only routing).
             profile_T: [T] int64, each token's row in ``profiles_NP``, -1 for padding.
         """
-        dtype = compute_dtype(h_TD)
-        s_TW = _at_least_float32(F.linear(h_TD.to(dtype), self.weight_h.to(dtype)))
+        s_TW = _product(h_TD, self.weight_h)
         bias_W = None if self.bias is None else self.bias.to(s_TW.dtype)
         profile_NW = None
         if self.weight_p is not None and profiles_NP is not None:
@@ -104,6 +106,32 @@ class Router(nn.Module):
         real_T = profile_T >= 0
         p_TE = hidden_TE.masked_fill(~real_T[:, None], 0.0).softmax(dim=-1)
         return gate, real_T.to(p_TE.dtype) @ p_TE
+
+
+def _product(h_TD: Tensor, weight_WD: Tensor) -> Tensor:
+    """h W^T, [T, W] in float32 (float64 stays)."""
+    if h_TD.dtype in (torch.bfloat16, torch.float16):
+        return _Float32Product.apply(h_TD, weight_WD.float())
+    return F.linear(h_TD, weight_WD.to(h_TD.dtype))
+
+
+class _Float32Product(torch.autograd.Function):
+    """h W^T in float32 of a 16-bit h [T, D] and a float32 W [W, D].
+
+    The backward pass keeps h in 16 bits. A float32 copy for each router would be twice the memory of its input.
+    """
+
+    @staticmethod
+    def forward(ctx: AutogradContext, h_TD: Tensor, weight_WD: Tensor) -> Tensor:
+        ctx.save_for_backward(h_TD, weight_WD)
+        return F.linear(h_TD.float(), weight_WD)
+
+    @staticmethod
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (ds_TW,), (h_TD, weight_WD) = grads, ctx.saved_tensors
+        dh_TD = (ds_TW @ weight_WD).to(h_TD.dtype) if ctx.needs_input_grad[0] else None
+        dweight_WD = ds_TW.T @ h_TD.float() if ctx.needs_input_grad[1] else None
+        return dh_TD, dweight_WD
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

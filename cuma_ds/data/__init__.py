@@ -19,6 +19,7 @@ _DECIDED_WHEN_PREPARED = (
     "questions",
     "weights",
     "test_fraction",
+    "valid_fraction",
     "heldout_fraction",
     "heldout_profile_fraction",
     "split_seed",
@@ -69,7 +70,7 @@ def _check_recipe(manifest: dict[str, object], config: DataSection) -> None:
     if manifest["kind"] == "preference":
         asked["min_margin"] = config.min_margin
     # What release 0.1.0 did not write.
-    released = {"weights": False, "min_margin": 0.0}
+    released = {"weights": False, "min_margin": 0.0, "valid_fraction": 0.0}
     for key, value in asked.items():
         prepared_as = {**released, **manifest}["seed" if key == "split_seed" else key]
         if prepared_as != value:

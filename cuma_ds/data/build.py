@@ -183,7 +183,12 @@ def _split(rows: Rows, config: DataSection) -> np.ndarray:
     units = Share(unit_G[rows.profile_N], draws(seed, "unit", countries or sentences), config.heldout)
     profiles = Share(rows.profile_N, draws(seed, "profile", sentences), config.heldout_profile_fraction)
     people = Share(rows.person_N, rows.draw_P, config.test_fraction)
-    split_N = assign_splits(people, units, profiles, rows.given_N)
+    if config.valid_fraction and rows.given_N is not None:
+        raise DataError(
+            f"data.valid_fraction is {config.valid_fraction}, but this source names the people of its split valid "
+            "itself; leave it out"
+        )
+    split_N = assign_splits(people, units, profiles, rows.given_N, config.valid_fraction)
     expected = round(config.heldout * len(units.draw))
     if expected and not (split_N == HELDOUT).any():
         what = "countries" if countries else "profiles"
@@ -197,7 +202,8 @@ def _split(rows: Rows, config: DataSection) -> np.ndarray:
         raise DataError(
             f"nothing is left for training: {len(rows.person_N)} rows of {len(np.unique(rows.person_N))} people with "
             "test_fraction "
-            f"{config.test_fraction} and heldout_fraction {config.heldout}; give more people or hold out less"
+            f"{config.test_fraction}, valid_fraction {config.valid_fraction} and heldout_fraction {config.heldout}; "
+            "give more people or hold out less"
         )
     return split_N
 
@@ -232,7 +238,8 @@ def _prepared(
         "heldout_profile_fraction": config.heldout_profile_fraction,
         "seed": config.split_seed,
         "questions": None if config.questions is None else list(config.questions),
-        # Without weights a folder is as release 0.1.0 wrote it.
+        # Without these two a folder is as release 0.1.0 wrote it.
+        **({"valid_fraction": config.valid_fraction} if config.valid_fraction else {}),
         **({"weights": True} if config.weights else {}),
         "versions": {"cuma_ds": cuma_ds.__version__, "python": platform.python_version(), "pyarrow": pa.__version__},
         "inputs": rows.inputs,

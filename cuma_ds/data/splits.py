@@ -45,14 +45,20 @@ def draws(seed: int, what: str, names: Iterable[str]) -> np.ndarray:
     return (np.frombuffer(b"".join(first), ">u8") >> np.uint64(11)) / 2.0**53
 
 
-def assign_splits(people: Share, units: Share, profiles: Share, given_N: np.ndarray | None = None) -> np.ndarray:
+def assign_splits(
+    people: Share,
+    units: Share,
+    profiles: Share,
+    given_N: np.ndarray | None = None,
+    valid_fraction: float = 0.0,
+) -> np.ndarray:
     """Give each answer its split.
 
-    Units whose number lies below their fraction are held out with all their answers, then profiles, then people (for
-    testing). The other answers of people who ever answered in a held-out unit or as a held-out profile are for testing
-    too. Two exceptions keep tiny data usable. Where no person would be left for training, the one with the largest
-    number is (the same for units and profiles). Where no person would be tested, the one of at least two people with
-    the smallest number is.
+    Units whose number lies below their fraction are held out with all their answers, then profiles, then people for
+    testing. The people with the next larger numbers are for validation. The other answers of people who ever answered
+    in a held-out unit or as a held-out profile are for testing too. Two exceptions keep tiny data usable. Where no
+    person would be left for training, the one with the largest number is (the same for units and profiles). Where no
+    person would be tested, the one of at least two people with the smallest number is.
 
     Args:
         people: the share for testing.
@@ -60,6 +66,7 @@ def assign_splits(people: Share, units: Share, profiles: Share, given_N: np.ndar
         profiles: of the other units.
         given_N: [N] int, TRAIN, VALID or TEST of each answer's person where the source says so; then no people are
             drawn.
+        valid_fraction: share of people for validation; who is tested does not depend on it.
 
     Returns:
         [N] int8: index into ``SPLITS``.
@@ -73,7 +80,9 @@ def assign_splits(people: Share, units: Share, profiles: Share, given_N: np.ndar
         testers = _chosen(people, others)
         if not len(testers) and len(others) > 1:
             testers = others[[np.argmin(people.draw[others])]]
-        split_N = np.where(np.isin(person_N, testers), TEST, TRAIN)
+        draw_N = people.draw[person_N]
+        validates_N = (draw_N >= people.fraction) & (draw_N < people.fraction + valid_fraction)
+        split_N = np.where(np.isin(person_N, testers), TEST, np.where(validates_N, VALID, TRAIN))
     else:
         split_N = given_N
     split_N = np.where(np.isin(person_N, seen_there), TEST, split_N)

@@ -6,9 +6,13 @@ questions::
 
     ids           [M] text      see :func:`example_ids`
     questions     [M] text      id of the question
+    groups        [M] int64     number of the group; examples of one group have the same one
+    nominal       [M] bool      whether the question's options have no order
     counts        [M, N] float64    answers of each option, or sums of their survey weights
     people        [A] int64     who answered, example after example; not there where the data does not say
     people_each   [M] int64     how many of ``people`` belong to each example
+    answers       [M, N] int64      with survey weights, answers of each option; beyond an example's own options -1
+    weights       [A] float64       with survey weights, that of each of ``people``
     predicted/<contender>       [M, N] float32    probability of each option
 
 For preferences ``questions`` are a hash of the conversation, ``counts`` [M, 2] are the tokens of the chosen and the
@@ -18,17 +22,19 @@ For conversations ``questions`` are empty, ``counts`` [M, 1] are the assistant's
 [M, 1] is its mean loss, nats per token.
 
 In every run on the same data an example has the same id: examples with one id have the same question and were answered
-by the same people. Neither profiles nor names of groups are in the file.
+by the same people. Groups are numbered within a split. Neither profiles nor names of groups are in the file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,18 +47,68 @@ from cuma_ds.files import first_line, write_atomically
 from cuma_ds.identity import content_sha256
 
 Array = NDArray[np.floating]
+_Number = TypeVar("_Number", bound=np.generic)
 PREDICTIONS_FILE = "predictions.npz"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One split, see above. ``people`` are of each example; None where the data does not say who answered."""
+    """One split, see above.
+
+    Attributes:
+        ids, questions, groups, nominal: of each example.
+        counts_MN: answers of each option.
+        predicted: [M, N] by contender.
+        people: who answered each example; None where the data does not say.
+        answers_MN, weights: None without survey weights.
+    """
 
     ids: list[str]
     questions: list[str]
+    groups: list[int]
+    nominal: list[bool]
     counts_MN: NDArray[np.float64]
-    people: list[NDArray[np.int64]] | None
     predicted: dict[str, Array]
+    people: list[NDArray[np.int64]] | None = None
+    answers_MN: NDArray[np.int64] | None = None
+    weights: list[NDArray[np.float64]] | None = None
+
+    def examples(self) -> ChoiceExamples:
+        """The examples, with numbers for the names of groups and without texts; each is a profile of its own."""
+        return ChoiceExamples(
+            questions=self.questions,
+            groups=[str(group) for group in self.groups],
+            profiles=list(range(len(self.ids))),
+            counts=self._own_options(self.counts_MN),
+            texts={},
+            people=self.people,
+            nominal=frozenset(question for question, one in zip(self.questions, self.nominal, strict=True) if one),
+            answers=None if self.answers_MN is None else self._own_options(self.answers_MN),
+            weights=self.weights,
+        )
+
+    def only(self, chosen: Sequence[int]) -> Predictions:
+        """The chosen examples, in their order."""
+        rows = np.array(chosen, dtype=np.int64)
+        return Predictions(
+            ids=[self.ids[row] for row in chosen],
+            questions=[self.questions[row] for row in chosen],
+            groups=[self.groups[row] for row in chosen],
+            nominal=[self.nominal[row] for row in chosen],
+            counts_MN=self.counts_MN[rows],
+            predicted={name: values[rows] for name, values in self.predicted.items()},
+            people=None if self.people is None else [self.people[row] for row in chosen],
+            answers_MN=None if self.answers_MN is None else self.answers_MN[rows],
+            weights=None if self.weights is None else [self.weights[row] for row in chosen],
+        )
+
+    def of(self, contender: str) -> list[NDArray[np.float64]]:
+        """What a contender predicted of each example, M arrays [n] without the options that an example has not."""
+        return self._own_options(self.predicted[contender].astype(np.float64))
+
+    def _own_options(self, values_MN: NDArray[_Number]) -> list[NDArray[_Number]]:
+        sizes = np.isfinite(self.counts_MN).sum(axis=1)
+        return [values[:size] for values, size in zip(values_MN, sizes, strict=True)]
 
 
 def collect(examples: ChoiceExamples, predicted: Mapping[str, Sequence[Array]]) -> Predictions:
@@ -63,10 +119,12 @@ def collect(examples: ChoiceExamples, predicted: Mapping[str, Sequence[Array]]) 
         predicted: what each contender predicted of each example, M arrays [n].
     """
     width = max((len(counts) for counts in examples.counts), default=1)
-    rows = {name: _padded(values, width).astype(np.float32) for name, values in predicted.items()}
-    return Predictions(
-        example_ids(examples), examples.questions, _padded(examples.counts, width), examples.people, rows
-    )
+    rows: dict[str, Array] = {name: _padded(values, width).astype(np.float32) for name, values in predicted.items()}
+    found = _of(examples, _padded(examples.counts, width), rows)
+    if examples.answers is None:
+        return found
+    answers_MN = np.nan_to_num(_padded(examples.answers, width), nan=-1).astype(np.int64)
+    return dataclasses.replace(found, answers_MN=answers_MN, weights=examples.weights)
 
 
 def collect_talks(talks: ChoiceExamples, losses: Mapping[str, ChatLosses]) -> Predictions:
@@ -77,15 +135,30 @@ def collect_talks(talks: ChoiceExamples, losses: Mapping[str, ChatLosses]) -> Pr
         losses: of each contender.
     """
     some = next(iter(losses.values()))
-    loss_M1 = {name: (row.nll / np.maximum(row.tokens, 1))[:, None].astype(np.float32) for name, row in losses.items()}
-    return Predictions(example_ids(talks), talks.questions, some.tokens[:, None], talks.people, loss_M1)
+    loss_M1: dict[str, Array] = {
+        name: (row.nll / np.maximum(row.tokens, 1))[:, None].astype(np.float32) for name, row in losses.items()
+    }
+    return _of(talks, some.tokens[:, None], loss_M1)
 
 
 def collect_pairs(pairs: ChoiceExamples, contenders: Mapping[str, PairLogps]) -> Predictions:
     """The log-probabilities of one split of preferences, of each contender."""
     some = next(iter(contenders.values()))
     logps: dict[str, Array] = {name: row.logps_M2 for name, row in contenders.items()}
-    return Predictions(example_ids(pairs), pairs.questions, some.tokens_M2, pairs.people, logps)
+    return _of(pairs, some.tokens_M2, logps)
+
+
+def _of(examples: ChoiceExamples, counts_MN: NDArray[np.float64], predicted: dict[str, Array]) -> Predictions:
+    place = {group: number for number, group in enumerate(dict.fromkeys(examples.groups))}
+    return Predictions(
+        ids=example_ids(examples),
+        questions=examples.questions,
+        groups=[place[group] for group in examples.groups],
+        nominal=[question in examples.nominal for question in examples.questions],
+        counts_MN=counts_MN,
+        predicted=predicted,
+        people=examples.people,
+    )
 
 
 def example_ids(examples: ChoiceExamples) -> list[str]:
@@ -109,10 +182,15 @@ def write_predictions(folder: Path, splits: Mapping[str, Predictions]) -> Path:
     for name, split in splits.items():
         arrays[f"{name}/ids"] = np.array(split.ids, dtype=np.str_)
         arrays[f"{name}/questions"] = np.array(split.questions, dtype=np.str_)
+        arrays[f"{name}/groups"] = np.array(split.groups, dtype=np.int64)
+        arrays[f"{name}/nominal"] = np.array(split.nominal, dtype=np.bool_)
         arrays[f"{name}/counts"] = split.counts_MN
         if split.people is not None:
             arrays[f"{name}/people"] = np.concatenate([*split.people, np.zeros(0, np.int64)])
             arrays[f"{name}/people_each"] = np.array([len(people) for people in split.people], dtype=np.int64)
+        if split.answers_MN is not None and split.weights is not None:
+            arrays[f"{name}/answers"] = split.answers_MN
+            arrays[f"{name}/weights"] = np.concatenate([*split.weights, np.zeros(0)])
         arrays |= {f"{name}/predicted/{contender}": values for contender, values in split.predicted.items()}
     content = io.BytesIO()
     np.savez_compressed(content, allow_pickle=False, **arrays)
@@ -140,20 +218,26 @@ def read_predictions(folder: Path) -> dict[str, Predictions]:
 
 
 def _split(arrays: Mapping[str, NDArray], name: str) -> Predictions:
-    people = None
-    if f"{name}/people" in arrays:
-        people = np.split(arrays[f"{name}/people"], np.cumsum(arrays[f"{name}/people_each"])[:-1])
+    def by_example(what: str) -> list[NDArray] | None:
+        if f"{name}/{what}" not in arrays:
+            return None
+        return np.split(arrays[f"{name}/{what}"], np.cumsum(arrays[f"{name}/people_each"])[:-1])
+
     start = f"{name}/predicted/"
     return Predictions(
-        arrays[f"{name}/ids"].tolist(),
-        arrays[f"{name}/questions"].tolist(),
-        arrays[f"{name}/counts"],
-        people,
-        {key.removeprefix(start): values for key, values in arrays.items() if key.startswith(start)},
+        ids=arrays[f"{name}/ids"].tolist(),
+        questions=arrays[f"{name}/questions"].tolist(),
+        groups=arrays[f"{name}/groups"].tolist(),
+        nominal=arrays[f"{name}/nominal"].tolist(),
+        counts_MN=arrays[f"{name}/counts"],
+        predicted={key.removeprefix(start): values for key, values in arrays.items() if key.startswith(start)},
+        people=by_example("people"),
+        answers_MN=arrays.get(f"{name}/answers"),
+        weights=by_example("weights"),
     )
 
 
-def _padded(rows: Sequence[Array], width: int) -> NDArray[np.float64]:
+def _padded(rows: Sequence[NDArray], width: int) -> NDArray[np.float64]:
     padded = np.full((len(rows), width), np.nan)
     for place, values in enumerate(rows):
         padded[place, : len(values)] = values

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
+from cuma_ds.config import EvaluationSection
 from cuma_ds.data.batch import EncodedExample, encode_example, encode_pair
 from cuma_ds.data.lengths import Reading, fitting
+from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rows import Split
+from cuma_ds.data.sampling import Limits, sample
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import ChatLosses, chat_losses
 from cuma_ds.evaluation.choice import ChoicePredictions, predict_choices
@@ -30,6 +33,7 @@ from cuma_ds.evaluation.report.markdown import markdown
 from cuma_ds.evaluation.report.model import (
     FORMAT_VERSION,
     REPORT_FILE,
+    SPLITS,
     ChatReport,
     ChatSplit,
     ChoiceReport,
@@ -38,6 +42,7 @@ from cuma_ds.evaluation.report.model import (
     PreferenceSplit,
     Report,
     Routing,
+    SampleSize,
     write_json,
 )
 from cuma_ds.evaluation.report.pictures import (
@@ -63,6 +68,22 @@ Pictures = dict[str, str]
 Extra = Callable[["Evaluator", Report], Pictures]
 
 
+class Scope(NamedTuple):
+    """What is evaluated.
+
+    Attributes:
+        splits: names of splits; None stands for all but ``train`` and ``valid``.
+        brief: only the model itself and references without a model, no routing, no pictures. For preferences also the
+            backbone, which implicit rewards are measured against.
+    """
+
+    splits: Sequence[str] | None = None
+    brief: bool = False
+
+
+EVERYTHING = Scope()
+
+
 class _About(TypedDict):
     format_version: int
     run: str
@@ -81,7 +102,11 @@ def evaluate_run(
 
 
 def evaluate(
-    subject: Subject, folder: str | Path, progress: Progress | None = None, extras: Sequence[Extra] = ()
+    subject: Subject,
+    folder: str | Path,
+    progress: Progress | None = None,
+    extras: Sequence[Extra] = (),
+    scope: Scope = EVERYTHING,
 ) -> Report:
     """Evaluate a model on its data and write a report.
 
@@ -90,11 +115,12 @@ def evaluate(
         folder: where report.json, predictions.npz, report.md and the pictures go.
         progress: told how far each pass is.
         extras: what else to measure, e.g. of generated answers.
+        scope: which people and which contenders.
 
     Raises:
         CumaError: there is nothing to evaluate on, or an extra cannot be done.
     """
-    evaluator = Evaluator(subject, Path(folder), progress)
+    evaluator = Evaluator(subject, Path(folder), progress, scope)
     evaluator.folder.mkdir(parents=True, exist_ok=True)
     report, pictures = evaluator.report()
     for extra in extras:
@@ -118,32 +144,35 @@ class Evaluator:
         subject: the model and the data.
         folder: where pictures go.
         progress: told how far each pass is.
+        scope: which people and which contenders.
 
     Attributes:
         main: the contender that is the model itself: ``trained``, or ``before`` where nothing was trained.
-        splits: names of the splits that hold anything, ``train`` apart.
+        splits: names of the splits that are evaluated.
+        brief: as in :class:`Scope`.
         predictions: what each contender predicted, by split, once asked.
+        samples: how much of each split is evaluated, where that is not all of it.
     """
 
-    def __init__(self, subject: Subject, folder: Path, progress: Progress | None = None) -> None:
+    def __init__(
+        self, subject: Subject, folder: Path, progress: Progress | None = None, scope: Scope = EVERYTHING
+    ) -> None:
         self.folder = folder
         self.progress = progress
         self.main = "before" if subject.untrained is None else "trained"
         self.predictions: dict[str, Predictions] = {}
-        self.splits = subject.data.evaluation_splits
-        if not self.splits:
-            raise DataError(
-                "there is nothing to evaluate on: the splits test and heldout are empty; hold out more people"
-            )
+        self.brief = scope.brief
+        self.splits = _chosen_splits(subject, scope.splits)
+        data, self.samples = sampled(subject.data, self.splits, subject.config.evaluation)
         data = fitting(
-            subject.data, Reading(subject.renderer), subject.config.data, self.splits,
+            data, Reading(subject.renderer), subject.config.data, self.splits,
             lambda needed: (
                 f"evaluate with --set data.max_length={needed}, "
                 "or leave them out with --set data.on_long_prompt=skip"
             ),
         )  # fmt: skip
         self.subject = dataclasses.replace(subject, data=data)
-        self.splits = data.evaluation_splits
+        self.splits = [name for name in self.splits if len(data.splits[name])]
 
     def report(self) -> tuple[Report, Pictures]:
         """The report on data of this kind, and its pictures."""
@@ -166,6 +195,7 @@ class Evaluator:
             contenders = references(train, examples, self.subject.embeddings_NP, settings.min_answers) | models
             self.predictions[name] = collect(examples, contenders)
             splits[name] = choice_split(examples, contenders, fields, settings, self.main, mass)
+            self._say_sample(name, splits[name])
             unseen = _unseen(train, examples) if name == "test" else []
             if sum(examples.counts[index].sum() for index in unseen) >= settings.min_answers:
                 part = examples.only(unseen)
@@ -173,7 +203,7 @@ class Evaluator:
                 mass = {contender: mass_M[unseen] for contender, mass_M in mass.items()}
                 contenders = references(train, part, self.subject.embeddings_NP, settings.min_answers) | models
                 splits["unseen"] = choice_split(part, contenders, fields, settings, self.main, mass)
-            if not pictures and splits[name].cells:
+            if not self.brief and not pictures and splits[name].cells:
                 pictures = choice_pictures(self.folder, splits[name], self.main)
                 pictures |= subgroup_picture(self.folder, splits[name], self.main)
                 routing, more = self._routing(examples, answers[self.main], fields)
@@ -195,6 +225,7 @@ class Evaluator:
             people = None if talks.people is None else [int(row[0]) for row in talks.people]
             self.predictions[name] = collect_talks(talks, losses)
             splits[name] = chat_split(losses, people, settings.bootstrap)
+            self._say_sample(name, splits[name])
             if not pictures:
                 routing, pictures = self._routing(talks, losses[self.main], fields)
         report = ChatReport(kind="chat", splits=splits, **self._about())
@@ -214,9 +245,11 @@ class Evaluator:
             found = self._log_probabilities(name, pairs)
             self.predictions[name] = collect_pairs(pairs, found)
             splits[name] = preference_split(pairs, found, fields, settings, self.main)
+            self._say_sample(name, splits[name])
             if routing is None:
                 routing, pictures = self._routing(_as_examples(split), found[self.main], fields)
-        pictures = preference_pictures(self.folder, splits, self.main) | pictures
+        if not self.brief:
+            pictures = preference_pictures(self.folder, splits, self.main) | pictures
         report = PreferenceReport(kind="preference", splits=splits, **self._about())
         if routing is not None:
             report.routing = routing
@@ -236,6 +269,11 @@ class Evaluator:
         told = self.progress
         return None if told is None else lambda done, total: told(what, done, total)
 
+    def _say_sample(self, name: str, split: ChoiceSplit | ChatSplit | PreferenceSplit) -> None:
+        """Keys that do not apply are not written, so this one is set where something was left out."""
+        if name in self.samples:
+            split.sample = self.samples[name]
+
     def _about(self) -> _About:
         settings = self.subject.config.evaluation
         return {
@@ -254,7 +292,7 @@ class Evaluator:
         batch_size, average = subject.config.evaluation.batch_size, subject.config.data.option_order == "average"
         encoded, turned = self.encode(split), self.encode(split, options_reversed=True) if average else []
         found = {}
-        for name, one in ways_of_asking(subject, examples).items():
+        for name, one in self._ways(examples).items():
             table = one.embeddings_NP
             with one.model_as():
                 told = self._options(one, f"{split}: {one.label}")
@@ -270,7 +308,7 @@ class Evaluator:
         """The models' losses, by contender."""
         subject, pad_id = self.subject, pad_id_of(self.subject.renderer.tokenizer)
         encoded, batch_size, found = self.encode(split), subject.config.evaluation.batch_size, {}
-        for name, one in ways_of_asking(subject, talks).items():
+        for name, one in self._ways(talks).items():
             with one.model_as():
                 told = self._options(one, f"{split}: {one.label}")
                 found[name] = chat_losses(subject.model, encoded, one.embeddings_NP, batch_size, pad_id, **told)
@@ -281,12 +319,20 @@ class Evaluator:
         subject, pad_id = self.subject, pad_id_of(self.subject.renderer.tokenizer)
         rows, batch_size, found = subject.data.splits[split], subject.config.evaluation.batch_size, {}
         encoded = [encode_pair(row, subject.renderer, subject.data.sentences) for row in rows]
-        for name, one in ways_of_asking(subject, pairs).items():
+        for name, one in self._ways(pairs).items():
             with one.model_as():
                 told = self._options(one, f"{split}: {one.label}")
                 table = one.embeddings_NP
                 found[name] = pair_log_probabilities(subject.model, encoded, table, batch_size, pad_id, **told)
         return found
+
+    def _ways(self, examples: ChoiceExamples) -> dict[str, Asking]:
+        """How each contender that is a model is asked."""
+        ways = ways_of_asking(self.subject, examples)
+        if not self.brief:
+            return ways
+        kept = {self.main, "before"} if self.subject.data.kind == "preference" else {self.main}
+        return {name: one._replace(record=False) for name, one in ways.items() if name in kept}
 
     def _options(self, one: Asking, what: str) -> ForwardOptions:
         return {
@@ -313,6 +359,54 @@ class Evaluator:
         pictures = expert_picture(self.folder, names, examples.questions, examples.groups, weights, gates_MRE)
         section, more = routing_pictures(self.folder, found.routing, examples, gates_MRE, fields)
         return section, pictures | more
+
+
+def _chosen_splits(subject: Subject, asked: Sequence[str] | None) -> list[str]:
+    """The names of the splits to evaluate, in the order of the data.
+
+    Raises:
+        ConfigError: one that was asked for is empty.
+        DataError: there is nothing to evaluate on.
+    """
+    data = subject.data
+    if asked is None:
+        if not data.evaluation_splits:
+            raise DataError(
+                "there is nothing to evaluate on: the splits test and heldout are empty; hold out more people"
+            )
+        return data.evaluation_splits
+    for name in asked:
+        if not len(data.splits.get(name, ())):
+            hint = "; hold out people with data.valid_fraction" if name == "valid" else ""
+            filled = ", ".join(name for name, split in data.splits.items() if len(split) and name != "train")
+            raise ConfigError(f"--splits {name}: there is nobody in this split{hint}; this data has {filled}")
+    return [name for name in SPLITS if name in asked]
+
+
+def sampled(
+    data: PreparedData, splits: Sequence[str], settings: EvaluationSection
+) -> tuple[PreparedData, dict[str, SampleSize]]:
+    """The data with at most ``max_people`` people and ``max_examples`` answers of theirs in each of ``splits``.
+
+    Returns:
+        The data, and the size of each sample that is smaller than its split.
+    """
+    limits = Limits(settings.max_people, settings.max_examples, settings.sample_seed)
+    if limits.people is None and limits.examples is None:
+        return data, {}
+    drawn = {name: sample(data.splits[name], limits) for name in splits}
+    sizes = {
+        name: SampleSize(
+            people=one.people,
+            of_people=one.of_people,
+            answers=one.answers,
+            of_answers=one.of_answers,
+            seed=settings.sample_seed,
+        )
+        for name, one in drawn.items()
+        if one.answers < one.of_answers
+    }
+    return dataclasses.replace(data, splits=data.splits | {name: one.split for name, one in drawn.items()}), sizes
 
 
 def check_kind(subject: Subject, kind: str, option: str) -> None:

@@ -137,18 +137,10 @@ class Scorer:
             seed: of the bootstrap; all contenders are judged by the same people.
             against: the contender that differences are taken from.
         """
-        shared, blocks = self._shared(), {name: self._of(probabilities) for name, probabilities in contenders.items()}
-        layout = Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
-        point = self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(contenders), against)
-        drawn: list[dict[tuple[str, ...], Array]] = []
-        if replicates and len(self._people_Y):
-            chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
-            for weights_BY in resample(self._people_Y, replicates, seed, chunk):
-                drawn.append(self._all(layout.sums(weights_BY), list(contenders), against))
         found = {}
-        for key, value in point.items():
-            number = float(value[0])
-            spread = interval(np.concatenate([part[key] for part in drawn]), number) if drawn else None
+        for key, values_B in self._drawn(contenders, replicates, seed, against).items():
+            number = float(values_B[0])
+            spread = interval(values_B[1:], number) if len(values_B) > 1 else None
             found[key] = Score(number if np.isfinite(number) else None, spread)
         subgroups: dict[str, dict[str, dict[str, Score]]] = {}
         for place, score in found.items():
@@ -160,6 +152,32 @@ class Scorer:
             reliability={name: self._reliability(probabilities) for name, probabilities in contenders.items()},
             subgroups=subgroups,
         )
+
+    def replicates(
+        self, contenders: Mapping[str, Sequence[ArrayLike]], replicates: int, seed: int = 0
+    ) -> dict[str, dict[str, Array]]:
+        """Contender -> score -> [1 + B], the value over all people and then of each bootstrap sample.
+
+        Arguments as in :meth:`scores`. The n-th sample is of the same people for all contenders.
+        """
+        found: dict[str, dict[str, Array]] = {name: {} for name in contenders}
+        for place, values_B in self._drawn(contenders, replicates, seed, "").items():
+            if place[0] == "row":
+                found[place[1]][place[2]] = values_B
+        return found
+
+    def _drawn(
+        self, contenders: Mapping[str, Sequence[ArrayLike]], replicates: int, seed: int, against: str
+    ) -> dict[tuple[str, ...], Array]:
+        """What :meth:`_all` finds, [1 + B]: of all people, and of each bootstrap sample."""
+        shared, blocks = self._shared(), {name: self._of(probabilities) for name, probabilities in contenders.items()}
+        layout = Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
+        parts = [self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(contenders), against)]
+        if replicates and len(self._people_Y):
+            chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
+            for weights_BY in resample(self._people_Y, replicates, seed, chunk):
+                parts.append(self._all(layout.sums(weights_BY), list(contenders), against))
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def _people_of(self, code_M: Indices) -> Indices:
         """Number of different people behind the examples of each code >= 0."""

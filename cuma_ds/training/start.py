@@ -28,7 +28,7 @@ from cuma_ds.runs import Run
 # Keys that belong to a trained model and to the people it has seen. A recipe that leaves them out takes those of its
 # start.
 _PROMPT = ("profile_in_prompt", "system_prompt", "prompt_style", "option_order")
-_SPLIT = ("test_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
+_SPLIT = ("test_fraction", "valid_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
 _INHERITED = {
     "adapters": tuple(key for key in CumaConfig.model_fields if key != "profile_dim"),
     "prefix": tuple(PrefixSection.model_fields),
@@ -109,6 +109,7 @@ class Origin:
         else:
             same = known["split"] == now["split"]
         same &= all(known[key] == now[key] for key in ("seed", "test_fraction", "heldout_fraction"))
+        same &= known.get("valid_fraction", 0.0) == now.get("valid_fraction", 0.0)
         if not same:
             raise CheckpointError(
                 f"model.init_from: {self.place} was trained on {_how(known)}, but this data is {_how(now)}: people it "

@@ -227,6 +227,25 @@ def test_someone_seen_in_a_held_out_country_is_never_trained_on():
         assert all(split[(unit != held) & np.isin(person, person[unit == held])] == TEST)
 
 
+def test_people_for_choosing_settings_are_others_than_those_tested(tmp_path):
+    rows = [{**CHOICE, "profile": {"country": f"C{i % 3}"}, "person_id": i} for i in range(60)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    before, data = load(path, heldout_fraction=0), load(path, heldout_fraction=0, valid_fraction=0.2)
+    ids = {i: draw(0, "person", i) for i in range(60)}
+    sizes = {name: size["people"] for name, size in data.manifest["splits"].items()}
+    assert sizes["valid"] == sum(0.3 <= number < 0.5 for number in ids.values()) > 0
+    assert sizes["test"] == before.manifest["splits"]["test"]["people"] == sum(number < 0.3 for number in ids.values())
+    assert data.splits["test"]["people"] == before.splits["test"]["people"]
+    assert data.manifest["valid_fraction"] == 0.2
+    assert "valid_fraction" not in before.manifest
+    folder = tmp_path / "prepared"
+    data.save(folder)
+    with pytest.raises(DataError, match=r"valid_fraction 0.2, but the recipe says data.valid_fraction: 0.0"):
+        load(folder, heldout_fraction=0)
+    with pytest.raises(ValueError, match="leave nobody to learn"):
+        load(path, valid_fraction=0.7)
+
+
 def test_without_countries_profiles_are_held_out(tmp_path):
     rows = [{**CHOICE, "profile": f"Person of kind {i % 8}."} for i in range(80)]
     data = load(jsonl(tmp_path / "a.jsonl", rows), heldout_fraction=0.25)

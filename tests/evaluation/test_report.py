@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from run_folder import OPINIONS, content, make_run
 
+from cuma_ds.config import load_started
 from cuma_ds.data.prepared import PreparedData
-from cuma_ds.errors import DataError
+from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.predictions import read_predictions
 from cuma_ds.evaluation.report.model import ChoiceReport, read_report
-from cuma_ds.evaluation.run import evaluate_run
+from cuma_ds.evaluation.run import Scope, evaluate, evaluate_run
+from cuma_ds.evaluation.scores import Scorer
+from cuma_ds.evaluation.subject import run_subject
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0" / "run" / "evaluation"
 
@@ -136,6 +139,35 @@ def test_examples_have_the_same_ids_in_every_run_on_the_same_data(run, report, t
     assert {tuple(rest) for rest in known[0].values()} & {tuple(rest) for rest in known[1].values()} == {
         tuple(known[0][key]) for key in common
     }
+
+
+def test_all_scores_and_intervals_follow_from_the_predictions_alone(run, report) -> None:
+    settings = load_started(run / "config.yaml").evaluation
+    for name, split in read_predictions(run / "evaluation").items():
+        scorer = Scorer(split.examples(), {}, settings.min_answers, settings.min_subgroup)
+        again = scorer.scores({who: split.of(who) for who in split.predicted}, settings.bootstrap)
+        known = report.splits[name]
+        for who, scores in again.rows.items():
+            for metric in scores.keys() - {"inequity"}:  # needs the fields of profiles
+                assert scores[metric].value == pytest.approx(getattr(known.rows[who], metric), abs=2e-5), metric
+                if scores[metric].interval is not None:
+                    assert scores[metric].interval == pytest.approx(known.rows[who].interval[metric], abs=1e-4), metric
+        assert (scorer.answers.people, len(scorer.cells.keys)) == (known.people, known.compared.cells)
+
+
+def test_only_the_splits_that_were_asked_for(tmp_path, tiny_llama, tiny_encoder) -> None:
+    data = {"valid_fraction": 0.2}
+    folder = tmp_path / "one"
+    make_run(folder, tiny_llama, tiny_encoder, {}, evaluation={"min_answers": 2, "bootstrap": 0}, data=data)
+    assert list(evaluate(run_subject(folder), tmp_path / "all").splits) == ["test", "heldout"]
+    chosen = evaluate(run_subject(folder), tmp_path / "valid", scope=Scope(["valid"], brief=True))
+    assert list(chosen.splits) == ["valid"]
+    assert set(read_predictions(tmp_path / "valid")) == {"valid"}
+    assert set(chosen.splits["valid"].rows) == {"collapse", "oracle", "nearest", "trained"}
+    assert {file.name for file in (tmp_path / "valid").iterdir()} == {"report.json", "report.md", "predictions.npz"}
+    assert "## People held out for choosing settings" in (tmp_path / "valid" / "report.md").read_text()
+    with pytest.raises(ConfigError, match=r"--splits heldout_profiles: there is nobody .*; this data has valid, test"):
+        evaluate(run_subject(folder), tmp_path / "none", scope=Scope(["heldout_profiles"]))
 
 
 @pytest.mark.parametrize("damaged", [b"", b"PK\x03\x04", None])

@@ -379,6 +379,36 @@ def test_torchrun_starts_the_ranks_as_well(tmp_path, tiny_llama, tiny_encoder) -
     assert read_state(find_checkpoint(Run(load_config(path).run_dir).checkpoints))["written_by"]["world"] == 2
 
 
+BUSY_THREADS = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from _cli import run_main
+
+def multiply():
+    a = torch.ones(100)
+    while True:
+        a * a
+
+def main():
+    for _ in range(4):
+        threading.Thread(target=multiply, daemon=True).start()
+    time.sleep(0.3)
+    print("done")
+
+run_main(main)
+"""
+
+
+def test_threads_that_still_compute_do_not_spoil_the_end_of_a_rank(tmp_path) -> None:
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY_THREADS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port())]
+    command = [*launcher, str(script), str(ROOT / "launchers")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 def test_a_mistaken_override_of_the_quickstart_is_one_line() -> None:
     env = {**environment(), "BIN": str(Path(sys.executable).parent)}
     script = ["bash", "launchers/recipes/quickstart.sh", "training.steps=3", "training.warmup_steps=5"]

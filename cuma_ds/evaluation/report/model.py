@@ -32,6 +32,7 @@ CONTENDERS = {
     "swapped": "trained, profiles swapped",
 }
 SPLITS = {
+    "valid": "People held out for choosing settings",
     "test": "Held-out people of groups seen in training",
     "unseen": "Held-out people whose exact profile was never trained on (zero-shot)",
     "heldout": "Groups held out entirely (zero-shot)",
@@ -98,6 +99,16 @@ class PreferenceScores(BaseModel):
     likelihood_per_token: Number = None
     accuracy_start: Number = None
     interval: dict[str, Interval] = {}
+
+
+class SampleSize(BaseModel):
+    """How much of a split was evaluated: people drawn at random, then answers (conversations, pairs) of theirs."""
+
+    people: int
+    of_people: int
+    answers: int
+    of_answers: int
+    seed: int
 
 
 class Compared(BaseModel):
@@ -186,11 +197,13 @@ class ChoiceSplit(Scored):
 
     Attributes:
         people: None where the data does not say who answered.
+        sample: None where all of the split was evaluated.
         letter_mass: by contender that is a model.
         differences: the main contender less each other one, over the same people.
     """
 
     people: int | None
+    sample: SampleSize | None = None
     weighted: bool = False
     letter_mass: dict[str, LetterMass] = {}
     differences: dict[str, ChoiceScores]
@@ -206,6 +219,7 @@ class ChatSplit(BaseModel):
 
     conversations: int
     people: int | None
+    sample: SampleSize | None = None
     tokens: int
     rows: dict[str, ChatScores]
 
@@ -238,6 +252,7 @@ class PreferenceSplit(BaseModel):
 
     pairs: int
     people: int
+    sample: SampleSize | None = None
     chosen_tokens: Number
     rejected_tokens: Number
     rows: dict[str, PreferenceScores]

@@ -90,7 +90,7 @@ def terminal_tables(report: Report) -> list[Table]:
 def size(part: Part) -> str:
     """How many people, answers and groups a split or a question has, in words."""
     people = getattr(part, "people", None)
-    people = "" if people is None else f"{people:,} people, "
+    people = _drawn(part) + ("" if people is None else f"{people:,} people, ")
     if isinstance(part, ChatSplit):
         return f"{people}{part.conversations:,} conversations, {part.tokens:,} assistant tokens."
     if isinstance(part, PreferenceSplit):
@@ -107,6 +107,18 @@ def size(part: Part) -> str:
     if left_out is not None and left_out.cells:
         text += f" Left out there as too small: {left_out.cells:,} ({left_out.answers:,} answers)."
     return text
+
+
+def _drawn(part: Part) -> str:
+    """What was left out at random, in words; nothing where all of the split was evaluated."""
+    sample = getattr(part, "sample", None)
+    if sample is None:
+        return ""
+    what = {ChatSplit: "conversations", PreferenceSplit: "pairs"}.get(type(part), "answers")
+    return (
+        f"Sample (seed {sample.seed}): {sample.people:,} of {sample.of_people:,} people, "
+        f"{sample.answers:,} of {sample.of_answers:,} {what}. "
+    )
 
 
 def title(report: Report, contender: str) -> str:
