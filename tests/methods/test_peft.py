@@ -79,10 +79,10 @@ def trained_by_hand(name: str, path: Path, learns: type[Learned]) -> SingleRun:
 @pytest.mark.multirank
 @pytest.mark.parametrize("name", METHOD)
 def test_sft_is_a_plain_loop_over_the_model_of_peft(name, tmp_path, tiny_llama) -> None:
-    stages = {1: ("zero1", "zero2_sharded_backbone"), 2: ("zero1", "zero2_sharded_overlap", "zero3")}
+    stages = {1: ("zero1",), 2: ("zero2_sharded_overlap", "zero3")}
     paths = run_and_resume(tmp_path, tiny_llama, METHOD[name], "sft", stages)
     expected = trained_by_hand(name, paths[0], Learned)
-    assert expected.losses[-1] != pytest.approx(expected.losses[0], rel=0.01)
+    assert expected.losses[-1] != pytest.approx(expected.losses[0], rel=1e-3)
     for path in paths:
         assert_same_training(path, expected)
 
@@ -123,15 +123,17 @@ def test_resuming_changes_no_bit(name, tmp_path, tiny_llama) -> None:
 @pytest.mark.multirank
 def test_grpo_generates_from_the_trained_prefix(tmp_path, tiny_llama) -> None:
     """Two ranks, whose rollouts go on from a cache behind the prefix, learn what one process learns."""
-    from test_rollouts import grpo_recipe, tensors
-
-    def make(folder, llama, encoder, name, **sections):
-        return grpo_recipe(folder, llama, encoder, name, **copy.deepcopy(sections))
-
-    paths = [rival(tmp_path, tiny_llama, f"grpo-{world}", METHOD["p_tuning_v2"], make) for world in (1, 2)]
-    for world, path in enumerate(paths, start=1):
-        run_recipes(world, [path])
-    one, two = map(tensors, paths)
+    sections = {
+        "training": {"objective": "grpo", "steps": 3, "global_batch_size": 5, "micro_batch_size": 32},
+        "grpo": {"rewards": ["own_rewards:characters"], "group_size": 4, "kl_weight": 0.1, "reference": "base"},
+        "rollout": {"max_new_tokens": 6},
+    }
+    paths = []
+    for world in (1, 2):
+        own = copy.deepcopy(sections)
+        paths.append(rival(tmp_path, tiny_llama, f"grpo-{world}", METHOD["p_tuning_v2"], **own))
+        run_recipes(world, paths[-1:])
+    one, two = (read_adapters(find_checkpoint(Run(load_config(path).run_dir).checkpoints)) for path in paths)
     begun = METHODS["p_tuning_v2"](AutoModelForCausalLM.from_pretrained(tiny_llama), load_config(paths[0])).tensors()
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-5, atol=1e-5)
