@@ -110,6 +110,11 @@ class DataSection(_Section):
         "uniform",
         description="weight of a merged example in the loss: 1, or its number of answers (as row-wise training)",
     )
+    probe: str | None = Field(
+        None,
+        description="wvb: samples.tsv of WVB-probe; its answers become a split of their own, and its people are never "
+        "trained on",
+    )
     weights: bool = Field(
         False,
         description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
@@ -167,6 +172,8 @@ class DataSection(_Section):
             )
         if self.weights and self.source not in ("jsonl", "wvb"):
             raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
+        if self.probe is not None and self.source != "wvb":
+            raise ValueError(f"probe is {self.probe}, but source {self.source} has none; only wvb has")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
             raise ValueError(
                 "weights is true, but single answers (histogram_targets: false) with example_weight: uniform "
@@ -408,6 +415,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("data", "prompt_style"): "metadata",
     ("data", "option_order"): "fixed",
     ("data", "weights"): False,
+    ("data", "probe"): None,
     (
         "data",
         "on_long_prompt",

@@ -24,7 +24,7 @@ _FREE_KEYS = {
     *(("rollout", key) for key in ("batch_size", "backbone", "keep")),
     *(("judge", key) for key in ("url", "key_variable", "concurrency", "timeout", "retries")),
 }
-_PATHS = {("model", "path"), ("model", "init_from"), ("profiles", "encoder"), ("data", "path")}
+_PATHS = {("model", "path"), ("model", "init_from"), ("profiles", "encoder"), ("data", "path"), ("data", "probe")}
 
 
 class Difference(NamedTuple):

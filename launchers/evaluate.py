@@ -24,6 +24,8 @@ examples
     python launchers/evaluate.py --run runs/quickstart
   an earlier one, naming only groups of at least 100 people:
     python launchers/evaluate.py --run runs/quickstart --step 50 --set evaluation.min_answers=100
+  500 people of each split with all of their answers, as a benchmark of millions of answers needs it:
+    python launchers/evaluate.py --run runs/wvb --set evaluation.max_people=500
   quickly, the model alone on the people held out for choosing settings (data.valid_fraction):
     python launchers/evaluate.py --run runs/mine --splits valid --brief --out reports/valid
   an exported folder, a PEFT adapter or a model as it is, on prepared data or your own rows:

@@ -163,6 +163,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             heldout_profile_fraction=arguments.heldout_profile_fraction,
             kind=getattr(arguments, "kind", None),
             weights=getattr(arguments, "weights", False),
+            probe=getattr(arguments, "probe", None),
             min_margin=getattr(arguments, "min_margin", 0.0),
             prompt_style=getattr(arguments, "prompt_style", "letters"),
             option_order=getattr(arguments, "option_order", "fixed"),
@@ -184,6 +185,7 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     meaning = {
         "train": "learned from", "valid": "other people, for choosing settings", "test": "other people",
         "heldout": "countries (or profiles) never trained on", "heldout_profiles": "profiles never trained on",
+        "probe": "WVB-probe, of people in the splits above",
     }  # fmt: skip
     table = Table(title=f"{arguments.out} ({data.kind}, {len(data.profiles)} profiles)", title_justify="left")
     table.add_column("split")
@@ -216,7 +218,7 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
         )
     section = _section(arguments)
     chosen = [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
-    keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in ("source", "path")]
+    keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in ("source", "path", "probe")]
     recipe = ", ".join([f"source: {arguments.command}", f"path: {arguments.out}", *keys])
     console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, markup=False, soft_wrap=True)
 
@@ -288,6 +290,11 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="RAW",
         help="the benchmark's folder, or one with its JSON files and the WVS-7 CSV",
+    )
+    wvb.add_argument(
+        "--probe",
+        metavar="FILE",
+        help="samples.tsv of WVB-probe: its answers become a split of their own, and its people are never trained on",
     )
     alignment = commands.add_parser(
         "community-alignment", parents=[shared], help="Community Alignment", description=_CA, formatter_class=raw

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.build import build
@@ -12,6 +13,7 @@ from cuma_ds.data.pairs import ASKED_BY
 from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.data.raw import Progress, ReadOptions
 from cuma_ds.data.sources import SOURCES
+from cuma_ds.data.splits import PROBE
 from cuma_ds.errors import ConfigError, DataError
 
 _DECIDED_WHEN_PREPARED = (
@@ -50,7 +52,7 @@ def load_data(config: DataSection, template: str = "generic") -> PreparedData:
     return data if config.histogram_targets else data.with_single_answers()
 
 
-def _check_recipe(manifest: dict[str, object], config: DataSection) -> None:
+def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
     """Refuse a prepared folder that was made with other settings than the recipe's."""
     asked = {
         **json.loads(config.model_dump_json(include=set(_DECIDED_WHEN_PREPARED))),
@@ -69,6 +71,11 @@ def _check_recipe(manifest: dict[str, object], config: DataSection) -> None:
     asked |= {key: getattr(config, key) for key in ASKED_BY if key in manifest}
     if manifest["kind"] == "preference":
         asked["min_margin"] = config.min_margin
+    if config.probe is not None and PROBE not in manifest["splits"]:
+        raise DataError(
+            f"{config.path} was prepared without a probe, but the recipe says data.probe: {config.probe}; "
+            "change the recipe or prepare the data again"
+        )
     # What release 0.1.0 did not write.
     released = {"weights": False, "min_margin": 0.0, "valid_fraction": 0.0}
     for key, value in asked.items():

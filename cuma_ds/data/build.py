@@ -5,6 +5,7 @@ Shapes: N rows that were read, Q questions, A answers, M rows of a split.
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from cuma_ds.data.rows import (
     choice_schema,
     people_lists,
 )
-from cuma_ds.data.splits import HELDOUT, SPLITS, TRAIN, Share, assign_splits, draws
+from cuma_ds.data.splits import HELDOUT, PROBE, SPLITS, TEST, TRAIN, Share, assign_splits, draws
 from cuma_ds.errors import DataError
 
 _ALWAYS = ("train", "test", "heldout")
@@ -65,28 +66,40 @@ def build(rows: Rows, config: DataSection, spool: Path | None = None) -> Prepare
     if config.weights and kind != "choice":
         raise DataError(f"data.weights is true, but only choice questions have weights, not kind {kind}; leave it out")
     split_N = _split(rows, config)
-    answers_N = np.ones(len(rows.person_N), np.int64)
-    if rows.option_NQ is not None:
-        answers_N = (rows.option_NQ >= 0).sum(axis=1)
-    weight_N = None if rows.weight_N is None else _with_mean_one(rows.weight_N, answers_N)
+    weight_N = None if rows.weight_N is None else _with_mean_one(rows.weight_N, _answers_each(rows))
     schema = choice_schema(weight_N is not None) if kind == "choice" else SCHEMAS[kind]
     splits, sizes = {}, {}
-    for number, name in enumerate(SPLITS):
-        chosen_N = split_N == number
+    for name, part, chosen_N in _parts(rows, split_N):
         if name not in _ALWAYS and not chosen_N.any():
             continue
         file = None if spool is None else spool / f"{name}.arrow"
         if drawn:
-            batches = answer_pairs(rows, chosen_N, config)
+            batches = answer_pairs(part, chosen_N, config)
         else:
-            batches = _histograms(rows, chosen_N, weight_N) if kind == "choice" else _texts(rows, chosen_N)
+            batches = _histograms(part, chosen_N, weight_N) if kind == "choice" else _texts(part, chosen_N)
         splits[name] = Split(kind, ArrowFile.collect(schema, batches, file), rows.questions, rows.profiles.groups)
         sizes[name] = {
-            "answers": int(answers_N[chosen_N].sum()),
+            "answers": int(_answers_each(part)[chosen_N].sum()),
             "people": len(np.unique(rows.person_N[chosen_N])),
             "profiles": len(np.unique(rows.profile_N[chosen_N])),
         }
     return _prepared(rows, splits, sizes, config)
+
+
+def _parts(rows: Rows, split_N: np.ndarray) -> Iterator[tuple[str, Rows, np.ndarray]]:
+    """Each split's name, the rows with the answers that it may hold, and which of the rows it holds [N]."""
+    for number, name in enumerate(SPLITS):
+        yield name, rows, split_N == number
+    if rows.probe_NQ is not None and rows.option_NQ is not None:
+        asked = np.where(rows.probe_NQ, rows.option_NQ, np.int8(-1))
+        yield PROBE, dataclasses.replace(rows, option_NQ=asked), np.asarray(rows.probe_NQ.any(axis=1))
+
+
+def _answers_each(rows: Rows) -> np.ndarray:
+    """[N] answers of each row."""
+    if rows.option_NQ is None:
+        return np.ones(len(rows.person_N), np.int64)
+    return (rows.option_NQ >= 0).sum(axis=1)
 
 
 def _histograms(rows: Rows, chosen_N: np.ndarray, weight_N: np.ndarray | None) -> Iterator[pa.RecordBatch]:
@@ -189,6 +202,8 @@ def _split(rows: Rows, config: DataSection) -> np.ndarray:
             "itself; leave it out"
         )
     split_N = assign_splits(people, units, profiles, rows.given_N, config.valid_fraction)
+    if rows.probe_NQ is not None:
+        split_N[(split_N == TRAIN) & rows.probe_NQ.any(axis=1)] = TEST
     expected = round(config.heldout * len(units.draw))
     if expected and not (split_N == HELDOUT).any():
         what = "countries" if countries else "profiles"

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from cuma_ds.data.raw import Profile
 from cuma_ds.data.rows import ArrowFile, Split, single_answers
-from cuma_ds.data.splits import SPLITS
+from cuma_ds.data.splits import PROBE, SPLITS
 from cuma_ds.errors import DataError
 from cuma_ds.files import atomic_folder
 from cuma_ds.identity import SEAL, file_sha256, seal_holds, sealed
@@ -50,7 +50,7 @@ class PreparedData:
     @property
     def evaluation_splits(self) -> list[str]:
         """Splits to judge a model on: all but ``train`` and ``valid``, in order, where there are rows."""
-        return [name for name in SPLITS if name not in ("train", "valid") and len(self.splits.get(name, ()))]
+        return [name for name in (*SPLITS, PROBE) if name not in ("train", "valid") and len(self.splits.get(name, ()))]
 
     @cached_property
     def sentences(self) -> list[str]:

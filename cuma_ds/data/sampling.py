@@ -84,7 +84,8 @@ def _answers(split: Split, kept_A: np.ndarray) -> Split:
         if len(some):
             batches.append(_reduced(batch, some, split.weighted))
         first = last
-    rows = ArrowFile.collect(choice_schema(split.weighted), batches, None)
+    table = pa.Table.from_batches(batches, choice_schema(split.weighted))
+    rows = ArrowFile(table.replace_schema_metadata(split.rows.table.schema.metadata))
     return Split("choice", rows, split.questions, split.groups)
 
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 SPLITS = ("train", "valid", "test", "heldout", "heldout_profiles")
+# Answers to judge a model by that a source names itself. Their people stand in one of the splits above, too.
+PROBE = "probe"
 TRAIN, VALID, TEST, HELDOUT, HELDOUT_PROFILES = range(len(SPLITS))
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cuma_ds.data.rows import Split
+from cuma_ds.evaluation.columns import Indices, Labels, Ragged
 
 
 @dataclass(frozen=True)
@@ -19,69 +19,92 @@ class ChoiceExamples:
     Attributes:
         questions: question id of each example.
         groups: the country, or ``profile <row>`` where the split names no group.
-        profiles: row of each example's profile.
-        counts: answers of each example, or sums of their survey weights, float64 [n], n its number of options.
+        profiles: row of each example's profile, int64 [M].
+        counts: answers of each example, or sums of their survey weights, [n] each, n its number of options.
         texts: question id -> (question, options).
         people: who gave the answers of each example, those of its first option first; None where the data does not say.
         nominal: ids of the questions whose options have no order.
-        answers: with survey weights, people who gave each answer of each example, int64 [n].
+        answers: with survey weights, people who gave each answer of each example, integers [n].
         weights: with survey weights, that of each of ``people``.
     """
 
-    questions: list[str]
-    groups: list[str]
-    profiles: list[int]
-    counts: list[NDArray[np.float64]]
+    questions: Labels
+    groups: Labels
+    profiles: Indices
+    counts: Ragged
     texts: dict[str, tuple[str, list[str]]]
-    people: list[NDArray[np.int64]] | None = None
+    people: Ragged | None = None
     nominal: frozenset[str] = frozenset()
-    answers: list[NDArray[np.int64]] | None = None
-    weights: list[NDArray[np.float64]] | None = None
+    answers: Ragged | None = None
+    weights: Ragged | None = None
 
     @classmethod
     def of(cls, split: Split | Mapping[str, Sequence]) -> ChoiceExamples:
-        """Read a choice split, or a mapping of its columns."""
-        profiles = [int(profile) for profile in split["profile"]]
-        questions = list(split["question_id"])
+        """Read a choice split, or a mapping of its columns to lists."""
+        return cls._of_split(split) if isinstance(split, Split) else cls._of_columns(split)
+
+    @classmethod
+    def _of_split(cls, split: Split) -> ChoiceExamples:
+        asked = split.questions.table.select(["question_id", "question", "options", "scale"]).to_pylist()
+        profiles, table = split.numbers("profile").astype(np.int64), split.rows.table
+        return cls(
+            questions=Labels([row["question_id"] for row in asked], split.numbers("question")),
+            groups=_groups([split.groups[profile] for profile in profiles.tolist()], profiles),
+            profiles=profiles,
+            counts=Ragged.of_lists(table["counts"]),
+            texts={row["question_id"]: (row["question"], list(row["options"])) for row in asked},
+            people=Ragged.of_lists(table["people"]),
+            nominal=frozenset(row["question_id"] for row in asked if row["scale"] == "nominal"),
+            answers=Ragged.of_lists(table["answers"]) if split.weighted else None,
+            weights=Ragged.of_lists(table["weights"]) if split.weighted else None,
+        )
+
+    @classmethod
+    def _of_columns(cls, split: Mapping[str, Sequence]) -> ChoiceExamples:
+        questions, profiles = list(split["question_id"]), np.array(split["profile"], dtype=np.int64)
         texts: dict[str, tuple[str, list[str]]] = {}
         for question, text, options in zip(questions, split["question"], split["options"], strict=True):
             texts.setdefault(question, (text, list(options)))
-        names = split.column_names if isinstance(split, Split) else list(split)
-        weighted = "weights" in names
-        scales = split["scale"] if "scale" in names else ["ordinal"] * len(questions)
+        scales = split.get("scale", ["ordinal"] * len(questions))
         return cls(
-            questions=questions,
-            groups=[group or f"profile {profile}" for group, profile in zip(split["group"], profiles, strict=True)],
+            questions=Labels.of(questions),
+            groups=_groups(split["group"], profiles),
             profiles=profiles,
-            counts=[np.asarray(counts, dtype=np.float64) for counts in split["counts"]],
+            counts=Ragged.of(split["counts"]),
             texts=texts,
-            people=[np.asarray(people, dtype=np.int64) for people in split["people"]] if "people" in names else None,
+            people=Ragged.of(split["people"], np.int64) if "people" in split else None,
             nominal=frozenset(
                 question for question, scale in zip(questions, scales, strict=True) if scale == "nominal"
             ),
-            answers=[np.asarray(answers, dtype=np.int64) for answers in split["answers"]] if weighted else None,
-            weights=[np.asarray(weights, dtype=np.float64) for weights in split["weights"]] if weighted else None,
+            answers=Ragged.of(split["answers"], np.int64) if "weights" in split else None,
+            weights=Ragged.of(split["weights"]) if "weights" in split else None,
         )
 
-    def only(self, chosen: Sequence[int]) -> ChoiceExamples:
+    def only(self, chosen: Sequence[int] | Indices) -> ChoiceExamples:
         """The chosen examples, in their order."""
         return ChoiceExamples(
-            questions=[self.questions[index] for index in chosen],
-            groups=[self.groups[index] for index in chosen],
-            profiles=[self.profiles[index] for index in chosen],
-            counts=[self.counts[index] for index in chosen],
+            questions=self.questions.take(chosen),
+            groups=self.groups.take(chosen),
+            profiles=self.profiles[np.asarray(chosen, dtype=np.int64)],
+            counts=self.counts.take(chosen),
             texts=self.texts,
-            people=None if self.people is None else [self.people[index] for index in chosen],
+            people=None if self.people is None else self.people.take(chosen),
             nominal=self.nominal,
-            answers=None if self.answers is None else [self.answers[index] for index in chosen],
-            weights=None if self.weights is None else [self.weights[index] for index in chosen],
+            answers=None if self.answers is None else self.answers.take(chosen),
+            weights=None if self.weights is None else self.weights.take(chosen),
         )
 
     def __len__(self) -> int:
-        return len(self.questions)
+        return len(self.profiles)
 
 
-def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequence[int], seed: int = 0) -> list[int]:
+def _groups(groups: Sequence[str], profiles: Indices) -> Labels:
+    return Labels.of([group or f"profile {profile}" for group, profile in zip(groups, profiles.tolist(), strict=True)])
+
+
+def swap_profiles(
+    units: Sequence[str], groups: Sequence[str], profiles: Sequence[int] | Indices, seed: int = 0
+) -> list[int]:
     """Another profile for every example: one of its unit (its question), of another group where there is one.
 
     In a unit of a single group, profiles are swapped as those of all examples together are.
@@ -94,6 +117,7 @@ def swap_profiles(units: Sequence[str], groups: Sequence[str], profiles: Sequenc
     """
     everybody: dict[int, str] = {}
     members: dict[str, dict[int, str]] = {}
+    profiles = [int(profile) for profile in profiles]
     for unit, group, profile in zip(units, groups, profiles, strict=True):
         everybody.setdefault(profile, group)
         members.setdefault(unit, {}).setdefault(profile, group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from cuma_ds.data.rendering import Message
 from cuma_ds.data.rows import Split
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.judge import verdicts
-from cuma_ds.evaluation.metrics import distinct
+from cuma_ds.evaluation.metrics import distinct, equal_lengths
 from cuma_ds.evaluation.report.model import Diversity, Report, number
 from cuma_ds.evaluation.report.model import Generation as GenerationSection
 from cuma_ds.evaluation.run import Evaluator, Pictures, check_kind
@@ -77,9 +77,7 @@ class Generation:
             for index, request in enumerate(requests):
                 line = {"messages": list(request.messages), **{name: texts[index] for name, texts in rows.items()}}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        section = GenerationSection(
-            split=split, requests=len(requests), rows={name: diversity(texts) for name, texts in rows.items()}
-        )
+        section = GenerationSection(split=split, requests=len(requests), rows=diversities(rows))
         if judge is not None:
             pairs = [
                 Pair(subject.data.sentences[request.profile], request.messages, ours, base, request.person)
@@ -159,10 +157,19 @@ def answers(
     return peers.joined([decode(completion.tokens, **AS_WRITTEN).strip() for completion in share])
 
 
+def diversities(rows: Mapping[str, Sequence[str]]) -> dict[str, Diversity]:
+    """:func:`diversity` of each contender's answers to the same conversations, also with equal lengths."""
+    found = {name: diversity(texts) for name, texts in rows.items()}
+    if len(rows) > 1:
+        for name, texts in equal_lengths(rows).items():
+            found[name].equal = diversity(texts)
+    return found
+
+
 def diversity(texts: Sequence[str]) -> Diversity:
     """Distinct-1, Distinct-2 and mean number of words of generated answers."""
     return Diversity(
         distinct_1=number(distinct(texts, 1)),
         distinct_2=number(distinct(texts, 2)),
-        words=number(float(np.mean([len(text.split()) for text in texts]))),
+        words=number(float(np.mean([len(text.split()) for text in texts])) if texts else None),
     )

@@ -5,7 +5,8 @@ Shapes: M examples, n options of one question (in their order), E experts, R rou
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cuma_ds.errors import DataError
+from cuma_ds.evaluation.columns import Indices, Labels, Ragged
 
 Array = NDArray[np.float64]
 Name = TypeVar("Name", bound=Hashable)
@@ -71,6 +73,43 @@ def inequity(accuracies: Sequence[ArrayLike], size: int = 1) -> Array:
     )
 
 
+# Thresholds of the curve in WorldValuesBench's evaluation_and_plot.ipynb, and the one that its paper tells by.
+THRESHOLDS = np.arange(9) * 0.05
+NEAR = 0.2
+
+
+def question_figures(distances: ArrayLike) -> dict[str, Array]:
+    """What WorldValuesBench (arXiv 2404.16308) tells of the distances of many questions.
+
+    Args:
+        distances: [..., Q] of each question, in [0, 1]; nan for a question that does not count.
+
+    Returns:
+        [...] each: ``median``; ``within``, the share of questions at most 0.2 away; ``auc``, the area under the curve
+        of the share of questions that are at most 0, 0.05, ... 0.4 away, by the trapezoidal rule, divided by 0.4.
+    """
+    values = np.asarray(distances, dtype=np.float64)
+    known = np.isfinite(values)
+
+    def share(threshold: float) -> Array:
+        # 0.05 * 4 is not the double next to 0.2: a rounding error must not decide.
+        near, count = (known & (values <= threshold + 1e-12)).sum(axis=-1), known.sum(axis=-1)
+        return np.divide(near, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+    curve = np.stack([share(threshold) for threshold in THRESHOLDS], axis=-1)
+    area = ((curve[..., 1:] + curve[..., :-1]) / 2).mean(axis=-1)
+    return {"median": _median(values), "within": share(NEAR), "auc": area}
+
+
+def _median(values: Array) -> Array:
+    """Median over the last axis of what is a number; nan where nothing is."""
+    if not values.shape[-1]:
+        return np.full(values.shape[:-1], np.nan)
+    count, ordered = np.isfinite(values).sum(axis=-1)[..., None], np.sort(values, axis=-1)  # nan stands last
+    low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=-1)
+    return ((low + np.take_along_axis(ordered, count // 2, axis=-1)) / 2)[..., 0]
+
+
 def distinct(texts: Sequence[str], n: int) -> float:
     """Distinct-n: different n-grams over all n-grams of the texts' words (lower case); nan where there are none."""
     grams = [
@@ -79,6 +118,23 @@ def distinct(texts: Sequence[str], n: int) -> float:
         for start in range(len(words) - n + 1)
     ]
     return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def equal_lengths(rows: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Answers to the same prompts, cut to the words of the shortest answer that any row has to the prompt.
+
+    Distinct-n falls with length, because long texts repeat words. After the cut, all rows have equally many words.
+    Prompts to which any row has an empty answer are left out.
+
+    Args:
+        rows: answers to the same prompts, in one order, by row.
+    """
+    words = {name: [text.split() for text in texts] for name, texts in rows.items()}
+    shortest = [min(map(len, answers)) for answers in zip(*words.values(), strict=True)]
+    return {
+        name: [" ".join(text[:length]) for text, length in zip(texts, shortest, strict=True) if length]
+        for name, texts in words.items()
+    }
 
 
 def mean_collapse_recovered(collapse: float, oracle: float, value: float) -> float | None:
@@ -103,7 +159,8 @@ class Cells:
     """Examples gathered by (question, group): the unit whose answer distribution is judged.
 
     Attributes:
-        members: examples of each cell.
+        keys: question and group of each cell.
+        cell_M: the cell of each of M examples, -1 for those of cells that were left out.
         observed: answer distribution of each cell, [n].
         answers: number of answers of each cell, [cells].
         left_out: number of cells with fewer answers than asked for.
@@ -111,11 +168,18 @@ class Cells:
     """
 
     keys: list[tuple[str, str]]
-    members: list[list[int]]
+    cell_M: Indices
     observed: list[Array]
     answers: Array
     left_out: int
     left_out_answers: float
+
+    @property
+    def members(self) -> list[list[int]]:
+        """Examples of each cell."""
+        order = np.argsort(self.cell_M, kind="stable")
+        ends = np.searchsorted(self.cell_M[order], np.arange(len(self.keys) + 1))
+        return [order[start:end].tolist() for start, end in itertools.pairwise(ends)]
 
     @property
     def examples(self) -> list[int]:
@@ -136,27 +200,48 @@ def gather_cells(
     Raises:
         DataError: examples of one cell have different numbers of options.
     """
-    members: dict[tuple[str, str], list[int]] = {}
-    for example, key in enumerate(zip(questions, groups, strict=True)):
-        members.setdefault(key, []).append(example)
-    kept: list[tuple[str, str]] = []
-    observed, answers = [], []
-    left_out, left_out_answers = 0, 0.0
-    for key, examples in members.items():
-        lengths = {len(np.asarray(counts[example])) for example in examples}
-        if len(lengths) > 1:
-            raise DataError(
-                f"question {key[0]!r} has examples with {sorted(lengths)} options; one question has one list of options"
-            )
-        total = np.sum([np.asarray(counts[example], dtype=np.float64) for example in examples], axis=0)
-        if total.sum() < min_answers:
-            left_out += 1
-            left_out_answers += float(total.sum())
-            continue
-        kept.append(key)
-        observed.append(normalise(total))
-        answers.append(float(total.sum()))
-    return Cells(kept, [members[key] for key in kept], observed, np.array(answers), left_out, left_out_answers)
+    question, group, answers = Labels.of(questions), Labels.of(groups), Ragged.of(counts)
+    _check_options(question, answers.lengths_M)
+    codes = question.code_M * max(len(group.names), 1) + group.code_M
+    numbers, first, which_M = np.unique(codes, return_index=True, return_inverse=True)
+    total = np.bincount(which_M, answers.sums(), len(numbers)).astype(np.float64)
+    order = np.argsort(first)
+    kept = order[total[order] >= min_answers]
+    place = np.full(len(numbers), -1)
+    place[kept] = np.arange(len(kept))
+    cell_M = place[which_M].astype(np.int64)
+    width = int(answers.lengths_M.max(initial=1))
+    counted = pooled(cell_M, len(kept), answers.padded(width), np.ones(len(cell_M)))
+    options = answers.lengths_M[first[kept]]
+    return Cells(
+        keys=[(question[int(index)], group[int(index)]) for index in first[kept]],
+        cell_M=cell_M,
+        observed=[normalise(row[:size]) for row, size in zip(counted, options, strict=True)],
+        answers=total[kept],
+        left_out=len(numbers) - len(kept),
+        left_out_answers=float(total[place < 0].sum()),
+    )
+
+
+def _check_options(questions: Labels, lengths_M: Indices) -> None:
+    least, most = np.full(len(questions.names), np.iinfo(np.int64).max), np.zeros(len(questions.names), np.int64)
+    np.minimum.at(least, questions.code_M, lengths_M)
+    np.maximum.at(most, questions.code_M, lengths_M)
+    for code in np.flatnonzero(least < most)[:1]:
+        found = np.unique(lengths_M[questions.code_M == code]).tolist()
+        raise DataError(
+            f"question {questions.names[code]!r} has examples with {found} options; "
+            "one question has one list of options"
+        )
+
+
+def pooled(cell_M: Indices, cells: int, values_MN: Array, weights_M: Array) -> Array:
+    """Weighted sums [cells, N] of the rows that belong to each cell; rows of cell -1 belong to none."""
+    width = values_MN.shape[1]
+    some = np.flatnonzero(cell_M >= 0)
+    place = cell_M[some][:, None] * width + np.arange(width)
+    sums = np.bincount(place.ravel(), (values_MN[some] * weights_M[some][:, None]).ravel(), cells * width)
+    return sums.astype(np.float64).reshape(cells, width)
 
 
 def predicted_distributions(
@@ -167,12 +252,11 @@ def predicted_distributions(
     Args:
         probabilities, counts: of all M examples, [n] each.
     """
-    result = []
-    for members in cells.members:
-        weights = np.array([np.sum(counts[example]) for example in members], dtype=np.float64)
-        stacked = np.stack([np.asarray(probabilities[example], dtype=np.float64) for example in members])
-        result.append(normalise(weights @ stacked))
-    return result
+    shares = Ragged.of(probabilities)
+    table = pooled(
+        cells.cell_M, len(cells.keys), shares.padded(int(shares.lengths_M.max(initial=1))), Ragged.of(counts).sums()
+    )
+    return [normalise(row[: len(observed)]) for row, observed in zip(table, cells.observed, strict=True)]
 
 
 def mean_by_group(values: NDArray[np.floating], groups: Sequence[Name], weights: ArrayLike) -> dict[Name, Array]:

@@ -37,10 +37,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cuma_ds.errors import DataError
 from cuma_ds.evaluation.chat import ChatLosses
+from cuma_ds.evaluation.columns import Labels, Ragged
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.preference import PairLogps
 from cuma_ds.files import first_line, write_atomically
@@ -76,15 +77,15 @@ class Predictions:
     def examples(self) -> ChoiceExamples:
         """The examples, with numbers for the names of groups and without texts; each is a profile of its own."""
         return ChoiceExamples(
-            questions=self.questions,
-            groups=[str(group) for group in self.groups],
-            profiles=list(range(len(self.ids))),
+            questions=Labels.of(self.questions),
+            groups=Labels.of([str(group) for group in self.groups]),
+            profiles=np.arange(len(self.ids)),
             counts=self._own_options(self.counts_MN),
             texts={},
-            people=self.people,
+            people=None if self.people is None else Ragged.of(self.people, np.int64),
             nominal=frozenset(question for question, one in zip(self.questions, self.nominal, strict=True) if one),
             answers=None if self.answers_MN is None else self._own_options(self.answers_MN),
-            weights=self.weights,
+            weights=None if self.weights is None else Ragged.of(self.weights),
         )
 
     def only(self, chosen: Sequence[int]) -> Predictions:
@@ -102,29 +103,31 @@ class Predictions:
             weights=None if self.weights is None else [self.weights[row] for row in chosen],
         )
 
-    def of(self, contender: str) -> list[NDArray[np.float64]]:
+    def of(self, contender: str) -> Ragged:
         """What a contender predicted of each example, M arrays [n] without the options that an example has not."""
         return self._own_options(self.predicted[contender].astype(np.float64))
 
-    def _own_options(self, values_MN: NDArray[_Number]) -> list[NDArray[_Number]]:
-        sizes = np.isfinite(self.counts_MN).sum(axis=1)
-        return [values[:size] for values, size in zip(values_MN, sizes, strict=True)]
+    def _own_options(self, values_MN: NDArray[np.number]) -> Ragged:
+        own_MN = np.isfinite(self.counts_MN)
+        return Ragged(values_MN[own_MN], own_MN.sum(axis=1))
 
 
-def collect(examples: ChoiceExamples, predicted: Mapping[str, Sequence[Array]]) -> Predictions:
+def collect(examples: ChoiceExamples, predicted: Mapping[str, Sequence[ArrayLike]]) -> Predictions:
     """The predictions of one split.
 
     Args:
         examples: the split.
         predicted: what each contender predicted of each example, M arrays [n].
     """
-    width = max((len(counts) for counts in examples.counts), default=1)
-    rows: dict[str, Array] = {name: _padded(values, width).astype(np.float32) for name, values in predicted.items()}
-    found = _of(examples, _padded(examples.counts, width), rows)
-    if examples.answers is None:
+    width = int(examples.counts.lengths_M.max(initial=1))
+    rows: dict[str, Array] = {
+        name: Ragged.of(row).padded(width, np.nan).astype(np.float32) for name, row in predicted.items()
+    }
+    found = _of(examples, examples.counts.padded(width, np.nan), rows)
+    if examples.answers is None or examples.weights is None:
         return found
-    answers_MN = np.nan_to_num(_padded(examples.answers, width), nan=-1).astype(np.int64)
-    return dataclasses.replace(found, answers_MN=answers_MN, weights=examples.weights)
+    answers_MN = examples.answers.padded(width, -1).astype(np.int64)
+    return dataclasses.replace(found, answers_MN=answers_MN, weights=_listed(examples.weights, np.float64))
 
 
 def collect_talks(talks: ChoiceExamples, losses: Mapping[str, ChatLosses]) -> Predictions:
@@ -149,15 +152,14 @@ def collect_pairs(pairs: ChoiceExamples, contenders: Mapping[str, PairLogps]) ->
 
 
 def _of(examples: ChoiceExamples, counts_MN: NDArray[np.float64], predicted: dict[str, Array]) -> Predictions:
-    place = {group: number for number, group in enumerate(dict.fromkeys(examples.groups))}
     return Predictions(
         ids=example_ids(examples),
-        questions=examples.questions,
-        groups=[place[group] for group in examples.groups],
+        questions=list(examples.questions),
+        groups=examples.groups.code_M.tolist(),
         nominal=[question in examples.nominal for question in examples.questions],
         counts_MN=counts_MN,
         predicted=predicted,
-        people=examples.people,
+        people=None if examples.people is None else _listed(examples.people, np.int64),
     )
 
 
@@ -237,8 +239,5 @@ def _split(arrays: Mapping[str, NDArray], name: str) -> Predictions:
     )
 
 
-def _padded(rows: Sequence[NDArray], width: int) -> NDArray[np.float64]:
-    padded = np.full((len(rows), width), np.nan)
-    for place, values in enumerate(rows):
-        padded[place, : len(values)] = values
-    return padded
+def _listed(rows: Ragged, dtype: type[_Number]) -> list[NDArray[_Number]]:
+    return [row.astype(dtype) for row in rows]

@@ -64,7 +64,7 @@ def preference_split(
     """
     assert pairs.people is not None  # a prepared split says who judged each pair
     person_M = np.unique([int(people[0]) for people in pairs.people], return_inverse=True)[1].astype(np.int64)
-    groups, left_out = _groups(pairs.profiles, person_M, fields, settings.min_answers)
+    groups, left_out = _groups(pairs.profiles.tolist(), person_M, fields, settings.min_answers)
     members = [np.ones(len(person_M), dtype=bool), *(group.member_M for group in groups)]
     values = {name: pair_scores(name, contenders) for name in contenders}
     rows, differences = _scores(values, main, members, person_M, settings.bootstrap)

@@ -37,16 +37,12 @@ class Answers:
     def of(cls, examples: ChoiceExamples) -> Answers:
         """Unfold the answer counts of ``examples``."""
         counts = examples.counts if examples.answers is None else examples.answers
-        sizes_M = np.array([len(answers) for answers in counts], dtype=np.int64)
-        repeats_F = np.concatenate([np.zeros(0), *counts]).astype(np.int64)
-        example_F = np.repeat(np.arange(len(sizes_M)), sizes_M)
-        option_F = np.arange(len(repeats_F)) - np.repeat(np.cumsum(sizes_M) - sizes_M, sizes_M)
-        example_A, option_A = np.repeat(example_F, repeats_F), np.repeat(option_F, repeats_F)
-        weights = [np.ones(len(example_A))] if examples.weights is None else examples.weights
-        weight_A = np.concatenate([np.zeros(0), *weights])
+        repeats_F = counts.values_F.astype(np.int64)
+        example_A, option_A = np.repeat(counts.row_F, repeats_F), np.repeat(counts.place_F, repeats_F)
+        weight_A = np.ones(len(example_A)) if examples.weights is None else examples.weights.values_F.astype(np.float64)
         if examples.people is None:
             return cls(np.arange(len(example_A)), example_A, option_A, weight_A, known=False)
-        person_A = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *examples.people]), return_inverse=True)[1]
+        person_A = np.unique(examples.people.values_F, return_inverse=True)[1]
         return cls(person_A.astype(np.int64), example_A, option_A, weight_A, known=True)
 
     @property
@@ -95,7 +91,7 @@ def interval(values_B: Array, value: float, level: float = 0.95) -> tuple[float,
     """The percentile interval of bootstrap replicates, moved so that their mean is the measured value.
 
     Drawing people adds noise that a distance counts as distance. Without the move, the interval of a small EMD would
-    lie above the EMD.
+    lie above the EMD. The measured value always lies inside, also where almost all replicates are equal.
 
     Returns:
         The ends; None where the value, or more than ``1 - level`` of the replicates, are no numbers.
@@ -104,4 +100,4 @@ def interval(values_B: Array, value: float, level: float = 0.95) -> tuple[float,
     if not len(values) or len(values) < level * len(values_B) or not np.isfinite(value):
         return None
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2]) + (value - values.mean())
-    return float(low), float(high)
+    return float(min(low, value)), float(max(high, value))

@@ -7,16 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+import numpy as np
+
 from cuma_ds.config import EvaluationSection
 from cuma_ds.data.batch import EncodedExample, encode_example, encode_pair
 from cuma_ds.data.lengths import Reading, fitting
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rows import Split
 from cuma_ds.data.sampling import Limits, sample
+from cuma_ds.data.splits import PROBE
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.chat import ChatLosses, chat_losses
 from cuma_ds.evaluation.choice import ChoicePredictions, predict_choices
-from cuma_ds.evaluation.contenders import Asking, references, ways_of_asking
+from cuma_ds.evaluation.columns import Indices, Ragged
+from cuma_ds.evaluation.contenders import Asking, ways_of_asking
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import gather_cells
 from cuma_ds.evaluation.predictions import (
@@ -29,6 +33,7 @@ from cuma_ds.evaluation.predictions import (
 )
 from cuma_ds.evaluation.preference import PairLogps, pair_log_probabilities
 from cuma_ds.evaluation.preference_split import preference_split
+from cuma_ds.evaluation.references import TrainingAnswers, references
 from cuma_ds.evaluation.report.markdown import markdown
 from cuma_ds.evaluation.report.model import (
     FORMAT_VERSION,
@@ -183,25 +188,26 @@ class Evaluator:
     def choice(self) -> tuple[ChoiceReport, Pictures]:
         """The report on choice questions, and its pictures."""
         data, settings = self.subject.data, self.subject.config.evaluation
-        train = ChoiceExamples.of(data.splits["train"])
+        train = TrainingAnswers.of(data.splits["train"], settings.min_answers)
+        embeddings_NP = None if self.subject.embeddings_NP is None else self.subject.embeddings_NP.numpy()
         fields = subgroups(data.profiles)
         splits: dict[str, ChoiceSplit] = {}
         routing, pictures = None, Pictures()
         for name in self.splits:
             examples = ChoiceExamples.of(data.splits[name])
             answers = self._choices(name, examples)
-            models = {contender: found.probabilities for contender, found in answers.items()}
+            models = {contender: Ragged.of(found.probabilities) for contender, found in answers.items()}
             mass = {contender: found.letter_mass_M for contender, found in answers.items()}
-            contenders = references(train, examples, self.subject.embeddings_NP, settings.min_answers) | models
+            contenders = references(train, examples, embeddings_NP) | models
             self.predictions[name] = collect(examples, contenders)
             splits[name] = choice_split(examples, contenders, fields, settings, self.main, mass)
             self._say_sample(name, splits[name])
-            unseen = _unseen(train, examples) if name == "test" else []
-            if sum(examples.counts[index].sum() for index in unseen) >= settings.min_answers:
-                part = examples.only(unseen)
-                models = {contender: [values[index] for index in unseen] for contender, values in models.items()}
+            unseen = _unseen(train, examples) if name == "test" else np.zeros(0, np.int64)
+            part = examples.only(unseen)
+            if part.counts.values_F.sum() >= settings.min_answers:
+                models = {contender: shares.take(unseen) for contender, shares in models.items()}
                 mass = {contender: mass_M[unseen] for contender, mass_M in mass.items()}
-                contenders = references(train, part, self.subject.embeddings_NP, settings.min_answers) | models
+                contenders = references(train, part, embeddings_NP) | models
                 splits["unseen"] = choice_split(part, contenders, fields, settings, self.main, mass)
             if not self.brief and not pictures and splits[name].cells:
                 pictures = choice_pictures(self.folder, splits[name], self.main)
@@ -354,7 +360,7 @@ class Evaluator:
         if found.gates_MRE is None or not seen:
             return None, {}
         gates_MRE, examples = found.gates_MRE[seen], examples.only(seen)
-        weights = [float(counts.sum()) for counts in examples.counts]
+        weights = examples.counts.sums().tolist()
         names = found.routing.router_names
         pictures = expert_picture(self.folder, names, examples.questions, examples.groups, weights, gates_MRE)
         section, more = routing_pictures(self.folder, found.routing, examples, gates_MRE, fields)
@@ -394,7 +400,8 @@ def sampled(
     limits = Limits(settings.max_people, settings.max_examples, settings.sample_seed)
     if limits.people is None and limits.examples is None:
         return data, {}
-    drawn = {name: sample(data.splits[name], limits) for name in splits}
+    # The probe is a sample itself. Its figures are compared with those of others.
+    drawn = {name: sample(data.splits[name], limits) for name in splits if name != PROBE}
     sizes = {
         name: SampleSize(
             people=one.people,
@@ -419,11 +426,10 @@ def check_kind(subject: Subject, kind: str, option: str) -> None:
         raise ConfigError(f"{option} needs data of kind {kind}, but this is {subject.data.kind}")
 
 
-def _unseen(train: ChoiceExamples, test: ChoiceExamples) -> list[int]:
+def _unseen(train: TrainingAnswers, test: ChoiceExamples) -> Indices:
     """Examples whose exact profile was never trained on; none where that is true of all of them."""
-    known = set(train.profiles)
-    found = [index for index, profile in enumerate(test.profiles) if profile not in known]
-    return found if len(found) < len(test) else []
+    unseen_M = ~train.knows(test.profiles)
+    return np.flatnonzero(unseen_M & (not unseen_M.all()))
 
 
 def _as_examples(split: Split, questions: Sequence[str] | None = None) -> ChoiceExamples:

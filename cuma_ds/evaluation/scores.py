@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cuma_ds.distances import distance
+from cuma_ds.distances import distance, jensen_shannon, total_variation
+from cuma_ds.evaluation.columns import Labels, Ragged
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import (
     calibration_error,
@@ -23,16 +25,20 @@ from cuma_ds.evaluation.metrics import (
     inequity,
     macro_f1,
     mean_collapse_recovered,
-    normalise,
+    pooled,
+    question_figures,
 )
+from cuma_ds.evaluation.noise import Truth
 from cuma_ds.evaluation.resampling import Answers, interval, resample
 from cuma_ds.evaluation.subgroups import coded
-from cuma_ds.evaluation.sums import Block, Layout, codes, join, mean, ratio
+from cuma_ds.evaluation.sums import Block, Layout, join, mean, ratio
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 BINS = 15
+# The log-score takes no probability for less than this, so that one answer that was held impossible does not decide.
+LEAST = 1e-6
 # Most numbers of one chunk of replicates: 64 MB of float64.
 _CHUNK = 8_000_000
 
@@ -45,6 +51,14 @@ class Score:
     interval: tuple[float, float] | None = None
 
 
+class Worst(NamedTuple):
+    """A group, its answers in cells that are large enough, and the mean distance there."""
+
+    group: str
+    answers: float
+    distance: float
+
+
 @dataclass(frozen=True)
 class SplitScores:
     """What :meth:`Scorer.scores` found.
@@ -54,12 +68,33 @@ class SplitScores:
         differences: contender -> metric -> score of the main contender less its own, over the same drawn people.
         reliability: contender -> (accuracy, mean confidence, answers) of each bin [K]; nan where a bin is empty.
         subgroups: field -> label -> contender -> accuracy, of subgroups large enough to be named.
+        worst: contender -> the group that it is farthest from; none where no group has a cell.
     """
 
     rows: dict[str, dict[str, Score]]
     differences: dict[str, dict[str, Score]]
     reliability: dict[str, tuple[Array, Array, Array]]
     subgroups: dict[str, dict[str, dict[str, Score]]]
+    worst: dict[str, Worst]
+
+
+class Pairs(NamedTuple):
+    """Observed and predicted distributions of D cells (or questions) in B replicates.
+
+    Attributes:
+        observed, predicted: [B, D, N]; nan where nothing was drawn, as the others.
+        answers: [B, D].
+        distance: [B, D] what the split is judged by.
+    """
+
+    observed: Array
+    predicted: Array
+    answers: Array
+    distance: Array
+
+    def mean(self, values_BD: Array) -> Array:
+        """[B] the mean, weighted by answers."""
+        return ratio(np.where(self.answers > 0, values_BD * self.answers, 0.0).sum(axis=1), self.answers.sum(axis=1))
 
 
 class Scorer:
@@ -96,21 +131,18 @@ class Scorer:
         self._kind_A, self._weight_A = kind_U[self.answers.person_A[chosen_A]], self.answers.weight_A[chosen_A]
         self._example_A, self._option_A = self.answers.example_A[chosen_A], self.answers.option_A[chosen_A]
 
-        self._options_M = np.array([len(counts) for counts in examples.counts], dtype=np.int64)
+        self._options_M = examples.counts.lengths_M
         self._width = int(self._options_M.max(initial=1))
-        self._cell_M = np.full(len(examples), -1)
-        for cell, members in enumerate(self.cells.members):
-            self._cell_M[members] = cell
-        self._question_M = codes(examples.questions)
+        self._cell_M = self.cells.cell_M
+        self._question_M = examples.questions.code_M
         self._steps_C = np.array([max(len(shares) - 1, 1) for shares in self.cells.observed], dtype=np.float64)
         self._steps_Q = np.ones(int(self._question_M.max(initial=-1)) + 1)
         self._steps_Q[self._question_M] = np.maximum(self._options_M - 1, 1)
         self._nominal_C = np.array([question in examples.nominal for question, _ in self.cells.keys], dtype=bool)
-        self._nominal_Q = np.array(
-            [question in examples.nominal for question in dict.fromkeys(examples.questions)], dtype=bool
-        )
+        self._nominal_Q = np.array([question in examples.nominal for question in examples.questions.names], dtype=bool)
+        self._group_C = Labels.of([group for _, group in self.cells.keys])
 
-        group_M = codes(examples.groups)
+        group_M = examples.groups.code_M
         self._group_M = np.where(self._people_of(group_M)[group_M] >= min_subgroup, group_M, -1)
         self.sizes: dict[str, dict[str, int]] = {}
         self._labels: list[tuple[str, str, bool]] = []
@@ -147,6 +179,7 @@ class Scorer:
             if place[0] == "subgroup" and self.sizes[place[2]][place[3]] >= self.min_answers:
                 subgroups.setdefault(place[2], {}).setdefault(place[3], {})[place[1]] = score
         return SplitScores(
+            worst=self._worst_groups(contenders),
             rows=_nested(found, "row"),
             differences=_nested(found, "difference"),
             reliability={name: self._reliability(probabilities) for name, probabilities in contenders.items()},
@@ -179,6 +212,19 @@ class Scorer:
                 parts.append(self._all(layout.sums(weights_BY), list(contenders), against))
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
+    def cell_truth(self) -> Truth:
+        """The observed distributions of the cells."""
+        observed = Ragged.of(self.cells.observed).padded(self._width)
+        return Truth(observed, self.cells.answers, self._nominal_C, self._steps_C)
+
+    def question_truth(self) -> Truth:
+        """The observed distributions of the questions, over all people."""
+        counts, questions = self.examples.counts, len(self._steps_Q)
+        total = pooled(self._question_M, questions, counts.padded(self._width), np.ones(len(counts)))
+        asked = total.sum(axis=1) > 0
+        answers_D = total[asked].sum(axis=1)
+        return Truth(total[asked] / answers_D[:, None], answers_D, self._nominal_Q[asked], self._steps_Q[asked])
+
     def _people_of(self, code_M: Indices) -> Indices:
         """Number of different people behind the examples of each code >= 0."""
         code_A = code_M[self.answers.example_A]
@@ -200,9 +246,7 @@ class Scorer:
 
     def _of(self, probabilities: Sequence[ArrayLike]) -> dict[str, Block]:
         example_A, option_A, width = self._example_A, self._option_A, self._width
-        shares_MN = np.zeros((len(self.examples), width))
-        for example, shares in enumerate(probabilities):
-            shares_MN[example, : self._options_M[example]] = normalise(shares)
+        shares_MN = self._shares(probabilities)
         confidence_M, entropy_M = shares_MN.max(axis=1), entropy(shares_MN)
         # Options that tie for the mode share it; the first of them is no better a guess than the others.
         mode_MN = (shares_MN == confidence_M[:, None]).astype(np.float64)
@@ -227,7 +271,17 @@ class Scorer:
             "bin_right": Block(BINS, [(bin_A, right_A)]),
             "bin_confidence": Block(BINS, [(bin_A, confidence_M[example_A])]),
             "entropy": Block(1, [(np.zeros_like(option_A), entropy_M[example_A])]),
+            "log_score": Block(
+                1, [(np.zeros_like(option_A), np.log(np.maximum(shares_MN, LEAST))[example_A, option_A])]
+            ),
         }
+
+    def _shares(self, probabilities: Sequence[ArrayLike]) -> Array:
+        """[M, N] probabilities that sum to one over each example's own options; uniform where they are all zero."""
+        shares = Ragged.of(probabilities)
+        total_M = shares.sums()[:, None]
+        uniform_MN = (np.arange(self._width) < self._options_M[:, None]) / np.maximum(self._options_M[:, None], 1)
+        return np.where(total_M > 0, shares.padded(self._width) / np.where(total_M > 0, total_M, 1.0), uniform_MN)
 
     def _all(self, sums: list[dict[str, Array]], names: list[str], against: str) -> dict[tuple[str, ...], Array]:
         """Scores [B] by ("row", contender, metric), ("difference", ...), ("subgroup", contender, field, label)."""
@@ -260,37 +314,65 @@ class Scorer:
             self._by_question(sums) for sums in (shared["question"], own["question_mode"], own["question_both"])
         ]
 
-        def questions(predicted: Array) -> Array:
-            return self._distance(shared["question"], predicted, self._steps_Q, self._nominal_Q, by_answers=False)
-
+        cells = self._pairs(shared["cell"], own["cell_predicted"], self._steps_C, self._nominal_C)
+        full = self._pairs(shared["question"], own["question_predicted"], self._steps_Q, self._nominal_Q)
+        modes = self._pairs(shared["question"], own["question_mode"], self._steps_Q, self._nominal_Q)
         return {
-            "emd": self._distance(
-                shared["cell"], own["cell_predicted"], self._steps_C, self._nominal_C, by_answers=True
-            ),
-            "emd_questions": questions(own["question_predicted"]),
-            "emd_argmax": questions(own["question_mode"]),
+            "emd": cells.mean(cells.distance),
+            "total_variation": cells.mean(total_variation(cells.predicted, cells.observed)),
+            "similarity": cells.mean(1 - jensen_shannon(cells.predicted, cells.observed)),
+            "emd_worst_group": self._worst(cells),
+            "emd_questions": mean(full.distance),
+            "emd_argmax": mean(modes.distance),
+            **{f"questions_{name}": value for name, value in question_figures(full.distance).items()},
+            **{f"argmax_{name}": value for name, value in question_figures(modes.distance).items()},
             "accuracy": ratio(own["question_both"].sum(axis=1), total_B),
             "macro_f1": macro_f1(*(sums.sum(axis=1) for sums in by_question)),
             "macro_f1_questions": mean(np.where(by_question[0].any(axis=-1), macro_f1(*by_question), np.nan)),
             "group_accuracy": mean(ratio(own["group_right"], shared["group"])),
             "inequity": self._inequity(ratio(own["subgroup_right"], shared["subgroup"])),
             "entropy": ratio(own["entropy"][:, 0], total_B),
+            "log_score": ratio(own["log_score"][:, 0], total_B),
             "calibration_error": calibration_error(own["bin_right"], own["bin_confidence"], total_B),
         }
 
-    def _distance(
-        self, observed: Array, predicted: Array, steps: Array, nominal: NDArray[np.bool_], by_answers: bool
-    ) -> Array:
-        """Mean distance [B] of distributions that stand side by side, ``width`` options each."""
+    def _pairs(self, observed: Array, predicted: Array, steps: Array, nominal: NDArray[np.bool_]) -> Pairs:
+        """Distributions that stand side by side in sums [B, D * N], and their distances."""
         shape = (len(observed), len(steps), self._width)
         observed, predicted = observed.reshape(shape), predicted.reshape(shape)
         answers = observed.sum(axis=-1)
-        distances = distance(ratio(predicted, answers[..., None]), ratio(observed, answers[..., None]), nominal, steps)
-        weights = answers if by_answers else (answers > 0).astype(np.float64)
-        return ratio(np.where(answers > 0, distances * weights, 0.0).sum(axis=1), weights.sum(axis=1))
+        observed, predicted = ratio(observed, answers[..., None]), ratio(predicted, answers[..., None])
+        return Pairs(observed, predicted, answers, distance(predicted, observed, nominal, steps))
+
+    def _worst(self, cells: Pairs) -> Array:
+        """[B] the largest of the groups' own mean distances."""
+        return _largest(self._by_group(cells))
+
+    def _by_group(self, cells: Pairs) -> Array:
+        """[B, G] mean distance of each group that has a cell, weighted by answers; nan where none of it was drawn."""
+        groups = len(self._group_C.names)
+        member_CG = np.eye(groups)[self._group_C.code_M] if groups else np.zeros((0, 0))
+        weighted = np.where(cells.answers > 0, cells.distance * cells.answers, 0.0)
+        return ratio(weighted @ member_CG, cells.answers @ member_CG)
 
     def _by_question(self, sums: Array) -> Array:
         return sums.reshape(len(sums), len(self._steps_Q), self._width)
+
+    def _worst_groups(self, contenders: Mapping[str, Sequence[ArrayLike]]) -> dict[str, Worst]:
+        found: dict[str, Worst] = {}
+        names, code_C, answers_C = self._group_C.names, self._group_C.code_M, self.cells.answers
+        if not names:
+            return found
+        answers_M, cells = self.examples.counts.sums(), len(code_C)
+        observed = Ragged.of(self.cells.observed).padded(self._width)
+        total_G = np.bincount(code_C, answers_C)
+        for name, probabilities in contenders.items():
+            predicted = pooled(self._cell_M, cells, self._shares(probabilities), answers_M) / answers_C[:, None]
+            distances = distance(predicted, observed, self._nominal_C, self._steps_C)
+            mean_G = np.bincount(code_C, distances * answers_C) / total_G
+            worst = int(mean_G.argmax())
+            found[name] = Worst(names[worst], float(total_G[worst]), float(mean_G[worst]))
+        return found
 
     def _inequity(self, accuracy_BS: Array) -> Array:
         fields = dict.fromkeys(field for field, _, _ in self._labels)
@@ -317,6 +399,12 @@ def _nested(found: Mapping[tuple[str, ...], Score], kind: str) -> dict[str, dict
         if key[0] == kind:
             result.setdefault(key[1], {})[key[2]] = score
     return result
+
+
+def _largest(values_BG: Array) -> Array:
+    """[B] the largest number of each row; nan where there is none."""
+    largest = np.where(np.isfinite(values_BG), values_BG, -np.inf).max(axis=1, initial=-np.inf)
+    return np.where(np.isfinite(largest), largest, np.nan)
 
 
 def _or_nan(value: float | None) -> float:

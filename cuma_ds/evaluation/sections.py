@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cuma_ds.config import EvaluationSection
 from cuma_ds.distances import distance, distance_name
 from cuma_ds.evaluation.chat import ChatLosses
+from cuma_ds.evaluation.columns import Ragged
 from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.metrics import Cells, gather_cells, predicted_distributions
+from cuma_ds.evaluation.noise import cell_floor, question_floor
 from cuma_ds.evaluation.report.model import (
     Cell,
     ChatScores,
@@ -32,6 +34,7 @@ from cuma_ds.evaluation.report.model import (
     Reliability,
     Subgroup,
     Subgroups,
+    WorstGroup,
     number,
 )
 from cuma_ds.evaluation.resampling import interval, resample
@@ -40,7 +43,11 @@ from cuma_ds.evaluation.scores import Score, Scorer
 Array = NDArray[np.float64]
 Name = TypeVar("Name", str, str | None)
 # Option probabilities of every example, by contender.
-Predictions = Mapping[str, Sequence[Array]]
+Predictions = Mapping[str, Sequence[ArrayLike]]
+
+
+# Scores that one question does not have.
+_OVER_QUESTIONS = ("questions_", "argmax_")
 
 
 class _Size(TypedDict, total=False):
@@ -80,6 +87,11 @@ def choice_split(
         },
         rows={name: _scores(row) for name, row in scores.rows.items()},
         differences={name: _scores(row) for name, row in scores.differences.items()},
+        floor=_floor(scorer),
+        worst_groups={
+            name: WorstGroup(group=worst.group, answers=_count(worst.answers), emd=number(worst.distance))
+            for name, worst in scores.worst.items()
+        },
         left_out=Compared(cells=scorer.cells.left_out, answers=_count(scorer.cells.left_out_answers)),
         reliability={
             name: Reliability(
@@ -135,13 +147,33 @@ def chat_split(
     )
 
 
+def _floor(scorer: Scorer) -> dict[str, ChoiceScores]:
+    """What the observed distributions would score against other people of the same population, and as many."""
+    weight_A = scorer.answers.weight_A
+    # Answers of unequal weights tell as much as fewer answers of one weight.
+    precision = float(weight_A.sum() / np.square(weight_A).sum()) if len(weight_A) else 1.0
+    truths = [
+        truth._replace(answers_D=truth.answers_D * precision)
+        for truth in (scorer.cell_truth(), scorer.question_truth())
+    ]
+    cells, questions = cell_floor(truths[0]), question_floor(truths[1])
+    return {
+        "truth": ChoiceScores.model_validate(_numbers(cells.truth | questions.truth)),
+        "sampler": ChoiceScores.model_validate(_numbers(cells.sampler | questions.sampler)),
+    }
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, Number]:
+    return {name: number(value) for name, value in values.items()}
+
+
 def _count(answers: float) -> Count:
     """A number of answers; a sum of survey weights keeps two decimals."""
     return int(answers) if float(answers).is_integer() else round(float(answers), 2)
 
 
-def _only(contenders: Predictions, chosen: Sequence[int]) -> dict[str, list[Array]]:
-    return {name: [predicted[index] for index in chosen] for name, predicted in contenders.items()}
+def _only(contenders: Predictions, chosen: Sequence[int]) -> dict[str, Ragged]:
+    return {name: Ragged.of(predicted).take(chosen) for name, predicted in contenders.items()}
 
 
 def _cells(scorer: Scorer, contenders: Predictions) -> list[Cell]:
@@ -170,7 +202,10 @@ def _question(
     scorer = Scorer(examples, {}, settings.min_answers, settings.min_subgroup)
     scores = scorer.scores(contenders, against=main)
     text, options = examples.texts[question]
-    rows = {name: _scores(row) for name, row in scores.rows.items()}
+    rows = {
+        name: _scores({key: score for key, score in row.items() if not key.startswith(_OVER_QUESTIONS)})
+        for name, row in scores.rows.items()
+    }
     return QuestionScores(question=text, options=options, **_size(scorer), rows=rows)
 
 
@@ -183,7 +218,7 @@ def _subgroups(
 ) -> Subgroups:
     """Accuracy and distance of the subgroups of one field that are large enough to be named."""
     examples = scorer.examples
-    places = _places([labels[profile] for profile in examples.profiles])
+    places = _places([labels[profile] for profile in examples.profiles.tolist()])
     shown = []
     for label, accuracies in scores.get(field, {}).items():
         chosen = places[label]
@@ -197,7 +232,7 @@ def _subgroups(
             mean = number(float(np.average(distances, weights=cells.answers))) if distances else None
             spread = {} if accuracy.interval is None else {"accuracy": _rounded(accuracy.interval)}
             rows[name] = ChoiceScores(emd=mean, accuracy=number(accuracy.value), interval=spread)
-        answers = _count(sum(counts.sum() for counts in part.counts))
+        answers = _count(part.counts.sums().sum())
         shown.append(Subgroup(label=label, people=scorer.sizes[field][label], answers=answers, rows=rows))
     return Subgroups(shown=shown, left_out=len(scorer.sizes[field]) - len(shown))
 
@@ -212,7 +247,7 @@ def _places(names: Sequence[Name]) -> dict[Name, list[int]]:
 
 def _letter_mass(cells: Cells, examples: ChoiceExamples, mass_M: Array) -> LetterMass:
     """Probability of the option letters together: mean over answers, and the cell where it is lowest."""
-    answers_M = np.array([counts.sum() for counts in examples.counts])
+    answers_M = examples.counts.sums()
     means = [float(np.average(mass_M[members], weights=answers_M[members])) for members in cells.members]
     lowest = None
     if means:
@@ -224,7 +259,7 @@ def _letter_mass(cells: Cells, examples: ChoiceExamples, mass_M: Array) -> Lette
 def _size(scorer: Scorer) -> _Size:
     examples, cells, weight_A = scorer.examples, scorer.cells, scorer.answers.weight_A
     size: _Size = {
-        "distance": distance_name(question in examples.nominal for question in examples.questions),
+        "distance": distance_name(question in examples.nominal for question in examples.questions.names),
         "groups": len({group for _, group in cells.keys}),
         "answers": _count(weight_A.sum()),
         "compared": Compared(cells=len(cells.keys), answers=_count(cells.answers.sum())),

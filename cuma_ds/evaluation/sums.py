@@ -50,11 +50,6 @@ class Layout:
         return [{name: total[:, place] for name, place in group.items()} for group in self.places]
 
 
-def codes(names: Sequence[str]) -> Indices:
-    place = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    return np.array([place[name] for name in names], dtype=np.int64)
-
-
 def join(code_A: Indices, option_A: Indices, width: int) -> Indices:
     return np.where(code_A >= 0, code_A * width + option_A, -1)
 

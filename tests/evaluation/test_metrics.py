@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cuma_ds.errors import DataError
-from cuma_ds.evaluation.contenders import collapse_reference, has_training_answers, nearest_reference, oracle_reference
+from cuma_ds.evaluation.columns import Labels
 from cuma_ds.evaluation.examples import ChoiceExamples, swap_profiles
 from cuma_ds.evaluation.metrics import (
     entropy,
@@ -24,6 +23,7 @@ from cuma_ds.evaluation.metrics import (
     normalise,
     predicted_distributions,
 )
+from cuma_ds.evaluation.references import TrainingAnswers
 from cuma_ds.evaluation.scores import Scorer
 
 
@@ -92,7 +92,7 @@ def test_examples_name_a_profile_where_there_is_no_group() -> None:
         "profile": [7, 8],
     }
     examples = ChoiceExamples.of({**split, "counts": [[1, 2], [3, 4]]})
-    assert examples.groups == ["profile 7", "Peru"]
+    assert list(examples.groups) == ["profile 7", "Peru"]
     assert len(examples) == 2
 
 
@@ -137,7 +137,7 @@ def test_a_cells_prediction_is_its_peoples_average() -> None:
 def test_collapse_is_the_share_of_all_training_answers() -> None:
     people = survey(seed=7)
     train, test = merged(people), merged(survey(seed=8))
-    for question, distribution in zip(test.questions, collapse_reference(train, test), strict=True):
+    for question, distribution in zip(test.questions, TrainingAnswers.of(train, 30).collapse(test), strict=True):
         expected = (
             people[people["question"] == question]["answer"]
             .value_counts(normalize=True)
@@ -151,9 +151,10 @@ def test_oracle_is_the_profiles_own_training_answers_else_the_groups_else_the_gl
     people = survey(seed=9)
     people = people[~((people["profile"] == 4) & (people["question"] == "q1"))]
     train, test = merged(people), merged(survey(seed=10))
-    collapse = collapse_reference(train, test)
+    answers = TrainingAnswers.of(train, least)
+    collapse = answers.collapse(test)
     kinds = set()
-    for index, distribution in enumerate(oracle_reference(train, test, least)):
+    for index, distribution in enumerate(answers.oracle(test)):
         asked = people[people["question"] == test.questions[index]]
         own, group = asked[asked["profile"] == test.profiles[index]], asked[asked["group"] == test.groups[index]]
         kind = "own" if len(own) >= least else "group" if len(group) >= least else "all"
@@ -178,11 +179,8 @@ def test_an_oracle_of_people_with_profiles_of_their_own_is_their_countrys() -> N
     people = pd.DataFrame(rows, columns=["question", "options", "group", "profile", "answer"])
     half = rng.permutation(len(people)) < 4000
     train, test = merged(people[half]), merged(people[~half])
-    emd_of = {}
-    for name, reference in (
-        ("collapse", collapse_reference(train, test)),
-        ("oracle", oracle_reference(train, test, 30)),
-    ):
+    emd_of, answers = {}, TrainingAnswers.of(train, 30)
+    for name, reference in (("collapse", answers.collapse(test)), ("oracle", answers.oracle(test))):
         emd_of[name] = Scorer(test, {}, 30).scores({name: reference}).rows[name]["emd"].value
     by_country = []
     for country, part in people[~half].groupby("group"):
@@ -200,11 +198,12 @@ def test_the_nearest_profile_answers_by_the_same_rule() -> None:
     test = merged(survey(seed=10, profiles=6).assign(profile=lambda some: some["profile"] + 12, group="elsewhere"))
     # Profile 12 + k stands beside profile k.
     embeddings = np.concatenate([np.eye(12), np.eye(12) + 0.1])
-    found = nearest_reference(train, test, embeddings, 20)
+    answers = TrainingAnswers.of(train, 20)
+    found = answers.nearest(test, embeddings)
     alike = replace(
-        test, profiles=[p - 12 for p in test.profiles], groups=[f"land {(p - 12) // 3}" for p in test.profiles]
+        test, profiles=test.profiles - 12, groups=Labels.of([f"land {(p - 12) // 3}" for p in test.profiles])
     )
-    for a, b in zip(found, oracle_reference(train, alike, 20), strict=True):
+    for a, b in zip(found, answers.oracle(alike), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -219,28 +218,31 @@ def test_references_are_the_same_whether_answers_are_merged_or_not() -> None:
         "counts": [np.eye(n)[a].tolist() for n, a in zip(people["options"], people["answer"], strict=True)],
     }
     single = ChoiceExamples.of(one_by_one)
-    for reference in (collapse_reference, partial(oracle_reference, min_answers=20)):
-        for a, b in zip(reference(merged(people), test), reference(single, test), strict=True):
+    for reference in (TrainingAnswers.collapse, TrainingAnswers.oracle):
+        both = (reference(TrainingAnswers.of(train, 20), test) for train in (merged(people), single))
+        for a, b in zip(*both, strict=True):
             np.testing.assert_allclose(a, b)
 
 
 def test_a_question_never_trained_on_is_uniform_and_a_changed_scale_is_refused() -> None:
     def of(question: str, counts: list[int]) -> ChoiceExamples:
-        return ChoiceExamples([question], ["a"], [0], [np.array(counts, dtype=float)], {question: ("?", [])})
+        columns = {"question_id": [question], "question": ["?"], "options": [[]], "group": ["a"], "profile": [0]}
+        return ChoiceExamples.of({**columns, "counts": [counts]})
 
-    np.testing.assert_allclose(collapse_reference(of("q1", [1, 2, 3]), of("q2", [4, 0, 0]))[0], 1 / 3)
+    train = TrainingAnswers.of(of("q1", [1, 2, 3]), 1)
+    np.testing.assert_allclose(train.collapse(of("q2", [4, 0, 0]))[0], 1 / 3)
     with pytest.raises(DataError, match="'q1' has 3 options in one place and 4 in another"):
-        collapse_reference(of("q1", [1, 2, 3]), of("q1", [1, 2, 3, 4]))
+        train.collapse(of("q1", [1, 2, 3, 4]))
 
 
 def test_there_is_an_oracle_only_for_groups_with_training_answers() -> None:
     train = merged(survey(seed=1, profiles=6))
-    others = replace(train, profiles=[p + 100 for p in train.profiles])
-    elsewhere = replace(others, groups=[f"other {group}" for group in train.groups])
+    others = replace(train, profiles=train.profiles + 100)
+    elsewhere = replace(others, groups=Labels.of([f"other {group}" for group in train.groups]))
     most = int(survey(seed=1, profiles=6).groupby(["question", "group"]).size().max())
-    assert has_training_answers(train, others, most)
-    assert not has_training_answers(train, others, most + 1)
-    assert not has_training_answers(train, elsewhere, 1)
+    assert TrainingAnswers.of(train, most).has_oracle(others)
+    assert not TrainingAnswers.of(train, most + 1).has_oracle(others)
+    assert not TrainingAnswers.of(train, 1).has_oracle(elsewhere)
 
 
 def test_mean_by_group_is_the_weighted_mean() -> None:

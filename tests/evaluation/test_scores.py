@@ -11,11 +11,22 @@ import pandas as pd
 import pytest
 from run_folder import content
 from scipy import stats
+from scipy.spatial.distance import jensenshannon
 from sklearn.metrics import accuracy_score, f1_score
 
 from cuma_ds.config import EvaluationSection
+from cuma_ds.evaluation.columns import Ragged
 from cuma_ds.evaluation.examples import ChoiceExamples
-from cuma_ds.evaluation.metrics import calibration_error, distinct, inequity, macro_f1, predicted_distributions
+from cuma_ds.evaluation.generation import diversities
+from cuma_ds.evaluation.metrics import (
+    calibration_error,
+    distinct,
+    equal_lengths,
+    inequity,
+    macro_f1,
+    predicted_distributions,
+    question_figures,
+)
 from cuma_ds.evaluation.resampling import Answers, interval, resample
 from cuma_ds.evaluation.scores import BINS, Scorer
 from cuma_ds.evaluation.sections import choice_split
@@ -102,7 +113,23 @@ def walk(
         observed = [np.mean(part["answer"] == k) for k in range(options)]
         return stats.wasserstein_distance(places, places, np.mean(list(part["share"]), axis=0), observed)
 
+    def shares_of(part: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        options = range(OPTIONS[part["question"].iloc[0]])
+        return np.mean(list(part["share"]), axis=0), np.array([np.mean(part["answer"] == k) for k in options])
+
+    def over_questions(name: str, distances: list[float]) -> dict[str, float]:
+        """The share of questions within each threshold, as the benchmark's notebook draws it."""
+        curve = [np.mean(np.array(distances) <= k * 0.05 + 1e-12) for k in range(9)]
+        area = np.trapezoid(curve, dx=0.05) / 0.4
+        return {f"{name}_median": np.median(distances), f"{name}_within": curve[4], f"{name}_auc": area}
+
     cells = [part for key, part in table.groupby(["question", "group"]) if key in kept]
+    sizes = [len(part) for part in cells]
+    by_group: dict[str, list[tuple[float, int]]] = {}
+    for part in cells:
+        by_group.setdefault(part["group"].iloc[0], []).append((distance(part), len(part)))
+    full = [distance(part) for _, part in table.groupby("question")]
+    modes = [argmax_distance(part) for _, part in tied.groupby("question")]
     fields = table.assign(**{field: [labels[p] for p in table["profile"]] for field, labels in FIELDS.items()})
     bins = np.minimum((table["sure"] * BINS).astype(int), BINS - 1)
     spreads = []
@@ -110,9 +137,17 @@ def walk(
         accuracy = fields[fields[field].isin(large[field])].groupby(field)["right"].mean()
         spreads.append(np.std(accuracy))
     return {
-        "emd": np.average([distance(part) for part in cells], weights=[len(part) for part in cells]),
-        "emd_questions": np.mean([distance(part) for _, part in table.groupby("question")]),
-        "emd_argmax": np.mean([argmax_distance(part) for _, part in tied.groupby("question")]),
+        "emd": np.average([distance(part) for part in cells], weights=sizes),
+        "total_variation": np.average([np.abs(np.subtract(*shares_of(c))).sum() / 2 for c in cells], weights=sizes),
+        "similarity": np.average([1 - jensenshannon(*shares_of(c)) for c in cells], weights=sizes),
+        "emd_worst_group": max(
+            np.average([d for d, _ in parts], weights=[n for _, n in parts]) for parts in by_group.values()
+        ),
+        "log_score": np.mean([np.log(p[answer]) for p, answer in zip(shares, table["answer"], strict=True)]),
+        "emd_questions": np.mean(full),
+        "emd_argmax": np.mean(modes),
+        **over_questions("questions", full),
+        **over_questions("argmax", modes),
         "accuracy": accuracy_score(tied["answer"], tied["mode"], sample_weight=tied["weight"]),
         "macro_f1": f1(tied),
         "macro_f1_questions": np.mean([f1(part) for _, part in tied.groupby("question")]),
@@ -148,6 +183,22 @@ def test_scores_equal_a_walk_over_single_answers(people, examples, rows, limit, 
     assert found["trained"]["recovered"].value == pytest.approx(
         (found["collapse"]["emd"].value - found["trained"]["emd"].value) / span
     )
+
+
+def test_the_worst_group_is_named_and_its_distance_is_the_score(people, examples, rows) -> None:
+    found = Scorer(examples, FIELDS, 20).scores(rows)
+    section = content(choice_split(examples, rows, FIELDS, EvaluationSection(min_answers=20, bootstrap=0)))
+    for name, worst in found.worst.items():
+        assert worst.distance == pytest.approx(found.rows[name]["emd_worst_group"].value, abs=1e-12)
+        own = [cell for cell in section["cells"] if cell["group"] == worst.group]
+        weights = [cell["answers"] for cell in own]
+        assert worst.answers == sum(weights)
+        assert worst.distance == pytest.approx(
+            np.average([cell["emd"][name] for cell in own], weights=weights), abs=1e-6
+        )
+        assert section["worst_groups"][name]["group"] == worst.group
+    # No group is named where none is large enough.
+    assert Scorer(examples, FIELDS, 10_000).scores(rows).worst == {}
 
 
 def test_people_with_the_same_answers_are_one_kind(people, examples) -> None:
@@ -238,7 +289,8 @@ def weighted(examples: ChoiceExamples, weight_P: np.ndarray) -> ChoiceExamples:
     weights = [weight_P[people] for people in examples.people]
     options = [np.repeat(np.arange(len(c)), c.astype(int)) for c in examples.counts]
     sums = [np.bincount(o, w, len(c)) for o, w, c in zip(options, weights, examples.counts, strict=True)]
-    return replace(examples, counts=sums, answers=[c.astype(np.int64) for c in examples.counts], weights=weights)
+    answers = Ragged.of([c.astype(np.int64) for c in examples.counts], np.int64)
+    return replace(examples, counts=Ragged.of(sums), answers=answers, weights=Ragged.of(weights))
 
 
 def rights(people: pd.DataFrame, examples: ChoiceExamples, given: list[np.ndarray]) -> list[float]:
@@ -331,9 +383,8 @@ def test_the_order_of_unordered_options_changes_no_number(people, examples, rows
     """Nominal questions are judged by total variation; an ordinal one with shuffled options is another question."""
     order = {"q1": [2, 0, 3, 1], "q2": [1, 2, 0], "q3": [0, 1]}
     marked = replace(examples, nominal=frozenset(OPTIONS) if nominal else frozenset())
-    shuffled = replace(
-        marked, counts=[counts[order[q]] for q, counts in zip(examples.questions, examples.counts, strict=True)]
-    )
+    turned = [counts[order[q]] for q, counts in zip(examples.questions, examples.counts, strict=True)]
+    shuffled = replace(marked, counts=Ragged.of(turned))
     there = {
         name: [shares[order[q]] for q, shares in zip(examples.questions, row, strict=True)]
         for name, row in rows.items()
@@ -493,6 +544,43 @@ def test_distinct_by_hand(texts: list[str], n: int, expected: float) -> None:
 
 def test_distinct_of_too_short_texts_is_not_a_number() -> None:
     assert np.isnan(distinct(["one", "two"], 2))
+
+
+def test_distinct_with_equal_lengths_is_of_the_same_number_of_words() -> None:
+    rows = {"before": ["a b c d e", "x y", ""], "trained": ["a a", "x y z", "w"]}
+    found = equal_lengths(rows)
+    # The last prompt has an empty answer, and is left out.
+    assert found == {"before": ["a b", "x y"], "trained": ["a a", "x y"]}
+    by_row = diversities(rows)
+    assert by_row["before"].equal.distinct_1 == 1.0
+    assert by_row["trained"].equal.distinct_1 == 3 / 4
+    assert by_row["before"].equal.words == by_row["trained"].equal.words == 2
+    assert by_row["before"].words == pytest.approx(7 / 3, abs=1e-6)
+    assert diversities({"before": ["a b"]})["before"].equal is None
+
+
+def test_a_longer_writer_of_the_same_words_is_as_varied_at_equal_lengths() -> None:
+    """Both draw words from one vocabulary; only the number of words differs."""
+    rng = np.random.default_rng(0)
+    words = {
+        name: [" ".join(rng.choice(list("abcdefghijklmnop"), length)) for _ in range(40)]
+        for name, length in (("before", 200), ("trained", 20))
+    }
+    found = diversities(words)
+    assert found["before"].distinct_2 < 0.5 * found["trained"].distinct_2
+    assert found["before"].equal.distinct_2 == pytest.approx(found["trained"].equal.distinct_2, rel=0.1)
+
+
+def test_figures_over_questions_by_hand() -> None:
+    found = question_figures([0.0, 0.05, 0.2, 0.3, np.nan])
+    assert float(found["median"]) == pytest.approx(0.125)
+    assert float(found["within"]) == 0.75
+    # Shares within 0, 0.05, ... 0.4: 1, 2, 2, 2, 3, 3, 4, 4, 4 quarters.
+    assert float(found["auc"]) == pytest.approx((1 / 2 + 2 + 2 + 2 + 3 + 3 + 4 + 4 + 4 / 2) / 4 / 8)
+    assert all(np.isnan(value) for value in question_figures([np.nan, np.nan]).values())
+    assert question_figures(np.zeros((3, 0)))["median"].shape == (3,)
+    # A distance of exactly 0.2 counts, whatever its last bit is.
+    assert float(question_figures([0.1 + 0.1, 0.3 - 0.1])["within"]) == 1.0
 
 
 def test_subgroups_of_profiles() -> None:

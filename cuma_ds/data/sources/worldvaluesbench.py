@@ -17,6 +17,7 @@ import pyarrow as pa
 from cuma_ds.data.raw import ProfileList, ReadOptions, Rows, question_file
 from cuma_ds.data.sources.delimited import csv_batches, csv_columns, require_columns
 from cuma_ds.data.sources.worldvaluesbench_codebook import FIELDS, Codebook, clean, read_codebook, whole
+from cuma_ds.data.sources.worldvaluesbench_probe import read_probe
 from cuma_ds.data.splits import TEST, TRAIN, VALID, draws
 from cuma_ds.errors import DataError
 from cuma_ds.identity import file_sha256
@@ -43,7 +44,7 @@ def read(path: str, options: ReadOptions) -> Rows:
 
     Raises:
         DataError: a missing file or column, a code the codebook does not know, a person who comes twice, no answers;
-            weights where there are none.
+            weights where there are none; a probe that does not fit.
     """
     root, config, spool = Path(path), options.config, options.spool
     codebook = read_codebook(root, config)
@@ -64,7 +65,12 @@ def read(path: str, options: ReadOptions) -> Rows:
     else:
         people = read_benchmark(files, codebook, tell)
         inputs = {file.name: file_sha256(file) for pair in files.values() for file in pair}
-    skipped = {}
+    probe_NQ: np.ndarray | None = None
+    skipped: dict[str, int] = {}
+    if config.probe is not None:
+        asked = [question.question_id for question in codebook.questions]
+        probe_NQ, skipped = read_probe(Path(config.probe), asked, config.questions, people.ids, people.option_NQ)
+        inputs[f"probe {Path(config.probe).name}"] = file_sha256(Path(config.probe))
     unanswered_N = (people.option_NQ < 0).all(axis=1)
     profiles, profile_N = _profiles(people.value_NF, codebook, options.template)
     for reason, left_out in (
@@ -85,6 +91,7 @@ def read(path: str, options: ReadOptions) -> Rows:
         option_NQ=people.option_NQ[kept_N], skipped=skipped,
         given_N=None if people.given_N is None else people.given_N[kept_N],
         weight_N=None if people.weight_N is None else people.weight_N[kept_N],
+        probe_NQ=None if probe_NQ is None else probe_NQ[kept_N],
     )  # fmt: skip
 
 

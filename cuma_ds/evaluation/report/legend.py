@@ -20,6 +20,13 @@ _CHOICE = (
     "questions: the same distance for each question over all people, mean over questions; {distance}, argmax: the "
     "same with the most probable option of everybody instead of the full distribution, as the WorldValuesBench "
     "script does. Entropy: of the predicted distributions, in nats.",
+    "TV: total variation, half the sum of the absolute differences, of the same distributions. 1 − JSD: one less their "
+    "Jensen-Shannon distance, the square root of the divergence in nats, as GlobalOpinionQA. Log-score: mean logarithm "
+    "of the probability of the answers that were given, in nats; the larger the better, and a probability below 1e-6 "
+    "counts as 1e-6. {distance}, worst group: of the group that is farthest away.",
+    "Median, at most 0.2, AUC: of the questions' distances over all people the median, the share that is at most 0.2, "
+    "and the area under the curve of the share that is at most 0, 0.05, ... 0.4, divided by 0.4 (1: all are 0). The "
+    "same with argmax: as the WorldValuesBench script and its notebook count, from one answer per person.",
     "Accuracy: share of answers that are the predicted mode; options that tie for the mode share it. Macro-F1: over "
     "option letters, those of all questions counted together. Macro-F1, questions: over the options of each "
     "question, mean over questions. Group accuracy: mean of the groups' own accuracies. σ-inequity: standard "
@@ -61,6 +68,12 @@ _WEIGHTED = (
 _SWAPPED = (
     "Profiles swapped: the same model and prompts, each asked with the profile embedding of somebody else, of another "
     "group wherever there is one; what this row loses against the trained one is carried by the routing."
+)
+_FLOOR = (
+    "Noise floor: so few people never answer exactly as their population does. Taking the observed answers for the "
+    "truth, the truth itself is that far on average from the answers of as many people drawn from it, and the answers "
+    "of as many other people, a perfect sampler, are that far from them. A model that gives whole distributions cannot "
+    "be expected below the first, one that samples answers not below the second."
 )
 _NEAREST = "Nearest training profile: a look-up by sentence embedding, without any model."
 
@@ -107,4 +120,5 @@ def _choice(report: ChoiceReport) -> list[str]:
         )
         for paragraph in _CHOICE
     ]
-    return [*paragraphs, _WEIGHTED] if next(iter(splits)).weighted else paragraphs
+    weighted = [_WEIGHTED] if next(iter(splits)).weighted else []
+    return [*paragraphs, *weighted, *([_FLOOR] if any(split.floor for split in splits) else [])]

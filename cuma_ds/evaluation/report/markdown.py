@@ -11,6 +11,7 @@ from cuma_ds.evaluation.report.model import (
     SPLITS,
     ChoiceReport,
     ChoiceSplit,
+    Diversity,
     Generation,
     Gradients,
     PreferenceSplit,
@@ -35,6 +36,8 @@ from cuma_ds.evaluation.report.tables import (
 )
 
 Shown = TypeVar("Shown", Subgroup, PreferenceSubgroup)
+# Questions with a table of their own.
+_MOST_QUESTIONS = 30
 # Subgroups of one field in a table.
 _MOST_SUBGROUPS = 20
 # Less probability than this on the option letters is warned about.
@@ -52,7 +55,12 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     for name, split in report.splits.items():
         lines += [f"## {SPLITS[name]}", "", *split_tables(report, split)]
         if isinstance(report, ChoiceReport) and isinstance(split, ChoiceSplit):
-            lines += _letter_mass(report, split) + _questions(report, split) + _subgroups(report, split)
+            lines += (
+                _worst_groups(report, split)
+                + _letter_mass(report, split)
+                + _questions(report, split)
+                + _subgroups(report, split)
+            )
         if isinstance(split, PreferenceSplit):
             lines += _differences(report, split) + _groups_of_preferences(report, split)
     lines += [] if report.routing is None else _routing(report.routing)
@@ -64,6 +72,17 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     for file, caption in pictures.items():
         lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
     return "\n".join(lines)
+
+
+def _worst_groups(report: Report, split: ChoiceSplit) -> list[str]:
+    """The group that each contender is farthest from."""
+    if not split.worst_groups:
+        return []
+    found = [
+        f"{title(report, name)} {worst.group} ({plain(worst.emd, '{:.4f}')}, {worst.answers:,} answers)"
+        for name, worst in split.worst_groups.items()
+    ]
+    return [f"Group with the largest {split.distance}: {'; '.join(found)}.", ""]
 
 
 def _letter_mass(report: ChoiceReport, split: ChoiceSplit) -> list[str]:
@@ -86,10 +105,15 @@ def _letter_mass(report: ChoiceReport, split: ChoiceSplit) -> list[str]:
 
 
 def _questions(report: ChoiceReport, split: ChoiceSplit) -> list[str]:
+    """A table of each question where there are several; of those with most answers where there are many."""
+    order = sorted(split.questions, key=lambda name: -split.questions[name].answers)
+    shown = set(order[:_MOST_QUESTIONS]) if len(order) > 1 else set()
     lines: list[str] = []
-    for question in split.questions.values() if len(split.questions) > 1 else ():
+    for question in (question for name, question in split.questions.items() if name in shown):
         text = " ".join(question.question.split())
         lines += [f"### {text}", "", size(question), "", *score_table(report, question, FEW), ""]
+    if len(order) > _MOST_QUESTIONS:
+        lines += [f"The other {len(order) - _MOST_QUESTIONS:,} questions are in report.json.", ""]
     return lines
 
 
@@ -192,12 +216,21 @@ def _information(information: RoutingInformation) -> list[str]:
 
 def _generation(section: Generation) -> list[str]:
     lines = ["## Generated answers", "", f"To {section.requests:,} held-out conversations.", ""]
-    lines += ["| | Distinct-1 | Distinct-2 | words |", "|---|---:|---:|---:|"]
-    for name, row in section.rows.items():
+    lines += _diversities(section.rows)
+    lines += ["Distinct-n: different n-grams of words over all n-grams. The answers are in answers.jsonl.", ""]
+    equal = {name: row.equal for name, row in section.rows.items() if row.equal is not None}
+    if equal:
+        lines += ["With every answer cut to the words of the shortest answer to the same conversation:", ""]
+        lines += _diversities(equal)
+    return lines if section.judge is None else lines + _verdicts(section.judge)
+
+
+def _diversities(rows: Mapping[str, Diversity]) -> list[str]:
+    lines = ["| | Distinct-1 | Distinct-2 | words |", "|---|---:|---:|---:|"]
+    for name, row in rows.items():
         cells = (plain(row.distinct_1, "{:.4f}"), plain(row.distinct_2, "{:.4f}"), plain(row.words, "{:.1f}"))
         lines.append(f"| {CONTENDERS[name]} | {' | '.join(cells)} |")
-    lines += ["", "Distinct-n: different n-grams of words over all n-grams. The answers are in answers.jsonl.", ""]
-    return lines if section.judge is None else lines + _verdicts(section.judge)
+    return [*lines, ""]
 
 
 def _verdicts(judge: Verdicts) -> list[str]:

@@ -31,12 +31,17 @@ CONTENDERS = {
     "trained": "trained",
     "swapped": "trained, profiles swapped",
 }
+FLOORS = {
+    "truth": "noise floor: the truth itself",
+    "sampler": "noise floor: a perfect sampler",
+}
 SPLITS = {
     "valid": "People held out for choosing settings",
     "test": "Held-out people of groups seen in training",
     "unseen": "Held-out people whose exact profile was never trained on (zero-shot)",
     "heldout": "Groups held out entirely (zero-shot)",
     "heldout_profiles": "Profiles held out entirely (zero-shot)",
+    "probe": "WVB-probe",
 }
 
 # None stands for what JSON cannot hold: no number, or infinity.
@@ -56,10 +61,27 @@ class ChoiceScores(BaseModel):
     """Scores of one contender on choice questions. ``emd`` is the distance that the split's ``distance`` names.
 
     Attributes:
+        similarity: one less the Jensen-Shannon distance (square root of the divergence in nats).
+        log_score: mean logarithm of the probability of the answers that were given, in nats, each at least ln 1e-6.
+        emd_worst_group: distance of the group that is farthest away.
+        questions_median, questions_within, questions_auc: of the distances of the questions (whose mean is
+            ``emd_questions``) the median, the share of at most 0.2, and the area under the curve of the share that lies
+            within 0, 0.05, ... 0.4, divided by 0.4.
+        argmax_median, argmax_within, argmax_auc: the same of ``emd_argmax``, as WorldValuesBench reports.
         interval: 95% bootstrap interval of each score that has one.
     """
 
     emd: Number = None
+    total_variation: Number = None
+    similarity: Number = None
+    log_score: Number = None
+    emd_worst_group: Number = None
+    questions_median: Number = None
+    questions_within: Number = None
+    questions_auc: Number = None
+    argmax_median: Number = None
+    argmax_within: Number = None
+    argmax_auc: Number = None
     emd_questions: Number = None
     emd_argmax: Number = None
     accuracy: Number = None
@@ -133,6 +155,14 @@ class LetterMass(BaseModel):
     lowest: LowestMass | None
 
 
+class WorstGroup(BaseModel):
+    """The group that a contender is farthest from, among those that may be named."""
+
+    group: str
+    answers: Count
+    emd: Number
+
+
 class Reliability(BaseModel):
     """Accuracy, mean confidence and answers of each bin of confidence."""
 
@@ -200,6 +230,9 @@ class ChoiceSplit(Scored):
         sample: None where all of the split was evaluated.
         letter_mass: by contender that is a model.
         differences: the main contender less each other one, over the same people.
+        floor: expected scores of the ``truth`` (the observed distributions) against as many answers drawn from it, and
+            of a perfect ``sampler`` that draws as many answers itself.
+        worst_groups: by contender.
     """
 
     people: int | None
@@ -207,6 +240,8 @@ class ChoiceSplit(Scored):
     weighted: bool = False
     letter_mass: dict[str, LetterMass] = {}
     differences: dict[str, ChoiceScores]
+    floor: dict[str, ChoiceScores] = {}
+    worst_groups: dict[str, WorstGroup] = {}
     left_out: Compared
     reliability: dict[str, Reliability]
     subgroups: dict[str, Subgroups]
@@ -319,11 +354,17 @@ class Routing(BaseModel):
 
 
 class Diversity(BaseModel):
-    """Distinct-1, Distinct-2 and mean number of words of generated answers."""
+    """Distinct-1, Distinct-2 and mean number of words of generated answers.
+
+    Attributes:
+        equal: the same of answers that are cut to the length of the shortest answer to the same conversation. Long
+            answers repeat words, so Distinct-n of answers of different lengths cannot be compared.
+    """
 
     distinct_1: Number
     distinct_2: Number
     words: Number
+    equal: Diversity | None = None
 
 
 class Verdicts(BaseModel):

@@ -193,8 +193,7 @@ def routing_pictures(
     plot_load(folder / "expert-load.png", load)
     pictures = {"expert-load.png": "Share of the tokens that each router sends to each expert, and how even that is."}
     section = Routing(tokens=int(tally.tokens), routers=load)
-    weights = [float(counts.sum()) for counts in examples.counts]
-    means = comparable_means(examples.questions, examples.profiles, weights, gates_MRE)
+    means = comparable_means(examples.questions, examples.profiles.tolist(), examples.counts.sums().tolist(), gates_MRE)
     profiles = sorted(means)
     if len(profiles) < 3:
         return section, pictures
@@ -286,7 +285,7 @@ def _mean_answer(examples: ChoiceExamples, place: Mapping[int, int]) -> tuple[st
     sums: dict[int, NDArray[np.float64]] = {}
     for question, profile, counts in zip(examples.questions, examples.profiles, examples.counts, strict=True):
         if question == asked and profile in place:
-            sums[place[profile]] = sums.get(place[profile], np.zeros(len(counts))) + counts
+            sums[place[profile]] = sums.get(place[profile], np.zeros(len(counts))) + counts.astype(np.float64)
     options = examples.texts[asked][1]
     if len(sums) < len(place) or len(options) < 2:
         return None

@@ -8,10 +8,12 @@ from rich.table import Table
 
 from cuma_ds.evaluation.report.model import (
     CONTENDERS,
+    FLOORS,
     SPLITS,
     ChatScores,
     ChatSplit,
     ChoiceScores,
+    ChoiceSplit,
     PreferenceScores,
     PreferenceSplit,
     Report,
@@ -26,6 +28,20 @@ _DISTRIBUTIONS: Columns = {
     "emd_questions": ("{distance}, questions", "{:.4f}"),
     "emd_argmax": ("{distance}, argmax", "{:.4f}"),
     "entropy": ("entropy", "{:.3f}"),
+}
+_AGREEMENT: Columns = {
+    "total_variation": ("TV", "{:.4f}"),
+    "similarity": ("1 − JSD", "{:.4f}"),
+    "log_score": ("log-score", "{:.4f}"),
+    "emd_worst_group": ("{distance}, worst group", "{:.4f}"),
+}
+_QUESTIONS: Columns = {
+    "questions_median": ("{distance}, median", "{:.4f}"),
+    "questions_within": ("at most 0.2", "{:.1%}"),
+    "questions_auc": ("AUC", "{:.3f}"),
+    "argmax_median": ("argmax, median", "{:.4f}"),
+    "argmax_within": ("argmax, at most 0.2", "{:.1%}"),
+    "argmax_auc": ("argmax, AUC", "{:.3f}"),
 }
 _ANSWERS: Columns = {
     "accuracy": ("accuracy", "{:.3f}"),
@@ -43,7 +59,17 @@ _LIKELIHOODS: Columns = {
 }
 _AGAINST_START: Columns = {"accuracy_start": ("accuracy against start", "{:.3f}")}
 FEW: Columns = {key: (_DISTRIBUTIONS | _ANSWERS)[key] for key in ("emd", "recovered", "accuracy", "entropy")}
-_WITH_INTERVAL = ("emd", "recovered", "macro_f1", "loss", "perplexity", *_REWARDS, *_LIKELIHOODS, *_AGAINST_START)
+_WITH_INTERVAL = (
+    "emd",
+    "recovered",
+    "log_score",
+    "macro_f1",
+    "loss",
+    "perplexity",
+    *_REWARDS,
+    *_LIKELIHOODS,
+    *_AGAINST_START,
+)
 # Scores that a terminal has no room for.
 _IN_REPORT = ("likelihood_per_token", "accuracy_start")
 
@@ -56,14 +82,16 @@ def split_tables(report: Report, split: Part) -> list[str]:
     """The size of a split and all scores of its contenders, as lines of Markdown."""
     lines = [size(split), ""]
     for columns in _all_columns(report, split):
-        lines += [*score_table(report, split, columns), ""]
+        # Reports of earlier releases lack some scores.
+        if any(getattr(scores, key) is not None for scores in _rows(split).values() for key in columns):
+            lines += [*score_table(report, split, columns), ""]
     return lines
 
 
 def score_table(report: Report, part: Part, columns: Columns) -> list[str]:
     """Some scores of the contenders of a split or of one question, as lines of Markdown."""
     lines = ["| | " + " | ".join(_heads(part, columns)) + " |", "|---|" + "---:|" * len(columns)]
-    for name, scores in _rows(part).items():
+    for name, scores in (_rows(part) | _floors(part, columns)).items():
         bold = "**" if name == report.main else ""
         cells = " | ".join(cell(scores, key, form) for key, (_, form) in columns.items())
         lines.append(f"| {bold}{title(report, name)}{bold} | {cells} |")
@@ -80,7 +108,7 @@ def terminal_tables(report: Report) -> list[Table]:
         table.add_column("")
         for head in _heads(split, columns):
             table.add_column(head, justify="right")
-        for contender, scores in _rows(split).items():
+        for contender, scores in (_rows(split) | _floors(split, columns)).items():
             cells = (plain(getattr(scores, key), form) for key, (_, form) in columns.items())
             table.add_row(title(report, contender), *cells, style="bold" if contender == report.main else None)
         tables.append(table)
@@ -123,7 +151,7 @@ def _drawn(part: Part) -> str:
 
 def title(report: Report, contender: str) -> str:
     """A contender in words."""
-    return "the model as it is" if contender == "before" == report.main else CONTENDERS[contender]
+    return "the model as it is" if contender == "before" == report.main else (CONTENDERS | FLOORS)[contender]
 
 
 def cell(scores: Scores, key: str, form: str) -> str:
@@ -150,11 +178,17 @@ def preference_columns(rows: Mapping[str, PreferenceScores]) -> Columns:
 def _all_columns(report: Report, split: Part) -> list[Columns]:
     if isinstance(split, PreferenceSplit):
         return [preference_columns(split.rows)]
-    return [_DISTRIBUTIONS, _ANSWERS] if report.kind == "choice" else [_LOSSES]
+    return [_DISTRIBUTIONS, _AGREEMENT, _QUESTIONS, _ANSWERS] if report.kind == "choice" else [_LOSSES]
 
 
-def _rows(part: Part) -> Mapping[str, Scores]:
-    return part.rows
+def _rows(part: Part) -> dict[str, Scores]:
+    return dict(part.rows)
+
+
+def _floors(part: Part, columns: Columns) -> dict[str, Scores]:
+    """The rows of the noise floor that have any of these scores."""
+    floors = part.floor if isinstance(part, ChoiceSplit) else {}
+    return {name: row for name, row in floors.items() if any(getattr(row, key) is not None for key in columns)}
 
 
 def _heads(part: Part, columns: Columns) -> list[str]:
