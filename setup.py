@@ -13,16 +13,16 @@ _spec.loader.exec_module(build_operators)
 
 
 class BuildWithResources(build_py):
-    """Copies recipes and DeepSpeed configurations into the package, where cuma_ds/resources.py looks for them."""
+    """Copies launchers, recipes and DeepSpeed configurations to where cuma_ds/resources.py looks for them."""
 
     def run(self) -> None:
         """Build, then copy."""
         super().run()
         if self.editable_mode:
             return  # a checkout finds them where they are
-        for folder, suffix in (("launchers/recipes", "*.yaml"), ("ds_configs", "*.json")):
+        for folder, files in (("launchers", "*.py"), ("launchers/recipes", "**/*.yaml"), ("ds_configs", "*.json")):
             source = Path(__file__).parent / folder
-            for file in source.rglob(suffix):
+            for file in source.glob(files):
                 target = Path(self.build_lib, "cuma_ds", "resources", source.name, file.relative_to(source))
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.copy_file(str(file), str(target))
@@ -82,6 +82,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["cuma_ds", "cuma_ds.*"]),
     install_requires=REQUIRES,
+    entry_points={"console_scripts": ["cuma-ds = cuma_ds.__main__:main"]},
     extras_require=EXTRAS,
     ext_modules=[build_operators.operators()],
     cmdclass={"build_ext": build_operators.BuildOperators, "build_py": BuildWithResources},

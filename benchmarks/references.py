@@ -92,10 +92,10 @@ def measure_references(folder: Path, arguments: argparse.Namespace) -> str:
     data = PreparedData.load(folder / "data")
     train = TrainingAnswers.of(data.splits["train"], arguments.min_answers)
     test = ChoiceExamples.of(data.splits["test"])
-    found = references(train, test, None)
+    names = list(references(train, test, None))
     embeddings = np.random.default_rng(0).standard_normal((len(data.profiles), WIDTH), np.float32)
-    found["nearest"] = train.nearest(test, embeddings)
-    return f"{', '.join(found)} of {len(test):,} test rows"
+    train.nearest(test, embeddings)
+    return f"{', '.join([*names, 'nearest'])} of {len(test):,} test rows"
 
 
 def score_sample(folder: Path, arguments: argparse.Namespace) -> str:

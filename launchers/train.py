@@ -20,7 +20,7 @@ from cuma_ds.errors import CumaError
 
 EPILOG = """\
 examples:
-  python launchers/train.py --config launchers/recipes/quickstart.yaml --set parallel.ep_size=1
+  python launchers/train.py --config launchers/recipes/quickstart.yaml
   deepspeed --num_accelerators 2 launchers/train.py --config launchers/recipes/quickstart.yaml
   deepspeed --hostfile hosts launchers/train.py --config RECIPE --set training.steps=500 parallel.ep_size=4
 

@@ -38,6 +38,10 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "make test"),
 }
 NOT_RUN |= {("README.md", "python launchers/evaluate.py --run runs/quickstart")}
+NOT_RUN |= {
+    ("docs/studies.md", "python launchers/compare.py --study studies/quick"),
+    ("docs/studies.md", "python launchers/compare.py --runs runs/quickstart runs/mine --out reports/compared"),
+}
 NEED_MACHINES = {"launchers/check_hosts.py"}  # their arguments are parsed
 # What words in capitals stand for, and what makes a training run short.
 MEANING = {"RECIPE": "tests/data/opinions.yaml"}

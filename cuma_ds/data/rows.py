@@ -135,6 +135,17 @@ class ArrowFile:
         scale = pa.array(["ordinal"] * questions.table.num_rows, pa.string())
         return cls(questions.table.append_column("scale", scale), file)
 
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns, ``BATCH_ROWS`` rows at most at a time. What is read from a file does not stay in memory."""
+        if self.file is None:
+            yield from self.table.select(columns).to_batches(BATCH_ROWS)
+            return
+        fields = sorted(self.table.schema.get_field_index(name) for name in columns)
+        options = pa.ipc.IpcReadOptions(included_fields=fields)
+        with pa.OSFile(str(self.file)) as source, pa.ipc.open_stream(source, options=options) as reader:
+            for batch in reader:
+                yield from (batch.slice(start, BATCH_ROWS) for start in range(0, len(batch), BATCH_ROWS))
+
     def save(self, file: Path) -> None:
         """Put the table at ``file``: linked where it is a file already and the disk allows, else written."""
         if self.file is None:

@@ -71,13 +71,11 @@ class Ragged(Sequence[Values]):
 
     Attributes:
         values_F: the values of all rows.
-        lengths_M: number of values of each row, int64.
     """
 
     def __init__(self, values_F: Values, lengths_M: NDArray[np.integer]) -> None:
         self.values_F = values_F
-        self.lengths_M: Indices = np.asarray(lengths_M, dtype=np.int64)
-        self._start_M1 = np.concatenate([[0], np.cumsum(self.lengths_M)])
+        self._start_M1 = np.concatenate([[0], np.cumsum(lengths_M, dtype=np.int64)])
 
     @classmethod
     def of(cls, rows: Iterable[ArrayLike], dtype: type[np.generic] = np.float64) -> Ragged:
@@ -95,6 +93,11 @@ class Ragged(Sequence[Values]):
         return cls(
             np.concatenate([empty, *(chunk.flatten().to_numpy() for chunk in column.chunks)]), np.concatenate(lengths)
         )
+
+    @property
+    def lengths_M(self) -> Indices:
+        """Number of values of each row."""
+        return np.diff(self._start_M1)
 
     @property
     def row_F(self) -> Indices:
@@ -124,7 +127,7 @@ class Ragged(Sequence[Values]):
         return Ragged(self.values_F[first + np.arange(len(first))], lengths)
 
     def __len__(self) -> int:
-        return len(self.lengths_M)
+        return len(self._start_M1) - 1
 
     @overload
     def __getitem__(self, index: int) -> Values: ...
@@ -139,6 +142,6 @@ class Ragged(Sequence[Values]):
             if step != 1:
                 return self.take(np.arange(len(self))[index])
             own = slice(self._start_M1[start], self._start_M1[max(stop, start)])
-            return Ragged(self.values_F[own], self.lengths_M[start:stop])
+            return Ragged(self.values_F[own], np.diff(self._start_M1[start : max(stop, start) + 1]))
         place = range(len(self))[index]
         return self.values_F[self._start_M1[place] : self._start_M1[place + 1]]

@@ -47,9 +47,10 @@ class ChoiceExamples:
     def _of_split(cls, split: Split) -> ChoiceExamples:
         asked = split.questions.table.select(["question_id", "question", "options", "scale"]).to_pylist()
         profiles, table = split.numbers("profile").astype(np.int64), split.rows.table
+        groups = group_names(split.groups)
         return cls(
             questions=Labels([row["question_id"] for row in asked], split.numbers("question")),
-            groups=_groups([split.groups[profile] for profile in profiles.tolist()], profiles),
+            groups=Labels(groups.names, groups.code_M[profiles]),
             profiles=profiles,
             counts=Ragged.of_lists(table["counts"]),
             texts={row["question_id"]: (row["question"], list(row["options"])) for row in asked},
@@ -68,7 +69,9 @@ class ChoiceExamples:
         scales = split.get("scale", ["ordinal"] * len(questions))
         return cls(
             questions=Labels.of(questions),
-            groups=_groups(split["group"], profiles),
+            groups=Labels.of(
+                [group or f"profile {profile}" for group, profile in zip(split["group"], profiles, strict=True)]
+            ),
             profiles=profiles,
             counts=Ragged.of(split["counts"]),
             texts=texts,
@@ -98,8 +101,9 @@ class ChoiceExamples:
         return len(self.profiles)
 
 
-def _groups(groups: Sequence[str], profiles: Indices) -> Labels:
-    return Labels.of([group or f"profile {profile}" for group, profile in zip(groups, profiles.tolist(), strict=True)])
+def group_names(groups: Sequence[str]) -> Labels:
+    """The group of every profile: its country, or ``profile <row>`` where it has none."""
+    return Labels.of([group or f"profile {profile}" for profile, group in enumerate(groups)])
 
 
 def swap_profiles(

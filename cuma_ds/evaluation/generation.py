@@ -23,6 +23,8 @@ from cuma_ds.inference.sampling import Sampling, mixed_seed
 from cuma_ds.inference.text import AS_WRITTEN
 from cuma_ds.judge import Judge, JudgeSettings, Pair, compare
 
+ANSWERS_FILE = "answers.jsonl"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -73,7 +75,7 @@ class Generation:
         label = "answers" if subject.untrained is None else "answers, trained"
         told = evaluator.tell(f"{split}: {label}")
         rows[evaluator.main] = self._answers(subject, requests, subject.embeddings_NP, told)
-        with (evaluator.folder / "answers.jsonl").open("w", encoding="utf-8") as file:
+        with (evaluator.folder / ANSWERS_FILE).open("w", encoding="utf-8") as file:
             for index, request in enumerate(requests):
                 line = {"messages": list(request.messages), **{name: texts[index] for name, texts in rows.items()}}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

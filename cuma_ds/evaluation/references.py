@@ -18,16 +18,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cuma_ds.data.rows import BATCH_ROWS, Split
+from cuma_ds.data.rows import Split
 from cuma_ds.errors import DataError
 from cuma_ds.evaluation.columns import Indices, Ragged
-from cuma_ds.evaluation.examples import ChoiceExamples
+from cuma_ds.evaluation.examples import ChoiceExamples, group_names
 
 Array = NDArray[np.float64]
 # A question and a profile or group are one number: the question times this, plus the other.
 _SHIFT = 2**31
+# Test rows that are filled at a time.
+_ROWS = 65_536
 # Test profiles whose similarity to all training profiles is computed at a time.
-_AT_A_TIME = 256
+_AT_A_TIME = 128
 
 
 class Piece(NamedTuple):
@@ -74,12 +76,7 @@ class TrainingAnswers:
         self._question = {name: code for code, name in enumerate(questions)}
         self._group = {name: code for code, name in enumerate(groups)}
         self._options_Q = _options(questions, pieces)
-        profiles = [_first(piece.profile_M, piece.group_M) for piece in pieces]
-        none = np.zeros(0, np.int64)
-        self.profile_K, self.group_K = _first(
-            np.concatenate([none, *(profile for profile, _ in profiles)]),
-            np.concatenate([none, *(group for _, group in profiles)]),
-        )
+        self.profile_K, self.group_K = _profiles(pieces)
         width = int(self._options_Q.max(initial=1))
         self._by_question = _histograms(pieces, lambda piece: piece.question_M, 0, width)
         self._by_group = _histograms(
@@ -95,12 +92,8 @@ class TrainingAnswers:
         if isinstance(train, ChoiceExamples):
             piece = Piece(train.questions.code_M, train.profiles, train.groups.code_M, train.counts)
             return cls(train.questions.names, train.groups.names, [piece], min_answers)
-        names = [group or f"profile {profile}" for profile, group in enumerate(train.groups)]
-        groups = list(dict.fromkeys(names))
-        code = {name: place for place, name in enumerate(groups)}
-        group_of = np.array([code[name] for name in names], dtype=np.int64)
-        questions = train.questions.table["question_id"].to_pylist()
-        return cls(questions, groups, _SplitPieces(train, group_of), min_answers)
+        groups, questions = group_names(train.groups), train.questions.table["question_id"].to_pylist()
+        return cls(questions, groups.names, _SplitPieces(train, groups.code_M), min_answers)
 
     def collapse(self, test: ChoiceExamples) -> Ragged:
         """Mean collapse: everyone gets the answer distribution of all training answers to the question.
@@ -138,7 +131,7 @@ class TrainingAnswers:
             embeddings_NP: raw embeddings of all profiles.
         """
         asked, which_M = np.unique(test.profiles, return_inverse=True)
-        known = _unit(embeddings_NP[self.profile_K])
+        known = _unit(embeddings_NP[self.profile_K])  # [K, P]
         nearest = np.concatenate(
             [
                 (known @ _unit(embeddings_NP[asked[start : start + _AT_A_TIME]]).T).argmax(axis=0)
@@ -195,15 +188,15 @@ class TrainingAnswers:
     def _filled(self, test: ChoiceExamples, row_M: Indices) -> Ragged:
         """The distributions of these rows of :meth:`_table`; uniform for row -1."""
         lengths_M, table = test.counts.lengths_M, self._table()
-        filled = []
-        for start in range(0, len(row_M), BATCH_ROWS):
-            some = test.counts[start : start + BATCH_ROWS]
-            row_F, size_F = row_M[start : start + BATCH_ROWS][some.row_F], some.lengths_M[some.row_F]
-            known = row_F >= 0
-            values = 1.0 / size_F
+        values_F, first = np.empty(len(test.counts.values_F)), 0
+        for start in range(0, len(row_M), _ROWS):
+            some = test.counts[start : start + _ROWS]
+            row_F, size_F = row_M[start : start + _ROWS][some.row_F], some.lengths_M[some.row_F]
+            known, values = row_F >= 0, 1.0 / size_F
             values[known] = table[row_F[known], some.place_F[known]]
-            filled.append(values)
-        return Ragged(np.concatenate([np.zeros(0), *filled]), lengths_M)
+            values_F[first : first + len(values)] = values
+            first += len(values)
+        return Ragged(values_F, lengths_M)
 
 
 def references(
@@ -226,7 +219,7 @@ class _SplitPieces:
         self._group_of = group_of
 
     def __iter__(self) -> Iterator[Piece]:
-        for batch in self._split.rows.table.to_batches(BATCH_ROWS):
+        for batch in self._split.rows.batches(["profile", "question", "counts"]):
             profile_M = batch.column("profile").to_numpy().astype(np.int64)
             question_M = batch.column("question").to_numpy().astype(np.int64)
             counts = Ragged.of_lists(pa.chunked_array([batch.column("counts")]))
@@ -307,14 +300,22 @@ def _place(key_K: Indices, key_M: Indices) -> Indices:
     return np.where(key_K[place] == key_M, place, -1)
 
 
-def _first(key_M: Indices, value_M: Indices) -> tuple[Indices, Indices]:
-    """The different keys, ascending, and the first value of each."""
-    keys, first = np.unique(key_M, return_index=True)
-    return keys, value_M[first]
+def _profiles(pieces: Iterable[Piece]) -> tuple[Indices, Indices]:
+    """The different profiles, ascending, and the group of each."""
+    group_N = np.zeros(0, np.int64)
+    for piece in pieces:
+        missing = int(piece.profile_M.max(initial=-1)) + 1 - len(group_N)
+        group_N = np.concatenate([group_N, np.full(max(missing, 0), -1)])
+        group_N[piece.profile_M] = piece.group_M
+    profile_K = np.flatnonzero(group_N >= 0)
+    return profile_K, group_N[profile_K]
 
 
 def _unit(vectors_NP: NDArray[np.floating]) -> NDArray[np.floating]:
-    return vectors_NP / np.maximum(np.linalg.norm(vectors_NP, axis=1, keepdims=True), 1e-12)
+    """Copies of the vectors, with length 1."""
+    unit_NP = np.array(vectors_NP)
+    unit_NP /= np.maximum(np.linalg.norm(unit_NP, axis=1, keepdims=True), 1e-12)
+    return unit_NP
 
 
 def _changed(question: str, before: int, now: int) -> DataError:

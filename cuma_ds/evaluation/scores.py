@@ -202,15 +202,50 @@ class Scorer:
     def _drawn(
         self, contenders: Mapping[str, Sequence[ArrayLike]], replicates: int, seed: int, against: str
     ) -> dict[tuple[str, ...], Array]:
-        """What :meth:`_all` finds, [1 + B]: of all people, and of each bootstrap sample."""
-        shared, blocks = self._shared(), {name: self._of(probabilities) for name, probabilities in contenders.items()}
-        layout = Layout([shared, *blocks.values()], self._kind_A, self._weight_A, len(self._people_Y))
-        parts = [self._all(layout.sums(self._people_Y[None].astype(np.float64)), list(contenders), against)]
+        """Scores [1 + B], of all people and of each bootstrap sample.
+
+        Returns:
+            By ("row", contender, metric), ("difference", contender, metric), ("subgroup", contender, field, label).
+        """
+        # One contender at a time: the sums of all of them may not fit in memory.
+        own = {name: self._samples(probabilities, replicates, seed) for name, probabilities in contenders.items()}
+        rows = {name: {key[1]: values for key, values in one.items() if key[0] == "row"} for name, one in own.items()}
+        if {"collapse", "oracle"} <= rows.keys():
+            ends = rows["collapse"]["emd"], rows["oracle"]["emd"]
+            for row in rows.values():
+                row["recovered"] = np.array(
+                    [_or_nan(mean_collapse_recovered(c, o, v)) for c, o, v in zip(*ends, row["emd"], strict=True)]
+                )
+        found: dict[tuple[str, ...], Array] = {
+            ("row", name, metric): values for name, row in rows.items() for metric, values in row.items()
+        }
+        for name, row in rows.items():
+            if against in rows and name != against:
+                found |= {
+                    ("difference", name, metric): rows[against][metric] - values for metric, values in row.items()
+                }
+        for name, one in own.items():
+            found |= {("subgroup", name, *key[1:]): values for key, values in one.items() if key[0] == "subgroup"}
+        return found
+
+    def _samples(self, probabilities: Sequence[ArrayLike], replicates: int, seed: int) -> dict[tuple[str, ...], Array]:
+        """Scores [1 + B] of one contender, by ("row", metric) and ("subgroup", field, label)."""
+        layout = Layout([self._shared(), self._of(probabilities)], self._kind_A, self._weight_A, len(self._people_Y))
+        parts = [self._scored(*layout.sums(self._people_Y[None].astype(np.float64)))]
         if replicates and len(self._people_Y):
             chunk = int(np.clip(_CHUNK // max(layout.width, len(self._people_Y)), 1, replicates))
             for weights_BY in resample(self._people_Y, replicates, seed, chunk):
-                parts.append(self._all(layout.sums(weights_BY), list(contenders), against))
+                parts.append(self._scored(*layout.sums(weights_BY)))
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _scored(self, shared: dict[str, Array], own: dict[str, Array]) -> dict[tuple[str, ...], Array]:
+        found: dict[tuple[str, ...], Array] = {
+            ("row", metric): values_B for metric, values_B in self._row(shared, own).items()
+        }
+        accuracy_BS = ratio(own["subgroup_right"], shared["subgroup"])
+        for s, (field, label, _) in enumerate(self._labels):
+            found["subgroup", field, label] = accuracy_BS[:, s]
+        return found
 
     def cell_truth(self) -> Truth:
         """The observed distributions of the cells."""
@@ -282,31 +317,6 @@ class Scorer:
         total_M = shares.sums()[:, None]
         uniform_MN = (np.arange(self._width) < self._options_M[:, None]) / np.maximum(self._options_M[:, None], 1)
         return np.where(total_M > 0, shares.padded(self._width) / np.where(total_M > 0, total_M, 1.0), uniform_MN)
-
-    def _all(self, sums: list[dict[str, Array]], names: list[str], against: str) -> dict[tuple[str, ...], Array]:
-        """Scores [B] by ("row", contender, metric), ("difference", ...), ("subgroup", contender, field, label)."""
-        shared, *rest = sums
-        by_name = {name: self._row(shared, own) for name, own in zip(names, rest, strict=True)}
-        if {"collapse", "oracle"} <= by_name.keys():
-            ends = by_name["collapse"]["emd"], by_name["oracle"]["emd"]
-            for row in by_name.values():
-                row["recovered"] = np.array(
-                    [_or_nan(mean_collapse_recovered(c, o, v)) for c, o, v in zip(*ends, row["emd"], strict=True)]
-                )
-        found: dict[tuple[str, ...], Array] = {
-            ("row", name, metric): value for name, row in by_name.items() for metric, value in row.items()
-        }
-        for name, row in by_name.items():
-            if against in by_name and name != against:
-                found |= {
-                    ("difference", name, metric): by_name[against][metric] - value for metric, value in row.items()
-                }
-        for name, own in zip(names, rest, strict=True):
-            accuracy_BS = ratio(own["subgroup_right"], shared["subgroup"])
-            found |= {
-                ("subgroup", name, field, label): accuracy_BS[:, s] for s, (field, label, _) in enumerate(self._labels)
-            }
-        return found
 
     def _row(self, shared: dict[str, Array], own: dict[str, Array]) -> dict[str, Array]:
         total_B = shared["question"].sum(axis=1)

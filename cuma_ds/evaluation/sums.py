@@ -37,8 +37,8 @@ class Layout:
                 self.places[-1][name] = slice(self.width, self.width + block.width)
                 for column_A, value_A in block.parts:
                     used = (column_A >= 0) & (value_A != 0)
-                    rows.append(kind_A[used])
-                    columns.append(column_A[used] + self.width)
+                    rows.append(kind_A[used].astype(np.int32))
+                    columns.append((column_A[used] + self.width).astype(np.int32))
                     values.append(value_A[used] * weight_A[used])
                 self.width += block.width
         shape = (kinds, self.width)

@@ -38,7 +38,8 @@ def prepared(folder: Path, country: bool = True, weighted: bool = False, **setti
 @pytest.mark.parametrize("single", [True, False])
 def test_a_split_read_in_pieces_gives_what_its_rows_give(tmp_path, country, weighted, single, monkeypatch) -> None:
     """Rows are taken as one list of Python objects, and in pieces of five rows; a profile's answers lie in several."""
-    monkeypatch.setattr("cuma_ds.evaluation.references.BATCH_ROWS", 5)
+    monkeypatch.setattr("cuma_ds.data.rows.BATCH_ROWS", 5)
+    monkeypatch.setattr("cuma_ds.evaluation.references._ROWS", 7)
     data = prepared(tmp_path, country, weighted)
     data = data.with_single_answers() if single else data
     train, test = data.splits["train"], ChoiceExamples.of(data.splits["test"])

@@ -1,0 +1,1 @@
+"""What a study says: typed, as Markdown, and as pictures."""
