@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from cuma_ds.adapters.config import CumaConfig, Method, unread_keys
 from cuma_ds.errors import ConfigError, nearest
 from cuma_ds.resources import resource_folder
+from cuma_ds.sentence_format import format_fields
 
 # A key of a recipe, from its section inwards.
 Key = tuple[str, ...]
@@ -61,11 +62,41 @@ class ProfilesSection(_Section):
         "generic",
         description="how profile fields become a sentence; authors: as the authors' code writes survey respondents",
     )
+    format: str | None = Field(
+        None,
+        description="a sentence of your own instead of a template, with fields in braces: A person from "
+        "{country}[, aged {age}]; a part in square brackets is left out where a field in it has no answer, elsewhere "
+        "such a field is Unknown",
+    )
+    fields: tuple[str, ...] | None = Field(
+        None, min_length=1, description="the fields that sentences are made of, in this order; null takes all"
+    )
+    pooling: Literal["auto", "mean", "mean-all", "last", "cls"] = Field(
+        "auto",
+        description="how token vectors become one: what the encoder's folder says | their mean | mean-all, with "
+        "special tokens and all, as the authors' code | that of the last or first token",
+    )
+    normalise: bool = Field(True, description="scale the encoder's vectors to length 1")
+    max_tokens: int | None = Field(
+        None, ge=2, description="sentences are cut after so many tokens; null is what the encoder's folder says"
+    )
     standardise: float | None = Field(
         3.0, gt=0, description="RMS that centred profile embeddings are scaled to; null = raw embeddings"
     )
     batch_size: int = Field(64, ge=1, description="sentences per encoder batch")
     cache_dir: str | None = Field(None, description="folder of cached embeddings; default: the user's cache folder")
+
+    @model_validator(mode="after")
+    def _check(self) -> ProfilesSection:
+        if self.format is None:
+            return self
+        try:
+            named = format_fields(self.format)
+        except ValueError as error:
+            raise ValueError(f"format is {self.format!r}: {error}") from None
+        if self.fields is not None and (lost := [name for name in named if name not in self.fields]):
+            raise ValueError(f"format names {lost[0]!r}, which fields leaves out; add it there, or leave fields out")
+        return self
 
 
 class PrefixSection(_Section):
@@ -95,6 +126,16 @@ class DataSection(_Section):
         description="what to make of a source that holds several: community-alignment and prism give chat by default; "
         "preference draws pairs from answers to choice questions",
     )
+    max_people: int | None = Field(
+        None, ge=1, description="learn from so many people, drawn from those of the training split; null takes all"
+    )
+    max_examples: int | None = Field(
+        None,
+        ge=1,
+        description="learn from so many answers (conversations, pairs), drawn from those of these people; null takes "
+        "all",
+    )
+    sample_seed: int = Field(0, ge=0, description="seed of both draws")
     questions: tuple[str, ...] | None = Field(
         None, description="question ids to keep (wvs-sample: immigration, poverty); null keeps all"
     )
@@ -120,14 +161,22 @@ class DataSection(_Section):
         description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
     )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
+    profile_prompt: str = Field(
+        "You are answering for this person: {profile}",
+        description="what profile_in_prompt writes; {profile} is the sentence, and alone nothing stands around it",
+    )
     system_prompt: str | None = Field(
         None, description="system message of prompts that have none; null leaves it to the chat template"
     )
-    prompt_style: Literal["letters", "metadata"] = Field(
+    prompt_style: Literal["letters", "metadata", "codebook"] = Field(
         "letters",
         description=(
-            "letters leaves out the number scale that WorldValuesBench puts before its questions; metadata keeps it"
+            "letters leaves out the number scale that WorldValuesBench puts before its questions | metadata keeps it | "
+            "codebook asks the codebook's short label with all options on one line, as the authors' code (wvb alone)"
         ),
+    )
+    loss_on: Literal["all", "last"] = Field(
+        "all", description="conversations: learn all that the assistant says, or its last answer alone"
     )
     option_order: Literal["fixed", "reversed", "average"] = Field(
         "fixed",
@@ -165,6 +214,10 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        if self.profile_prompt.count("{profile}") != 1:
+            raise ValueError(
+                f"profile_prompt is {self.profile_prompt!r}; it must have {{profile}} once, where the sentence stands"
+            )
         if self.test_fraction + self.valid_fraction >= 1:
             raise ValueError(
                 f"test_fraction {self.test_fraction} and valid_fraction {self.valid_fraction} leave nobody to learn "
@@ -203,7 +256,10 @@ class TrainingSection(_Section):
     group_field: str | None = Field(
         None, description="profile field, e.g. country, whose larger groups have metrics of their own"
     )
-    steps: int = Field(100, ge=1, description="optimizer steps")
+    steps: int = Field(100, ge=1, description="optimizer steps, unless epochs are given")
+    epochs: float | None = Field(
+        None, gt=0, description="instead of steps: how often each example is met (grpo: how often each prompt)"
+    )
     global_batch_size: int = Field(
         12, ge=1, description="examples (dpo: pairs, grpo: prompts) per optimizer step, over all ranks"
     )
@@ -217,6 +273,11 @@ class TrainingSection(_Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="learning-rate schedule after warm-up"
     )
+    schedule_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps that the schedule is laid out for, if the run is to end before it does; null is the run's",
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
@@ -225,13 +286,25 @@ class TrainingSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainingSection:
-        if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps is {self.warmup_steps} but steps is {self.steps}; warm-up must end before the run does"
-            )
+        if self.epochs is None:
+            self.check_length(self.steps)
+        elif "steps" in self.model_fields_set:
+            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs:g}; leave one of them out")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas are {list(self.adam_betas)}; each must be in [0, 1)")
         return self
+
+    def check_length(self, steps: int) -> None:
+        """Raise a ValueError if a run of so many steps ends before its warm-up or after its schedule does."""
+        if self.warmup_steps > steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} but steps is {steps}; warm-up must end before the run does"
+            )
+        if self.schedule_steps is not None and self.schedule_steps < steps:
+            raise ValueError(
+                f"schedule_steps is {self.schedule_steps} but steps is {steps}; nothing would be learned after the "
+                "end of the schedule"
+            )
 
 
 class DpoSection(_Section):
@@ -421,18 +494,29 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
     ("data", "min_margin"): 0.0,
+    ("data", "max_people"): None,
+    ("data", "max_examples"): None,
+    ("data", "sample_seed"): 0,
+    ("data", "profile_prompt"): "You are answering for this person: {profile}",
+    ("data", "loss_on"): "all",
+    ("profiles", "format"): None,
+    ("profiles", "fields"): None,
+    ("profiles", "pooling"): "auto",
+    ("profiles", "normalise"): True,
+    ("profiles", "max_tokens"): None,
     ("data", "valid_fraction"): 0.0,
     ("model", "init_from"): None,
     ("training", "group_field"): None,
+    ("training", "schedule_steps"): None,
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
 CHANGED_SINCE_0_1_0: dict[tuple[str, str], object] = {("data", "heldout_fraction"): 0.15}
 
 
+# Two ways to say how long a run is. A file that says one replaces what earlier files say in the other.
+_LENGTHS = ("steps", "epochs")
 # Sections that one objective or method alone reads. In other recipes they are mistakes.
 OWNER = {"dpo": "dpo", "grpo": "grpo", "rollout": "grpo", "judge": "grpo", "prefix": "p_tuning_v2"}
-
-
 # Methods that ask the model as it is, each in its own way.
 NOTHING_TRAINS = ("vanilla", "persona", "few_shot")
 
@@ -497,7 +581,9 @@ class RunConfig(_Section):
                 raise ValueError(f"grpo.reward_weights has {len(weights)} numbers for {len(self.grpo.rewards)} rewards")
             if self.training.group_field is None and (self.grpo.advantage, self.grpo.robust) != ("prompt", "none"):
                 raise ValueError("grpo.advantage: history and grpo.robust: groupdro need training.group_field")
-            ends = {"training.steps": self.training.steps, "checkpoint.every": self.checkpoint.every}
+            ends = {"checkpoint.every": self.checkpoint.every}
+            if self.training.epochs is None:  # epochs end with a whole rollout
+                ends["training.steps"] = self.training.steps
             for key, number in ends.items():
                 if number % self.grpo.iterations:
                     raise ValueError(
@@ -574,6 +660,8 @@ class RunConfig(_Section):
     def to_yaml(self) -> str:
         """The resolved recipe, every key written out; sections of other objectives are left out."""
         values = {name: one for name, one in json.loads(self.model_dump_json()).items() if one is not None}
+        if self.training.epochs is not None:
+            del values["training"]["steps"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -650,8 +738,7 @@ def _merge(
         replaced: set[Key] = {(section,)}
         if isinstance(before, dict) and isinstance(keys, dict):
             replaced = {(section, str(key)) for key in keys}
-            if section == "adapters":
-                _make_room(before, keys.get("method"))
+            before = {key: value for key, value in before.items() if not _gives_way(section, key, keys)}
             keys = before | keys
         values[section] = keys
         for place in [place for place in places if place[:1] in replaced or place[:2] in replaced]:
@@ -659,10 +746,17 @@ def _merge(
     places.update(more_places)
 
 
-def _make_room(adapters: dict[str, object], method: object) -> None:
-    """Remove the keys of earlier files that a method named later does not read, or decides by itself."""
-    for key in unread_keys(method) if isinstance(method, str) else ():
-        adapters.pop(key, None)
+def _gives_way(section: str, key: str, later: Mapping[str, object]) -> bool:
+    """Whether a key of an earlier file is taken away by what a later one says.
+
+    ``training.epochs`` and ``training.steps`` take each other's place. ``adapters.method`` removes the keys that its
+    method does not read, or decides by itself.
+    """
+    if key in later:
+        return False
+    if section == "adapters":
+        return key in unread_keys(str(later.get("method", "")))
+    return section == "training" and key in _LENGTHS and any(later.get(name) is not None for name in _LENGTHS)
 
 
 def load_started(path: str | Path, overrides: Sequence[str] | None = None) -> RunConfig:
@@ -772,8 +866,10 @@ def _apply_override(values: dict[str, object], override: str, places: dict[Key, 
     inner = values.setdefault(section, {})
     if not isinstance(inner, dict):
         inner = values[section] = {}
-    if (section, name) == ("adapters", "method"):
-        _make_room(inner, value)
+    # The command line takes the place of the recipe alone, not of itself.
+    for other in [other for other in inner if _gives_way(section, other, {name: value})]:
+        if not places.get((section, other), "").startswith("--set "):
+            del inner[other]
     inner[name] = value
     places[(section, name)] = f"--set {override}"
 

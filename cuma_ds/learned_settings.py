@@ -15,6 +15,7 @@ from cuma_ds.identity import content_sha256
 _FREE_SECTIONS = {"run", "parallel", "checkpoint", "telemetry", "evaluation"}
 _FREE_KEYS = {
     ("training", "steps"),
+    ("training", "epochs"),
     ("training", "micro_batch_size"),
     ("model", "attention"),
     ("model", "gradient_checkpointing"),

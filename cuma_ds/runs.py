@@ -34,7 +34,7 @@ from cuma_ds.identity import Identity, changed_part, content_sha256, file_sha256
 from cuma_ds.learned_settings import fingerprint, first_difference, with_started_defaults
 from cuma_ds.parallel.backbone import backbone_fingerprint
 from cuma_ds.parallel.stored import State, find_checkpoint, read_adapters, read_state, start_sha256
-from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.profiles import ProfileTable, encoder_of
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class Run:
         known_encoder = identity.get("encoder")
         if encoder is not None and known_encoder is not None and not self._is_gone("profiles.encoder", encoder):
             folder = Path(encoder).expanduser()
-            if folder.is_dir() and ProfileEncoder(encoder).fingerprint != known_encoder:
+            if folder.is_dir() and encoder_of(config.profiles).fingerprint != known_encoder:
                 raise CheckpointError(
                     f"profiles.encoder: {encoder} is another encoder than {self.folder} was started with; "
                     "restore it, or choose another run.name"

@@ -14,10 +14,13 @@ examples:
     --model-config launchers/model_configs/llama-70b.json --gpus 8
   python launchers/plan.py --config RECIPE --model-config FOLDER/config.json --gpus 8 64 512 --length 2048 --plot p.png
   python launchers/plan.py --config RECIPE --model-config A.json B.json --gpus 64 --json > plan.json
+  python launchers/plan.py --config paper/backbone/qwen3-8b paper/task/ca-grpo paper/method/cuma-r64 \\
+    --model-config launchers/model_configs/qwen3-8b.json --profile-dim 1024 --gpus 8
 
 The recipe gives adapters, dtype, DeepSpeed configuration, ep_size, dispatch and micro batch. Its model.path is not
 read. Memory and bytes follow from shapes (docs/scale.md), seconds from the hardware that you assume below, without
-overlap of compute and communication.
+overlap of compute and communication. The whole run is cut as the recipe cuts it: training.steps, or training.epochs of
+--examples; for grpo with its rollouts.
 """
 
 
@@ -46,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument(
         "--profile-dim", type=_positive, default=384, metavar="P", help="width of the profile embeddings (default: 384)"
     )
+    work.add_argument(
+        "--examples",
+        type=_positive,
+        metavar="N",
+        help="training examples, for training.epochs (default: data.max_examples)",
+    )
     gpu = parser.add_argument_group("hardware, per GPU (defaults: an 80 GB H100 with NVLink and 400 Gbit/s)")
     gpu.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N")
     gpu.add_argument("--memory-gb", type=_amount, default=80.0, metavar="GB")
@@ -66,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         "--intra-gbps", type=_amount, default=300.0, metavar="GB/s", help="to GPUs of the same machine (default: 300)"
     )
     gpu.add_argument("--inter-gbps", type=_amount, default=40.0, metavar="GB/s", help="to other machines (default: 40)")
+    gpu.add_argument(
+        "--memory-gbps", type=_amount, default=3350.0, metavar="GB/s", help="of the GPU's own memory (default: 3350)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON (bytes, seconds) instead of tables")
     parser.add_argument(
         "--plot", type=Path, metavar="PNG", help="also draw memory and speed against the number of GPUs"
@@ -80,11 +92,19 @@ def main() -> None:
     from cuma_ds.config import load_config
     from cuma_ds.planning.cost import Hardware, Work
     from cuma_ds.planning.plan import Planner
-    from cuma_ds.planning.report import plot_plans, print_plans
+    from cuma_ds.planning.report import plot_plans, print_plans, print_whole_runs
     from cuma_ds.planning.skeleton import read_model_config
+    from cuma_ds.planning.whole_run import whole_run
+    from cuma_ds.training.schedule import with_steps
     from cuma_ds.training.start import with_start
 
-    config = with_start(load_config(arguments.config, arguments.set))
+    config = load_config(arguments.config, arguments.set)
+    if config.model.init_from is not None and Path(config.model.init_from).expanduser().exists():
+        config = with_start(config)  # else the recipe alone says what is trained
+    examples = arguments.examples or config.data.max_examples
+    knows_steps = config.training.epochs is None or examples is not None
+    if examples is not None:
+        config = with_steps(config, examples)
     length = arguments.length or config.data.max_length
     of_unit = 2 if config.training.objective == "dpo" else 1
     shape = Work(
@@ -101,18 +121,29 @@ def main() -> None:
         efficiency=arguments.efficiency,
         intra_bandwidth=arguments.intra_gbps * 1e9,
         inter_bandwidth=arguments.inter_gbps * 1e9,
+        memory_bandwidth=arguments.memory_gbps * 1e9,
     )
-    plans = {}
+    plans, runs = {}, {}
     for path in arguments.model_config:
         planner = Planner(config, read_model_config(path), arguments.profile_dim)
         name = Path(path).parent.name if Path(path).name == "config.json" else Path(path).name.removesuffix(".json")
         plans[name or path] = [planner.plan(gpus, shape, hardware) for gpus in sorted(set(arguments.gpus))]
+        if knows_steps:
+            runs[name or path] = [whole_run(planner, plan.gpus, length, hardware) for plan in plans[name or path]]
     if arguments.plot:
         plot_plans(plans, hardware, arguments.plot)
     if arguments.json:
-        print(json.dumps({name: [plan.as_dict() for plan in rows] for name, rows in plans.items()}, indent=2))
+        planned = {name: [plan.as_dict() for plan in rows] for name, rows in plans.items()}
+        for name, whole in runs.items():
+            for row, run in zip(planned[name], whole, strict=True):
+                row["whole_run"] = run.as_dict()
+        print(json.dumps(planned, indent=2))
         return
     print_plans(plans, hardware)
+    if knows_steps:
+        print_whole_runs(runs, config)
+    else:
+        print("whole run: give --examples, of which the recipe takes training.epochs")
     if arguments.plot:
         print(f"plot: {arguments.plot}")
 

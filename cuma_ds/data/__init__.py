@@ -12,9 +12,11 @@ from cuma_ds.data.build import build
 from cuma_ds.data.pairs import ASKED_BY
 from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.data.raw import Progress, ReadOptions
+from cuma_ds.data.sampling import Limits, sample
 from cuma_ds.data.sources import SOURCES
 from cuma_ds.data.splits import PROBE
 from cuma_ds.errors import ConfigError, DataError
+from cuma_ds.profiles import Wording
 
 _DECIDED_WHEN_PREPARED = (
     "source",
@@ -26,30 +28,65 @@ _DECIDED_WHEN_PREPARED = (
     "heldout_profile_fraction",
     "split_seed",
 )
+# What a source counts.
+_COUNTED = {"choice": "answers", "chat": "conversations", "preference": "pairs"}
 __all__ = ["PreparedData", "load_data", "prepare"]
 
 
-def load_data(config: DataSection, template: str = "generic") -> PreparedData:
+def load_data(config: DataSection, wording: Wording | str = "generic") -> PreparedData:
     """The data a recipe asks for, from a prepared folder or straight from its source.
 
     Args:
         config: the data section; with ``histogram_targets: false`` each training answer is a row of its own.
-        template: how profile fields become a sentence; a prepared folder of another template is rewritten in memory.
+        wording: how profile fields become a sentence (a template's name stands for it); a prepared folder with another
+            one is rewritten in memory.
 
     Raises:
-        DataError: unreadable data, or a prepared folder that was split differently from what the recipe says.
-        ConfigError: source jsonl without a path.
+        DataError: unreadable data, a prepared folder that was split differently from what the recipe says, or fewer
+            people or answers than the recipe draws.
+        ConfigError: source jsonl without a path, or a field that no profile has.
     """
+    wording = Wording(wording) if isinstance(wording, str) else wording
     if is_prepared(config.path):
-        data = PreparedData.load(config.path).with_template(template)
+        data = PreparedData.load(config.path)
         _check_recipe(data.manifest, config)
         if config.kind not in (None, data.kind):
             raise DataError(
                 f"{config.path} was prepared as kind {data.kind}, but the recipe says data.kind: {config.kind}"
             )
     else:
-        data = prepare(config, template)
+        data = prepare(config, wording.template)
+    _check_labels(data, config)
+    data = _drawn(data.with_wording(wording), config)
     return data if config.histogram_targets else data.with_single_answers()
+
+
+def _drawn(data: PreparedData, config: DataSection) -> PreparedData:
+    """The data with the part of its training split that the recipe draws."""
+    limits = Limits(config.max_people, config.max_examples, config.sample_seed)
+    if limits.people is None and limits.examples is None:
+        return data
+    drawn = sample(data.splits["train"], limits)
+    for key, asked, count, what in (
+        ("max_people", limits.people, drawn.of_people, "people are there to learn from"),
+        ("max_examples", limits.examples, drawn.answers, f"{_COUNTED[data.kind]} of theirs are there to learn from"),
+    ):
+        if asked is not None and asked > count:
+            raise DataError(
+                f"data.{key} is {asked}, but only {count} {what}; lower it, or leave it out to take all of them"
+            )
+    facts = {"max_people": limits.people, "max_examples": limits.examples, "sample_seed": limits.seed}
+    return data.with_splits({"train": drawn.split}, facts)
+
+
+def _check_labels(data: PreparedData, config: DataSection) -> None:
+    """Refuse a prompt style that needs short labels where questions have none."""
+    if config.prompt_style == "codebook" and data.kind == "choice" and not data.splits["train"].labelled:
+        again = "; prepare it again, release 0.1.0 did not keep them" if data.manifest["source"] == "wvb" else ""
+        raise DataError(
+            "data.prompt_style is codebook, but the questions of this data have no short labels; only those of wvb "
+            f"have{again}, or use letters or metadata"
+        )
 
 
 def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cuma_ds.data.rendering import Message, Renderer, ask
+from cuma_ds.data.rendering import Message, Renderer, ask, worded
 from cuma_ds.data.rows import Row
 
 
@@ -16,7 +16,8 @@ def conversation(row: Row, renderer: Renderer) -> Sequence[Message]:
         renderer: knows how questions are asked.
     """
     if "options" in row:
-        content = ask(row["question"], row["options"], renderer.prompt_style, renderer.option_order)
+        question = worded(row["question"], row.get("label"), renderer.prompt_style)
+        content = ask(question, row["options"], renderer.prompt_style, renderer.option_order)
         return [{"role": "user", "content": content}]
     if "prompt" in row:
         return row["prompt"]

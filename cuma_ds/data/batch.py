@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.rendering import Renderer, worded
 from cuma_ds.data.rows import Row
 
 
@@ -44,7 +44,8 @@ def encode_example(row: Row, renderer: Renderer, sentences: Sequence[str], confi
     """Render one row of a prepared split.
 
     A choice row has one target per option, all at the prompt's last token, with the shares of its answers as weights
-    (times the number of answers with ``example_weight: answers``); a chat row has weight 1 on each assistant token.
+    (times the number of answers with ``example_weight: answers``); a chat row has weight 1 on each assistant token
+    (``loss_on: last``: of the last answer).
 
     Args:
         row: a row as in :class:`~cuma_ds.data.prepared.PreparedData`.
@@ -54,9 +55,11 @@ def encode_example(row: Row, renderer: Renderer, sentences: Sequence[str], confi
     """
     profile = int(row["profile"])
     if "messages" in row:
-        return _said(*renderer.encode_chat(row["messages"], sentences[profile]), profile)
+        last = config.loss_on == "last"
+        return _said(*renderer.encode_chat(row["messages"], sentences[profile], last_only=last), profile)
     options, counts = row["options"], row["counts"]
-    ids = renderer.encode_choice(row["question"], options, sentences[profile])
+    question = worded(row["question"], row.get("label"), renderer.prompt_style)
+    ids = renderer.encode_choice(question, options, sentences[profile])
     total = sum(counts)
     scale = 1.0 if config.example_weight == "uniform" else float(total)
     weights = [scale * count / total for count in counts]

@@ -6,7 +6,6 @@ Shapes: M rows of a split, Q questions, N profiles.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -19,7 +18,7 @@ import numpy as np
 from cuma_ds.config import DataSection
 from cuma_ds.data.asked import encode_asked
 from cuma_ds.data.prepared import PreparedData
-from cuma_ds.data.rendering import PromptTooLong, Renderer
+from cuma_ds.data.rendering import PromptTooLong, Renderer, worded
 from cuma_ds.data.rows import Row, Split
 from cuma_ds.errors import CumaError, DataError
 from cuma_ds.telemetry.progress import shown
@@ -105,7 +104,8 @@ def _long_choices(name: str, split: Split, reading: Reading, sentences: Sequence
 
     def length(which: int, sentence: str, row: int) -> int:
         question = questions[which]
-        return _tokens(lambda: renderer.encode_choice(question.text, question.options, sentence), name, row)
+        text = worded(question.text, question.label, renderer.prompt_style)
+        return _tokens(lambda: renderer.encode_choice(text, question.options, sentence), name, row)
 
     tokens_M = np.array([length(which, "", int(row)) for which, row in enumerate(first_Q)])[which_M]
     if renderer.profile_in_prompt or renderer.shots is not None:
@@ -167,21 +167,9 @@ def _tokens(encode: Callable[[], list[int]], split: str, row: int) -> int:
 
 
 def _without(data: PreparedData, found: dict[str, LongRows]) -> PreparedData:
-    splits, manifest = dict(data.splits), dict(data.manifest)
-    manifest["splits"] = {name: dict(sizes) for name, sizes in manifest["splits"].items()}
-    manifest["skipped"] = {**manifest.get("skipped", {}), _REASON: sum(len(rows.numbers) for rows in found.values())}
-    for name, rows in found.items():
-        kept = np.setdiff1d(np.arange(len(splits[name])), rows.numbers)
-        splits[name] = splits[name].select(kept)
-        manifest["splits"][name] |= _sizes(splits[name])
-    return dataclasses.replace(data, splits=splits, manifest=manifest)
-
-
-def _sizes(split: Split) -> dict[str, int]:
-    people = split.rows.table["people"].combine_chunks().flatten().to_numpy()
-    return {
-        "examples": len(split),
-        "answers": int(split.answers().sum()),
-        "people": len(np.unique(people)),
-        "profiles": len(np.unique(split.numbers("profile"))),
+    kept = {
+        name: data.splits[name].select(np.setdiff1d(np.arange(len(data.splits[name])), rows.numbers))
+        for name, rows in found.items()
     }
+    left_out = sum(len(rows.numbers) for rows in found.values())
+    return data.with_splits(kept, {"skipped": {**data.manifest.get("skipped", {}), _REASON: left_out}})

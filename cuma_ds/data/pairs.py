@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from cuma_ds.config import DataSection
 from cuma_ds.data.raw import Rows
-from cuma_ds.data.rendering import LETTERS, ask
+from cuma_ds.data.rendering import LETTERS, ask, worded
 from cuma_ds.data.rows import QUESTION_SCHEMA, SCHEMAS, people_lists
 from cuma_ds.data.splits import draws
 
@@ -34,9 +34,12 @@ def answer_pairs(rows: Rows, chosen_N: np.ndarray, config: DataSection) -> Itera
         config: ``split_seed``, ``prompt_style`` and ``option_order``.
     """
     question_ids, texts, options, _ = (rows.questions.table[name].to_pylist() for name in QUESTION_SCHEMA.names)
+    table = rows.questions.table
+    labels = table["label"].to_pylist() if "label" in table.column_names else [None] * len(texts)
+    asked = [worded(text, label, config.prompt_style) for text, label in zip(texts, labels, strict=True)]
     prompts = [
         [{"role": "user", "content": ask(text, shown, config.prompt_style, config.option_order)}]
-        for text, shown in zip(texts, options, strict=True)
+        for text, shown in zip(asked, options, strict=True)
     ]
     options_Q = np.array([len(shown) for shown in options], np.int64)
     for row_A, question_A, answer_A in _answers(rows, np.flatnonzero(chosen_N)):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from cuma_ds.data.raw import Profile
 from cuma_ds.data.rows import ArrowFile, Split, single_answers
 from cuma_ds.data.splits import PROBE, SPLITS
-from cuma_ds.errors import DataError
+from cuma_ds.errors import ConfigError, DataError, nearest
 from cuma_ds.files import atomic_folder
 from cuma_ds.identity import SEAL, file_sha256, seal_holds, sealed
-from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
-from cuma_ds.profiles.linearize import country_of
+from cuma_ds.profiles import ProfileEncoder, ProfileTable, Wording, linearize
+from cuma_ds.profiles.linearize import country_of, value_of
 from cuma_ds.profiles.table import Encoder
 
 FORMAT_VERSION = 2
@@ -30,8 +33,9 @@ class PreparedData:
     ``valid``.
 
     Attributes:
-        manifest: format_version, source, kind (choice | chat | preference), template, split settings, versions,
-            hashes, and per split the number of examples, answers (before merging), people and profiles.
+        manifest: format_version, source, kind (choice | chat | preference), how profiles are worded (template, format,
+            fields), split settings, what was drawn of the training split, versions, hashes, and per split the number
+            of examples, answers (before merging), people and profiles.
         splits: rows by split, see :class:`~cuma_ds.data.rows.Split`.
         profiles: distinct profiles as ``{"sentence": str, "fields": dict}``; ``profile`` is a row of this list.
         root: the folder it was read from, None for data that is only in memory.
@@ -135,21 +139,75 @@ class PreparedData:
         }
         return cls(manifest, splits, profiles, root)
 
-    def with_template(self, template: str) -> PreparedData:
-        """The same data with sentences written by another template; profiles given as text stay as they are."""
-        if self.manifest["template"] == template:
+    def with_wording(self, wording: Wording) -> PreparedData:
+        """The same data with sentences written in another way; profiles given as text stay as they are.
+
+        Profiles that the wording makes equal stay apart: reports still know their other fields. Rows of profiles
+        without any field that the wording reads are left out and counted.
+
+        Raises:
+            ConfigError: the wording names a field that no profile has.
+            DataError: nothing is left for training.
+        """
+        asked = _written(wording)
+        if {key: self.manifest.get(key) for key in ("template", "format", "fields")} == asked:
             return self
-        profiles = [
-            Profile(sentence=linearize(profile["fields"] or profile["sentence"], template), fields=profile["fields"])
-            for profile in self.profiles
-        ]
-        return dataclasses.replace(self, manifest={**self.manifest, "template": template}, profiles=profiles)
+        self._check_fields(wording)
+        profiles, unknown = [], []
+        for row, profile in enumerate(self.profiles):
+            try:
+                sentence = linearize(profile["fields"] or profile["sentence"], wording)
+            except DataError:
+                unknown.append(row)
+                sentence = profile["sentence"]
+            profiles.append(Profile(sentence=sentence, fields=profile["fields"]))
+        given = {key: value for key, value in asked.items() if value is not None}
+        manifest = {key: value for key, value in self.manifest.items() if key not in asked} | given
+        data = dataclasses.replace(self, manifest=manifest, profiles=profiles)
+        return data._without_profiles(unknown) if unknown else data
+
+    def _check_fields(self, wording: Wording) -> None:
+        """Refuse a wording that names a field which no profile has."""
+        known = dict.fromkeys(name for profile in self.profiles for name in profile["fields"])
+        for field in wording.named:
+            if not any(value_of(profile["fields"], field) for profile in self.profiles):
+                key = "profiles.fields" if field in (wording.fields or ()) else "profiles.format"
+                raise ConfigError(
+                    f"{key}: no profile has the field {field!r}{nearest(field, known)}; "
+                    f"they have {', '.join(known) or 'none, but sentences'}"
+                )
+
+    def _without_profiles(self, unknown: Sequence[int]) -> PreparedData:
+        """The data without the rows of some profiles."""
+        kept = {
+            name: split.select(np.flatnonzero(~np.isin(split.numbers("profile"), unknown)))
+            for name, split in self.splits.items()
+        }
+        left_out = sum(len(split) - len(kept[name]) for name, split in self.splits.items())
+        if not len(kept["train"]):
+            raise DataError("nothing is left for training: no profile has an answer to the fields that are asked for")
+        skipped = {**self.manifest.get("skipped", {}), "rows of profiles without the fields that are read": left_out}
+        return self.with_splits(kept, {"skipped": skipped})
+
+    def with_splits(self, splits: Mapping[str, Split], facts: Mapping[str, object]) -> PreparedData:
+        """The same data with other rows in some splits, and with ``facts`` in the manifest."""
+        sizes = {name: dict(size) for name, size in self.manifest["splits"].items()}
+        for name, split in splits.items():
+            sizes[name] |= split.sizes()
+        manifest = {**self.manifest, "splits": sizes, **facts}
+        return dataclasses.replace(self, manifest=manifest, splits={**self.splits, **splits})
 
     def with_single_answers(self) -> PreparedData:
         """The same data with one row per answer (one-hot counts) in ``train``; the other splits stay merged."""
         if self.kind != "choice":
             return self
         return dataclasses.replace(self, splits={**self.splits, "train": single_answers(self.splits["train"])})
+
+
+def _written(wording: Wording) -> dict[str, object]:
+    """A wording as a manifest holds it."""
+    fields = None if wording.fields is None else list(wording.fields)
+    return {"template": wording.template, "format": wording.format, "fields": fields}
 
 
 def is_prepared(place: str | Path | None) -> TypeGuard[str | Path]:

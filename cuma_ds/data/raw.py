@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.rows import QUESTION_SCHEMA, ArrowFile, Question
+from cuma_ds.data.rows import LABELLED_QUESTIONS, QUESTION_SCHEMA, ArrowFile, Question
 from cuma_ds.errors import DataError, nearest
 from cuma_ds.profiles.linearize import country_of, linearize, plain_profile
 
@@ -120,8 +120,12 @@ class Rows:
 
 def question_file(questions: Sequence[Question], file: Path | None) -> ArrowFile:
     """Questions as an Arrow table."""
-    rows = [dict(zip(QUESTION_SCHEMA.names, question.columns(), strict=True)) for question in questions]
-    return ArrowFile.collect(QUESTION_SCHEMA, [pa.RecordBatch.from_pylist(rows, QUESTION_SCHEMA)], file)
+    schema = LABELLED_QUESTIONS if any(question.label for question in questions) else QUESTION_SCHEMA
+    rows = [
+        {**dict(zip(QUESTION_SCHEMA.names, question.columns(), strict=True)), "label": question.label}
+        for question in questions
+    ]
+    return ArrowFile.collect(schema, [pa.RecordBatch.from_pylist(rows, schema)], file)
 
 
 def check_questions(config: DataSection, known: Collection[str]) -> list[str]:

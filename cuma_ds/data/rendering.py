@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Message = Mapping[str, str]
 # Keys of the section ``data`` that decide how prompts are written.
-PROMPT_KEYS = ("max_length", "profile_in_prompt", "system_prompt", "prompt_style", "option_order")
-PromptStyle = Literal["letters", "metadata"]
+PROMPT_KEYS = ("max_length", "profile_in_prompt", "profile_prompt", "system_prompt", "prompt_style", "option_order")
+PromptStyle = Literal["letters", "metadata", "codebook"]
 OptionOrder = Literal["fixed", "reversed", "average"]
 
 # What WorldValuesBench puts before all its questions: it asks for a number, where the options have letters.
@@ -64,18 +64,27 @@ def ask(question: str, options: Sequence[str], style: PromptStyle, order: Option
     """A choice question as the user's message: the question, a line per option, what to answer with.
 
     Args:
-        question: the question as asked.
+        question: the question as asked; with ``codebook`` its label, see :func:`worded`.
         options: answers in order, shown as A, B, C, ... (from the last one on with ``reversed``).
-        style: ``letters`` leaves out the number scale that a question of WorldValuesBench starts with.
+        style: ``letters`` leaves out the number scale that a question of WorldValuesBench starts with; ``codebook``
+            has all options on one line and ends as the authors' prompt does.
         order: of the options.
     """
     if style == "letters":
         asked = _NUMBER_SCALE.sub("", question)
         question = question if asked == question else asked[0].upper() + asked[1:]
     shown = options[::-1] if order == "reversed" else options
-    lines = [question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False))]
+    lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False)]
+    if style == "codebook":
+        return f"{question}\n{' '.join(lettered)}\nYou can only choose one option."
+    lines = [question, *lettered]
     last = LETTERS[len(options) - 1]
     return "\n".join([*lines, f"Answer with one letter, A{' or ' if len(options) == 2 else ' to '}{last}."])
+
+
+def worded(question: str, label: str | None, style: PromptStyle) -> str:
+    """The words in which :func:`ask` asks a question: with ``codebook`` its short label, where it has one."""
+    return label if style == "codebook" and label else question
 
 
 class Renderer:
@@ -86,9 +95,10 @@ class Renderer:
             used.
         max_length: tokens of a prompt with its answer. Conversations lose early turns to fit; nothing else is ever cut.
         profile_in_prompt: put the profile sentence into the system prompt as well.
+        profile_prompt: how; ``{profile}`` stands for the sentence.
         system_prompt: for conversations without one; None leaves it to the template.
         prompt_style: ``letters`` leaves out the number scale that a question of WorldValuesBench starts with;
-            ``metadata`` asks it as the benchmark words it.
+            ``metadata`` asks it as the benchmark words it; ``codebook`` is as :func:`ask` says.
         option_order: ``reversed`` shows the last option as A. ``average`` is for who asks twice; here it is as
             ``fixed``.
 
@@ -101,6 +111,7 @@ class Renderer:
         tokenizer: Any,
         max_length: int,
         profile_in_prompt: bool = False,
+        profile_prompt: str = "You are answering for this person: {profile}",
         system_prompt: str | None = None,
         prompt_style: PromptStyle = "metadata",
         option_order: OptionOrder = "fixed",
@@ -112,6 +123,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.profile_in_prompt = profile_in_prompt
+        self.profile_prompt = profile_prompt
         self.system_prompt = system_prompt
         self.prompt_style = prompt_style
         self.option_order = option_order
@@ -153,7 +165,7 @@ class Renderer:
         """Token ids of the prompt; the token that follows the last one is the answer's letter.
 
         Args:
-            question: the question as asked.
+            question: the question as asked, see :func:`worded`.
             options: answers in order, shown as A, B, C, ... (from the last one on with ``option_order: reversed``).
             sentence: the profile sentence; used only with ``profile_in_prompt`` and for examples.
 
@@ -219,13 +231,20 @@ class Renderer:
         ids = self._letters[count]
         return ids[::-1] if self.option_order == "reversed" else ids
 
-    def encode_chat(self, messages: Sequence[Message], sentence: str) -> tuple[list[int], list[int]]:
+    def encode_chat(
+        self, messages: Sequence[Message], sentence: str, last_only: bool = False
+    ) -> tuple[list[int], list[int]]:
         """Token ids of a conversation and the positions whose logits predict an assistant token.
 
         Only what the assistant says is a target (its end-of-turn marker included): position p predicts ``ids[p + 1]``.
         The last answer follows exactly the tokens of :meth:`encode_prompt`. Earlier answers are learned as the
         template shows them there. A conversation longer than ``max_length`` loses whole early turns, but never its
         system message.
+
+        Args:
+            messages: a conversation; what follows the assistant's last answer is left out.
+            sentence: the profile sentence; used only with ``profile_in_prompt``.
+            last_only: only the assistant's last answer is a target.
 
         Raises:
             PromptTooLong: the last question with its answer has more than ``max_length`` tokens.
@@ -236,7 +255,7 @@ class Renderer:
             raise DataError("a conversation has no assistant message to learn from; at least one is needed")
         left: Sequence[Message] | None = messages[: answers[-1] + 1]
         while left is not None:
-            ids, positions = self._encode_turns(self._with_profile(left, sentence))
+            ids, positions = self._encode_turns(self._with_profile(left, sentence), last_only)
             if len(ids) <= self.max_length:
                 return ids, positions
             left = _without_first_turn(left)
@@ -279,14 +298,14 @@ class Renderer:
         prompt, told, marker = self._asked([*before, {"role": "assistant", "content": answer}])
         return self._ids(prompt), self._continuation(prompt, told + marker)
 
-    def _encode_turns(self, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
+    def _encode_turns(self, conversation: Sequence[Message], last_only: bool) -> tuple[list[int], list[int]]:
         """Ids and positions of a conversation that ends with an answer."""
         prompt, answer, marker = self._asked(conversation)
         encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         positions = []
         for turn, message in enumerate(conversation[:-1]):
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and not last_only:
                 first, end = _token_span(offsets, *self._earlier(conversation[:-1], turn, prompt, marker))
                 positions += [token - 1 for token in range(first, end)]
         answered = self._continuation(prompt, answer + marker)
@@ -340,7 +359,7 @@ class Renderer:
         if self.system_prompt is not None and conversation[0]["role"] != "system":
             conversation.insert(0, {"role": "system", "content": self.system_prompt})
         if self.profile_in_prompt:
-            about = f"You are answering for this person: {sentence}"
+            about = self.profile_prompt.replace("{profile}", sentence)
             if conversation[0]["role"] == "system":
                 conversation[0]["content"] = f"{about}\n\n{conversation[0]['content']}".rstrip()
             else:

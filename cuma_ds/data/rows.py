@@ -38,6 +38,8 @@ WEIGHTED_CHOICE = pa.schema(
 QUESTION_SCHEMA = pa.schema(
     {"question_id": pa.string(), "question": pa.string(), "options": pa.list_(pa.string()), "scale": pa.string()}
 )
+# Of a benchmark with a short label for each question beside its text.
+LABELLED_QUESTIONS = QUESTION_SCHEMA.append(pa.field("label", pa.string()))
 BATCH_ROWS = 65_536
 
 Scale = Literal["ordinal", "nominal"]
@@ -51,15 +53,17 @@ class Question:
     Attributes:
         scale: ``ordinal`` where the order of the options means something, so that answers can be near or far from one
             another; ``nominal`` where it means nothing.
+        label: the question in a few words, where the source has them.
     """
 
     question_id: str
     text: str
     options: tuple[str, ...]
     scale: Scale = "ordinal"
+    label: str | None = None
 
     def columns(self) -> list[str | list[str]]:
-        """The question as one row of ``QUESTION_SCHEMA``."""
+        """The question as one row of ``QUESTION_SCHEMA``, without its label."""
         return [self.question_id, self.text, list(self.options), self.scale]
 
 
@@ -71,6 +75,7 @@ class Row(TypedDict, total=False):
     group: str
     question_id: str
     question: str
+    label: str
     options: list[str]
     scale: Scale
     counts: list[float]
@@ -162,16 +167,17 @@ class ArrowFile:
 class Split:
     """Rows as mappings, columns as lists; read from disk when asked for.
 
-    A row of kind choice has profile, question_id, question, options, scale, counts (answers per option), people (one
-    number per answer, those who chose the first option first) and group (the country, or ""). With survey weights
-    counts are their sums, and there are answers (people per option) and weights (of each of ``people``). A row of kind
-    chat has profile, messages, people (the one person) and group; one of kind preference profile, prompt, chosen,
-    rejected, margin (or None), people and group. Numbers of people mean nothing outside this data.
+    A row of kind choice has profile, question_id, question, label (where questions have labels), options, scale, counts
+    (answers per option), people (one number per answer, those who chose the first option first) and group (the country,
+    or ""). With survey weights counts are their sums, and there are answers (people per option) and weights (of each of
+    ``people``). A row of kind chat has profile, messages, people (the one person) and group; one of kind preference
+    profile, prompt, chosen, rejected, margin (or None), people and group. Numbers of people mean nothing outside this
+    data.
 
     Args:
         kind: choice | chat | preference.
         rows: the stored columns (``SCHEMAS``, ``WEIGHTED_CHOICE``).
-        questions: Q rows of ``QUESTION_SCHEMA``.
+        questions: Q rows of ``QUESTION_SCHEMA`` or ``LABELLED_QUESTIONS``.
         groups: country of each profile, or "".
     """
 
@@ -254,6 +260,16 @@ class Split:
                 totals.append(np.add.reduceat(values[: offsets[-1]], offsets[:-1], dtype=np.int64))
         return np.concatenate(totals)
 
+    def sizes(self) -> dict[str, int]:
+        """Number of rows, answers, people and profiles, as a manifest holds them."""
+        people = self.rows.table["people"].combine_chunks().flatten().to_numpy()
+        return {
+            "examples": len(self),
+            "answers": int(self.answers().sum()),
+            "people": len(np.unique(people)),
+            "profiles": len(np.unique(self.numbers("profile"))),
+        }
+
     def characters(self) -> np.ndarray:
         """[M] int64: characters of each row's texts: the question with its options, or all that is said."""
         if self.kind == "choice":
@@ -268,7 +284,13 @@ class Split:
         question_id, text, options, scale = (
             self.questions.table[name][number].as_py() for name in QUESTION_SCHEMA.names
         )
-        return Question(question_id, text, tuple(options), scale)
+        label = self.questions.table["label"][number].as_py() if self.labelled else None
+        return Question(question_id, text, tuple(options), scale, label)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its questions have short labels."""
+        return "label" in self.questions.table.column_names
 
     def _column(self, name: str) -> list[Any]:
         if name == "group":
@@ -283,8 +305,9 @@ class Split:
 
     def _complete(self, row: Any) -> Row:
         if self.kind == "choice":
-            asked = dict(zip(QUESTION_SCHEMA.names, self.question(row["question"]).columns(), strict=True))
-            row = {**row, **asked}
+            question = self.question(row["question"])
+            row = {**row, **dict(zip(QUESTION_SCHEMA.names, question.columns(), strict=True))}
+            row |= {} if question.label is None else {"label": question.label}
         row["group"] = self.groups[row["profile"]]
         return row
 

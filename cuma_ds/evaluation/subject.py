@@ -16,7 +16,7 @@ from cuma_ds.data.shots import Shots
 from cuma_ds.errors import DataError
 from cuma_ds.inference.open import Opened, open_trained
 from cuma_ds.parallel.topology import Topology
-from cuma_ds.profiles import ProfileEncoder
+from cuma_ds.profiles import encoder_of, wording_of
 from cuma_ds.runs import Run
 
 
@@ -61,7 +61,7 @@ def run_subject(
     if data is not None:
         prepared = read_data(data, config)
         if table is not None:
-            encoder = ProfileEncoder(str(config.profiles.encoder), batch_size=config.profiles.batch_size)
+            encoder = encoder_of(config.profiles)
             if encoder.fingerprint != table.fingerprint:
                 what = f"the sentence encoder {config.profiles.encoder}"
                 raise DataError(f"{what} is not the one this run was trained with; restore it")
@@ -88,7 +88,8 @@ def subject(opened: Opened, data: str | Path) -> Subject:
 def read_data(place: str | Path, config: RunConfig) -> PreparedData:
     """A prepared folder as it is, or records split as ``config.data`` says."""
     if is_prepared(place):
-        return PreparedData.load(place).with_template(config.profiles.template)
+        return PreparedData.load(place).with_wording(wording_of(config.profiles))
     own = {"source": "jsonl", "path": str(place), "kind": None, "histogram_targets": True}
+    own |= {"max_people": None, "max_examples": None}
     section = config.data.model_copy(update=own)
-    return load_data(section, config.profiles.template)
+    return load_data(section, wording_of(config.profiles))

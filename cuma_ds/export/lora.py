@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cuma_ds.adapters import CumaModel
 from cuma_ds.adapters.fold import constant_gates, fixed_gate, fold, plain_lora, set_lora
-from cuma_ds.config import RunConfig
+from cuma_ds.config import ProfilesSection, RunConfig
 from cuma_ds.data.batch import EncodedExample, encode_example, encode_pair
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
@@ -34,9 +34,9 @@ from cuma_ds.export.weights import save_tensors
 from cuma_ds.files import full_path
 from cuma_ds.inference.forward import forward_batches, pad_id_of
 from cuma_ds.inference.modeling import Profile, unknown_fields
-from cuma_ds.inference.open import load_trained
+from cuma_ds.inference.open import load_trained, profile_facts
 from cuma_ds.parallel.backbone import load_tokenizer
-from cuma_ds.profiles import ProfileEncoder, ProfileTable, linearize
+from cuma_ds.profiles import ProfileTable, encoder_of, linearize, wording_of
 from cuma_ds.runs import Run
 
 
@@ -92,15 +92,15 @@ def write_lora(
     _check(config, profiles, prompts)
     trained = run.trained(config, step)
     data, table = trained.data, trained.table
-    sentences = [linearize(profile, config.profiles.template) for profile in profiles]
-    known = list(dict.fromkeys(name for profile in data.profiles for name in profile["fields"]))
+    sentences = [linearize(profile, wording_of(config.profiles)) for profile in profiles]
+    known = profile_facts(config, data, table).get("fields", [])
     for profile in profiles:
         for message in unknown_fields(profile, known):
             warnings.warn(message, UserWarning, stacklevel=2)
     with output_folder(out) as folder:
         model = load_trained(config, trained.adapters, table)
         measure = _Measure(config, data, prompts)
-        embeddings = [None] if table is None else list(_embed(sentences, table, str(config.profiles.encoder)))
+        embeddings = [None] if table is None else list(_embed(sentences, table, config.profiles))
         mixtures = [
             measure.mixture(model, sentence, embedding)
             for sentence, embedding in zip(sentences or [""], embeddings, strict=True)
@@ -262,13 +262,15 @@ class _Measure:
         return found
 
 
-def _embed(sentences: Sequence[str], table: ProfileTable, encoder: str) -> Tensor:
+def _embed(sentences: Sequence[str], table: ProfileTable, profiles: ProfilesSection) -> Tensor:
     """Raw embeddings [N, P]: rows of the run's own table, the encoder's for sentences it does not have."""
     known = dict(zip(table.sentences, table.embeddings, strict=True))
     missing = [sentence for sentence in dict.fromkeys(sentences) if sentence not in known]
     if missing:
-        made_by = ProfileEncoder(encoder)
+        made_by = encoder_of(profiles)
         if made_by.fingerprint != table.fingerprint:
-            raise DataError(f"the sentence encoder {encoder} is not the one this run was trained with; restore it")
+            raise DataError(
+                f"the sentence encoder {profiles.encoder} is not the one this run was trained with; restore it"
+            )
         known |= dict(zip(missing, made_by(missing), strict=True))
     return torch.stack([known[sentence] for sentence in sentences])

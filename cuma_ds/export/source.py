@@ -26,6 +26,7 @@ _MODULES = (
     "cuma_ds.adapters.model",
     "cuma_ds.adapters.inject",
     "cuma_ds.strict_json",
+    "cuma_ds.sentence_format",
     "cuma_ds.profiles.linearize",
     "cuma_ds.profiles.encoder",
     "cuma_ds.inference.modeling",

@@ -25,7 +25,7 @@ from cuma_ds.errors import CheckpointError, ModelError, nearest
 from cuma_ds.files import first_line, full_path, is_hub_id
 from cuma_ds.identity import base_fact, changed_part, content_sha256, file_sha256, model_fingerprint
 from cuma_ds.profiles.encoder import ProfileEncoder
-from cuma_ds.profiles.linearize import linearize
+from cuma_ds.profiles.linearize import Wording, linearize
 
 EXPORT_FORMAT = 1
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FOLDER = "adapter_config.json", "adapter_model.safetensors", "base"
@@ -47,14 +47,17 @@ class ProfileFacts(TypedDict, total=False):
     """How a profile becomes a vector: ``profiles`` of ``adapter_config.json``.
 
     encoder: folder or hub id of the sentence encoder, None where only embeddings are taken.  fingerprint: of it.
-    template: how fields become a sentence.  fields: names that training profiles had.  pooling, normalise, max_tokens:
-    arguments of :class:`ProfileEncoder` where they are not the usual ones.
+    template, format: how fields become a sentence.  fields: names that training profiles had and sentences are made
+    of.  only_fields: those that sentences are made of, in this order, where a recipe chose them.  pooling, normalise,
+    max_tokens: arguments of :class:`ProfileEncoder` where they are not the usual ones.
     """
 
     encoder: str | None
     fingerprint: str
     template: str
+    format: str
     fields: list[str]
+    only_fields: list[str]
     pooling: str
     normalise: bool
     max_tokens: int
@@ -90,6 +93,8 @@ class ProfileReader:
 
     def __init__(self, facts: ProfileFacts, width: int, encoder: str | None = None) -> None:
         self.facts, self.width = facts, width
+        only = facts.get("only_fields")
+        self.wording = Wording(facts["template"], facts.get("format"), None if only is None else tuple(only))
         self.encoder_path = encoder or facts.get("encoder")
         self._encoder: ProfileEncoder | None = None
         self._embedded: dict[str, Tensor] = {}
@@ -112,7 +117,7 @@ class ProfileReader:
         for profile in profiles:
             for message in unknown_fields(profile, self.facts.get("fields") or ()):
                 warnings.warn(message, UserWarning, stacklevel=3)
-        sentences = [linearize(profile, self.facts["template"]) for profile in profiles]
+        sentences = [linearize(profile, self.wording) for profile in profiles]
         missing = sorted(set(sentences) - self._embedded.keys())
         if missing:
             encoder = self._load()

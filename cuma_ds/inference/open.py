@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cuma_ds.adapters import CumaModel
-from cuma_ds.config import NOTHING_TRAINS, ModelSection, RunConfig, make_config
+from cuma_ds.config import NOTHING_TRAINS, ModelSection, ProfilesSection, RunConfig, make_config
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
@@ -35,7 +35,7 @@ from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 from cuma_ds.parallel.ds_config import FrozenBackbone, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine, place_model
 from cuma_ds.parallel.topology import Topology
-from cuma_ds.profiles import ProfileTable
+from cuma_ds.profiles import ProfileTable, wording_of
 from cuma_ds.runs import Run, TrainedRun
 
 # Where a model does not say how far it can look back.
@@ -191,7 +191,8 @@ def open_export(
         key: one for key, one in export["prompt"].items() if one is not None
     }
     adapters = {key: value for key, value in export["adapters"].items() if key != "profile_dim"}
-    profiles = {"encoder": reader.encoder_path or "", "template": export["profiles"]["template"]}
+    about = profiles_section(export["profiles"]).model_dump(exclude_unset=True)
+    profiles = {**about, "encoder": reader.encoder_path or ""}
     place = str(base or export["base_model_name_or_path"])
     values = {"model": {"path": place}, "data": prompt, "adapters": adapters, "profiles": profiles}
     config = make_config(values, list(overrides))
@@ -328,12 +329,38 @@ def _with_width(config: RunConfig, table: ProfileTable | None) -> RunConfig:
 
 def profile_facts(config: RunConfig, data: PreparedData, table: ProfileTable | None) -> ProfileFacts:
     """How a run makes embeddings of profiles."""
-    facts: ProfileFacts = {"encoder": None, "template": config.profiles.template, "fields": []}
+    section, wording = config.profiles, wording_of(config.profiles)
+    facts: ProfileFacts = {"encoder": None, "template": section.template, "fields": []}
+    if section.format is not None:
+        facts["format"] = section.format
+    if section.fields is not None:
+        facts["only_fields"] = list(section.fields)
     if table is not None:
         fields = dict.fromkeys(name for profile in data.profiles for name in profile["fields"])
         facts |= {
-            "encoder": full_path(str(config.profiles.encoder)),
+            "encoder": full_path(str(section.encoder)),
             "fingerprint": table.fingerprint,
-            "fields": list(fields),
+            "fields": [name for name in fields if wording.reads(name)],
         }
+        facts |= _encoder_settings(section)
     return facts
+
+
+def _encoder_settings(section: ProfilesSection) -> ProfileFacts:
+    """How vectors are made of token vectors, where it is not the usual way."""
+    facts: ProfileFacts = {}
+    if section.pooling != "auto":
+        facts["pooling"] = section.pooling
+    if not section.normalise:
+        facts["normalise"] = False
+    if section.max_tokens is not None:
+        facts["max_tokens"] = section.max_tokens
+    return facts
+
+
+def profiles_section(facts: ProfileFacts) -> ProfilesSection:
+    """What :func:`profile_facts` says, as the section of a recipe."""
+    known = {key: value for key, value in facts.items() if key in ProfilesSection.model_fields and key != "fields"}
+    return ProfilesSection.model_validate(
+        {**known, **({"fields": facts["only_fields"]} if "only_fields" in facts else {})}
+    )

@@ -21,7 +21,7 @@ from cuma_ds.inference.modeling import Profile
 from cuma_ds.inference.open import Opened
 from cuma_ds.inference.sampling import Sampling
 from cuma_ds.inference.text import AS_WRITTEN, TextStream
-from cuma_ds.profiles import linearize
+from cuma_ds.profiles import linearize, wording_of
 
 # Profiles that are answered in one batch.
 _TOGETHER = 64
@@ -118,7 +118,7 @@ class Talker:
 
     def sentence(self, profile: Profile) -> str:
         """A profile as the sentence that the model reads."""
-        return linearize(profile, self.opened.config.profiles.template)
+        return linearize(profile, wording_of(self.opened.config.profiles))
 
     def _sentences(self, profiles: Sequence[Profile]) -> list[str]:
         if not profiles:

@@ -31,7 +31,8 @@ class Hardware:
 
     memory: bytes.  reserved: bytes of it for the CUDA context, NCCL and fragmentation.  flops: peak FLOP/s in the
     backbone's dtype.  efficiency: share of the peak that is reached.  intra_bandwidth, inter_bandwidth: bytes/s to
-    GPUs of the same and of other machines.
+    GPUs of the same and of other machines.  memory_bandwidth: bytes/s of its own memory, of which the same share is
+    reached.
     """
 
     gpus_per_node: int = 8
@@ -41,6 +42,7 @@ class Hardware:
     efficiency: float = 0.4
     intra_bandwidth: float = 300e9
     inter_bandwidth: float = 40e9
+    memory_bandwidth: float = 3.35e12
 
 
 @dataclass(frozen=True)

@@ -79,13 +79,7 @@ class Planner:
             TopologyError: ``ep_size`` does not divide the number of GPUs.
             ConfigError: the DeepSpeed configuration cannot be read or cannot hold the combination.
         """
-        ep_size = self.config.parallel.ep_size
-        if gpus < 1 or gpus % ep_size:
-            raise TopologyError(
-                f"parallel.ep_size is {ep_size}, which does not divide {gpus} GPUs; allowed: multiples of {ep_size}"
-            )
-        settings = read_deepspeed_config(self.config, work.sequences, work.accumulation, gpus)
-        layout = Layout(self.sizes, self.config, settings, gpus, work)
+        layout = self.layout(gpus, work)
         held = layout.held()
         host = {name: held.pop(name) for name in layout.on_host()}
         peak, extra = self._peak(work), layout.dispatch_memory()
@@ -107,6 +101,16 @@ class Planner:
             backbone_parameters=sum(self.sizes.backbone),
             work=asdict(work),
         )
+
+    def layout(self, gpus: int, work: Work) -> Layout:
+        """The recipe on ``gpus`` ranks (errors as in :meth:`plan`)."""
+        ep_size = self.config.parallel.ep_size
+        if gpus < 1 or gpus % ep_size:
+            raise TopologyError(
+                f"parallel.ep_size is {ep_size}, which does not divide {gpus} GPUs; allowed: multiples of {ep_size}"
+            )
+        settings = read_deepspeed_config(self.config, work.sequences, work.accumulation, gpus)
+        return Layout(self.sizes, self.config, settings, gpus, work)
 
     def _peak(self, work: Work) -> ActivationPeak:
         key = (work.length, work.kept)

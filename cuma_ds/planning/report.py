@@ -9,8 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cuma_ds.config import RunConfig
 from cuma_ds.planning.cost import Hardware
 from cuma_ds.planning.plan import Plan
+from cuma_ds.planning.whole_run import WholeRun
 
 _PARTS = ("backbone", "live layer", "adapters", "gradients", "optimizer", "activations")
 
@@ -21,8 +23,9 @@ def print_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, console
     for name, rows in plans.items():
         first = rows[0]
         work = first.work
+        trained, frozen = first.trained_parameters, first.backbone_parameters
         sizes = (
-            f"{first.backbone_parameters / 1e9:.2f} B frozen, {first.trained_parameters / 1e6:.1f} M trained parameters"
+            f"{frozen / 1e9:.2f} B frozen, {trained / 1e6:.1f} M trained parameters ({trained / max(1, frozen):.2%})"
         )
         shape = f"{work['sequences']} x {work['length']} tokens per GPU and forward"
         shape = f"{shape}, {work['accumulation']} forward(s) per step"
@@ -34,6 +37,27 @@ def print_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, console
     within, between = hardware.intra_bandwidth / 1e9, hardware.inter_bandwidth / 1e9
     links = f"{within:.0f} GB/s within machines of {hardware.gpus_per_node}, {between:.0f} GB/s between them"
     console.print(f"Assumed per GPU: {memory}; {speed}; {links}; no overlap of compute and communication.")
+
+
+def print_whole_runs(runs: Mapping[str, Sequence[WholeRun]], config: RunConfig, console: Console | None = None) -> None:
+    """What all steps of the recipe take, a line for each backbone and number of GPUs."""
+    console = console or Console(width=150, highlight=False)
+    of_step = {"sft": "examples", "dpo": "pairs", "grpo": "prompts"}[config.training.objective]
+    for name, rows in runs.items():
+        work = rows[0].work
+        console.print(
+            f"\n[bold]{name}[/bold], whole run: {rows[0].steps:,} steps of {config.training.global_batch_size} "
+            f"{of_step}, all of {work.length:,} tokens"
+        )
+        for run in rows:
+            parts = f"{run.update_seconds:.2f} s a step"
+            if run.rollout_seconds:
+                parts = f"{parts} and {run.rollout_seconds:.2f} s for its rollout, without the judge's time"
+            fits = "fits" if run.fits else "does not fit"
+            cut = f"{run.work.accumulation} x {run.work.sequences} sequences per GPU and step"
+            console.print(
+                f"  {run.gpus:,} GPUs: {run.days:.2f} days ({parts}; {cut}; {run.memory / 1e9:.1f} GB per GPU, {fits})"
+            )
 
 
 def _memory_table(rows: Sequence[Plan], hardware: Hardware) -> Table:

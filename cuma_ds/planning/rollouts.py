@@ -15,7 +15,7 @@ from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology
 
 # Share of the free memory that is counted with; the rest is for what allocators cannot use.
-_USABLE = 0.9
+USABLE = 0.9
 
 
 def holds_whole_backbone(engine: AdapterEngine, sequences: int, length: int) -> bool:
@@ -35,7 +35,7 @@ def holds_whole_backbone(engine: AdapterEngine, sequences: int, length: int) -> 
     assert isinstance(config, PretrainedConfig)
     itemsize = next(parameter for parameter in backbone.parameters() if not parameter.requires_grad).element_size()
     needed = whole + generation_bytes(config.get_text_config(), itemsize, sequences, length)
-    fits = torch.tensor(int(needed <= _USABLE * free_bytes(engine.topology)), device=device)
+    fits = torch.tensor(int(needed <= USABLE * free_bytes(engine.topology)), device=device)
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     return bool(fits)
 
@@ -48,16 +48,20 @@ def generation_bytes(text: PretrainedConfig, itemsize: int, sequences: int, leng
         itemsize: bytes of a number in the backbone's dtype.
         sequences, length: as in :func:`holds_whole_backbone`.
     """
-    heads = text.num_attention_heads
-    head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
     # While a layer's cache grows it exists twice.
-    cache = 2 * (text.num_hidden_layers + 1) * key_heads * head * length
+    cache = (text.num_hidden_layers + 1) * keys_and_values(text) * length
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     hidden = (4 * text.hidden_size + 3 * inner) * length
     # One position in the backbone's dtype, and its probabilities in float32 with two sorted copies.
     logits = text.vocab_size * (itemsize + 4 * 5)
     return sequences * (itemsize * (cache + hidden) + logits)
+
+
+def keys_and_values(text: PretrainedConfig) -> int:
+    """Numbers that a layer keeps of one token."""
+    heads = text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * (getattr(text, "num_key_value_heads", None) or heads) * head
 
 
 def free_bytes(topology: Topology) -> int:

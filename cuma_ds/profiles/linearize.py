@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import unicodedata
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from cuma_ds.errors import ConfigError, DataError, nearest
+from cuma_ds.sentence_format import format_fields, parse_format
 from cuma_ds.strict_json import RepeatedKeyError, read_json
 
 TEMPLATES = ("wvs", "generic", "authors")
@@ -62,23 +65,49 @@ _WITH_ARTICLE = {
 }  # fmt: skip
 
 
-def linearize(fields: Mapping[str, object] | str, template: str = "generic") -> str:
+class Wording(NamedTuple):
+    """How profile fields become a sentence.
+
+    Attributes:
+        template: ``wvs`` reads country, age, gender, religion and education as one English sentence and adds other
+            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order; ``authors`` is the
+            sentence of the authors' code for survey data, where what is not known stands as ``Unknown``.
+        format: a sentence with fields in it instead of a template, see :mod:`cuma_ds.sentence_format`.
+        fields: the fields that are read, in this order; None reads all.
+    """
+
+    template: str = "generic"
+    format: str | None = None
+    fields: tuple[str, ...] | None = None
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The fields that ``format`` and ``fields`` name, each once; empty where all are read."""
+        return tuple(dict.fromkeys([*(self.fields or ()), *(format_fields(self.format) if self.format else ())]))
+
+    def reads(self, field: str) -> bool:
+        """Whether a field of a profile can be part of the sentence."""
+        named = format_fields(self.format) if self.format else self.fields
+        return named is None or _canonical(field) in map(_canonical, named)
+
+
+def linearize(fields: Mapping[str, object] | str, wording: Wording | str = "generic") -> str:
     """Turn a profile into the sentence the encoder reads.
 
     Args:
         fields: profile fields, or a sentence that is passed through; anything that :func:`plain_profile` takes.
-        template: ``wvs`` reads country, age, gender, religion and education as one English sentence and adds other
-            fields as ``generic`` does; ``generic`` lists ``Name: value.`` in the given order; ``authors`` is the
-            sentence of the authors' code for survey data, where what is not known stands as ``Unknown``.
+        wording: how; the name of a template alone stands for :class:`Wording` of that template.
 
     Returns:
         One line, e.g. ``A 55-year-old Buddhist woman living in Thailand.``
 
     Raises:
-        DataError: no field has a usable value (None, NaN, empty, "prefer not to say", ... are not usable), or as
-            :func:`plain_profile`.
+        DataError: no field that is read has a usable value (None, NaN, empty, "prefer not to say", ... are not
+            usable), or as :func:`plain_profile`.
         ConfigError: an unknown template.
     """
+    wording = Wording(wording) if isinstance(wording, str) else wording
+    template = wording.template
     if template not in TEMPLATES:
         raise ConfigError(
             f"unknown profile template {template!r}{nearest(template, TEMPLATES)}; allowed: {', '.join(TEMPLATES)}"
@@ -88,13 +117,28 @@ def linearize(fields: Mapping[str, object] | str, template: str = "generic") -> 
         if not fields:
             raise DataError("the profile is empty text; allowed: a sentence, or fields such as country, age, gender")
         return fields
-    values = {name: _text(value) for name, value in fields.items() if not is_missing(value)}
+    values = _read(fields, wording)
     if not values:
         given = ", ".join(str(name) for name in fields) or "none at all"
-        raise DataError(
-            f"a profile has no field with an answer (fields given: {given}); at least one is needed, e.g. country"
+        wanted = (
+            f"needed is one of {', '.join(wording.named)}" if wording.named else "at least one is needed, e.g. country"
         )
+        raise DataError(f"a profile has no field with an answer (fields given: {given}); {wanted}")
+    if wording.format is not None:
+        said = "".join(part.filled(lambda name: value_of(values, name)) for part in parse_format(wording.format))
+        if not (sentence := " ".join(said.split())):
+            raise DataError("a profile answers none of the parts of profiles.format")
+        return sentence
     return {"wvs": _wvs, "generic": _generic, "authors": _authors}[template](values)
+
+
+def _read(fields: Mapping[str, object], wording: Wording) -> dict[str, str]:
+    """The answers that the sentence is made of, by field."""
+    values = {name: _text(value) for name, value in fields.items() if not is_missing(value) and wording.reads(name)}
+    if wording.fields is None:
+        return values
+    order = list(map(_canonical, wording.fields))
+    return dict(sorted(values.items(), key=lambda item: order.index(_canonical(item[0]))))
 
 
 def plain_profile(profile: Mapping[str, object] | str) -> dict[str, object] | str:
@@ -183,6 +227,7 @@ def _readable(name: str) -> str:
     return " ".join(one_spelling(name).replace("_", " ").split())
 
 
+@functools.lru_cache(maxsize=1024)
 def _canonical(name: str) -> str:
     plain = _readable(name).lower()
     return next((canonical for canonical, names in _ALIASES.items() if plain in names), plain)

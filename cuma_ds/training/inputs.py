@@ -24,10 +24,11 @@ from cuma_ds.identity import base_fact
 from cuma_ds.parallel.backbone import load_tokenizer, skeleton
 from cuma_ds.parallel.stored import write_start
 from cuma_ds.parallel.topology import Topology
-from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
 from cuma_ds.training.objectives import OBJECTIVES, Objective
+from cuma_ds.training.schedule import with_steps
 from cuma_ds.training.start import check_same_start, open_origin, start_bytes
 
 # In the manifest of a run's own data: the max_length that all its prompts are known to fit.
@@ -77,9 +78,10 @@ def prepare_run(config: RunConfig) -> None:
     run, source = Run(config.run_dir), None
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
-        source = check_prompts(load_data(config.data, config.profiles.template), config, started=False)
+        source = check_prompts(load_data(config.data, wording_of(config.profiles)), config, started=False)
         renderer = Renderer.of(load_tokenizer(config.model), config.data)
         OBJECTIVES[config.training.objective](config).check(config, source, renderer)
+        with_steps(config, len(source.splits["train"]))
     origin = None
     if config.model.init_from is not None and not run.identity():
         origin = open_origin(config.model.init_from)
@@ -96,7 +98,7 @@ def prepare_run(config: RunConfig) -> None:
         table = run.profiles(config)
     elif config.adapters.uses_profiles:
         assert config.profiles.encoder is not None
-        encoder = ProfileEncoder(config.profiles.encoder, batch_size=config.profiles.batch_size)
+        encoder = encoder_of(config.profiles)
         # A prepared folder may hold the embeddings already; the run's copy of its data does not.
         table = (source or data).profile_table(encoder, config.profiles.cache_dir)
         table.save(run.profiles_file)

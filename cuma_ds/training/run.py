@@ -40,6 +40,7 @@ from cuma_ds.training.inputs import TrainingInputs, load_inputs, prepare_run
 from cuma_ds.training.objectives.protocol import Begin, Objective
 from cuma_ds.training.optimizer import make_optimizer
 from cuma_ds.training.packing import tells_examples_apart
+from cuma_ds.training.schedule import with_steps
 from cuma_ds.training.start import with_start
 from cuma_ds.training.step import StepResult, run_step
 
@@ -76,6 +77,7 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
         if topology.local_rank == 0 and not topology.is_main:
             run.check_backbone(config, run.identity())  # each machine may hold a copy of its own
         inputs = load_inputs(config, topology)
+        config = with_steps(config, inputs.draw.n_rows)
         settings = read_deepspeed_config(config, *inputs.objective.layout(inputs.draw), topology.world)
         sized = with_profile_width(config, inputs.table)
         METHODS[config.adapters.method].check(skeleton(config.model), sized)
@@ -97,10 +99,12 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     if config.data.packing:
         _check_packing(config, engine, inputs)
     _describe(config, engine, inputs, tell)
+    if (epochs := config.training.epochs) is not None:
+        tell(f"{epochs:g} epochs of {inputs.draw.n_rows} training examples are {config.training.steps} steps")
     if start < config.training.steps:
         _steps(config, engine, inputs, range(start, config.training.steps), tell)
     else:
-        tell(f"{run.folder} is complete at step {start}; nothing to do (raise training.steps to go on)")
+        tell(f"{run.folder} is complete at step {start}; nothing to do (to go on, raise its steps or epochs)")
     return run.folder
 
 

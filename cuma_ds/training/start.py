@@ -14,25 +14,27 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cuma_ds.adapters.config import CumaConfig
-from cuma_ds.config import Key, PrefixSection, RunConfig, make_config
+from cuma_ds.config import NEW_SINCE_0_1_0, Key, PrefixSection, RunConfig, make_config
 from cuma_ds.data.prepared import read_manifest
 from cuma_ds.errors import CheckpointError, ConfigError
 from cuma_ds.files import is_hub_id
 from cuma_ds.identity import changed_part
 from cuma_ds.inference.modeling import ADAPTER_CONFIG, Export, moved, read_export, read_weights
+from cuma_ds.inference.open import profiles_section
 from cuma_ds.parallel.backbone import backbone_fingerprint
 from cuma_ds.parallel.stored import StoredTensors, find_checkpoint, read_adapters, read_state
-from cuma_ds.profiles import ProfileEncoder
+from cuma_ds.profiles import encoder_of
 from cuma_ds.runs import Run
 
 # Keys that belong to a trained model and to the people it has seen. A recipe that leaves them out takes those of its
 # start.
-_PROMPT = ("profile_in_prompt", "system_prompt", "prompt_style", "option_order")
+_PROMPT = ("profile_in_prompt", "profile_prompt", "system_prompt", "prompt_style", "option_order")
+_SENTENCES = ("template", "format", "fields", "pooling", "normalise", "max_tokens")
 _SPLIT = ("test_fraction", "valid_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
 _INHERITED = {
     "adapters": tuple(key for key in CumaConfig.model_fields if key != "profile_dim"),
     "prefix": tuple(PrefixSection.model_fields),
-    "profiles": ("encoder", "template", "standardise"),
+    "profiles": (*_SENTENCES, "encoder", "standardise"),
     "data": (*_PROMPT, *_SPLIT),
 }
 # Of these, what a recipe may change: how training goes on, and a place whose content is compared instead.
@@ -85,7 +87,7 @@ class Origin:
                 stacklevel=2,
             )
         encoder = config.profiles.encoder
-        if config.adapters.uses_profiles and self.encoder and ProfileEncoder(str(encoder)).fingerprint != self.encoder:
+        if config.adapters.uses_profiles and self.encoder and encoder_of(config.profiles).fingerprint != self.encoder:
             raise CheckpointError(
                 f"profiles.encoder: {encoder} is another sentence encoder than {self.place} (model.init_from) was "
                 "trained with; name that"
@@ -173,10 +175,6 @@ def _of_run(place: str) -> Origin:
 def _of_export(place: str) -> Origin:
     folder = Path(place).expanduser()
     export = read_export(folder)
-    if read := sorted({"pooling", "normalise", "max_tokens"} & export["profiles"].keys()):
-        raise CheckpointError(
-            f"{place} embeds profiles as the authors' code does ({', '.join(read)}), which training does not"
-        )
 
     def tensors() -> dict[str, Tensor]:
         return {f"param/{name}": tensor for name, tensor in read_weights(folder, export).items()}
@@ -202,10 +200,11 @@ def _settings_of_export(folder: Path, export: Export) -> dict[Key, object]:
     settings: dict[Key, object] = {
         ("adapters", key): getattr(adapters, key) for key in _INHERITED["adapters"] if key in export["adapters"]
     }
-    encoder = export["profiles"].get("encoder")
-    settings["profiles", "encoder"] = None if encoder is None else moved(encoder, folder)
-    settings["profiles", "template"] = export["profiles"]["template"]
-    released = {"profile_in_prompt": False, "prompt_style": "metadata", "option_order": "fixed"}
+    about = profiles_section(export["profiles"])
+    settings |= {("profiles", key): getattr(about, key) for key in _SENTENCES}
+    settings["profiles", "encoder"] = None if about.encoder is None else moved(about.encoder, folder)
+    released: dict[str, object] = {"profile_in_prompt": False, "option_order": "fixed"}
+    released |= {key: NEW_SINCE_0_1_0["data", key] for key in ("prompt_style", "profile_prompt")}
     prompt = released | {key: value for key, value in export.get("prompt", {}).items() if value is not None}
     return settings | {("data", key): prompt.get(key) for key in _PROMPT}
 

@@ -22,7 +22,7 @@ from cuma_ds.data.embedded import unpack_embedded
 from cuma_ds.data.rows import ArrowFile, Split
 from cuma_ds.errors import ConfigError, DataError, ModelError
 from cuma_ds.learned_settings import learned_settings
-from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.profiles import ProfileEncoder, ProfileTable, Wording
 from cuma_ds.runs import Run
 
 ROOT = Path(__file__).parents[2]
@@ -234,7 +234,7 @@ def test_a_stored_table_is_used_only_for_its_own_encoder_and_sentences(folder, t
     marked = ProfileTable(data.sentences, torch.full((len(data.sentences), 2), 7.0), FixedEncoder.fingerprint)
     marked.save(folder / "profiles.safetensors")
     assert data.profile_table(FixedEncoder(), tmp_path / "cache").embeddings.unique().item() == 7.0
-    other = data.with_template("generic").profile_table(FixedEncoder(), tmp_path / "cache")
+    other = data.with_wording(Wording("generic")).profile_table(FixedEncoder(), tmp_path / "cache")
     assert other.embeddings.unique().item() == 1.0
     ProfileTable(data.sentences, marked.embeddings, "another").save(folder / "profiles.safetensors")
     assert data.profile_table(FixedEncoder(), tmp_path / "cache").embeddings.unique().item() == 1.0

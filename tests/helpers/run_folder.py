@@ -10,14 +10,14 @@ from safetensors.torch import save, save_file
 
 from cuma_ds.adapters import CumaModel, inject_adapters
 from cuma_ds.config import RunConfig
-from cuma_ds.data import prepare
+from cuma_ds.data import load_data
 from cuma_ds.identity import file_sha256
 from cuma_ds.inference.modeling import Profile
 from cuma_ds.inference.open import Opened
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.backbone import load_backbone
 from cuma_ds.parallel.stored import write_start, write_state
-from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
 from cuma_ds.runs import Run
 
 OPINIONS = Path(__file__).parents[1] / "data" / "opinions.jsonl"
@@ -79,10 +79,10 @@ def make_run(
     config = RunConfig.model_validate(values)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
-    data = prepare(config.data, config.profiles.template).save(folder / "data")
+    data = load_data(config.data, wording_of(config.profiles)).save(folder / "data")
     table = None
     if config.adapters.uses_profiles:
-        table = ProfileTable.build(data.sentences, ProfileEncoder(str(encoder)), folder.parent / "cache")
+        table = ProfileTable.build(data.sentences, encoder_of(config.profiles), folder.parent / "cache")
         table.save(folder / "profiles.safetensors")
     width = table.embeddings.shape[1] if table is not None else 0
     model = lively(

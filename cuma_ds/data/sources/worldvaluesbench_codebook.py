@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def read_codebook(root: Path, config: DataSection) -> Codebook:
             question, raw_codes, scaled_codes = _scale(
                 name, choices[name]["choices"], metadata[name], adjustments.get(name, {})
             )
-            questions.append(question)
+            label = " ".join(str(choices[name].get("question") or "").split()) or None
+            questions.append(replace(question, label=label))
             raw.append(raw_codes)
             scaled.append(scaled_codes)
         values: dict[str, list[str]] = {}

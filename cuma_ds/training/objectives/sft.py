@@ -12,8 +12,10 @@ from torch import Tensor
 
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, Targets, Unit, encode_example
+from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.rows import Row
+from cuma_ds.errors import DataError
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.training.groups import Groups
 from cuma_ds.training.objectives.protocol import Begin, Loss, Objective
@@ -30,6 +32,14 @@ class Sft(Objective):
     def __init__(self, config: RunConfig) -> None:
         self._data = config.data
         self._groups: Groups | None = None
+
+    def check(self, config: RunConfig, data: PreparedData, renderer: Renderer) -> None:
+        """See :class:`Objective`."""
+        super().check(config, data, renderer)
+        if config.data.loss_on == "last" and data.kind != "chat":
+            raise DataError(
+                "data.loss_on is last, but the data holds answers to choice questions, not conversations; leave it out"
+            )
 
     def unit(self, row: Row, renderer: Renderer, sentences: Sequence[str]) -> Unit:
         """One example, see :func:`~cuma_ds.data.batch.encode_example`."""
