@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
 
 from cuma_ds.distances import distance, jensen_shannon, total_variation
 from cuma_ds.evaluation.columns import Labels, Ragged
@@ -360,8 +361,8 @@ class Scorer:
 
     def _by_group(self, cells: Pairs) -> Array:
         """[B, G] mean distance of each group that has a cell, weighted by answers; nan where none of it was drawn."""
-        groups = len(self._group_C.names)
-        member_CG = np.eye(groups)[self._group_C.code_M] if groups else np.zeros((0, 0))
+        code_C, groups = self._group_C.code_M, len(self._group_C.names)
+        member_CG = csr_array((np.ones(len(code_C)), (np.arange(len(code_C)), code_C)), (len(code_C), groups))
         weighted = np.where(cells.answers > 0, cells.distance * cells.answers, 0.0)
         return ratio(weighted @ member_CG, cells.answers @ member_CG)
 

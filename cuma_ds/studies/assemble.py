@@ -118,7 +118,7 @@ def _measured(work: Work, task: Task, known: bool) -> Measured:
     found = Measured(
         name=task.name,
         seed=task.seed,
-        learning_rate=config.training.learning_rate,
+        learning_rate=config.training.learning_rate if known else None,
         status="missing",
         message=work.failed.get(task.name),
         train=work.processes.typed(words),

@@ -222,13 +222,9 @@ def _check_recipes(study: Study, lines: dict[Key, int], file: Path) -> None:
 
 def _check_ranks(config: RunConfig, study: Study, line: str) -> None:
     """Refuse what the number of ranks cannot hold, and a grid without people to choose on."""
-    batch, ep_size = config.training.global_batch_size, config.parallel.ep_size
+    ep_size = config.parallel.ep_size
     if study.ranks % ep_size:
         raise ConfigError(f"{line}: parallel.ep_size {ep_size} does not divide the study's {study.ranks} ranks")
-    if batch % study.ranks:
-        raise ConfigError(
-            f"{line}: training.global_batch_size {batch} cannot be divided among the study's {study.ranks} ranks"
-        )
     raw = config.data.source in ("wvs-sample", "jsonl", "community-alignment", "prism")
     prepared = config.data.path is not None and Path(config.data.path).is_dir()
     if study.tuning is not None and raw and not prepared and not config.data.valid_fraction:

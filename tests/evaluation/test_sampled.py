@@ -2,15 +2,21 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from raw_data import SCALES, survey_people, write_benchmark
 from run_folder import OPINIONS, content, make_run
 
+from cuma_ds.config import DataSection
+from cuma_ds.data import prepare
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.sampling import Limits, sample
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.predictions import read_predictions
 from cuma_ds.evaluation.report.model import read_report
-from cuma_ds.evaluation.run import evaluate_run
+from cuma_ds.evaluation.run import evaluate, evaluate_run
+from cuma_ds.evaluation.subject import subject
+from cuma_ds.inference.open import open_model
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +53,31 @@ def test_a_sample_larger_than_the_split_is_the_split(run) -> None:
 def test_a_sample_of_nobody_is_refused(run) -> None:
     with pytest.raises(ConfigError, match="max_people"):
         evaluate_run(run, overrides=["evaluation.max_people=0"])
+
+
+def test_the_probe_is_evaluated_whole_by_its_questions(tmp_path, tiny_llama) -> None:
+    """With five people of each kind no group has enough answers, so that only questions have distances."""
+    people = survey_people(80, seed=6)
+    write_benchmark(
+        tmp_path / "raw", people, {"train": [*range(40)], "valid": [*range(40, 70)], "test": [*range(70, 80)]}
+    )
+    samples = [f"{question}\t{person}" for question in SCALES for person in people["D_INTERVIEW"].iloc[40:60]]
+    (tmp_path / "samples.tsv").write_text("\n".join(["Question\tD_INTERVIEW", *samples]) + "\n")
+    section = DataSection(source="wvb", path=str(tmp_path / "raw"), probe=str(tmp_path / "samples.tsv"))
+    prepared = prepare(section, "wvs").save(tmp_path / "prepared")
+    limits = ["evaluation.max_people=4", "evaluation.bootstrap=5"]
+    model = subject(open_model(str(tiny_llama), limits), tmp_path / "prepared")
+    report = evaluate(model, tmp_path / "report")
+    assert list(report.splits) == ["test", "probe"]
+    assert report.splits["test"].sample.people == 4
+    probe = report.splits["probe"]
+    assert "sample" not in content(report)["splits"]["probe"]
+    assert probe.answers == prepared.manifest["splits"]["probe"]["answers"]
+    assert probe.rows["before"].emd is None
+    distances = [question.rows["before"].emd_questions for question in probe.questions.values()]
+    assert len(distances) == len(SCALES)
+    assert probe.rows["before"].questions_median == pytest.approx(float(np.median(distances)), abs=1e-6)
+    assert probe.floor["sampler"].emd_questions > probe.floor["truth"].emd_questions > 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "## WVB-probe" in text
+    assert "noise floor: a perfect sampler" in text

@@ -220,6 +220,11 @@ def test_it_generates_in_one_batch_what_whole_forwards_say(name, tmp_path, tiny_
             {"model": {"gradient_checkpointing": True}},
             "gradient_checkpointing is true, but with it transformers passes no keys and values",
         ),
+        (
+            {"method": "dora"},
+            {"model": {"quantisation": "nf4"}},
+            "dora measures the backbone's weights, and packed",
+        ),
         ({"method": "p_tuning_v2"}, {"data": {"packing": True}}, "one prefix per row"),
         ({"method": "lora"}, {"prefix": {}}, "section 'prefix' belongs to adapters.method: p_tuning_v2"),
         ({"method": "p_tuning_v2"}, {"prefix": {"hidden": 4, "projection": False}}, "there is no MLP"),

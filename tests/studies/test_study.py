@@ -74,7 +74,6 @@ MISTAKES = {
         {"methods": {"cuma": {"set": ["training.warmup_steps=9"]}}},
         "warmup_steps is 9 but steps is 4",
     ),
-    "too many ranks": ({"ranks": 3}, "training.global_batch_size 4 cannot be divided among the study's 3 ranks"),
     "expert parallelism": (
         {"methods": {"cuma": {"set": ["parallel.ep_size=2"]}}},
         "parallel.ep_size 2 does not divide the study's 1 ranks",

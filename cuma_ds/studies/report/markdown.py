@@ -160,7 +160,7 @@ def _left(report: StudyReport) -> list[str]:
         lines += ["**Failed, and left out of everything below; the same command tries them again:**", ""]
         lines += [*(f"- {line}" for line in report.failed), ""]
     if report.missing:
-        lines += [f"**Not run yet: {len(report.missing)} runs.** The same command goes on.", ""]
+        lines += [f"**Not run yet: {len(report.missing)}.** The same command goes on.", ""]
     return lines
 
 
@@ -211,7 +211,7 @@ def _costs(table: Table) -> list[str]:
     runs = [(method, run) for method, group in table.runs.items() for run in group]
     shown: dict[str, list[str]] = {
         "seed": [str(run.seed) for _, run in runs],
-        "rate": [f"{run.learning_rate:g}" for _, run in runs],
+        "rate": [plain(run.learning_rate, "{:g}") for _, run in runs],
         "trained": [_count(run.parameters) for _, run in runs],
         "training": [plain(run.train_seconds, "{:,.0f} s") for _, run in runs],
         "process": [plain(run.wall_seconds, "{:,.0f} s") for _, run in runs],

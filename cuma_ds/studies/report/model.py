@@ -142,7 +142,7 @@ class Measured(BaseModel):
 
     name: str
     seed: int
-    learning_rate: float
+    learning_rate: Number
     status: str
     message: str | None = None
     train: str
