@@ -45,6 +45,7 @@ REQUIRES = [
     "rich>=14",  # progress and tables in the terminal
     "numpy>=2",  # answer counts, metrics
     "pandas>=2.2",  # reading and splitting surveys
+    "pyreadstat>=1.3",  # surveys in SPSS and Stata files
     "scipy>=1.15",  # clustering in reports
     "scikit-learn>=1.8",  # maps of profiles in reports
     "matplotlib>=3.10",  # pictures in reports
@@ -52,6 +53,7 @@ REQUIRES = [
 ]
 SERVE = ["fastapi>=0.120", "starlette>=0.49", "uvicorn>=0.38", "h11>=0.16"]  # launchers/serve.py
 JUDGE = ["openai>=2"]  # the judge of generated answers, behind any OpenAI-compatible endpoint
+QUANTISATION = ["bitsandbytes>=0.49"]  # packs and unpacks quantised backbones (model.quantisation)
 PEFT = ["peft>=0.19"]  # folders that PEFT wrote, opened beside our own
 EXTRAS = {
     # The embedded model and encoder come on top, without their own dependencies; see `make demo`.
@@ -59,10 +61,12 @@ EXTRAS = {
     "serve": SERVE,
     "judge": JUDGE,
     "peft": PEFT,
+    "quantisation": QUANTISATION,
     "dev": [
         *SERVE,
         *JUDGE,
         *PEFT,
+        *QUANTISATION,
         "pytest>=8",
         "pytest-xdist>=3.8",
         "hypothesis>=6.130",

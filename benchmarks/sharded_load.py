@@ -87,7 +87,7 @@ def load(folder: str, how: str) -> dict[str, float]:
     sampler.start()
     start = time.perf_counter()
     settings = DeepSpeedSettings({}, 2, FrozenBackbone(sharded=True))
-    model, _ = backbone.place_backbone(ModelSection(path=folder), settings, torch.device("cpu"))
+    model = backbone.place_backbone(ModelSection(path=folder), settings, torch.device("cpu")).backbone
     seconds = time.perf_counter() - start
     done.set()
     sampler.join()

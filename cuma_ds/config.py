@@ -40,6 +40,11 @@ class ModelSection(_Section):
 
     path: str = Field(description="folder with config.json and safetensors, or a hub id")
     dtype: DType = Field("bfloat16", description="dtype the frozen backbone is held and run in")
+    quantisation: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="how the weights of the frozen backbone's linear layers are kept: in dtype | in 8 bits | in 4 bits "
+        "(needs bitsandbytes); embeddings, norms and output head stay in dtype",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="attention implementation of transformers"
     )
@@ -102,11 +107,19 @@ class ProfilesSection(_Section):
 class DataSection(_Section):
     """What is asked and answered."""
 
-    source: Literal["wvs-sample", "jsonl", "wvb", "community-alignment", "prism"] = Field(
+    source: Literal[
+        "wvs-sample", "jsonl", "survey", "wvb", "global-opinions", "subpop", "opinionqa", "community-alignment", "prism"
+    ] = Field(
         "jsonl",
-        description="wvs-sample (embedded survey answers) | jsonl (your own) | wvb | community-alignment | prism",
+        description="wvs-sample (embedded survey answers) | jsonl (your own rows) | survey (your own SPSS, Stata, CSV "
+        "or parquet file) | wvb | global-opinions | subpop | opinionqa | community-alignment | prism",
     )
     path: str | None = Field(None, description="folder made by prepare_data, or the raw files; wvs-sample needs none")
+    map: str | None = Field(
+        None,
+        description="source survey: the YAML file that says which columns are people and which are questions, see "
+        "docs/surveys.md; a prepared folder needs none",
+    )
     kind: Literal["choice", "chat", "preference"] | None = Field(
         None,
         description="what to make of a source that holds several: community-alignment and prism give chat by default; "
@@ -144,7 +157,8 @@ class DataSection(_Section):
     )
     weights: bool = Field(
         False,
-        description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
+        description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb), "
+        "the column that the map names (survey)",
     )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
     profile_prompt: str = Field(
@@ -189,17 +203,26 @@ class DataSection(_Section):
     heldout_fraction: float | None = Field(
         None, ge=0, lt=1,
         description=(
-            "share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, "
-            "community-alignment and prism"
+            "share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, global-opinions, subpop, "
+            "opinionqa, community-alignment and prism"
         ),
     )  # fmt: skip
     heldout_profile_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the other profiles held out entirely"
     )
+    heldout_question_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the questions held out entirely, with everybody's answers to them"
+    )
     split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        if self.weights and self.source not in ("jsonl", "wvb", "survey"):
+            raise ValueError(
+                f"weights is true, but source {self.source} has no survey weights; only jsonl, wvb and survey may"
+            )
+        if self.map is not None and self.source != "survey":
+            raise ValueError(f"map is {self.map}, but source {self.source} reads none; only survey does")
         if self.profile_prompt.count("{profile}") != 1:
             raise ValueError(
                 f"profile_prompt is {self.profile_prompt!r}; it must have {{profile}} once, where the sentence stands"
@@ -209,8 +232,6 @@ class DataSection(_Section):
                 f"test_fraction {self.test_fraction} and valid_fraction {self.valid_fraction} leave nobody to learn "
                 "from; their sum must be below 1"
             )
-        if self.weights and self.source not in ("jsonl", "wvb"):
-            raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
         if self.probe is not None and self.source != "wvb":
             raise ValueError(f"probe is {self.probe}, but source {self.source} has none; only wvb has")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
@@ -228,7 +249,7 @@ class DataSection(_Section):
         """
         if self.heldout_fraction is not None:
             return self.heldout_fraction
-        return 0.0 if self.source in ("wvb", "community-alignment", "prism") else 0.15
+        return 0.15 if self.source in ("wvs-sample", "jsonl", "survey") else 0.0
 
 
 class TrainingSection(_Section):
@@ -477,6 +498,8 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
     ("data", "min_margin"): 0.0,
+    ("data", "heldout_question_fraction"): 0.0,
+    ("data", "map"): None,
     ("data", "max_people"): None,
     ("data", "max_examples"): None,
     ("data", "sample_seed"): 0,
@@ -489,6 +512,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("profiles", "max_tokens"): None,
     ("data", "valid_fraction"): 0.0,
     ("model", "init_from"): None,
+    ("model", "quantisation"): "none",
     ("training", "group_field"): None,
     ("training", "schedule_steps"): None,
 }
@@ -587,6 +611,11 @@ class RunConfig(_Section):
                 f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences "
                 "apart, and method "
                 f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
+            )
+        if self.model.quantisation != "none" and self.adapters.method == "full":
+            raise ValueError(
+                f"model.quantisation is {self.model.quantisation}, but adapters.method full trains the backbone, and "
+                "packed weights cannot train; set model.quantisation: none"
             )
         if self.adapters.num_experts % self.parallel.ep_size:
             raise ValueError(

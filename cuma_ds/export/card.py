@@ -54,6 +54,7 @@ _SPLITS = {
     "train": "training",
     "test": "test (other people, same countries)",
     "heldout": "held out (never trained on)",
+    "heldout_questions": "questions held out (never trained on)",
 }
 
 
@@ -135,6 +136,7 @@ def run_section(report_folder: Path, config: RunConfig, data: PreparedData, chec
         "## Training", "",
         f"Run `{config.run.name}`, checkpoint `{checkpoint}`: {config.training.objective}, seed {config.run.seed}, "
         f"{config.training.global_batch_size} examples per step, peak learning rate {config.training.learning_rate:g}.",
+        *_base_in_training(config),
         f"Data: {data.manifest['source']} ({kind}), split by person; profiles in {len(data.profiles):,} variants.",
         "", "| split | people | answers | profiles |", "|---|---:|---:|---:|",
     ]  # fmt: skip
@@ -143,6 +145,12 @@ def run_section(report_folder: Path, config: RunConfig, data: PreparedData, chec
             f"| {_SPLITS.get(split, split)} | {size['people']:,} | {size['answers']:,} | {size['profiles']:,} |"
         )
     return "\n".join([*lines, "", "## Evaluation", "", *_metrics(report_folder, checkpoint)])
+
+
+def _base_in_training(config: RunConfig) -> list[str]:
+    """How the base was held, where that is not how this folder uses it."""
+    kind = config.model.quantisation
+    return [] if kind == "none" else [f"The base was quantised ({kind}) in training and evaluation, and is not here."]
 
 
 def _metrics(folder: Path, checkpoint: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The frozen backbone: whole on every rank, or partitioned over all ranks by ZeRO-3 without its optimizer."""
+"""The frozen backbone: whole on every rank, or partitioned over ranks by ZeRO-3 without its optimizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,20 +21,61 @@ from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 from cuma_ds.identity import model_fingerprint
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.agreement import agreement
+from cuma_ds.parallel.destination import Destination, move
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
-from cuma_ds.parallel.streaming import NotStreamable, load_partitioned, plan_streaming
+from cuma_ds.parallel.quantised import Kind, bitsandbytes, quantised_weights
+from cuma_ds.parallel.shard_group import ShardGroup, make_shard_group
+from cuma_ds.parallel.streaming import NotStreamable, load_streamed, plan_streaming, refuse_quantised
 
 
 def load_backbone(model: ModelSection, device: torch.device | None = None) -> PreTrainedModel:
     """Load a causal language model whole, frozen and in eval mode.
 
     Raises:
-        ModelError: the folder or hub id cannot be loaded.
+        ModelError: the folder or hub id cannot be loaded, or not be quantised.
+        ConfigError: quantising needs a package that is not installed.
     """
-    backbone = _from_pretrained(model)
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = quantisation_of(model)
+    if kind is None:
+        backbone = _from_pretrained(model)
+    else:
+        _check_place(model)
+        destination = Destination.whole(device, kind)
+        with _as_model_error(model), quiet_transformers():
+            try:
+                backbone = load_streamed(plan_streaming(model), destination)
+            except NotStreamable:
+                backbone = _from_pretrained(model)
+                move(backbone, destination)
     return backbone.to(device).requires_grad_(False).eval()  # type: ignore[arg-type]
+
+
+def quantisation_of(model: ModelSection) -> Kind | None:
+    """How the weights of linears are quantised; None where they are not.
+
+    Raises:
+        ConfigError: the package that quantises is not installed.
+    """
+    if model.quantisation == "none":
+        return None
+    bitsandbytes(model.quantisation)
+    return model.quantisation
+
+
+def check_quantisation(model: ModelSection) -> None:
+    """Raise a CumaError for a backbone that cannot be quantised as the recipe says. No weights are read.
+
+    Raises:
+        ModelError: its weights are of other kinds, which are named, or are quantised already.
+        ConfigError: a package is not installed.
+    """
+    kind = quantisation_of(model)
+    if kind is not None:
+        bare = skeleton(model)
+        refuse_quantised(model, bare.config)
+        quantised_weights(bare, kind)
 
 
 def skeleton(model: ModelSection) -> nn.Module:
@@ -60,30 +101,48 @@ def backbone_fingerprint(model: ModelSection) -> dict[str, str]:
         return model_fingerprint(model.path)
 
 
-def place_backbone(
-    model: ModelSection, settings: DeepSpeedSettings, device: torch.device
-) -> tuple[PreTrainedModel, compat.LayerHooks | None]:
+class PlacedBackbone(NamedTuple):
+    """A frozen backbone on its ranks.
+
+    hooks: make layers whole while they run. None for a whole backbone, and at stage 3, where the engine makes them.
+    shards: the ranks that hold it between them; None for a whole one.  meter: counts what gathering layers sends; None
+    where there are no hooks.
+    """
+
+    backbone: PreTrainedModel
+    hooks: compat.LayerHooks | None = None
+    shards: ShardGroup | None = None
+    meter: compat.GatherMeter | None = None
+
+
+def place_backbone(model: ModelSection, settings: DeepSpeedSettings, device: torch.device) -> PlacedBackbone:
     """Load the frozen backbone as a DeepSpeed configuration holds it, whole or sharded; all ranks call it.
 
-    Of a sharded one, each rank keeps one part in ``world``, and whole layers exist only while they run. At stages 1
-    and 2 ZeRO-3 partitions and gathers it without an optimizer, so that the engine beside it may hold expert-parallel
-    adapters. With ``max_reuse_distance`` and ``prefetch_bucket_size`` 0, a rank holds its shards and one layer at most.
+    Of a sharded one, each rank keeps one part in as many as its shard group has ranks, and whole layers exist only
+    while they run. At stages 1 and 2 ZeRO-3 partitions and gathers it without an optimizer, so that the engine beside
+    it may hold expert-parallel adapters. With ``max_reuse_distance`` and ``prefetch_bucket_size`` 0, a rank holds its
+    shards and one layer at most. Adapters are injected into the backbone afterwards.
 
-    Returns:
-        The backbone, and the hooks that make its layers whole. They are None for a whole backbone, and at stage 3,
-        where the engine makes them. Adapters are injected into the backbone afterwards.
+    Raises:
+        ModelError: the folder or hub id cannot be loaded.
+        TopologyError: the ranks cannot be divided into shard groups of this size.
     """
+    with agreement():
+        quantisation_of(model)  # each machine has an environment of its own
     if settings.stage == 3:
-        return load_sharded(model, stage3_config(model)), None
+        shards = make_shard_group("world")
+        return PlacedBackbone(load_sharded(model, stage3_config(model), shards), shards=shards)
     if not settings.backbone.sharded:
-        return load_backbone(model, device), None
+        return PlacedBackbone(load_backbone(model, device))
+    shards = make_shard_group(settings.backbone.shard_group)
     config = stage3_config(model, settings.backbone.offload == "cpu")
-    backbone = load_sharded(model, config)
-    return backbone, compat.partition_frozen(backbone, config, settings.backbone)
+    backbone = load_sharded(model, config, shards)
+    hooks = compat.partition_frozen(backbone, config, settings.backbone)
+    return PlacedBackbone(backbone, hooks, shards, compat.GatherMeter(backbone.parameters()))
 
 
-def load_sharded(model: ModelSection, stage3: dict[str, object]) -> PreTrainedModel:
-    """Load a causal language model partitioned over all ranks, frozen and in eval mode; all ranks call it.
+def load_sharded(model: ModelSection, stage3: dict[str, object], shards: ShardGroup) -> PreTrainedModel:
+    """Load a causal language model partitioned over shard groups, frozen and in eval mode; all ranks call it.
 
     Each rank reads its own part from safetensors. What cannot be read so goes through transformers' own loading,
     where rank 0 reads everything and sends each layer to the others; that is said once.
@@ -92,6 +151,10 @@ def load_sharded(model: ModelSection, stage3: dict[str, object]) -> PreTrainedMo
         ModelError: the folder or hub id cannot be loaded, or is another one on another rank's machine.
     """
     plan, reason = None, None
+
+    def destination() -> Destination:
+        return Destination.partitioned(stage3, shards, quantisation_of(model))
+
     with agreement():
         _check_place(model)
         with _as_model_error(model), quiet_transformers():
@@ -109,7 +172,7 @@ def load_sharded(model: ModelSection, stage3: dict[str, object]) -> PreTrainedMo
                 other = f"holds other weights for rank {others[0]} than for rank 0"
                 raise ModelError(f"model.path: {model.path!r} {other}; copy one folder")
         with _as_model_error(model):
-            return load_partitioned(plan, stage3).requires_grad_(False).eval()
+            return load_streamed(plan, destination()).requires_grad_(False).eval()
     del plan
     if dist.get_rank() == 0:
         warnings.warn(
@@ -117,9 +180,12 @@ def load_sharded(model: ModelSection, stage3: dict[str, object]) -> PreTrainedMo
         )
     keep_alive = HfDeepSpeedConfig(stage3)  # from_pretrained partitions as it loads while this lives
     try:
-        return _from_pretrained(model).requires_grad_(False).eval()
+        backbone = _from_pretrained(model)
     finally:
         del keep_alive
+    if shards.group is not None or quantisation_of(model) is not None:
+        move(backbone, destination())
+    return backbone.requires_grad_(False).eval()
 
 
 def stage3_config(model: ModelSection, offload: bool = False) -> dict[str, object]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import deepspeed
@@ -18,6 +18,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler, LossScalerBase
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     groups,
     lazy_init_hp_params_optimizer_state,
@@ -94,6 +95,7 @@ class LayerHooks:
 
     Args:
         offload: of the model.
+
     """
 
     def __init__(self, offload: DeepSpeedZeRoOffload) -> None:
@@ -132,6 +134,49 @@ class LayerHooks:
             yield
 
 
+class GatherMeter:
+    """Counts the bytes this rank sends to the others of its shard group while parameters are gathered.
+
+    Args:
+        parameters: those that are not partitioned are left out.
+    """
+
+    # Relies on parameters being gathered through the attributes ``all_gather`` and ``all_gather_coalesced`` of one of
+    # them alone, which do nothing for parameters that are there already; and on the attributes ``ds_status`` and
+    # ``ds_zero_partition_world_size``.
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._sent = 0
+        for parameter in filter(is_partitioned, parameters):
+            self._count(parameter, "all_gather")
+            self._count(parameter, "all_gather_coalesced")
+
+    def take(self) -> int:
+        """Bytes sent since the last call."""
+        sent, self._sent = self._sent, 0
+        return sent
+
+    def _count(self, parameter: nn.Parameter, method: str) -> None:
+        gather = getattr(parameter, method)
+
+        def counting(parameters: Iterable[nn.Parameter] | None = None, *rest: object, **options: object) -> object:
+            given = options.pop("param_list", parameters)
+            gathered = [parameter] if given is None else list(given)  # type: ignore[call-overload]
+            self._sent += sum(map(_sent_to_gather, gathered))
+            return gather(gathered, *rest, **options)
+
+        setattr(parameter, method, counting)
+
+
+def _sent_to_gather(parameter: nn.Parameter) -> int:
+    """Bytes this rank sends so that every rank of the group has a parameter, 0 where it has it already."""
+    if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:  # type: ignore[attr-defined]
+        return 0
+    part = held(parameter)
+    others = parameter.ds_zero_partition_world_size - 1  # type: ignore[attr-defined]
+    return part.numel() * part.element_size() * others
+
+
 def partition_frozen(model: nn.Module, config: dict[str, object], settings: FrozenBackbone) -> LayerHooks:
     """Give a frozen model the hooks of ZeRO-3 without its optimizer."""
     # Relies on ``DeepSpeedZeRoOffload`` working without an optimizer.
@@ -148,15 +193,25 @@ def partition_frozen(model: nn.Module, config: dict[str, object], settings: Froz
 
 
 class Partitioner:
-    """Makes parameters of which each rank allocates its own part and, for a moment, the whole on its device."""
+    """Makes parameters of which each rank allocates its own part and, for a moment, the whole on its device.
 
-    # Relies on ``deepspeed.zero.Init`` over a module without parameters converting nothing, on
+    Args:
+        config: DeepSpeed configuration of stage 3.
+        group: the ranks that hold a parameter between them; None for all ranks.
+    """
+
+    # Relies on ``local_device``, on ``deepspeed.zero.Init`` over a module without parameters converting nothing, on
     # ``_convert_to_deepspeed_param``, and on rank i of n holding elements ``i * size`` to ``(i + 1) * size`` of the
     # flat parameter, zero-padded at the end.
 
-    def __init__(self, config: dict[str, object]) -> None:
+    def __init__(self, config: dict[str, object], group: dist.ProcessGroup | None = None) -> None:
         # A side effect is wanted: linears no longer keep gathered weights for the backward pass.
-        self._init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config)
+        self._init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, data_parallel_group=group)
+
+    @property
+    def device(self) -> torch.device:
+        """Where parameters are whole while they are used."""
+        return self._init.local_device
 
     def partitioned(self, like: nn.Parameter) -> nn.Parameter:
         """A partitioned parameter of the shape and dtype of ``like``; :func:`held` is this rank's part to fill."""
@@ -171,6 +226,11 @@ def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has partitioned a parameter, which is then empty while its layer does not run."""
     # Relies on the attribute ``ds_tensor``.
     return hasattr(parameter, "ds_tensor")
+
+
+def whole_parameter(parameter: nn.Parameter) -> contextlib.AbstractContextManager[None]:
+    """Inside, a partitioned parameter is whole on each rank that holds a part of it; all of them enter it together."""
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def held(parameter: Tensor) -> Tensor:

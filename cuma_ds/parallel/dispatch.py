@@ -36,6 +36,7 @@ class ExpertGroup:
 
     Attributes:
         bytes_sent: payload bytes this rank sent to others, by collective.
+        bytes_to: the same bytes by the rank (of all ranks) that they were sent to.
     """
 
     def __init__(self, group: dist.ProcessGroup, overlap: bool = False) -> None:
@@ -44,12 +45,26 @@ class ExpertGroup:
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.bytes_sent: Counter[str] = Counter()
+        self.bytes_to: Counter[int] = Counter()
+        self._ranks = dist.get_process_group_ranks(group)
+
+    def take_bytes_to(self) -> dict[int, int]:
+        """Payload bytes sent to each other rank since the last call."""
+        counted, self.bytes_to = dict(self.bytes_to), Counter()
+        return counted
+
+    def _count(self, collective: str, sent: list[int]) -> None:
+        """Count bytes sent to each rank of the group; those to this rank itself are left out."""
+        for place, (rank, count) in enumerate(zip(self._ranks, sent, strict=True)):
+            if place != self.rank:
+                self.bytes_sent[collective] += count
+                self.bytes_to[rank] += count
 
     def all_to_all(self, rows: Tensor, send: list[int], receive: list[int]) -> _Running:
         """Send ``send[rank]`` rows to every rank and receive ``receive[rank]`` rows from it."""
         received = rows.new_empty(sum(receive), *rows.shape[1:])
-        elsewhere = sum(send) - send[self.rank]
-        self.bytes_sent["all_to_all"] += elsewhere * rows.shape[1:].numel() * rows.element_size()
+        row_bytes = rows.shape[1:].numel() * rows.element_size()
+        self._count("all_to_all", [count * row_bytes for count in send])
         rows = rows.contiguous()
         work = dist.all_to_all_single(received, rows, receive, send, group=self.group, async_op=self.overlap)
         return _Running(received, rows, work)
@@ -58,7 +73,7 @@ class ExpertGroup:
         """The shards of all ranks along dimension 0."""
         shard = shard.contiguous()
         whole = shard.new_empty(shard.shape[0] * self.size, *shard.shape[1:])
-        self.bytes_sent["all_gather"] += shard.numel() * shard.element_size() * (self.size - 1)
+        self._count("all_gather", [shard.numel() * shard.element_size()] * self.size)
         work = dist.all_gather_into_tensor(whole, shard, group=self.group, async_op=self.overlap)
         return _Running(whole, shard, work)
 
@@ -66,7 +81,7 @@ class ExpertGroup:
         """This rank's shard along dimension 0 of the sum over ranks."""
         whole = whole.contiguous()
         shard = whole.new_empty(whole.shape[0] // self.size, *whole.shape[1:])
-        self.bytes_sent["reduce_scatter"] += shard.numel() * shard.element_size() * (self.size - 1)
+        self._count("reduce_scatter", [shard.numel() * shard.element_size()] * self.size)
         work = dist.reduce_scatter_tensor(shard, whole, group=self.group, async_op=self.overlap)
         return _Running(shard, whole, work)
 

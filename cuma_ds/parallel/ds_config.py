@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from deepspeed.accelerator import get_accelerator
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cuma_ds.config import RunConfig
 from cuma_ds.errors import ConfigError, nearest
+from cuma_ds.parallel.shard_group import ShardGroupSize
 from cuma_ds.resources import resource_folder
 from cuma_ds.strict_json import read_json
 
@@ -36,12 +37,22 @@ class FrozenBackbone(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sharded: bool = Field(False, description="partition the backbone over all ranks")
+    sharded: bool = Field(False, description="partition the backbone over the ranks of a shard group")
+    shard_group: ShardGroupSize = Field(
+        "world", description="ranks that hold one copy of the backbone between them: world, machine, or so many ranks"
+    )
     offload: Literal["none", "cpu"] = Field("none", description="where the shards are kept")
     max_reuse_distance: int = Field(
         0, ge=0, description="keep a gathered layer that is used again within so many elements"
     )
     prefetch_bucket_size: int = Field(0, ge=0, description="elements gathered ahead of their use")
+
+    @field_validator("shard_group", mode="before")
+    @classmethod
+    def _check_shard_group(cls, value: object) -> object:
+        if value in ("world", "machine") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(f"is {value!r}; allowed: world, machine, or a number of ranks from 1")
 
 
 class LossScale(BaseModel):
@@ -97,6 +108,11 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         raise ConfigError(
             f"{path}: frozen_backbone.sharded is for ZeRO stages 1 and 2; stage 3 already shards everything"
         )
+    if backbone.shard_group != "world" and not backbone.sharded:
+        raise ConfigError(
+            f"{path}: frozen_backbone.shard_group is {backbone.shard_group}, but frozen_backbone.sharded is false; "
+            "set it to true, or remove shard_group"
+        )
     if backbone.sharded and config.adapters.method == "full":
         raise ConfigError(
             f"{path}: frozen_backbone.sharded is for a backbone that does not train, but adapters.method is full; use "
@@ -106,6 +122,11 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
         raise ConfigError(
             f"{path}: ZeRO stage 3 cannot hold expert parallelism (parallel.ep_size {config.parallel.ep_size}); "
             "use zero2_sharded_backbone, which shards the backbone and keeps experts parallel, or ep_size 1"
+        )
+    if stage == 3 and config.model.quantisation != "none":
+        raise ConfigError(
+            f"{path}: ZeRO stage 3 would cast a quantised backbone (model.quantisation {config.model.quantisation}); "
+            "use zero2_sharded_backbone, which shards it, or model.quantisation: none"
         )
     engine = {
         **values,
@@ -151,7 +172,8 @@ def _part(kind: type[_Part], path: Path, key: str, values: dict[str, Any]) -> _P
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join([key, *map(str, problem["loc"])])
-        raise ConfigError(f"{path}: {where}: {problem['msg']}; allowed keys: {', '.join(kind.model_fields)}") from None
+        what = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{path}: {where}: {what}; allowed keys: {', '.join(kind.model_fields)}") from None
 
 
 def find_deepspeed_config(name: str) -> Path:

@@ -15,7 +15,7 @@ from cuma_ds.data.batch import Batch
 from cuma_ds.methods import METHODS
 from cuma_ds.methods.model import AdaptedModel, Output, Spread, Trained
 from cuma_ds.parallel import deepspeed_compat as compat
-from cuma_ds.parallel.backbone import place_backbone
+from cuma_ds.parallel.backbone import PlacedBackbone, place_backbone
 from cuma_ds.parallel.dispatch import ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.topology import Topology
@@ -28,12 +28,12 @@ class Placed(NamedTuple):
     """A model on its ranks.
 
     model: holds this rank's experts.  dispatcher: byte counters of expert parallelism; None with ``ep_size`` 1.
-    hooks: of a sharded backbone, see :func:`~cuma_ds.parallel.backbone.place_backbone`.
+    base: the backbone below it.
     """
 
     model: AdaptedModel
     dispatcher: ExpertParallelDispatcher | None
-    hooks: compat.LayerHooks | None
+    base: PlacedBackbone
 
 
 def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topology) -> Placed:
@@ -44,13 +44,13 @@ def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topolo
         settings: says whether the backbone is sharded.
         topology: with expert-parallel groups.
     """
-    backbone, hooks = place_backbone(config.model, settings, topology.device)
-    model = METHODS[config.adapters.method](backbone, config).to(topology.device)
+    base = place_backbone(config.model, settings, topology.device)
+    model = METHODS[config.adapters.method](base.backbone, config).to(topology.device)
     if config.model.gradient_checkpointing:
         model.recompute_activations()
     dispatcher = _dispatcher(config, topology)
     model.place(Spread(topology.experts, dispatcher, topology.sum_over_ranks if topology.world > 1 else None))
-    return Placed(model, dispatcher, hooks)
+    return Placed(model, dispatcher, base)
 
 
 def _dispatcher(config: RunConfig, topology: Topology) -> ExpertParallelDispatcher | None:
@@ -92,7 +92,8 @@ class AdapterEngine:
         compat.only_errors()
         self.topology = topology
         self.stage = settings.stage
-        self.model, self.dispatcher, self._hooks = place_model(config, settings, topology)
+        self.model, self.dispatcher, self._base = place_model(config, settings, topology)
+        self._hooks = self._base.hooks
         self.trained = list(self.model.trained_parameters())
         module = self.model if settings.stage == 3 else _TrainedPart(self.model, self.trained, topology.ep_size)
         self.engine, *_ = deepspeed.initialize(
@@ -155,6 +156,23 @@ class AdapterEngine:
         self.engine.backward(loss)
         if self._hooks is not None:
             self._hooks.after_backward()
+
+    def take_bytes_sent(self) -> dict[str, int]:
+        """Payload bytes this rank sent to others since the last call, without gradients.
+
+        Returns:
+            Those of expert parallelism by collective. With a sharded backbone at stages 1 and 2 also those of gathering
+            it as ``backbone``, and all of them by link: ``inside_shard_group`` and ``between_shard_groups``.
+        """
+        sent = {} if self.dispatcher is None else self.dispatcher.take_bytes_sent()
+        to_rank = {} if self.dispatcher is None else self.dispatcher.ranks.take_bytes_to()
+        meter, shards = self._base.meter, self._base.shards
+        if meter is None or shards is None:
+            return sent
+        backbone = meter.take()
+        between = sum(count for rank, count in to_rank.items() if rank not in shards.ranks)
+        inside = sum(to_rank.values()) - between + backbone
+        return {**sent, "backbone": backbone, "inside_shard_group": inside, "between_shard_groups": between}
 
     def step(self, learning_rate: float) -> None:
         """Optimizer step at the accumulation boundary, nothing elsewhere."""

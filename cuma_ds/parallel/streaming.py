@@ -1,4 +1,4 @@
-"""Load a model partitioned from safetensors. Each rank reads its own part of every tensor and nothing else."""
+"""Load a model from safetensors. Each rank reads its own part of every tensor and nothing else."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cuma_ds.config import ModelSection
+from cuma_ds.errors import ModelError
 from cuma_ds.identity import model_file, weight_files
-from cuma_ds.parallel.deepspeed_compat import Partitioner, held
+from cuma_ds.parallel.deepspeed_compat import held
+from cuma_ds.parallel.destination import Destination, put, quantise
 from cuma_ds.parallel.transformers_compat import WeightNames, keeps_float32
 
 # A tensor is read in pieces of at most so many bytes, so that nothing but the shard grows with the model.
@@ -57,7 +60,8 @@ def plan_streaming(model: ModelSection) -> StreamingPlan:
     Raises:
         NotStreamable: no safetensors, weights that transformers converts while loading, or tensors missing or of
             another shape.
-        ModelError: a weight file that an index names is missing, or the index is damaged.
+        ModelError: a weight file that an index names is missing, or the index is damaged, or the weights are
+            quantised already.
         OSError, ValueError, KeyError, SafetensorError: as ``from_pretrained``.
     """
     files = _checkpoint_files(model.path)
@@ -65,18 +69,21 @@ def plan_streaming(model: ModelSection) -> StreamingPlan:
     return StreamingPlan(backbone, _places(backbone, files, getattr(torch, model.dtype)), _digest(files))
 
 
-def load_partitioned(plan: StreamingPlan, stage3: dict[str, object]) -> PreTrainedModel:
-    """Fill the planned model with ZeRO-3 partitions over all ranks; all ranks call it.
+def load_streamed(plan: StreamingPlan, destination: Destination) -> PreTrainedModel:
+    """Fill the planned model; all ranks of a partitioned one call it.
 
-    A rank allocates its shards and, on a GPU, the one parameter being partitioned; no rank reads another's part and
+    A rank allocates its part and, on a GPU, the one parameter being partitioned; no rank reads another's part and
     nothing is sent. Buffers are whole and computed as in ``from_pretrained``; tied parameters stay tied.
 
     Args:
         plan: of this rank; all ranks must have found the same files.
-        stage3: DeepSpeed configuration that partitions (``cuma_ds.parallel.backbone.stage3_config``).
+        destination: where parameters go.
+
+    Raises:
+        ModelError: the model cannot be quantised.
     """
     backbone = plan.backbone
-    partitioner = Partitioner(stage3)
+    linears = destination.linears(backbone)
     with contextlib.ExitStack() as open_files:
         checkpoint = _Checkpoint(open_files)
         for names, places in plan.tensors:
@@ -84,11 +91,14 @@ def load_partitioned(plan: StreamingPlan, stage3: dict[str, object]) -> PreTrain
             if not isinstance(empty, nn.Parameter):
                 checkpoint.read(places[0], 0, empty.numel(), empty.view(-1))
                 continue
-            parts = [_partition(partitioner, empty, checkpoint, place) for place in places]
-            shared = len(parts) > 1 and _equal_on_all_ranks(parts)
+            if names[0] in linears:
+                quantise(backbone, linears[names[0]], destination, partial(checkpoint.read, places[0]))
+                continue
+            parts = [destination.filled(empty, partial(checkpoint.read, place)) for place in places]
+            shared = len(parts) > 1 and _are_equal(parts, destination)
             for index, name in enumerate(names):
                 part = parts[0] if shared or len(parts) == 1 else parts[index]
-                _put(backbone, name, part)
+                put(backbone, name, part)
                 if len(parts) > 1 and not shared:
                     backbone.all_tied_weights_keys.pop(name, None)
     return backbone.eval()
@@ -118,8 +128,7 @@ def _checkpoint_files(path: str) -> list[str]:
 def _empty_model(model: ModelSection) -> PreTrainedModel:
     """The model with its buffers computed and its parameters on the meta device."""
     config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotStreamable("its weights are quantised")
+    refuse_quantised(model, config)
     if getattr(config, "transformers_weights", None) is not None:
         raise NotStreamable("its configuration names its own weight file")
     with _parameters_on_meta():
@@ -132,6 +141,18 @@ def _empty_model(model: ModelSection) -> PreTrainedModel:
     with contextlib.suppress(OSError):
         backbone.generation_config = GenerationConfig.from_pretrained(model.path)
     return backbone
+
+
+def refuse_quantised(model: ModelSection, config: object) -> None:
+    """Raise a ModelError for a model whose weights are quantised already."""
+    about = getattr(config, "quantization_config", None)
+    if about is not None:
+        method = about.get("quant_method") if isinstance(about, dict) else getattr(about, "quant_method", None)
+        raise ModelError(
+            f"model.path: the weights of {model.path} are quantised already ({method or 'quantization_config'}), and "
+            "such weights can be neither sharded nor quantised here; name the 16-bit model that they were made from "
+            "(its card says which), and set model.quantisation: nf4 or int8"
+        )
 
 
 @contextlib.contextmanager
@@ -211,31 +232,15 @@ class _Checkpoint:
             out[first - start : last - start].copy_(piece[first - row * width : last - row * width])
 
 
-def _partition(partitioner: Partitioner, empty: nn.Parameter, checkpoint: _Checkpoint, place: _Place) -> nn.Parameter:
-    """A ZeRO-3 parameter like ``empty`` (meta) whose part on this rank comes from the checkpoint."""
-    parameter = partitioner.partitioned(empty)
-    part = held(parameter)
-    start = part.numel() * dist.get_rank()
-    end = max(start, min(start + part.numel(), empty.numel()))
-    part[end - start :].zero_()
-    if end > start:
-        checkpoint.read(place, start, end, part[: end - start])
-    return parameter
-
-
-def _equal_on_all_ranks(parameters: list[nn.Parameter]) -> bool:
-    """Whether partitioned parameters hold the same values."""
+def _are_equal(parameters: list[nn.Parameter], destination: Destination) -> bool:
+    """Whether parameters hold the same values, on all ranks that have a part of them."""
     first, *others = map(held, parameters)
     equal = torch.tensor(float(all(torch.equal(first, other) for other in others)), device=parameters[0].device)
-    dist.all_reduce(equal, op=dist.ReduceOp.MIN)
+    if destination.ranks > 1:
+        dist.all_reduce(equal, op=dist.ReduceOp.MIN)
     return bool(equal)
 
 
 def _tensor_at(module: nn.Module, name: str) -> Tensor:
     parent, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(parent), leaf)
-
-
-def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module.get_submodule(parent).register_parameter(leaf, parameter)

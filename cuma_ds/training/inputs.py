@@ -20,7 +20,7 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
 from cuma_ds.identity import base_fact
-from cuma_ds.parallel.backbone import load_tokenizer, skeleton
+from cuma_ds.parallel.backbone import check_quantisation, load_tokenizer, skeleton
 from cuma_ds.parallel.stored import write_start
 from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
@@ -75,6 +75,7 @@ class TrainingInputs:
 def prepare_run(config: RunConfig) -> None:
     """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
     run, source = Run(config.run_dir), None
+    check_quantisation(config.model)
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
         source = check_prompts(load_data(config.data, wording_of(config.profiles)), config, started=False)

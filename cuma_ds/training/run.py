@@ -204,8 +204,7 @@ def _check_packing(config: RunConfig, engine: AdapterEngine, inputs: TrainingInp
     engine.train(False)
     apart = tells_examples_apart(logits_of, inputs.probe, inputs.pad_id)
     engine.train()
-    if engine.dispatcher is not None:
-        engine.dispatcher.take_bytes_sent()  # not of a step
+    engine.take_bytes_sent()  # not of a step
     with agreement():
         if not apart:
             raise ConfigError(

@@ -30,7 +30,14 @@ from cuma_ds.runs import Run
 # start.
 _PROMPT = ("profile_in_prompt", "profile_prompt", "system_prompt", "prompt_style", "option_order")
 _SENTENCES = ("template", "format", "fields", "pooling", "normalise", "max_tokens")
-_SPLIT = ("test_fraction", "valid_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
+_SPLIT = (
+    "test_fraction",
+    "valid_fraction",
+    "heldout_fraction",
+    "heldout_profile_fraction",
+    "heldout_question_fraction",
+    "split_seed",
+)
 _INHERITED = {
     "adapters": tuple(key for key in CumaConfig.model_fields if key != "profile_dim"),
     "profiles": (*_SENTENCES, "encoder", "standardise"),
@@ -41,6 +48,7 @@ _MAY_DIFFER: set[Key] = {
     *(("adapters", f"balance_{key}") for key in ("weight", "probability", "scope", "decay")),
     *(("adapters", key) for key in ("gradient_mask", "gradient_groups", "dropout")),
     ("profiles", "encoder"),
+    ("data", "heldout_question_fraction"),  # conversations and preferences have no questions
 }
 _WHAT = "a run folder, or a folder made by launchers/export.py --format hf"
 

@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
             summed over ranks; and with routers ``load_RE`` (top-k assignments), ``entropy_R`` (gate entropy in nats)
             and ``routed`` (tokens).
         means: [2] float64 each, a sum and the number of what was summed; see :class:`Loss`.
-        bytes_sent: of expert parallelism on this rank, by kind; empty without it.
+        bytes_sent: by this rank, see :meth:`AdapterEngine.take_bytes_sent`.
     """
 
     rate: float
@@ -84,8 +84,7 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
             _add(sums, "routed", out.routing.tokens.double())
     sums, means = _over_ranks(sums, topology), _over_ranks(means, topology)
     engine.model.end_step(sums.get("load_RE"))
-    bytes_sent = {} if engine.dispatcher is None else engine.dispatcher.take_bytes_sent()
-    return StepResult(rate, weight, tokens, people, sums, means, bytes_sent)
+    return StepResult(rate, weight, tokens, people, sums, means, engine.take_bytes_sent())
 
 
 def dropout_seed(run_seed: int, step: int, micro_step: int, rank: int) -> int:

@@ -29,7 +29,7 @@ for name, path, dtype in json.loads(sys.argv[1]):
     section = ModelSection(path=path, dtype=dtype, attention="eager" if name == "gemma2" else "sdpa")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        sharded, _ = place_backbone(section, SHARDED, topology.device)
+        sharded = place_backbone(section, SHARDED, topology.device).backbone
     whole = load_backbone(section)
     ids = torch.arange(2, 20).view(2, 9)
     with torch.no_grad():

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 sent: Counter[str] = Counter()
+# The same bytes, by collective and the ranks of the group.
+links: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
 
 def size(tensor: torch.Tensor) -> int:
@@ -22,6 +24,7 @@ def count(name: str, payload: Any) -> None:
     def counting(group: Any, *arguments: Any, **options: Any) -> Any:
         collective, moved = payload(group, *arguments)
         sent[collective] += moved
+        links[collective, tuple(dist.get_process_group_ranks(group))] += moved
         return original(group, *arguments, **options)
 
     setattr(dist.ProcessGroup, name, counting)

@@ -164,7 +164,32 @@ def partitioner() -> str | None:
     with deepspeed.zero.GatheredParameters([made]):
         gathered = made.detach().clone()
     expected = numbers[:15].view(3, 5).bfloat16()
-    return None if torch.equal(gathered, expected) else "the parts of a parameter no longer follow each other by rank"
+    if not torch.equal(gathered, expected):
+        return "the parts of a parameter no longer follow each other by rank"
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    own = compat.Partitioner(STAGE_3, alone).partitioned(like)
+    if compat.held(own).numel() != like.numel():
+        return "a parameter is partitioned over other ranks than those of the group"
+    compat.held(own).copy_(numbers[:15] + dist.get_rank())
+    with compat.whole_parameter(own):
+        right = torch.equal(own.flatten(), (numbers[:15] + dist.get_rank()).bfloat16())
+    return None if right else "a parameter of a group is gathered from ranks outside"
+
+
+def gather_meter() -> str | None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5)).requires_grad_(False)
+    settings = FrozenBackbone(sharded=True, prefetch_bucket_size=100)
+    compat.partition_frozen(model, STAGE_3, settings)
+    meter = compat.GatherMeter(model.parameters())
+    once = sum(compat.held(p).numel() * 4 for p in model.parameters()) * (dist.get_world_size() - 1)
+    for _ in range(3):
+        model(torch.ones(2, 4))
+        if (found := meter.take()) != once:
+            return f"a forward is counted to send {found} bytes of {once}"
+    with compat.whole_parameter(model[0].weight):
+        pass
+    expected = compat.held(model[0].weight).numel() * 4 * (dist.get_world_size() - 1)
+    return None if meter.take() == expected else "GatheredParameters does not gather as it is counted"
 
 
 def held() -> str | None:
@@ -235,7 +260,7 @@ def only_errors() -> str | None:
 
 CHECKS = (
     only_errors, without_shared_memory_op, expert_group, mark_expert, expert_param_group, expert_mark, partition_frozen,
-    gathered, partitioner, held, scale_losses, moments,
+    gathered, partitioner, gather_meter, held, scale_losses, moments,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -98,8 +98,7 @@ def reference_log_probabilities(begin: Begin, bare: bool, log_p_of: Callable[[Te
                 file.write(log_p_M2)
                 saved = time.monotonic()
     engine.train()
-    if engine.dispatcher is not None:
-        engine.dispatcher.take_bytes_sent()  # not of a step
+    engine.take_bytes_sent()  # not of a step
     with agreement():
         if is_main:
             file.write(log_p_M2)

@@ -1,0 +1,78 @@
+"""What a step takes when groups of ranks hold one copy of the frozen backbone between them, instead of all ranks.
+
+    torchrun --nproc_per_node 4 benchmarks/shard_group.py --groups 4 2
+
+All variants take turns within one run, so that a drifting machine hurts them alike. A round's time is that of the
+slowest rank. Medians are printed, and ratios to the first group. Bytes are what one rank sends in one step to gather
+the backbone, and what it holds of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from dispatch import Step, model_step, take_turns
+from rich.console import Console
+from rich.table import Table
+
+from cuma_ds.parallel.backbone import resident_bytes
+from cuma_ds.parallel.ds_config import DS_CONFIGS
+from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.topology import leave_processes, start_processes, with_expert_groups
+
+
+def deepspeed_config(folder: Path, group: int) -> str:
+    """The file of a configuration with this shard group."""
+    settings = json.loads((DS_CONFIGS / "zero2_sharded_backbone.json").read_text(encoding="utf-8"))
+    settings["frozen_backbone"]["shard_group"] = group
+    file = folder / f"group-{group}.json"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return str(file)
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", type=int, nargs="+", default=[4, 2], help="ranks of a shard group")
+    parser.add_argument("--ep", type=int, default=2, help="expert-parallel size")
+    parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="backbone folder")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, default=1, help="sequences per rank")
+    parser.add_argument("--length", type=int, default=32, help="tokens per sequence")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds, after two for warming up")
+    arguments = parser.parse_args()
+    topology = with_expert_groups(start_processes(600), arguments.ep)
+    steps: dict[str, Step] = {}
+    engines: dict[str, AdapterEngine] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for group in arguments.groups:
+            file = deepspeed_config(Path(folder), group)
+            steps[str(group)], engines[str(group)] = model_step(arguments, topology, file)
+    seconds = take_turns(steps, arguments.rounds, topology)
+    table = Table(
+        title=f"{topology.world} ranks, {topology.device.type}, {torch.get_num_threads()} threads each, "
+        f"ep {arguments.ep}, {arguments.batch * arguments.length} tokens a rank, {arguments.dtype}, median of "
+        f"{arguments.rounds} rounds"
+    )
+    for heading in ("shard group", "ms", "faster", "min", "max", "MB sent", "MB held"):
+        table.add_column(heading, justify="right")
+    first = statistics.median(next(iter(seconds.values())))
+    for name, times in seconds.items():
+        median, engine = statistics.median(times), engines[name]
+        sent = engine.take_bytes_sent()["backbone"] / (arguments.rounds + 2)
+        table.add_row(
+            name, f"{1e3 * median:.0f}", f"{first / median:.2f}", f"{1e3 * min(times):.0f}", f"{1e3 * max(times):.0f}",
+            f"{sent / 1e6:.1f}", f"{resident_bytes(engine.model.backbone) / 1e6:.1f}",
+        )  # fmt: skip
+    leave_processes()
+    if topology.is_main:
+        Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
