@@ -44,6 +44,14 @@ NOT_RUN |= {
     ("docs/studies.md", "python launchers/compare.py --study studies/quick"),
     ("docs/studies.md", "python launchers/compare.py --runs runs/quickstart runs/mine --out reports/compared"),
 }
+NOT_RUN |= {
+    ("docs/reproduce.md", "python launchers/prepare_data.py wvb --root WorldValuesBench --out prepared/wvb"),
+    ("docs/reproduce.md", "python launchers/evaluate.py --run runs/wvb-cuma-r8"),
+    (
+        "docs/reproduce.md",
+        "python launchers/prepare_data.py community-alignment --root ca.csv --kind choice --out prepared/ca-choice",
+    ),
+}
 NEED_MACHINES = {"launchers/check_hosts.py"}  # their arguments are parsed
 # What words in capitals stand for, and what makes a training run short.
 MEANING = {"RECIPE": "tests/data/opinions.yaml"}
@@ -200,7 +208,7 @@ def check_training(script: str, arguments: list[str]) -> None:
     """What a launcher of many ranks would start: train.py with a recipe and keys that exist."""
     assert script == "launchers/train.py"
     parsed = runpy.run_path(str(ROOT / script))["_parser"]().parse_args(arguments)
-    load_config([ROOT / recipe for recipe in parsed.config], parsed.set)
+    load_config([ROOT / recipe if (ROOT / recipe).is_file() else recipe for recipe in parsed.config], parsed.set)
 
 
 @pytest.fixture(scope="module")
