@@ -110,6 +110,7 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
         known, found = own["splits"][split]["rows"]["trained"], table["splits"][split]["methods"]["cuma"]["scores"]
         assert found["emd"]["value"] == pytest.approx(known["emd"], abs=2e-5)
         assert found["accuracy"]["value"] == pytest.approx(known["accuracy"], abs=2e-5)
+    assert {"collapse", "sampler"} <= table["splits"]["test"]["references"].keys()
     (pair,) = table["splits"]["test"]["differences"]
     assert (pair["first"], pair["second"]) == ("cuma", "lora")
     scores = [table["splits"]["test"]["methods"][name]["scores"]["emd"]["value"] for name in ("cuma", "lora")]
@@ -151,6 +152,7 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     assert other.code == 0, other.err
     assert "holds a run with adapters.lora_r: 4, but the study says 2; give the study another name" in other.out
     assert [words[0] for words in forked[before:]] == ["launchers/evaluate.py"]
+    assert "| cuma (failed) |" in (folder / "report" / "report.md").read_text()
 
     names = [f"survey.{method}.2-steps.lr-0.01.seed-0" for method in ("cuma", "lora")]
     valid = [str(folder / "valid" / name / "step-2") for name in names]
