@@ -135,8 +135,8 @@ class DataSection(_Section):
     ] = Field(
         "jsonl",
         description="wvs-sample (embedded survey answers) | synthetic (known truth) | jsonl (your own rows) | survey "
-        "(your own SPSS, Stata, CSV or parquet file) | wvb | global-opinions | subpop | opinionqa | community-alignment | "
-        "prism",
+        "(your own SPSS, Stata, CSV or parquet file) | wvb | global-opinions | subpop | opinionqa | "
+        "community-alignment | prism",
     )
     path: str | None = Field(
         None, description="folder made by prepare_data, or the raw files; wvs-sample and synthetic need none"
