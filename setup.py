@@ -36,7 +36,9 @@ REQUIRES = [
     "pyarrow>=20",  # Arrow storage of prepared data; parquet and CSV files
     "huggingface_hub>=1",  # models and exports named by their hub ids
     "tokenizers>=0.22",  # text of answers as it grows, token by token
-    "jinja2>=3.1",  # what chat templates raise
+    "jinja2>=3.1",  # what chat templates raise; the page of a report
+    "markupsafe>=3",  # text that jinja2 need not escape again
+    "markdown-it-py>=3",  # reports as pages, from their Markdown
     "safetensors>=0.7",  # checkpoints and tables without pickle
     "pydantic>=2.11",  # typed recipes
     "pyyaml>=6",  # recipes are YAML
@@ -45,6 +47,7 @@ REQUIRES = [
     "rich>=14",  # progress and tables in the terminal
     "numpy>=2",  # answer counts, metrics
     "pandas>=2.2",  # reading and splitting surveys
+    "pyreadstat>=1.3",  # surveys in SPSS and Stata files
     "scipy>=1.15",  # clustering in reports
     "scikit-learn>=1.8",  # maps of profiles in reports
     "matplotlib>=3.10",  # pictures in reports
@@ -84,6 +87,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cuma_ds", "cuma_ds.*"]),
+    package_data={"cuma_ds.evaluation.report": ["page.html"]},
     install_requires=REQUIRES,
     entry_points={"console_scripts": ["cuma-ds = cuma_ds.__main__:main"]},
     extras_require=EXTRAS,

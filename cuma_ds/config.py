@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from cuma_ds.adapters.config import CumaConfig
+from cuma_ds.adapters.config import CumaConfig, Method, unread_keys
 from cuma_ds.errors import ConfigError, nearest
 from cuma_ds.resources import resource_folder
 from cuma_ds.sentence_format import format_fields
@@ -104,14 +104,36 @@ class ProfilesSection(_Section):
         return self
 
 
+class PrefixSection(_Section):
+    """Keys and values that stand before those of the prompt (method p_tuning_v2)."""
+
+    virtual_tokens: int = Field(32, ge=1, description="positions of the prefix")
+    projection: bool = Field(True, description="make keys and values by an MLP from embeddings of the virtual tokens")
+    hidden: int | None = Field(None, ge=1, description="width of that MLP; null is the backbone's")
+
+    @model_validator(mode="after")
+    def _check(self) -> PrefixSection:
+        if self.hidden is not None and not self.projection:
+            raise ValueError(f"hidden is {self.hidden}, but without projection there is no MLP; remove it")
+        return self
+
+
 class DataSection(_Section):
     """What is asked and answered."""
 
-    source: Literal["wvs-sample", "jsonl", "wvb", "community-alignment", "prism"] = Field(
+    source: Literal[
+        "wvs-sample", "jsonl", "survey", "wvb", "global-opinions", "subpop", "opinionqa", "community-alignment", "prism"
+    ] = Field(
         "jsonl",
-        description="wvs-sample (embedded survey answers) | jsonl (your own) | wvb | community-alignment | prism",
+        description="wvs-sample (embedded survey answers) | jsonl (your own rows) | survey (your own SPSS, Stata, CSV "
+        "or parquet file) | wvb | global-opinions | subpop | opinionqa | community-alignment | prism",
     )
     path: str | None = Field(None, description="folder made by prepare_data, or the raw files; wvs-sample needs none")
+    map: str | None = Field(
+        None,
+        description="source survey: the YAML file that says which columns are people and which are questions, see "
+        "docs/surveys.md; a prepared folder needs none",
+    )
     kind: Literal["choice", "chat", "preference"] | None = Field(
         None,
         description="what to make of a source that holds several: community-alignment and prism give chat by default; "
@@ -149,7 +171,8 @@ class DataSection(_Section):
     )
     weights: bool = Field(
         False,
-        description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb)",
+        description="answers count by survey weights: the rows' key weight (jsonl), W_WEIGHT of the WVS-7 CSV (wvb), "
+        "the column that the map names (survey)",
     )
     profile_in_prompt: bool = Field(False, description="also write the profile sentence into the system prompt")
     profile_prompt: str = Field(
@@ -194,17 +217,26 @@ class DataSection(_Section):
     heldout_fraction: float | None = Field(
         None, ge=0, lt=1,
         description=(
-            "share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, "
-            "community-alignment and prism"
+            "share of countries (or profiles) held out entirely; null = 0.15, but 0 for wvb, global-opinions, subpop, "
+            "opinionqa, community-alignment and prism"
         ),
     )  # fmt: skip
     heldout_profile_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the other profiles held out entirely"
     )
+    heldout_question_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the questions held out entirely, with everybody's answers to them"
+    )
     split_seed: int = Field(0, ge=0, description="seed of the split by person and by country")
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        if self.weights and self.source not in ("jsonl", "wvb", "survey"):
+            raise ValueError(
+                f"weights is true, but source {self.source} has no survey weights; only jsonl, wvb and survey may"
+            )
+        if self.map is not None and self.source != "survey":
+            raise ValueError(f"map is {self.map}, but source {self.source} reads none; only survey does")
         if self.profile_prompt.count("{profile}") != 1:
             raise ValueError(
                 f"profile_prompt is {self.profile_prompt!r}; it must have {{profile}} once, where the sentence stands"
@@ -214,8 +246,6 @@ class DataSection(_Section):
                 f"test_fraction {self.test_fraction} and valid_fraction {self.valid_fraction} leave nobody to learn "
                 "from; their sum must be below 1"
             )
-        if self.weights and self.source not in ("jsonl", "wvb"):
-            raise ValueError(f"weights is true, but source {self.source} has no survey weights; only jsonl and wvb may")
         if self.probe is not None and self.source != "wvb":
             raise ValueError(f"probe is {self.probe}, but source {self.source} has none; only wvb has")
         if self.weights and not self.histogram_targets and self.example_weight == "uniform":
@@ -233,7 +263,7 @@ class DataSection(_Section):
         """
         if self.heldout_fraction is not None:
             return self.heldout_fraction
-        return 0.0 if self.source in ("wvb", "community-alignment", "prism") else 0.15
+        return 0.15 if self.source in ("wvs-sample", "jsonl", "survey") else 0.0
 
 
 class TrainingSection(_Section):
@@ -453,6 +483,9 @@ class EvaluationSection(_Section):
     min_subgroup: int = Field(
         5, ge=2, description="people a group needs to count in macro accuracy and sigma-inequity, which name nobody"
     )
+    few_shot: int = Field(
+        3, ge=1, description="method few_shot: answers of the person's group that stand before each question"
+    )
     bootstrap: int = Field(
         1000, ge=0, description="bootstrap samples of people behind the 95% intervals; 0 = no intervals"
     )
@@ -482,6 +515,8 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
     ("data", "min_margin"): 0.0,
+    ("data", "heldout_question_fraction"): 0.0,
+    ("data", "map"): None,
     ("data", "max_people"): None,
     ("data", "max_examples"): None,
     ("data", "sample_seed"): 0,
@@ -504,8 +539,16 @@ CHANGED_SINCE_0_1_0: dict[tuple[str, str], object] = {("data", "heldout_fraction
 
 # Two ways to say how long a run is. A file that says one replaces what earlier files say in the other.
 _LENGTHS = ("steps", "epochs")
-# Sections that one objective alone reads. In a recipe of another objective they are mistakes.
-OWNER = {"dpo": "dpo", "grpo": "grpo", "rollout": "grpo", "judge": "grpo"}
+# Sections that one objective or method alone reads. In other recipes they are mistakes.
+OWNER = {"dpo": "dpo", "grpo": "grpo", "rollout": "grpo", "judge": "grpo", "prefix": "p_tuning_v2"}
+# Methods that ask the model as it is, each in its own way.
+NOTHING_TRAINS = ("vanilla", "persona", "few_shot")
+
+
+def _named(values: Mapping[str, object], section: str, key: str) -> object:
+    """A value of a recipe whose sections may be mappings or models; None where it is left out."""
+    keys = values.get(section)
+    return keys.get(key) if isinstance(keys, dict) else getattr(keys, key, None)
 
 
 class RunConfig(_Section):
@@ -515,6 +558,7 @@ class RunConfig(_Section):
     model: ModelSection
     profiles: ProfilesSection = ProfilesSection()
     adapters: CumaConfig = CumaConfig()
+    prefix: PrefixSection | None = None
     data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
     dpo: DpoSection | None = None
@@ -529,20 +573,26 @@ class RunConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _with_own_sections(cls, values: dict[str, object]) -> dict[str, object]:
-        """Sections of the objective that the recipe leaves out have their defaults; the judge has none."""
-        training = values.get("training")
-        objective = training.get("objective") if isinstance(training, dict) else getattr(training, "objective", None)
-        own = [name for name, owner in OWNER.items() if owner == objective and name != "judge"]
-        return {**{name: {} for name in own}, **values}
+        """Sections of the objective and the method that the recipe leaves out have their defaults; the judge has none.
+        Method persona puts the profile into the prompt.
+        """
+        objective, method = _named(values, "training", "objective"), _named(values, "adapters", "method")
+        own = [name for name, owner in OWNER.items() if owner in (objective, method) and name != "judge"]
+        values = {**{name: {} for name in own}, **values}
+        data = values.setdefault("data", {})
+        if method == "persona" and isinstance(data, dict):
+            values["data"] = {"profile_in_prompt": True, **data}
+        return values
 
     @model_validator(mode="after")
     def _check_sections(self) -> RunConfig:
-        objective = self.training.objective
+        chosen = {"training.objective": self.training.objective, "adapters.method": self.adapters.method}
         for name, owner in OWNER.items():
-            if getattr(self, name) is not None and owner != objective:
+            if getattr(self, name) is not None and owner not in chosen.values():
+                key = "adapters.method" if owner in get_args(Method) else "training.objective"
                 raise ValueError(
-                    f"section {name!r} belongs to training.objective: {owner}, but this recipe says {objective}; "
-                    "remove the section, or change the objective"
+                    f"section {name!r} belongs to {key}: {owner}, but this recipe says {chosen[key]}; "
+                    f"remove the section, or change the {key.rpartition('.')[2]}"
                 )
         if self.grpo is not None:
             if ("judge" in self.grpo.rewards) != (self.judge is not None):
@@ -564,6 +614,31 @@ class RunConfig(_Section):
                         f"{key} is {number}, but a checkpoint lies between two rollouts, which last "
                         f"grpo.iterations {self.grpo.iterations} steps each; make it a multiple"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_method(self) -> RunConfig:
+        method, in_prompt = self.adapters.method, self.data.profile_in_prompt
+        if (method == "persona" and not in_prompt) or (method == "vanilla" and in_prompt):
+            other = {"persona": "vanilla", "vanilla": "persona"}[method]
+            raise ValueError(
+                f"data.profile_in_prompt is {str(in_prompt).lower()}, which is adapters.method {other}, not {method}; "
+                "change one of them"
+            )
+        if method in NOTHING_TRAINS and self.model.init_from is not None:
+            raise ValueError(
+                f"model.init_from is set, but adapters.method {method} asks the model as it is; leave it out"
+            )
+        if method == "p_tuning_v2" and self.model.gradient_checkpointing:
+            raise ValueError(
+                "model.gradient_checkpointing is true, but with it transformers passes no keys and values to a layer, "
+                "and adapters.method p_tuning_v2 trains those; set it to false"
+            )
+        if method == "p_tuning_v2" and self.data.packing:
+            raise ValueError(
+                "data.packing is true, but adapters.method p_tuning_v2 has one prefix per row, which the examples of "
+                "a row cannot share; set it to false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -594,10 +669,14 @@ class RunConfig(_Section):
                 "apart, and method "
                 f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
             )
-        if self.model.quantisation != "none" and self.adapters.method == "full":
+        why = {
+            "full": "trains the backbone, and packed weights cannot train",
+            "dora": "measures the backbone's weights, and packed weights are none",
+        }.get(self.adapters.method)
+        if self.model.quantisation != "none" and why is not None:
             raise ValueError(
-                f"model.quantisation is {self.model.quantisation}, but adapters.method full trains the backbone, and "
-                "packed weights cannot train; set model.quantisation: none"
+                f"model.quantisation is {self.model.quantisation}, but adapters.method {self.adapters.method} {why}; "
+                "set model.quantisation: none"
             )
         if self.adapters.num_experts % self.parallel.ep_size:
             raise ValueError(
@@ -624,7 +703,8 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 
     Args:
         paths: YAML files, or names of recipes that come with the package. Where two files have the same key, the later
-            wins.
+            wins. A file that names ``adapters.method`` also removes the keys of earlier files that its method does not
+            read.
         overrides: e.g. ``["training.steps=20"]``; values are YAML, and win over the files.
 
     Raises:
@@ -691,7 +771,7 @@ def _merge(
         replaced: set[Key] = {(section,)}
         if isinstance(before, dict) and isinstance(keys, dict):
             replaced = {(section, str(key)) for key in keys}
-            before = {key: value for key, value in before.items() if _rival(section, key, keys) is None}
+            before = {key: value for key, value in before.items() if not _gives_way(section, key, keys)}
             keys = before | keys
         values[section] = keys
         for place in [place for place in places if place[:1] in replaced or place[:2] in replaced]:
@@ -699,11 +779,17 @@ def _merge(
     places.update(more_places)
 
 
-def _rival(section: str, key: str, later: Mapping[str, object]) -> str | None:
-    """The key of a later file that takes the place of another one: training.epochs that of training.steps."""
-    if section != "training" or key not in _LENGTHS or key in later:
-        return None
-    return next((name for name in _LENGTHS if later.get(name) is not None), None)
+def _gives_way(section: str, key: str, later: Mapping[str, object]) -> bool:
+    """Whether a key of an earlier file is taken away by what a later one says.
+
+    ``training.epochs`` and ``training.steps`` take each other's place. ``adapters.method`` removes the keys that its
+    method does not read, or decides by itself.
+    """
+    if key in later:
+        return False
+    if section == "adapters":
+        return key in unread_keys(str(later.get("method", "")))
+    return section == "training" and key in _LENGTHS and any(later.get(name) is not None for name in _LENGTHS)
 
 
 def load_started(path: str | Path, overrides: Sequence[str] | None = None) -> RunConfig:
@@ -813,8 +899,8 @@ def _apply_override(values: dict[str, object], override: str, places: dict[Key, 
     inner = values.setdefault(section, {})
     if not isinstance(inner, dict):
         inner = values[section] = {}
-    # Of training.steps and training.epochs, the command line's replaces the recipe's.
-    for other in [other for other in inner if _rival(section, other, {name: value}) is not None]:
+    # The command line takes the place of the recipe alone, not of itself.
+    for other in [other for other in inner if _gives_way(section, other, {name: value})]:
         if not places.get((section, other), "").startswith("--set "):
             del inner[other]
     inner[name] = value

@@ -23,7 +23,8 @@ _HEAD = """\
 One run is one YAML file with these sections; [quickstart.yaml](../launchers/recipes/quickstart.yaml) is one. What a
 recipe leaves out has its default. An unknown key, a value of another type and an impossible combination are errors that
 name the file, the line and what is allowed. `--config a.yaml b.yaml` merges several files: where two have the same key,
-the later wins. On the command line `--set section.key=value` wins over all files; values are YAML, so
+the later wins, and one that names `adapters.method` removes the keys of earlier files that its method does not read
+([methods](methods.md)). On the command line `--set section.key=value` wins over all files; values are YAML, so
 `adapters.target_modules=[q_proj,v_proj]` is a list and `null` is nothing. `config.yaml` of a run folder is the recipe
 as it was run, with every default written out.
 """

@@ -25,7 +25,12 @@ _FREE_KEYS = {
     *(("rollout", key) for key in ("batch_size", "backbone", "keep")),
     *(("judge", key) for key in ("url", "key_variable", "concurrency", "timeout", "retries")),
 }
-_PATHS = {("model", "path"), ("model", "init_from"), ("profiles", "encoder"), ("data", "path"), ("data", "probe")}
+_PATHS = {
+    ("model", "path"),
+    ("model", "init_from"),
+    ("profiles", "encoder"),
+    *(("data", key) for key in ("path", "map", "probe")),
+}
 
 
 class Difference(NamedTuple):

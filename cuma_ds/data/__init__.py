@@ -26,6 +26,7 @@ _DECIDED_WHEN_PREPARED = (
     "valid_fraction",
     "heldout_fraction",
     "heldout_profile_fraction",
+    "heldout_question_fraction",
     "split_seed",
 )
 # What a source counts.
@@ -114,7 +115,7 @@ def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
             "change the recipe or prepare the data again"
         )
     # What release 0.1.0 did not write.
-    released = {"weights": False, "min_margin": 0.0, "valid_fraction": 0.0}
+    released = {"weights": False, "min_margin": 0.0, "valid_fraction": 0.0, "heldout_question_fraction": 0.0}
     for key, value in asked.items():
         prepared_as = {**released, **manifest}["seed" if key == "split_seed" else key]
         if prepared_as != value:

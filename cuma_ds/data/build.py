@@ -22,6 +22,7 @@ from cuma_ds.data.prepared import FORMAT_VERSION, PreparedData
 from cuma_ds.data.raw import Rows
 from cuma_ds.data.rows import (
     BATCH_ROWS,
+    DISTRIBUTIONS,
     SCHEMAS,
     ArrowFile,
     Histograms,
@@ -30,7 +31,18 @@ from cuma_ds.data.rows import (
     choice_schema,
     people_lists,
 )
-from cuma_ds.data.splits import HELDOUT, PROBE, SPLITS, TEST, TRAIN, Share, assign_splits, draws
+from cuma_ds.data.splits import (
+    HELDOUT,
+    HELDOUT_QUESTIONS,
+    PROBE,
+    SPLITS,
+    TEST,
+    TRAIN,
+    Share,
+    assign_splits,
+    chosen,
+    draws,
+)
 from cuma_ds.errors import DataError
 
 _ALWAYS = ("train", "test", "heldout")
@@ -55,7 +67,8 @@ def build(rows: Rows, config: DataSection, spool: Path | None = None) -> Prepare
         spool: folder for the splits' files; in memory without one.
 
     Raises:
-        DataError: no rows, or none left for training; weights for something else than choice questions.
+        DataError: no rows, or none left for training; weights or held-out questions where there are no choice
+            questions; pairs that are to be drawn from distributions.
     """
     drawn = rows.kind == "choice" and config.kind == "preference"
     kind = "preference" if drawn else rows.kind
@@ -65,34 +78,83 @@ def build(rows: Rows, config: DataSection, spool: Path | None = None) -> Prepare
         )
     if config.weights and kind != "choice":
         raise DataError(f"data.weights is true, but only choice questions have weights, not kind {kind}; leave it out")
-    split_N = _split(rows, config)
-    weight_N = None if rows.weight_N is None else _with_mean_one(rows.weight_N, _answers_each(rows))
-    schema = choice_schema(weight_N is not None) if kind == "choice" else SCHEMAS[kind]
+    if drawn and rows.distributions:
+        raise DataError("data.kind is preference, but pairs are drawn from people's answers, not from distributions")
+    if rows.weight_N is not None and not rows.distributions:
+        rows = dataclasses.replace(rows, weight_N=_with_mean_one(rows.weight_N, _answers_each(rows)))
+    schema = SCHEMAS[kind]
+    if kind == "choice":
+        schema = DISTRIBUTIONS if rows.distributions else choice_schema(rows.weight_N is not None)
     splits, sizes = {}, {}
-    for name, part, chosen_N in _parts(rows, split_N):
+    for name, part, chosen_N in _parts(rows, config):
         if name not in _ALWAYS and not chosen_N.any():
             continue
         file = None if spool is None else spool / f"{name}.arrow"
         if drawn:
             batches = answer_pairs(part, chosen_N, config)
         else:
-            batches = _histograms(part, chosen_N, weight_N) if kind == "choice" else _texts(part, chosen_N)
+            batches = _histograms(part, chosen_N) if kind == "choice" else _texts(part, chosen_N)
         splits[name] = Split(kind, ArrowFile.collect(schema, batches, file), rows.questions, rows.profiles.groups)
-        sizes[name] = {
-            "answers": int(_answers_each(part)[chosen_N].sum()),
-            "people": len(np.unique(rows.person_N[chosen_N])),
-            "profiles": len(np.unique(rows.profile_N[chosen_N])),
-        }
+        sizes[name] = _sizes(part, chosen_N)
     return _prepared(rows, splits, sizes, config)
 
 
-def _parts(rows: Rows, split_N: np.ndarray) -> Iterator[tuple[str, Rows, np.ndarray]]:
-    """Each split's name, the rows with the answers that it may hold, and which of the rows it holds [N]."""
+def _parts(rows: Rows, config: DataSection) -> Iterator[tuple[str, Rows, np.ndarray]]:
+    """Each split's name, the rows with the answers that it may hold, and which of the rows it holds [N].
+
+    Raises:
+        DataError: nothing is left for training.
+    """
+    split_N = _split(rows, config)
+    heldout_Q = _heldout_questions(rows, config)
+    asked = rows if heldout_Q is None else _only(rows, ~heldout_Q)
     for number, name in enumerate(SPLITS):
-        yield name, rows, split_N == number
+        part, chosen_N = asked, split_N == number
+        if number == HELDOUT_QUESTIONS and heldout_Q is not None:
+            part, chosen_N = _only(rows, heldout_Q), np.ones(len(split_N), bool)
+        if heldout_Q is not None:
+            chosen_N = chosen_N & _has_answers(part, heldout_Q == (number == HELDOUT_QUESTIONS))
+        if number == TRAIN and not chosen_N.any():
+            raise _nothing_left(rows, config)
+        yield name, part, chosen_N
     if rows.probe_NQ is not None and rows.option_NQ is not None:
-        asked = np.where(rows.probe_NQ, rows.option_NQ, np.int8(-1))
-        yield PROBE, dataclasses.replace(rows, option_NQ=asked), np.asarray(rows.probe_NQ.any(axis=1))
+        probed = np.where(rows.probe_NQ, rows.option_NQ, np.int8(-1))
+        yield PROBE, dataclasses.replace(rows, option_NQ=probed), np.asarray(rows.probe_NQ.any(axis=1))
+
+
+def _heldout_questions(rows: Rows, config: DataSection) -> np.ndarray | None:
+    """[Q] whether each question is held out; None where none is to be.
+
+    Raises:
+        DataError: rows without questions.
+    """
+    fraction, seed = config.heldout_question_fraction, config.split_seed
+    if not fraction:
+        return None
+    if rows.kind != "choice":
+        raise DataError(f"data.heldout_question_fraction is {fraction}, but rows of kind {rows.kind} have no questions")
+    names = rows.questions.table["question_id"].to_pylist()
+    present = rows.question_N if rows.option_NQ is None else np.flatnonzero((rows.option_NQ >= 0).any(axis=0))
+    held = chosen(Share(present, draws(seed, "question", names), fraction), present)
+    if not len(held):
+        warnings.warn(
+            f"none of the {len(np.unique(present))} questions is held out with heldout_question_fraction {fraction} "
+            f"and split_seed {seed}; another seed or a larger fraction holds out some",
+            stacklevel=4,
+        )
+    return np.isin(np.arange(len(names)), held)
+
+
+def _only(rows: Rows, kept_Q: np.ndarray) -> Rows:
+    """The rows with answers to the kept questions alone; rows of other questions are to be left out by the caller."""
+    if rows.option_NQ is None:
+        return rows
+    return dataclasses.replace(rows, option_NQ=np.where(kept_Q, rows.option_NQ, np.int8(-1)))
+
+
+def _has_answers(rows: Rows, kept_Q: np.ndarray) -> np.ndarray:
+    """[N] whether a row has an answer to a kept question."""
+    return kept_Q[rows.question_N] if rows.option_NQ is None else np.any(rows.option_NQ >= 0, axis=1)
 
 
 def _answers_each(rows: Rows) -> np.ndarray:
@@ -102,11 +164,23 @@ def _answers_each(rows: Rows) -> np.ndarray:
     return (rows.option_NQ >= 0).sum(axis=1)
 
 
-def _histograms(rows: Rows, chosen_N: np.ndarray, weight_N: np.ndarray | None) -> Iterator[pa.RecordBatch]:
+def _sizes(rows: Rows, chosen_N: np.ndarray) -> dict[str, int]:
+    """Answers, people and profiles of a split. Of distributions: the people asked, and no person in particular."""
+    answers_N, people = _answers_each(rows), len(np.unique(rows.person_N[chosen_N]))
+    if rows.distributions and rows.weight_N is not None:
+        answers_N, people = rows.weight_N, 0
+    return {
+        "answers": round(float(answers_N[chosen_N].sum())),
+        "people": people,
+        "profiles": len(np.unique(rows.profile_N[chosen_N])),
+    }
+
+
+def _histograms(rows: Rows, chosen_N: np.ndarray) -> Iterator[pa.RecordBatch]:
     """Answers of the chosen rows merged into one row per (question, profile), in that order."""
     options_Q = np.array([len(options) for options in rows.questions.table["options"]], np.int64)
     person_N, profile_N = rows.person_N[chosen_N], rows.profile_N[chosen_N]
-    weight_N = None if weight_N is None else weight_N[chosen_N]
+    weight_N = None if rows.weight_N is None else rows.weight_N[chosen_N]
     if rows.option_NQ is None:
         answers = _Answers(person_N, profile_N, rows.question_N[chosen_N], rows.answer_N[chosen_N], weight_N)
         yield from _merged(answers, options_Q)
@@ -214,13 +288,16 @@ def _split(rows: Rows, config: DataSection) -> np.ndarray:
             stacklevel=2,
         )
     if not (split_N == TRAIN).any():
-        raise DataError(
-            f"nothing is left for training: {len(rows.person_N)} rows of {len(np.unique(rows.person_N))} people with "
-            "test_fraction "
-            f"{config.test_fraction}, valid_fraction {config.valid_fraction} and heldout_fraction {config.heldout}; "
-            "give more people or hold out less"
-        )
+        raise _nothing_left(rows, config)
     return split_N
+
+
+def _nothing_left(rows: Rows, config: DataSection) -> DataError:
+    return DataError(
+        f"nothing is left for training: {len(rows.person_N)} rows of {len(np.unique(rows.person_N))} people with "
+        f"test_fraction {config.test_fraction}, valid_fraction {config.valid_fraction} and heldout_fraction "
+        f"{config.heldout}; give more people or hold out less"
+    )
 
 
 def _prepared(
@@ -251,6 +328,7 @@ def _prepared(
         "test_fraction": config.test_fraction,
         "heldout_fraction": config.heldout,
         "heldout_profile_fraction": config.heldout_profile_fraction,
+        **({"heldout_question_fraction": config.heldout_question_fraction} if config.heldout_question_fraction else {}),
         "seed": config.split_seed,
         "questions": None if config.questions is None else list(config.questions),
         # Without these two a folder is as release 0.1.0 wrote it.

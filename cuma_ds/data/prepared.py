@@ -29,8 +29,8 @@ TABLE_FILE = "profiles.safetensors"
 @dataclass(frozen=True)
 class PreparedData:
     """Splits ``train``, ``test`` (other people, same countries), ``heldout`` (countries never trained on; profiles
-    where there is no country), and where asked for ``heldout_profiles`` and, where the source names such people,
-    ``valid``.
+    where there is no country), and where asked for ``heldout_profiles`` and ``heldout_questions`` (everybody's
+    answers to questions never trained on) and, where the source names such people, ``valid``.
 
     Attributes:
         manifest: format_version, source, kind (choice | chat | preference), how profiles are worded (template, format,
@@ -198,9 +198,15 @@ class PreparedData:
         return dataclasses.replace(self, manifest=manifest, splits={**self.splits, **splits})
 
     def with_single_answers(self) -> PreparedData:
-        """The same data with one row per answer (one-hot counts) in ``train``; the other splits stay merged."""
+        """The same data with one row per answer (one-hot counts) in ``train``; the other splits stay merged.
+
+        Raises:
+            DataError: the data are distributions.
+        """
         if self.kind != "choice":
             return self
+        if self.splits["train"].distributions:
+            raise DataError("data.histogram_targets is false, but distributions are of no single answers; leave it out")
         return dataclasses.replace(self, splits={**self.splits, "train": single_answers(self.splits["train"])})
 
 

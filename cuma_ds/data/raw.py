@@ -98,6 +98,8 @@ class Rows:
         skipped: what was left out, reason to count.
         given_N: [N] split of each row's person where the source says so.
         weight_N: [N] survey weight of each row, in any unit; None where all count alike.
+        distributions: rows are the shares of published distributions. Then a person is one distribution, and
+            ``weight_N`` are the people behind each share.
         probe_NQ: [N, Q] bool, the answers of ``option_NQ`` that are also a split of their own; None where none are.
     """
 
@@ -115,6 +117,7 @@ class Rows:
     skipped: Mapping[str, int] = field(default_factory=dict)
     given_N: np.ndarray | None = None
     weight_N: np.ndarray | None = None
+    distributions: bool = False
     probe_NQ: np.ndarray | None = None
 
 

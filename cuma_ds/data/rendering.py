@@ -7,13 +7,16 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
 from cuma_ds.config import DataSection
 from cuma_ds.errors import DataError, ModelError
 from cuma_ds.files import first_line
+
+if TYPE_CHECKING:
+    from cuma_ds.data.shots import Shots
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +127,7 @@ class Renderer:
         self.system_prompt = system_prompt
         self.prompt_style = prompt_style
         self.option_order = option_order
+        self.shots: Shots | None = None
         self._template = _NO_CLOCK + (
             _PLAIN_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
         )
@@ -145,6 +149,12 @@ class Renderer:
         """The renderer that the section ``data`` of a recipe asks for."""
         return cls(tokenizer, **{key: getattr(data, key) for key in PROMPT_KEYS})
 
+    def with_shots(self, shots: Shots) -> Renderer:
+        """The same, with examples of :class:`~cuma_ds.data.shots.Shots` before each choice question."""
+        other = copy.copy(self)
+        other.shots = shots
+        return other
+
     def with_options_reversed(self) -> Renderer:
         """The same, with options shown the other way round."""
         other = copy.copy(self)
@@ -157,16 +167,26 @@ class Renderer:
         Args:
             question: the question as asked, see :func:`worded`.
             options: answers in order, shown as A, B, C, ... (from the last one on with ``option_order: reversed``).
-            sentence: the profile sentence; used only with ``profile_in_prompt``.
+            sentence: the profile sentence; used only with ``profile_in_prompt`` and for examples.
 
         Raises:
             PromptTooLong: the prompt has more than ``max_length`` tokens.
         """
+        messages = [] if self.shots is None else self._examples(self.shots, sentence, question)
         asked = ask(question, options, self.prompt_style, self.option_order)
-        ids = self.encode_prompt([{"role": "user", "content": asked}], sentence)
+        ids = self.encode_prompt([*messages, {"role": "user", "content": asked}], sentence)
         if len(ids) > self.max_length:
             raise PromptTooLong(len(ids), self.max_length, "a prompt")
         return ids
+
+    def _examples(self, shots: Shots, sentence: str, question: str) -> list[Message]:
+        """Questions that others were asked, each with its answer's letter."""
+        messages: list[Message] = []
+        for shot in shots(sentence, question):
+            asked = ask(shot.question, shot.options, self.prompt_style, self.option_order)
+            shown = len(shot.options) - 1 - shot.chosen if self.option_order == "reversed" else shot.chosen
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": LETTERS[shown]}]
+        return messages
 
     def encode_prompt(self, messages: Sequence[Message], sentence: str, longest: int | None = None) -> list[int]:
         """Token ids of a conversation that the assistant is to continue.

@@ -35,6 +35,9 @@ WEIGHTED_CHOICE = pa.schema(
     {**dict(zip(SCHEMAS["choice"].names, SCHEMAS["choice"].types, strict=True)), "counts": pa.list_(pa.float64())}
     | {"answers": pa.list_(pa.int32()), "weights": pa.list_(pa.float64())}
 )
+# Distributions are stored as weighted choices: people is the number of the distribution, once for each option that has
+# a share, and weights are the people behind those shares.
+DISTRIBUTIONS = WEIGHTED_CHOICE.with_metadata({"rows": "distributions"})
 QUESTION_SCHEMA = pa.schema(
     {"question_id": pa.string(), "question": pa.string(), "options": pa.list_(pa.string()), "scale": pa.string()}
 )
@@ -203,6 +206,11 @@ class Split:
     def weighted(self) -> bool:
         """Whether answers count by survey weights."""
         return "weights" in self.rows.table.column_names
+
+    @property
+    def distributions(self) -> bool:
+        """Whether the answers are published shares, of no person in particular (see ``DISTRIBUTIONS``)."""
+        return self.rows.table.schema.metadata == DISTRIBUTIONS.metadata
 
     def __len__(self) -> int:
         return self.rows.table.num_rows

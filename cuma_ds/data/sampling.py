@@ -44,7 +44,7 @@ def sample(split: Split, limits: Limits) -> Sampled:
     """People drawn at random, then answers drawn at random from all that these people gave.
 
     Args:
-        split: of any kind. Rows of choice questions lose the answers that were not drawn.
+        split: of any kind. Rows of choice questions lose the answers that were not drawn; distributions stay whole.
         limits: how much is kept.
 
     Returns:
@@ -61,11 +61,14 @@ def sample(split: Split, limits: Limits) -> Sampled:
     sizes = len(np.unique(person_A[kept_A])), len(people), len(kept_A), len(person_A)
     if len(kept_A) == len(person_A):
         return Sampled(split, *sizes)
-    return Sampled(_answers(split, kept_A) if split.kind == "choice" else split.select(kept_A), *sizes)
+    torn = split.kind == "choice" and not split.distributions
+    return Sampled(_answers(split, kept_A) if torn else split.select(kept_A), *sizes)
 
 
 def _people(split: Split) -> np.ndarray:
-    """[A] who gave each answer (had each conversation), row after row."""
+    """[A] who gave each answer (had each conversation), row after row; each row of distributions is one."""
+    if split.distributions:
+        return np.arange(len(split))
     chunks = [np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in split.rows.table["people"].chunks)]
     return np.concatenate(chunks)
 

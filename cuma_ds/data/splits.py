@@ -1,4 +1,5 @@
 """Who is held out: whole countries and profiles first, then people; one person never stands on two sides of training.
+Whole questions may be held out besides, with everybody's answers to them.
 
 A hash of the seed and a name decides, whatever else is in the data. So all kinds, stages and files of one source agree
 on who is held out.
@@ -14,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-SPLITS = ("train", "valid", "test", "heldout", "heldout_profiles")
+SPLITS = ("train", "valid", "test", "heldout", "heldout_profiles", "heldout_questions")
 # Answers to judge a model by that a source names itself. Their people stand in one of the splits above, too.
 PROBE = "probe"
-TRAIN, VALID, TEST, HELDOUT, HELDOUT_PROFILES = range(len(SPLITS))
+TRAIN, VALID, TEST, HELDOUT, HELDOUT_PROFILES, HELDOUT_QUESTIONS = range(len(SPLITS))
 
 
 class Share(NamedTuple):
@@ -71,15 +72,15 @@ def assign_splits(
         valid_fraction: share of people for validation; who is tested does not depend on it.
 
     Returns:
-        [N] int8: index into ``SPLITS``.
+        [N] int8: index into ``SPLITS``, never that of held-out questions.
     """
     person_N = people.of_N
-    held_N = np.isin(units.of_N, _chosen(units, units.of_N[units.of_N >= 0]))
-    held_profile_N = ~held_N & np.isin(profiles.of_N, _chosen(profiles, profiles.of_N[~held_N]))
+    held_N = np.isin(units.of_N, chosen(units, units.of_N[units.of_N >= 0]))
+    held_profile_N = ~held_N & np.isin(profiles.of_N, chosen(profiles, profiles.of_N[~held_N]))
     seen_there = np.unique(person_N[held_N | held_profile_N])
     if given_N is None:
         others = np.setdiff1d(person_N, seen_there)
-        testers = _chosen(people, others)
+        testers = chosen(people, others)
         if not len(testers) and len(others) > 1:
             testers = others[[np.argmin(people.draw[others])]]
         draw_N = people.draw[person_N]
@@ -91,13 +92,13 @@ def assign_splits(
     return np.where(held_N, HELDOUT, np.where(held_profile_N, HELDOUT_PROFILES, split_N)).astype(np.int8)
 
 
-def _chosen(share: Share, present_N: np.ndarray) -> np.ndarray:
+def chosen(share: Share, present_N: np.ndarray) -> np.ndarray:
     """Those of ``present_N`` whose number lies below the fraction; the one with the largest number is never among
     them.
     """
     present = np.unique(present_N)
     draw = share.draw[present]
-    chosen = draw < share.fraction
-    if chosen.all() and len(present):
-        chosen[np.argmax(draw)] = False
-    return present[chosen]
+    below = draw < share.fraction
+    if below.all() and len(present):
+        below[np.argmax(draw)] = False
+    return present[below]

@@ -26,6 +26,7 @@ class ChoiceExamples:
         nominal: ids of the questions whose options have no order.
         answers: with survey weights, people who gave each answer of each example, integers [n].
         weights: with survey weights, that of each of ``people``.
+        distributions: the answers are published shares; ``people`` then tells distributions apart.
     """
 
     questions: Labels
@@ -37,6 +38,7 @@ class ChoiceExamples:
     nominal: frozenset[str] = frozenset()
     answers: Ragged | None = None
     weights: Ragged | None = None
+    distributions: bool = False
 
     @classmethod
     def of(cls, split: Split | Mapping[str, Sequence]) -> ChoiceExamples:
@@ -58,6 +60,7 @@ class ChoiceExamples:
             nominal=frozenset(row["question_id"] for row in asked if row["scale"] == "nominal"),
             answers=Ragged.of_lists(table["answers"]) if split.weighted else None,
             weights=Ragged.of_lists(table["weights"]) if split.weighted else None,
+            distributions=split.distributions,
         )
 
     @classmethod
@@ -95,6 +98,7 @@ class ChoiceExamples:
             nominal=self.nominal,
             answers=None if self.answers is None else self.answers.take(chosen),
             weights=None if self.weights is None else self.weights.take(chosen),
+            distributions=self.distributions,
         )
 
     def __len__(self) -> int:

@@ -34,6 +34,7 @@ from cuma_ds.evaluation.predictions import (
 from cuma_ds.evaluation.preference import PairLogps, pair_log_probabilities
 from cuma_ds.evaluation.preference_split import preference_split
 from cuma_ds.evaluation.references import TrainingAnswers, references
+from cuma_ds.evaluation.report.html import PAGES, write_pages
 from cuma_ds.evaluation.report.markdown import markdown
 from cuma_ds.evaluation.report.model import (
     FORMAT_VERSION,
@@ -60,7 +61,6 @@ from cuma_ds.evaluation.report.pictures import (
 from cuma_ds.evaluation.sections import chat_split, choice_split
 from cuma_ds.evaluation.subgroups import subgroups
 from cuma_ds.evaluation.subject import Subject, run_subject
-from cuma_ds.files import write_atomically
 from cuma_ds.identity import content_sha256
 from cuma_ds.inference.forward import ForwardOptions, pad_id_of
 from cuma_ds.runs import Run
@@ -117,7 +117,7 @@ def evaluate(
 
     Args:
         subject: the model and the data.
-        folder: where report.json, predictions.npz, report.md and the pictures go.
+        folder: where report.json, predictions.npz, report.md, report.html and the pictures go.
         progress: told how far each pass is.
         extras: what else to measure, e.g. of generated answers.
         scope: which people and which contenders.
@@ -133,13 +133,14 @@ def evaluate(
     report.pictures = list(pictures)
     write_predictions(evaluator.folder, evaluator.predictions)
     write_json(evaluator.folder, report)
-    write_atomically(evaluator.folder / "report.md", markdown(report, pictures))
+    points = report.routing.map.points if report.routing is not None and report.routing.map is not None else ()
+    write_pages(evaluator.folder, markdown(report, pictures), points)
     return report
 
 
 def written_files(folder: Path, report: Report) -> list[Path]:
     """What :func:`evaluate` wrote."""
-    return [folder / name for name in ("report.md", REPORT_FILE, PREDICTIONS_FILE, *report.pictures)]
+    return [folder / name for name in (*PAGES, REPORT_FILE, PREDICTIONS_FILE, *report.pictures)]
 
 
 class Evaluator:

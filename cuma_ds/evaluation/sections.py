@@ -79,8 +79,9 @@ def choice_split(
     scorer = Scorer(examples, fields, settings.min_answers, settings.min_subgroup)
     scores = scorer.scores(contenders, settings.bootstrap, against=main)
     return ChoiceSplit(
-        people=scorer.answers.people if scorer.answers.known else None,
-        weighted=examples.weights is not None,
+        people=scorer.answers.people if scorer.answers.known and not examples.distributions else None,
+        distributions=scorer.answers.people if examples.distributions else None,
+        weighted=examples.weights is not None and not examples.distributions,
         **_size(scorer),
         letter_mass={
             name: _letter_mass(scorer.cells, examples, mass_M) for name, mass_M in (letter_mass or {}).items()
@@ -150,8 +151,9 @@ def chat_split(
 def _floor(scorer: Scorer) -> dict[str, ChoiceScores]:
     """What the observed distributions would score against other people of the same population, and as many."""
     weight_A = scorer.answers.weight_A
-    # Answers of unequal weights tell as much as fewer answers of one weight.
-    precision = float(weight_A.sum() / np.square(weight_A).sum()) if len(weight_A) else 1.0
+    # Answers of unequal weights tell as much as fewer answers of one weight; those of a distribution are its people.
+    alike = not len(weight_A) or scorer.examples.distributions
+    precision = 1.0 if alike else float(weight_A.sum() / np.square(weight_A).sum())
     truths = [
         truth._replace(answers_D=truth.answers_D * precision)
         for truth in (scorer.cell_truth(), scorer.question_truth())
@@ -264,7 +266,7 @@ def _size(scorer: Scorer) -> _Size:
         "answers": _count(weight_A.sum()),
         "compared": Compared(cells=len(cells.keys), answers=_count(cells.answers.sum())),
     }
-    if examples.weights is not None:
+    if examples.weights is not None and not examples.distributions:
         # (sum w)^2 / sum w^2: how many answers of one weight would be as precise.
         size["effective_answers"] = round(float(weight_A.sum() ** 2 / np.square(weight_A).sum()), 2)
     return size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from cuma_ds.config import RunConfig
 from cuma_ds.data import load_data
 from cuma_ds.data.prepared import PreparedData, is_prepared
+from cuma_ds.data.shots import Shots
 from cuma_ds.errors import DataError
 from cuma_ds.inference.open import Opened, open_trained
 from cuma_ds.parallel.topology import Topology
@@ -64,6 +66,10 @@ def run_subject(
                 what = f"the sentence encoder {config.profiles.encoder}"
                 raise DataError(f"{what} is not the one this run was trained with; restore it")
             embeddings_NP = prepared.profile_table(encoder, config.profiles.cache_dir).embeddings
+    if config.adapters.method == "few_shot":
+        shots = Shots(prepared, config.evaluation.few_shot, config.run.seed)
+        shots.warn(prepared)
+        opened = dataclasses.replace(opened, renderer=opened.renderer.with_shots(shots))
     return Subject(**vars(opened), data=prepared, embeddings_NP=embeddings_NP)
 
 

@@ -42,18 +42,19 @@ Profiles are sensitive personal data: ask for consent, do not log them, and let 
 _HEAD = """\
 ---
 license: {licence}
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 base_model: {name}
-tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]
+tags: [{tags}]
 ---
 
-# CuMA adapters for {name}
+# {title}
 """
 _SPLITS = {
     "train": "training",
     "test": "test (other people, same countries)",
     "heldout": "held out (never trained on)",
+    "heldout_questions": "questions held out (never trained on)",
 }
 
 
@@ -82,7 +83,13 @@ def model_card(export: Export, story: str, base: Path, merged: bool) -> str:
     licence_text = f"The base model's licence {applies}; its folder names none; look it up."
     if licence:
         licence_text = f"The base model's licence ({licence}) {applies}."
-    head = _HEAD.format(licence=licence or "other", name=name)
+    head = _HEAD.format(
+        licence=licence or "other",
+        library="transformers",
+        name=name,
+        tags="cuma, lora, mixture-of-experts, pluralistic-alignment",
+        title=f"CuMA adapters for {name}",
+    )
     return "\n".join([head, about, "", story.strip(), "", use, _RISK, "## Licence", "", licence_text, ""])
 
 
@@ -95,9 +102,12 @@ def plain_card(config: RunConfig, story: str) -> str:
     """
     base, place = config.model.path, Path(config.model.path).expanduser()
     licence, name = base_licence(place), _short(base)
-    head = _HEAD.format(licence=licence or "other", name=name).replace(f"CuMA adapters for {name}", f"{name}, trained")
-    head = head.replace(
-        "tags: [cuma, lora, mixture-of-experts, pluralistic-alignment]", "tags: [pluralistic-alignment]"
+    head = _HEAD.format(
+        licence=licence or "other",
+        library="transformers" if config.adapters.method == "full" else "peft",
+        name=name,
+        tags="pluralistic-alignment",
+        title=f"{name}, trained",
     )
     about = f"{name}, trained with cuma-ds (method {config.adapters.method})."
     who = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cuma_ds.adapters import CumaModel
-from cuma_ds.config import ModelSection, ProfilesSection, RunConfig, make_config
+from cuma_ds.config import NOTHING_TRAINS, ModelSection, ProfilesSection, RunConfig, make_config
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
@@ -142,7 +142,7 @@ def open_trained(config: RunConfig, trained: TrainedRun, topology: Topology | No
         renderer=Renderer.of(load_tokenizer(config.model), config.data),
         config=config,
         reader=ProfileReader(profile_facts(config, trained.data, table), width) if width else None,
-        untrained=method.disabled if method.switches_off else lambda: _holding(method, lambda: _bare(config)),
+        untrained=_untrained(method, config),
         started=None if start is None else lambda: _holding(method, lambda: _own_part(method, start(), topology)),
         peers=peers,
     )
@@ -274,6 +274,13 @@ def _loaded(config: RunConfig, tensors: dict[str, Tensor]) -> AdaptedModel:
     method = METHODS[config.adapters.method](load_backbone(config.model), config)
     method.load(tensors)
     return method.eval()
+
+
+def _untrained(method: AdaptedModel, config: RunConfig) -> Callable[[], AbstractContextManager[None]] | None:
+    """What makes a model its own backbone for a while; None where nothing was trained."""
+    if config.adapters.method in NOTHING_TRAINS:
+        return None
+    return method.disabled if method.switches_off else lambda: _holding(method, lambda: _bare(config))
 
 
 def _bare(config: RunConfig) -> dict[str, Tensor]:

@@ -72,12 +72,14 @@ class Spread:
 
     experts: first and number of the experts that stay on this rank, of so many.  dispatcher: brings tokens and
     experts of several ranks together; None where each rank has all experts.  sum_over_ranks: sums a detached tensor
-    over all ranks; None on one rank.
+    over all ranks; None on one rank.  whole: context in which the given parameters are whole on every rank; None where
+    they always are.
     """
 
     experts: Callable[[int], tuple[int, int]]
     dispatcher: Dispatcher | None = None
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    whole: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[None]] | None = None
 
 
 class AdaptedModel(nn.Module):

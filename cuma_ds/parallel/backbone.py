@@ -188,6 +188,18 @@ def load_sharded(model: ModelSection, stage3: dict[str, object], shards: ShardGr
     return backbone.requires_grad_(False).eval()
 
 
+@contextlib.contextmanager
+def known_as_sharded(model: ModelSection) -> Iterator[None]:
+    """Inside, libraries that ask transformers whether parameters are partitioned are told so. PEFT then makes weights
+    whole that it begins with.
+    """
+    keep_alive = HfDeepSpeedConfig(stage3_config(model))
+    try:
+        yield
+    finally:
+        del keep_alive
+
+
 def stage3_config(model: ModelSection, offload: bool = False) -> dict[str, object]:
     """The DeepSpeed configuration that partitions a frozen model in its own dtype."""
     zero: dict[str, object] = {"stage": 3, "stage3_param_persistence_threshold": 0}

@@ -239,6 +239,28 @@ def held(parameter: Tensor) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter)
 
 
+@contextlib.contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Inside, partitioned parameters hold a copy of their whole value; all ranks enter it together. Others are left
+    alone, and so is what ZeRO-3 knows of all of them: it may be entered while a layer runs.
+    """
+    # Relies on the layout that :class:`Partitioner` describes, on the attribute ``ds_process_group``, and on a
+    # partitioned parameter being empty at rest.
+    empty = [(one, one.data) for one in parameters if is_partitioned(one) and one.shape != whole_shape(one)]
+    for parameter, data in empty:
+        part = held(parameter).data.to(data.device)
+        group = parameter.ds_process_group  # type: ignore[attr-defined]
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, part, group=group)
+        shape = whole_shape(parameter)
+        parameter.data = torch.cat(parts)[: shape.numel()].view(shape)
+    try:
+        yield
+    finally:
+        for parameter, data in empty:
+            parameter.data = data
+
+
 def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter, partitioned or not."""
     # Relies on the attribute ``ds_shape``.

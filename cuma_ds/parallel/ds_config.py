@@ -118,6 +118,11 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
             f"{path}: frozen_backbone.sharded is for a backbone that does not train, but adapters.method is full; use "
             "zero3, which shards everything, or zero1 or zero2"
         )
+    if (stage == 3 or backbone.sharded) and config.adapters.method == "dora" and config.adapters.dropout:
+        raise ConfigError(
+            f"{path} shards the backbone, but adapters.dropout is {config.adapters.dropout}, for which DoRA reads "
+            "whole weights in its backward pass; set it to 0, or use zero1 or zero2"
+        )
     if stage == 3 and config.parallel.ep_size > 1:
         raise ConfigError(
             f"{path}: ZeRO stage 3 cannot hold expert parallelism (parallel.ep_size {config.parallel.ep_size}); "

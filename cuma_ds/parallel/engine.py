@@ -15,7 +15,7 @@ from cuma_ds.data.batch import Batch
 from cuma_ds.methods import METHODS
 from cuma_ds.methods.model import AdaptedModel, Output, Spread, Trained
 from cuma_ds.parallel import deepspeed_compat as compat
-from cuma_ds.parallel.backbone import PlacedBackbone, place_backbone
+from cuma_ds.parallel.backbone import PlacedBackbone, known_as_sharded, place_backbone
 from cuma_ds.parallel.dispatch import ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.topology import Topology
@@ -45,11 +45,14 @@ def place_model(config: RunConfig, settings: DeepSpeedSettings, topology: Topolo
         topology: with expert-parallel groups.
     """
     base = place_backbone(config.model, settings, topology.device)
-    model = METHODS[config.adapters.method](base.backbone, config).to(topology.device)
+    sharded = base.shards is not None
+    with known_as_sharded(config.model) if sharded else contextlib.nullcontext():
+        model = METHODS[config.adapters.method](base.backbone, config).to(topology.device)
     if config.model.gradient_checkpointing:
         model.recompute_activations()
     dispatcher = _dispatcher(config, topology)
-    model.place(Spread(topology.experts, dispatcher, topology.sum_over_ranks if topology.world > 1 else None))
+    sum_over_ranks = topology.sum_over_ranks if topology.world > 1 else None
+    model.place(Spread(topology.experts, dispatcher, sum_over_ranks, compat.gathered if sharded else None))
     return Placed(model, dispatcher, base)
 
 
@@ -191,6 +194,12 @@ class AdapterEngine:
         """Numbers that train, over all ranks, each expert counted once."""
         copies = {"replicated": 1, "per_expert": self.topology.ep_size}
         return sum(compat.whole_shape(one.parameter).numel() * copies[one.placement] for one in self.trained)
+
+    @property
+    def backbone_parameters(self) -> int:
+        """Numbers in the backbone without what was added to it, over all ranks."""
+        frozen = (one for one in self.model.parameters() if not one.requires_grad)
+        return sum(compat.whole_shape(one).numel() for one in frozen) or self.trained_parameters
 
     @property
     def expert_bytes(self) -> int:

@@ -86,6 +86,19 @@ def write_start(folder: Path, tensors: bytes) -> None:
         write_state(beside, {"step": 0, "optimizer_steps": 0}, {_SHARED: file_sha256(beside / _SHARED)})
 
 
+def write_untrained(checkpoints: Path, state: State) -> Path:
+    """Write the checkpoint of a run that trains nothing: ``step-0``, which holds ``state.json`` alone.
+
+    Args:
+        checkpoints: made if it does not exist.
+        state: fingerprint and identity of the run.
+    """
+    folder = checkpoints / "step-0"
+    with atomic_folder(folder) as beside:
+        write_state(beside, {"step": 0, "optimizer_steps": 0, **state}, {})
+    return folder
+
+
 def start_sha256(state: State) -> str:
     """Hash of the tensors that :func:`write_start` wrote, from its ``state.json``."""
     return state["sha256"][_SHARED]
@@ -173,7 +186,7 @@ def read_state(folder: Path, content: bool = True) -> State:
         raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}")
     if not whole:
         raise CheckpointError(f"{folder} is damaged: state.json has changed since it was written{_another(folder)}")
-    if has_hashes and folder.name != (f"step-{step}" if step else "start"):
+    if has_hashes and folder.name != f"step-{step}" and (step or folder.name != "start"):
         raise CheckpointError(f"{folder} is damaged: state.json is of step {step}{_another(folder)}")
     _check_files(folder, state, state.get("sha256", {}) if content else {})
     if content:

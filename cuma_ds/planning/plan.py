@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
-from cuma_ds.config import RunConfig
-from cuma_ds.errors import TopologyError
+from cuma_ds.config import NOTHING_TRAINS, RunConfig
+from cuma_ds.errors import ConfigError, TopologyError
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.planning.activations import ActivationPeak, activation_peak
 from cuma_ds.planning.cost import Hardware, Layout, Sizes, Work
@@ -58,10 +58,13 @@ class Planner:
         profile_dim: P, width of the profile embeddings.
 
     Raises:
+        ConfigError: the recipe's method trains nothing.
         ModelError: no causal language model has this configuration, or the recipe's targets match nothing.
     """
 
     def __init__(self, config: RunConfig, model_config: PretrainedConfig, profile_dim: int) -> None:
+        if config.adapters.method in NOTHING_TRAINS:
+            raise ConfigError(f"adapters.method {config.adapters.method} trains nothing; there is nothing to plan")
         self.config = config
         width = profile_dim if config.adapters.uses_profiles else 0
         adapters = config.adapters.model_copy(update={"profile_dim": width})

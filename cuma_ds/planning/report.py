@@ -55,9 +55,8 @@ def print_whole_runs(runs: Mapping[str, Sequence[WholeRun]], config: RunConfig, 
                 parts = f"{parts} and {run.rollout_seconds:.2f} s for its rollout, without the judge's time"
             fits = "fits" if run.fits else "does not fit"
             cut = f"{run.work.accumulation} x {run.work.sequences} sequences per GPU and step"
-            console.print(
-                f"  {run.gpus:,} GPUs: {run.days:.2f} days ({parts}; {cut}; {run.memory / 1e9:.1f} GB per GPU, {fits})"
-            )
+            size = f"{run.memory / 1e9:.1f} GB per GPU, {fits}"
+            console.print(f"  {run.gpus:,} GPUs: {run.days:.2f} days ({24 * run.days:.1f} h; {parts}; {cut}; {size})")
 
 
 def _memory_table(rows: Sequence[Plan], hardware: Hardware) -> Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from cuma_ds.data.batch import Batch, EncodedExample, pack
 from cuma_ds.errors import ModelError
 from cuma_ds.files import first_line
 from cuma_ds.methods import METHODS
-from cuma_ds.methods.model import AdaptedModel
+from cuma_ds.methods.model import AdaptedModel, Spread
 from cuma_ds.profiles import ProfileTable
 
 _ATTENTION = "counted_attention"
@@ -124,7 +126,14 @@ def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
         module.register_forward_pre_hook(lambda *_: need(own))
         module.register_forward_hook(after_forward)
 
+    @contextlib.contextmanager
+    def whole(parameters: list[nn.Parameter]) -> Iterator[None]:
+        need(parameters)
+        yield
+        live.difference_update(parameters)
+
     model = setup.build()
+    model.place(Spread(lambda experts: (0, experts), whole=whole))
     for module in model.modules():
         if own := [p for p in module.parameters(recurse=False) if not p.requires_grad]:
             watch(module, own)

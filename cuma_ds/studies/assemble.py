@@ -75,6 +75,9 @@ def _table(work: Work, recipe: str, steps: int, part: Part, replicates: int) -> 
             table.tuned[method] = Tuned(steps=trial.steps, rate=chosen, at_edge=at_edge(tried), trials=trials)
         tasks = [Task(*cell, seed, rate) for seed in part.seeds]
         table.runs[method] = [_measured(work, task, known=rate is not None or not tried) for task in tasks]
+        if tried and best_rate(tried) is None and work.next(cell, tried) is None:
+            for run in table.runs[method]:
+                run.status, run.message = "failed", "no learning rate could be tried"
         evaluated = []
         for task in tasks:
             if _final_report(work, task) is not None:
@@ -114,7 +117,7 @@ def _final_report(work: Work, task: Task) -> Report | None:
 
 def _measured(work: Work, task: Task, known: bool) -> Measured:
     run, config = work.folder(task), run_config(work.study, task)
-    words = work.processes.command("train.py", run_arguments(work.study, task), work.study.ranks)
+    words = work.processes.command("train", run_arguments(work.study, task), work.study.ranks)
     found = Measured(
         name=task.name,
         seed=task.seed,

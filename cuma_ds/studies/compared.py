@@ -19,7 +19,7 @@ from cuma_ds.errors import DataError
 from cuma_ds.evaluation.predictions import Predictions, read_predictions
 from cuma_ds.evaluation.preference import PairLogps
 from cuma_ds.evaluation.preference_split import pair_scores
-from cuma_ds.evaluation.report.model import REPORT_FILE, ChoiceSplit, Report, number, read_report
+from cuma_ds.evaluation.report.model import REPORT_FILE, ChoiceSplit, Number, Report, number, read_report
 from cuma_ds.evaluation.resampling import interval, resample
 from cuma_ds.evaluation.scores import Scorer
 from cuma_ds.runs import Run
@@ -118,6 +118,8 @@ def _compared(contenders: Sequence[Contender], split: str, replicates: int, main
         for name in _REFERENCES
         if name in by_run
     }
+    if not left_out:
+        found.references |= _floor(runs[0].report, split)
     place = 0
     by_contender: dict[str, list[dict[str, Array]]] = {}
     for one in contenders:
@@ -181,6 +183,17 @@ def _common(predictions: Sequence[Predictions]) -> tuple[list[Predictions], int]
 def _same(counts_N: Array, others_N: Array) -> bool:
     a, b = counts_N[np.isfinite(counts_N)], others_N[np.isfinite(others_N)]
     return len(a) == len(b) and bool(np.allclose(a, b))
+
+
+def _floor(report: Report, split: str) -> dict[str, dict[str, Number]]:
+    """The scores of the truth itself and of a perfect sampler, as the report has them: nobody can do better."""
+    found = report.splits[split]
+    if not isinstance(found, ChoiceSplit):
+        return {}
+    return {
+        name: {score: value for score, value in scores if isinstance(value, float)}
+        for name, scores in found.floor.items()
+    }
 
 
 def _distance(report: Report, split: str) -> str:

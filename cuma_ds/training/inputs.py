@@ -17,6 +17,7 @@ from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.batch import Batch, EncodedExample
 from cuma_ds.data.lengths import Reading, fitting
 from cuma_ds.data.rendering import Renderer
+from cuma_ds.data.shots import Shots
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
 from cuma_ds.identity import base_fact
@@ -138,8 +139,12 @@ def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> Prepa
         )
     tokenizer, rollout = load_tokenizer(config.model), config.rollout
     renderer = Renderer.of(tokenizer, section)
+    splits = ["train", *data.evaluation_splits]
+    if config.adapters.method == "few_shot":
+        renderer = renderer.with_shots(Shots(data, config.evaluation.few_shot, config.run.seed))
+        splits = data.evaluation_splits  # nobody is asked a training question
     section = section.model_copy(update={"on_long_prompt": "refuse"}) if started else section
-    splits, bar = ["train", *data.evaluation_splits], config.telemetry.progress
+    bar = config.telemetry.progress
     fits = fitting(data, Reading(renderer, bar=bar), section, splits, advice)
     if rollout is not None:
         limit = section.max_length - rollout.max_new_tokens

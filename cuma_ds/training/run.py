@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cuma_ds.config import RunConfig
+from cuma_ds.config import NOTHING_TRAINS, RunConfig
 from cuma_ds.data.batch import Batch
 from cuma_ds.errors import ConfigError, CumaError
 from cuma_ds.files import write_atomically
@@ -23,7 +23,14 @@ from cuma_ds.parallel.backbone import full_bytes, resident_bytes, skeleton
 from cuma_ds.parallel.checkpoint import load_checkpoint, load_start, save_checkpoint
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
-from cuma_ds.parallel.stored import State, check_checkpoint, find_checkpoint, has_checkpoint, read_beside
+from cuma_ds.parallel.stored import (
+    State,
+    check_checkpoint,
+    find_checkpoint,
+    has_checkpoint,
+    read_beside,
+    write_untrained,
+)
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
@@ -61,6 +68,10 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     with agreement():
         if topology.is_main:
             prepare_run(config)
+            if config.adapters.method in NOTHING_TRAINS:
+                _leave_untrained(config, run, tell)
+    if config.adapters.method in NOTHING_TRAINS:
+        return run.folder
     with agreement():
         run.check_start(content=topology.is_main)
         if topology.local_rank == 0 and not topology.is_main:
@@ -87,7 +98,7 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     start = _resume(run, engine, inputs.objective, tell)
     if config.data.packing:
         _check_packing(config, engine, inputs)
-    _describe(engine, inputs, tell)
+    _describe(config, engine, inputs, tell)
     if (epochs := config.training.epochs) is not None:
         tell(f"{epochs:g} epochs of {inputs.draw.n_rows} training examples are {config.training.steps} steps")
     if start < config.training.steps:
@@ -95,6 +106,15 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     else:
         tell(f"{run.folder} is complete at step {start}; nothing to do (to go on, raise its steps or epochs)")
     return run.folder
+
+
+def _leave_untrained(config: RunConfig, run: Run, tell: Say) -> None:
+    """Complete the folder of a run whose method trains nothing, so that it can be evaluated and asked like others."""
+    if has_checkpoint(run.checkpoints):
+        check_checkpoint(find_checkpoint(run.checkpoints), run.known_fingerprints(config), run.identity())
+    else:
+        write_untrained(run.checkpoints, {"fingerprint": fingerprint(config), "identity": run.identity()})
+    tell(f"{run.folder} is complete: method {config.adapters.method} trains nothing (0 trained parameters)")
 
 
 def with_profile_width(config: RunConfig, table: ProfileTable | None) -> RunConfig:
@@ -213,9 +233,14 @@ def _check_packing(config: RunConfig, engine: AdapterEngine, inputs: TrainingInp
             )
 
 
-def _describe(engine: AdapterEngine, inputs: TrainingInputs, tell: Say) -> None:
+def _describe(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, tell: Say) -> None:
     base, (micro, accumulation) = engine.model.backbone, inputs.objective.layout(inputs.draw)
     held, full = resident_bytes(base), full_bytes(base)
+    trained, numbers = engine.trained_parameters, engine.backbone_parameters
+    tell(
+        f"method {config.adapters.method}: {trained:,} trained parameters, {trained / numbers:.2%} of the backbone's "
+        f"{numbers:,}"
+    )
     tell(
         f"{engine.topology}, ZeRO stage {engine.stage}; backbone {held / 1e6:.1f} MB of {full / 1e6:.1f} MB per rank; "
         f"experts {engine.expert_bytes / 1e6:.2f} MB per rank; {inputs.draw.n_rows} training examples; "

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cuma_ds.adapters.config import CumaConfig
-from cuma_ds.config import NEW_SINCE_0_1_0, Key, RunConfig, make_config
+from cuma_ds.config import NEW_SINCE_0_1_0, Key, PrefixSection, RunConfig, make_config
 from cuma_ds.data.prepared import read_manifest
 from cuma_ds.errors import CheckpointError, ConfigError
 from cuma_ds.files import is_hub_id
@@ -30,9 +30,17 @@ from cuma_ds.runs import Run
 # start.
 _PROMPT = ("profile_in_prompt", "profile_prompt", "system_prompt", "prompt_style", "option_order")
 _SENTENCES = ("template", "format", "fields", "pooling", "normalise", "max_tokens")
-_SPLIT = ("test_fraction", "valid_fraction", "heldout_fraction", "heldout_profile_fraction", "split_seed")
+_SPLIT = (
+    "test_fraction",
+    "valid_fraction",
+    "heldout_fraction",
+    "heldout_profile_fraction",
+    "heldout_question_fraction",
+    "split_seed",
+)
 _INHERITED = {
     "adapters": tuple(key for key in CumaConfig.model_fields if key != "profile_dim"),
+    "prefix": tuple(PrefixSection.model_fields),
     "profiles": (*_SENTENCES, "encoder", "standardise"),
     "data": (*_PROMPT, *_SPLIT),
 }
@@ -41,6 +49,7 @@ _MAY_DIFFER: set[Key] = {
     *(("adapters", f"balance_{key}") for key in ("weight", "probability", "scope", "decay")),
     *(("adapters", key) for key in ("gradient_mask", "gradient_groups", "dropout")),
     ("profiles", "encoder"),
+    ("data", "heldout_question_fraction"),  # conversations and preferences have no questions
 }
 _WHAT = "a run folder, or a folder made by launchers/export.py --format hf"
 
@@ -184,7 +193,10 @@ def _of_export(place: str) -> Origin:
 
 def _settings(config: RunConfig) -> dict[Key, object]:
     settings: dict[Key, object] = {
-        (section, key): getattr(getattr(config, section), key) for section, keys in _INHERITED.items() for key in keys
+        (section, key): getattr(values, key)
+        for section, keys in _INHERITED.items()
+        for key in keys
+        if (values := getattr(config, section)) is not None
     }
     # Where a recipe leaves it out, its value depends on the source, and a run may start on data of another one.
     return settings | {("data", "heldout_fraction"): config.data.heldout}
@@ -229,11 +241,11 @@ def with_start(config: RunConfig) -> RunConfig:
             raise ConfigError(f"model.init_from: {place} is this run itself; choose another run.name")
         settings, free = dict(open_origin(place).settings), _MAY_DIFFER
     values = config.model_dump(mode="json", exclude_unset=True)
-    own = {(section, key) for section in _INHERITED for key in values.get(section, {})}
+    own = {(section, key) for section in _INHERITED for key in values.get(section) or {}}
     if own & {("adapters", "gradient_mask"), ("adapters", "gradient_groups")}:  # one makes no sense without the other
         own |= {("adapters", "gradient_mask"), ("adapters", "gradient_groups")}
     for (section, key), known in settings.items():
-        now = config.data.heldout if key == "heldout_fraction" else getattr(getattr(config, section), key)
+        now = config.data.heldout if key == "heldout_fraction" else getattr(getattr(config, section), key, None)
         if (section, key) not in own:
             values.setdefault(section, {})[key] = known
         elif now != known and (section, key) not in free:

@@ -44,11 +44,13 @@ def toy_source(options: ReadOptions, as_matrix: bool, weighted: bool) -> Rows:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_answers_by_row_and_by_person_are_the_same_data(tmp_path, weighted) -> None:
-    config = DataSection(heldout_fraction=0.3, weights=weighted)
+@pytest.mark.parametrize("questions", [0.0, 0.6])
+def test_answers_by_row_and_by_person_are_the_same_data(tmp_path, weighted, questions) -> None:
+    config = DataSection(heldout_fraction=0.3, weights=weighted, heldout_question_fraction=questions)
     options = ReadOptions(config, "wvs")
     by_row, by_person = (build(toy_source(options, as_matrix, weighted), config) for as_matrix in (False, True))
     assert by_row.manifest == by_person.manifest
+    assert ("heldout_questions" in by_row.splits) == (questions > 0)
     total = 0.0
     for name, split in by_row.splits.items():
         for one, other in zip(split, by_person.splits[name], strict=True):

@@ -174,7 +174,7 @@ def test_weights_where_there_are_none_are_refused_in_one_line(tmp_path) -> None:
         load(write_jsonl(tmp_path / "c.jsonl", far), weights=True)
     for source in ("wvs-sample", "prism", "community-alignment"):
         recipe = {"model": {"path": "m"}, "adapters": {"method": "lora"}, "data": {"source": source, "weights": True}}
-        with pytest.raises(ConfigError, match=f"source {source} has no survey weights; only jsonl and wvb may"):
+        with pytest.raises(ConfigError, match=f"source {source} has no survey weights; only jsonl, wvb and survey may"):
             make_config(recipe)
 
 

@@ -164,7 +164,12 @@ def test_only_the_splits_that_were_asked_for(tmp_path, tiny_llama, tiny_encoder)
     assert list(chosen.splits) == ["valid"]
     assert set(read_predictions(tmp_path / "valid")) == {"valid"}
     assert set(chosen.splits["valid"].rows) == {"collapse", "oracle", "nearest", "trained"}
-    assert {file.name for file in (tmp_path / "valid").iterdir()} == {"report.json", "report.md", "predictions.npz"}
+    assert {file.name for file in (tmp_path / "valid").iterdir()} == {
+        "report.json",
+        "report.html",
+        "report.md",
+        "predictions.npz",
+    }
     assert "## People held out for choosing settings" in (tmp_path / "valid" / "report.md").read_text()
     with pytest.raises(ConfigError, match=r"--splits heldout_profiles: there is nobody .*; this data has valid, test"):
         evaluate(run_subject(folder), tmp_path / "none", scope=Scope(["heldout_profiles"]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import yaml
+from pairs import pair_recipe
+from ranks import run
 from reference import reference_learning_rate
 from safetensors.torch import save_file
 from single_process import Learned, SingleRun, rows_of_steps
@@ -21,13 +25,46 @@ from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.stored import State, write_state
 from cuma_ds.runs import Run
 
+TRAIN_MANY = Path(__file__).with_name("train_many.py")
+SMALL = {"learning_rate": 1e-3, "max_grad_norm": 0.5, "schedule": "constant", "micro_batch_size": 2}
+
 
 def rival(folder: Path, tiny_llama: Path, name: str, adapters: dict, make=recipe, **sections: dict) -> Path:
-    """A small recipe of a method without profiles, whose section ``adapters`` is exactly this."""
+    """A small recipe of a method without profiles, whose section ``adapters`` is exactly this, ``prefix`` in it."""
     path = make(folder, tiny_llama, folder, name, **sections)
     values = yaml.safe_load(path.read_text())
+    adapters = dict(adapters)
+    if (prefix := adapters.pop("prefix", None)) is not None:
+        values["prefix"] = prefix
     path.write_text(yaml.safe_dump({**values, "profiles": {}, "adapters": adapters}))
     return path
+
+
+def run_and_resume(
+    folder: Path,
+    tiny_llama: Path,
+    adapters: dict,
+    objective: str,
+    stages: Mapping[int, Sequence[str]],
+    **sections: dict,
+) -> list[Path]:
+    """Recipes of 4 steps by DeepSpeed configuration, trained for 2 steps and resumed, on each number of ranks."""
+    make = {"sft": recipe, "dpo": pair_recipe}[objective]
+    found = []
+    for world, names in stages.items():
+        paths = []
+        for stage in names:
+            for name, steps in (("first", 2), ("whole", 4)):
+                place = folder / name
+                place.mkdir(exist_ok=True)
+                own = {"training": {**SMALL, "steps": steps}, "parallel": {"deepspeed_config": stage}}
+                where = {"run": {"output_dir": str(folder / "runs"), "name": f"{stage}-{world}"}}
+                paths.append(rival(place, tiny_llama, f"{stage}-{world}", adapters, make, **own, **where, **sections))
+        results = run(world, [str(TRAIN_MANY), json.dumps([str(path) for path in paths])])
+        assert [code for code, _ in results] == [0] * world, results[0][1][-3000:]
+        assert results[0][1].count("after step 2") == len(names)
+        found += paths[1::2]
+    return found
 
 
 def by_hand(config: RunConfig, model: nn.Module, learns: type[Learned] = Learned) -> SingleRun:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from pairs import LearnedPairs, pair_recipe
-from ranks import run
-from rivals import by_hand, rival, stored_run
+from pairs import LearnedPairs
+from rivals import by_hand, rival, run_and_resume, stored_run
 from single_process import Learned
 from small_runs import assert_same_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -22,9 +20,7 @@ from cuma_ds.export.plain import write_plain
 from cuma_ds.inference.open import open_model, open_run
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 
-ROOT = Path(__file__).parents[2]
 FULL = {"method": "full"}
-SMALL = {"learning_rate": 1e-3, "max_grad_norm": 0.5}
 
 
 @pytest.fixture(scope="session")
@@ -45,24 +41,12 @@ def trained_by_hand(path: Path, learns: type[Learned]):
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-@pytest.mark.parametrize(("world", "stages"), [(1, ("zero1", "zero3")), (2, ("zero1", "zero2", "zero3"))])
-def test_full_is_a_plain_loop(world, stages, objective, tmp_path, tied_llama) -> None:
-    make, learns = {"sft": ({}, Learned), "dpo": ({"make": pair_recipe}, LearnedPairs)}[objective]
-    paths = []
-    for stage in stages:
-        for name, steps in (("first", 2), ("whole", 4)):
-            folder = tmp_path / name
-            folder.mkdir(exist_ok=True)
-            own = {"training": {**SMALL, "steps": steps, "schedule": "constant", "micro_batch_size": 2}}
-            parallel = {"deepspeed_config": stage}
-            place = {"run": {"output_dir": str(tmp_path / "runs"), "name": stage}}
-            paths.append(rival(folder, tied_llama, stage, FULL, **make, **own, parallel=parallel, **place))
-    results = run(world, [str(ROOT / "tests" / "helpers" / "train_many.py"), json.dumps([str(p) for p in paths])])
-    assert [code for code, _ in results] == [0] * world, results[0][1][-3000:]
-    assert results[0][1].count("after step 2") == len(stages)
-    expected = trained_by_hand(paths[-1], learns)
+def test_full_is_a_plain_loop(objective, tmp_path, tied_llama) -> None:
+    stages = {1: ("zero1", "zero3"), 2: ("zero1", "zero2", "zero3")}
+    paths = run_and_resume(tmp_path, tied_llama, FULL, objective, stages)
+    expected = trained_by_hand(paths[0], {"sft": Learned, "dpo": LearnedPairs}[objective])
     assert expected.losses[-1] != pytest.approx(expected.losses[0], rel=0.05)
-    for path in paths[1::2]:
+    for path in paths:
         assert_same_training(path, expected)
 
 

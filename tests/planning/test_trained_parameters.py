@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from cuma_ds.config import make_config
 from cuma_ds.planning.cost import Hardware, Work
@@ -37,6 +40,12 @@ METHODS = {
     "hydralora": (
         {"method": "hydralora", "lora_r": 64, "share_router": False, **MLP}, experts(64, True) + 2 * mlp_router(0),
     ),
+    "hydralora-original": (
+        {"method": "hydralora-original", "lora_r": 64, "num_experts": 4}, 2 * 64 * D + 4 * 64 * (D + KV) + 2 * 4 * D,
+    ),
+    "dora, r 64": (
+        {"method": "dora", "lora_r": 64, "target_modules": ["q_proj", "v_proj"]}, 64 * (3 * D + KV) + D + KV,
+    ),
     "lora, r 8": ({"method": "lora", "lora_r": 8, **LINEAR}, 8 * (3 * D + KV)),
     "lora, r 64": ({"method": "lora", "lora_r": 64, **LINEAR}, 64 * (3 * D + KV)),
 }  # fmt: skip
@@ -47,8 +56,15 @@ SHARES = {
     "mixlora": (3.01, 2.73),
     "hydralora": (2.31, 2.09),
     "lora, r 64": (0.37, 0.34),
+    "dora, r 64": (0.38, 0.34),
+    "p_tuning_v2, 32": (3.74, 3.40),
     "full": (100.0, 100.0),
 }
+
+
+def prefix(layers: int, embedded: int, tokens: int = 32, hidden: int = D) -> int:
+    """Embeddings of the virtual tokens, and the two linears with biases that make keys and values of all layers."""
+    return tokens * embedded + (embedded + 1) * hidden + (hidden + 1) * layers * 2 * KV
 
 
 def trained(adapters: dict, shape: str) -> int:
@@ -63,11 +79,29 @@ def trained(adapters: dict, shape: str) -> int:
 def test_each_method_trains_as_many_parameters_as_counted_by_hand(shape) -> None:
     counted = {name: trained(adapters, shape) for name, (adapters, _) in METHODS.items()}
     assert counted == {name: LAYERS[shape] * of_layer for name, (_, of_layer) in METHODS.items()}
+    counted["p_tuning_v2, 32"] = trained({"method": "p_tuning_v2"}, shape)
+    assert counted["p_tuning_v2, 32"] == prefix(LAYERS[shape], KV)
     counted["full"] = trained({"method": "full"}, shape)
     assert counted["full"] == BACKBONE[shape]
     place = list(LAYERS).index(shape)
     shares = {name: round(100 * counted[name] / BACKBONE[shape], 2) for name in SHARES}
     assert shares == {name: both[place] for name, both in SHARES.items()}
+
+
+def test_a_prefix_of_3_89_percent_is_none_that_peft_makes() -> None:
+    """3.89% of Qwen3-8B counts embeddings of the backbone's width. Those of PEFT are as wide as keys and values, of
+    which Qwen3-8B has fewer than queries: 3.74%.
+    """
+    assert round(100 * prefix(36, D) / BACKBONE["qwen3-8b"], 2) == 3.89
+    asked = peft.PrefixTuningConfig(
+        num_virtual_tokens=32, prefix_projection=True, encoder_hidden_size=D, task_type="CAUSAL_LM"
+    )
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(read_model_config(SHAPES / "qwen3-8b.json"))
+        model = peft.get_peft_model(base, asked)
+    of_peft, everything = model.get_nb_trainable_parameters()
+    assert of_peft == prefix(36, KV) == trained({"method": "p_tuning_v2"}, "qwen3-8b") == 306_294_784
+    assert everything - of_peft == BACKBONE["qwen3-8b"]
 
 
 def test_full_is_planned_in_the_dtype_of_the_model() -> None:

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cuma_ds.data.raw import ReadOptions, Rows
-from cuma_ds.data.sources import community_alignment, jsonl, prism, worldvaluesbench, wvs_sample
+from cuma_ds.data.sources import (
+    community_alignment,
+    global_opinions,
+    jsonl,
+    prism,
+    subpop,
+    survey,
+    worldvaluesbench,
+    wvs_sample,
+)
 
 
 class Source(NamedTuple):
@@ -29,9 +38,13 @@ SOURCES = {
     "jsonl": Source(
         jsonl.read, "a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id"
     ),
+    "survey": Source(survey.read, "a .sav, .dta, .csv or .parquet file of a survey"),
     "wvb": Source(
         worldvaluesbench.read, "the benchmark's folder, or one with the WVS-7 CSV and the benchmark's three JSON files"
     ),
+    "global-opinions": Source(global_opinions.read, "the data set's CSV file"),
+    "subpop": Source(subpop.read, "the data set's .jsonl file"),
+    "opinionqa": Source(subpop.read, "its .jsonl file in the form of SubPOP"),
     "community-alignment": Source(community_alignment.read, "the data set's CSV file or folder"),
     "prism": Source(prism.read, "the folder with conversations.jsonl and survey.jsonl"),
 }

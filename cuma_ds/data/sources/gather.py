@@ -25,6 +25,7 @@ from cuma_ds.data.rows import QUESTION_SCHEMA, SCHEMAS, ArrowFile, Question
 from cuma_ds.data.sources.files import Chunk, Input, decode
 from cuma_ds.data.sources.records import (
     KEYS,
+    RESPONDENTS,
     Convert,
     Row,
     answer_of,
@@ -35,6 +36,7 @@ from cuma_ds.data.sources.records import (
     profile_of,
     question_of,
     row_kind,
+    shares_of,
     weight_of,
 )
 from cuma_ds.data.splits import draws
@@ -42,6 +44,8 @@ from cuma_ds.errors import DataError
 
 # Smaller inputs are read before other processes have started.
 _WORTH_WORKERS = 64 << 20
+# Kinds of rows that are about a question with options.
+_ASKED = ("choice", "distribution")
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Part:
 
     rows: person, profile, question and answer of each row; person -1 where nothing names one.
     unnamed: what identifies each row without a person in its source.
-    weights: survey weight of each row, where they are asked for.
+    weights: survey weight of each row, where they are asked for; people behind each share of a distribution.
     has_weights: whether any row names one.
     """
 
@@ -85,7 +89,7 @@ def read_part(chunk: Chunk, convert: Convert, template: str, config: DataSection
             part.skipped[converted.skipped] += 1
         for row in converted.rows:
             _add(part, row, where, config, payload)
-    if part.kind and part.kind != "choice":
+    if part.kind and part.kind not in _ASKED:
         schema = _payload_schema(part.kind)
         columns = list(zip(*payload, strict=True)) if payload else [()] * len(schema)
         part.payload = pa.RecordBatch.from_arrays(
@@ -100,7 +104,7 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
         raise DataError(f"{where}: a {kind} row after {part.kind} rows; one data set holds one kind")
     part.kind, part.where = kind, part.where or where
     number = answer = 0
-    if kind == "choice":
+    if kind in _ASKED:
         question = question_of(row, where)
         number, known, first = part.questions.setdefault(question.question_id, (len(part.questions), question, where))
         _same_question(question, known, where, first)
@@ -114,6 +118,9 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
         profile = part.profiles.add(profile_of(row["profile"], where))
     except DataError as error:
         raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    if kind == "distribution":
+        _add_shares(part, row, where, question, (profile, number))
+        return
     person_id = person_of(row, "person_id", where)
     person = -1 if person_id is None else part.persons.setdefault(person_id, len(part.persons))
     if person_id is None:
@@ -128,6 +135,23 @@ def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tu
     elif pair is not None:
         payload.append(pair)
     part.rows.extend((person, profile, number, answer))
+
+
+def _add_shares(part: Part, row: Row, where: str, question: Question, place: tuple[int, int]) -> None:
+    """One row per option that has a share. The distribution stands in the place of a person who gave them all.
+
+    Args:
+        place: numbers of the profile and the question in ``part``.
+    """
+    profile, number = place
+    shares, asked = shares_of(row["shares"], question.options, where), weight_of(row, where, RESPONDENTS)
+    name = f"{question.question_id}\0{part.profiles.profiles[profile]['sentence']}"
+    distribution = part.persons.setdefault(name, len(part.persons))
+    part.has_weights |= row.get("weight") is not None
+    for option, share in enumerate(shares):
+        if share:
+            part.rows.extend((distribution, profile, number, option))
+            part.weights.append(asked * share)
 
 
 def read_records(source: Input, convert: Convert, options: ReadOptions) -> Rows:
@@ -151,7 +175,7 @@ def read_records(source: Input, convert: Convert, options: ReadOptions) -> Rows:
             gathered.add(part)
             if progress is not None:
                 progress(min(part.consumed, source.size), source.size)
-    if gathered.kind == "choice":
+    if gathered.kind in _ASKED:
         check_questions(config, list(gathered.questions))
     if not len(gathered.rows):
         names = ", ".join(source.identity)
@@ -243,7 +267,7 @@ class _Gathered:
         rows = local.copy()
         if len(local):
             rows[:, 0], rows[:, 1] = persons[local[:, 0]], profiles[local[:, 1]]
-            if self.kind == "choice":
+            if self.kind in _ASKED:
                 rows[:, 2] = questions[local[:, 2]]
         self.rows.frombytes(rows.tobytes())
         self.unnamed_draws.frombytes(draws(self.config.split_seed, "row", part.unnamed).tobytes())
@@ -289,8 +313,9 @@ class _Gathered:
         draw_P = np.concatenate(
             [draws(self.config.split_seed, "person", names), np.frombuffer(self.unnamed_draws, np.float64)]
         )
+        distributions = self.kind == "distribution"
         return Rows(
-            self.kind,
+            "choice" if distributions else self.kind,
             person_N,
             draw_P,
             rows[:, 1],
@@ -301,7 +326,8 @@ class _Gathered:
             rows[:, 3],
             payload=payload,
             skipped=self.skipped,
-            weight_N=np.frombuffer(self.weights, np.float64) if self.config.weights else None,
+            weight_N=np.frombuffer(self.weights, np.float64) if self.config.weights or distributions else None,
+            distributions=distributions,
         )
 
     def _check_weights(self, inputs: dict[str, str]) -> None:
@@ -310,6 +336,13 @@ class _Gathered:
             raise DataError(
                 f"data.weights is true, but no row of {names} has a weight; leave it out, or give the rows weights"
             )
+        if self.kind == "distribution":
+            if self.config.weights:
+                raise DataError(
+                    f"data.weights is true, but {', '.join(inputs)} holds distributions, which always count by their "
+                    "weight; leave it out"
+                )
+            return
         if self.has_weights and not self.config.weights:
             warnings.warn("rows have weights that count nothing, because data.weights is false", stacklevel=2)
 

@@ -1,8 +1,9 @@
-"""Rows of choice questions, conversations or preferences: the formats, and what is wrong with a row.
+"""Rows of choice questions, distributions, conversations or preferences: the formats, and what is wrong with a row.
 
 A row is one of
 
 - ``{"profile", "question", "options", "answer", "question_id"?, "person_id"?, "scale"?, "weight"?}``
+- ``{"profile", "question", "options", "shares", "question_id"?, "scale"?, "weight"?}``
 - ``{"profile", "messages", "person_id"?}``
 - ``{"profile", "prompt", "chosen", "rejected", "person_id"?, "margin"?}``
 
@@ -25,14 +26,21 @@ from cuma_ds.profiles.linearize import is_missing, one_spelling
 
 KEYS = {
     "choice": ("profile", "question", "options", "answer", "question_id", "person_id", "scale", "weight"),
+    "distribution": ("profile", "question", "options", "shares", "question_id", "scale", "weight"),
     "chat": ("profile", "messages", "person_id"),
     "preference": ("profile", "prompt", "chosen", "rejected", "person_id", "margin"),
 }
+# Keys that only one kind has.
+_TOLD_BY = {"messages": "chat", "chosen": "preference", "rejected": "preference", "shares": "distribution"}
 _OPTIONAL = ("question_id", "person_id", "scale", "weight", "margin")
 # Besides the words that mean a missing value in a profile.
 _NOBODY = {"none", "nil", "undefined", "anonymous"}
 _ROLES = ("system", "user", "assistant")
 _LARGEST_MARGIN = 1e30  # what float32 holds
+# People behind a distribution that does not say how many it asked: about a national sample of the usual surveys.
+RESPONDENTS = 1000.0
+# Published shares are rounded; their sum may be off by this part.
+_ROUNDING = 0.02
 Row = dict[str, object]
 
 
@@ -62,12 +70,12 @@ def anonymous(profile: Mapping[str, object]) -> bool:
 
 
 def row_kind(row: dict[str, object], where: str) -> str:
-    """``choice``, ``chat`` or ``preference`` by the row's keys.
+    """``choice``, ``distribution``, ``chat`` or ``preference`` by the row's keys.
 
     Raises:
         DataError: none of them, an unknown or a missing key.
     """
-    kind = "chat" if "messages" in row else "preference" if "chosen" in row or "rejected" in row else "choice"
+    kind = next((kind for key, kind in _TOLD_BY.items() if key in row), "choice")
     known = KEYS[kind]
     if kind == "choice" and "question" not in row and "options" not in row:
         raise DataError(f"{where}: neither a choice nor a chat row; expected {' or '.join(map(expected_keys, KEYS))}")
@@ -163,13 +171,36 @@ def answer_of(answer: object, options: tuple[str, ...], where: str) -> int:
     raise DataError(f"{where}: answer is {shown}; allowed: 0 to {len(options) - 1}, or the text of an option")
 
 
-def weight_of(row: Row, where: str) -> float:
+def shares_of(shares: object, options: tuple[str, ...], where: str) -> list[float]:
+    """The share of each option, adding up to 1.
+
+    Args:
+        shares: a number for each option, adding up to 1 or (percentages) to 100, but for rounding.
+        options: of the question.
+
+    Raises:
+        DataError: not one number per option, a negative one, or a sum that is off by more than 2%.
+    """
+    if not isinstance(shares, list) or len(shares) != len(options):
+        shown = f"has {len(shares)} numbers" if isinstance(shares, list) else f"is {type(shares).__name__}"
+        raise DataError(f"{where}: shares {shown}; allowed: one number for each of the {len(options)} options")
+    for option, share in enumerate(shares):
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= sys.float_info.max:
+            shown = f"{share!r:.40}" if isinstance(share, int | float) else type(share).__name__
+            raise DataError(f"{where}: shares[{option}] is {shown}; allowed: a number from 0 on")
+    total = float(sum(shares))
+    if not any(abs(total - whole) <= _ROUNDING * whole for whole in (1.0, 100.0)):
+        raise DataError(f"{where}: shares sum to {total:g}; allowed: 1, or 100 for percentages, within {_ROUNDING:.0%}")
+    return [share / total for share in shares]
+
+
+def weight_of(row: Row, where: str, default: float = 1.0) -> float:
     weight = row.get("weight")
     if weight is None:
-        return 1.0
+        return default
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= sys.float_info.max:
         shown = f"{weight!r:.40}" if isinstance(weight, int | float) else type(weight).__name__
-        raise DataError(f"{where}: weight is {shown}; allowed: a positive number (1 where a row has none)")
+        raise DataError(f"{where}: weight is {shown}; allowed: a positive number ({default:g} where a row has none)")
     return float(weight)
 
 

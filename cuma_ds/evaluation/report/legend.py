@@ -65,6 +65,14 @@ _WEIGHTED = (
     "Answers count by their survey weights, which are 1 on average over all data. Effective: how many answers of one "
     "and the same weight would be as precise, (sum of weights)² / sum of squared weights."
 )
+_DISTRIBUTIONS = (
+    "Answers are those of published distributions: their shares times the people asked (1,000 where a table does not "
+    "say how many)."
+)
+_HELDOUT_QUESTIONS = (
+    "Questions held out: nobody's answers to them were learned from. One global distribution has nothing to go by "
+    "there and is uniform, and there is no oracle."
+)
 _SWAPPED = (
     "Profiles swapped: the same model and prompts, each asked with the profile embedding of somebody else, of another "
     "group wherever there is one; what this row loses against the trained one is carried by the routing."
@@ -93,6 +101,8 @@ def legend(report: Report) -> list[str]:
         said = "pairs" if isinstance(report, PreferenceReport) else "answers"
         single = f"single {said} (the data does not say who gave them)"
         who = f"people, each with all of their {said}" if knows_people else single
+        if isinstance(splits[0], ChoiceSplit) and splits[0].distributions is not None:
+            who = "published distributions"
         paragraphs.append(f"In brackets: 95% intervals from {report.bootstrap:,} bootstrap samples of {who}.")
     known = (("start", _START), ("swapped", _SWAPPED), ("nearest", _NEAREST))
     paragraphs += [text for name, text in known if name in contenders]
@@ -120,5 +130,9 @@ def _choice(report: ChoiceReport) -> list[str]:
         )
         for paragraph in _CHOICE
     ]
+    if any(split.distributions is not None for split in splits):
+        paragraphs.append(_DISTRIBUTIONS)
+    if "heldout_questions" in report.splits:
+        paragraphs.append(_HELDOUT_QUESTIONS)
     weighted = [_WEIGHTED] if next(iter(splits)).weighted else []
     return [*paragraphs, *weighted, *([_FLOOR] if any(split.floor for split in splits) else [])]

@@ -41,6 +41,7 @@ SPLITS = {
     "unseen": "Held-out people whose exact profile was never trained on (zero-shot)",
     "heldout": "Groups held out entirely (zero-shot)",
     "heldout_profiles": "Profiles held out entirely (zero-shot)",
+    "heldout_questions": "Questions held out entirely (zero-shot)",
     "probe": "WVB-probe",
 }
 
@@ -227,6 +228,7 @@ class ChoiceSplit(Scored):
 
     Attributes:
         people: None where the data does not say who answered.
+        distributions: published distributions, of which intervals are made; None where there are people's answers.
         sample: None where all of the split was evaluated.
         letter_mass: by contender that is a model.
         differences: the main contender less each other one, over the same people.
@@ -236,6 +238,7 @@ class ChoiceSplit(Scored):
     """
 
     people: int | None
+    distributions: int | None = None
     sample: SampleSize | None = None
     weighted: bool = False
     letter_mass: dict[str, LetterMass] = {}

@@ -119,6 +119,8 @@ def size(part: Part) -> str:
     """How many people, answers and groups a split or a question has, in words."""
     people = getattr(part, "people", None)
     people = _drawn(part) + ("" if people is None else f"{people:,} people, ")
+    if isinstance(part, ChoiceSplit) and part.distributions is not None:
+        people += f"{part.distributions:,} published distributions, "
     if isinstance(part, ChatSplit):
         return f"{people}{part.conversations:,} conversations, {part.tokens:,} assistant tokens."
     if isinstance(part, PreferenceSplit):
@@ -143,6 +145,8 @@ def _drawn(part: Part) -> str:
     if sample is None:
         return ""
     what = {ChatSplit: "conversations", PreferenceSplit: "pairs"}.get(type(part), "answers")
+    if isinstance(part, ChoiceSplit) and part.distributions is not None:
+        return f"Sample (seed {sample.seed}): {sample.answers:,} of {sample.of_answers:,} distributions. "
     return (
         f"Sample (seed {sample.seed}): {sample.people:,} of {sample.of_people:,} people, "
         f"{sample.answers:,} of {sample.of_answers:,} {what}. "

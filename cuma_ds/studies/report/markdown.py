@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cuma_ds.evaluation.report.model import CONTENDERS, SPLITS
+from cuma_ds.evaluation.report.model import CONTENDERS, FLOORS, SPLITS
 from cuma_ds.evaluation.report.tables import plain
 from cuma_ds.studies.report.model import Compared, Estimate, Measured, RunsReport, StudyReport, Table, Tuned
 
@@ -13,6 +13,8 @@ _SCORES: dict[str, dict[str, tuple[str, str]]] = {
     "choice": {
         "emd": ("{distance}", "{:.4f}"),
         "recovered": ("recovered", "{:.2f}"),
+        "emd_worst_group": ("{distance}, worst group", "{:.4f}"),
+        "log_score": ("log-score", "{:.4f}"),
         "accuracy": ("accuracy", "{:.3f}"),
         "entropy": ("entropy", "{:.3f}"),
     },
@@ -24,16 +26,18 @@ _SCORES: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 # Scores of which more is better.
-_HIGHER = {"recovered", "accuracy", "margin", "likelihood"}
+_HIGHER = {"recovered", "log_score", "accuracy", "margin", "likelihood"}
 _HOW_TO_READ = (
     "Every comparison is over the same people: the examples that all of its runs have, answered by the same people. "
     "In brackets: 95% intervals from {bootstrap:,} bootstrap samples of people, each drawn with all of their answers; "
     "of a difference, both methods are judged by the same drawn people in every sample (paired). The intervals say how "
     "far other people of the same kind could move a number. How far another seed moves it stands beside: ± is the "
     "standard deviation over seeds. A difference is bold where its interval excludes zero and every seed has its sign.",
-    "Lower is better for distances and losses, higher for recovered, accuracy, margin and likelihood. Recovered: share "
-    "of the way from one global distribution (0, mean collapse) to the groups' own training answers (1). Swapped: the "
-    "distance when each profile is replaced by that of somebody else, at the router alone.",
+    "Lower is better for distances and losses, higher for recovered, log-score, accuracy, margin and likelihood. "
+    "Recovered: share of the way from one global distribution (0, mean collapse) to the groups' own training answers "
+    "(1). Noise floor: what as many answers, drawn from the truth itself, would score. Log-score: mean log-probability "
+    "of the answers, in nats. Swapped: the distance when each profile is replaced by that of somebody else, at the "
+    "router alone.",
 )
 _COSTS = (
     "Trained: parameters that an optimizer steps on. Training: the steps alone, from metrics.jsonl; process: from "
@@ -118,7 +122,7 @@ def _split(split: Compared, main: str | None) -> list[str]:
     lines += _head(["", *(head for head, _ in shown.values())])
     for name, scores in split.references.items():
         cells = (plain(scores.get(score), form) for score, (_, form) in shown.items())
-        lines.append(f"| {CONTENDERS[name]} | {' | '.join(cells)} |")
+        lines.append(f"| {(CONTENDERS | FLOORS)[name]} | {' | '.join(cells)} |")
     for name, method in split.methods.items():
         bold = "**" if name == main else ""
         cells = (estimate(method.scores.get(score), form) for score, (_, form) in shown.items())
