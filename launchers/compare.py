@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples
-  a study that comes with the package, minutes on two CPU cores; docs/studies.md says how to write one:
+  a study that comes with the package, minutes on two idle CPU cores; docs/studies.md says how to write one:
     python launchers/compare.py --study studies/quick
   what it would run, and about how long that takes:
     python launchers/compare.py --study studies/quick --dry-run
@@ -58,11 +57,10 @@ def main() -> None:
 
     study = load_study(arguments.study)
     part = part_of(study, **{name: getattr(arguments, name) for name in _SLICES})
-    launchers = Path(os.path.relpath(Path(__file__).resolve().parent))
+    processes = Processes(study.folder)
     if arguments.dry_run:
-        _show_plan(Work(study, Processes(study.folder, launchers)), part)
+        _show_plan(Work(study, processes), part)
         return
-    processes = Processes(study.folder, launchers)
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
     if not arguments.report_only:
         with processes.alone(), _ended_politely(), _shown() as progress:
@@ -113,7 +111,7 @@ def _write_study(work: Work, part: Part, replicates: int | None) -> None:
     from cuma_ds.studies.report.model import write_comparison
     from cuma_ds.studies.report.pictures import study_pictures
 
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "cuma_ds", "compare", *sys.argv[1:]])
     report = study_report(work, part, command, 1000 if replicates is None else replicates)
     folder = work.study.folder / "report"
     folder.mkdir(parents=True, exist_ok=True)

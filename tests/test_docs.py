@@ -26,7 +26,9 @@ import torch
 import yaml
 from authors import AUTHORS, write_authors_checkpoint
 from conftest import character_tokenizer
+from published import subpop_lines, write_lines, write_opinions
 from ranks import ROOT, environment, free_port
+from survey_files import save
 
 from cuma_ds.config import load_config
 from cuma_ds.config_reference import reference
@@ -254,6 +256,10 @@ def test_every_command_of_a_page_runs(page, tmp_path, server, models, runs, monk
         write_authors_checkpoint(
             checkout.folder / "authors-checkpoint", models["SmolLM2-135M-Instruct"], **next(iter(AUTHORS.values()))
         )
+    if page == "docs/surveys.md":
+        save(checkout.folder)
+        write_opinions(checkout.folder / "global_opinions.csv")
+        write_lines(checkout.folder / "SubPOP-Train.jsonl", subpop_lines())
     try:
         for block in blocks(page):
             if block.mark:

@@ -117,7 +117,7 @@ def _final_report(work: Work, task: Task) -> Report | None:
 
 def _measured(work: Work, task: Task, known: bool) -> Measured:
     run, config = work.folder(task), run_config(work.study, task)
-    words = work.processes.command("train.py", run_arguments(work.study, task), work.study.ranks)
+    words = work.processes.command("train", run_arguments(work.study, task), work.study.ranks)
     found = Measured(
         name=task.name,
         seed=task.seed,

@@ -76,12 +76,10 @@ class Processes:
 
     Args:
         folder: the study's folder; gets ``journal.jsonl`` and ``logs/``.
-        launchers: the folder of train.py and evaluate.py.
     """
 
-    def __init__(self, folder: Path, launchers: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.journal = Journal(folder / "journal.jsonl")
-        self.launchers = launchers
         self.logs = folder / "logs"
         self._held: int | None = None
 
@@ -105,9 +103,9 @@ class Processes:
             os.close(self._held)
             self._held = None
 
-    def command(self, launcher: str, arguments: Sequence[str], ranks: int) -> list[str]:
-        """The words of a command: one process, or ``ranks`` on this machine."""
-        words = [str(self.launchers / launcher), *arguments]
+    def command(self, name: str, arguments: Sequence[str], ranks: int) -> list[str]:
+        """The words of a command of ``python -m cuma_ds``: one process, or ``ranks`` on this machine."""
+        words = ["-m", "cuma_ds", name, *arguments]
         group = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         return [*(group if ranks > 1 else []), *words]
 

@@ -243,7 +243,7 @@ class Work:
     def _train(self, task: Task) -> None:
         if not self.is_trained(task):
             arguments = run_arguments(self.study, task)
-            self._do(task, "train", self.processes.command("train.py", arguments, self.study.ranks))
+            self._do(task, "train", self.processes.command("train", arguments, self.study.ranks))
 
     def _last(self, task: Task) -> list[int]:
         return list(self.points(task))[-1:]
@@ -255,7 +255,7 @@ class Work:
         for step in steps:
             arguments = ["--run", str(self.folder(task).folder), "--step", str(step), "--splits", VALID, "--brief"]
             arguments += ["--out", str(self.valid_folder(task, step)), *self._settings()]
-            words = self.processes.command("evaluate.py", arguments, self.study.evaluation.ranks)
+            words = self.processes.command("evaluate", arguments, self.study.evaluation.ranks)
             if not self._is_done(task, f"{VALID}-{step}", words, self.valid_folder(task, step)):
                 self._do(task, f"{VALID}-{step}", words)
 
@@ -267,7 +267,7 @@ class Work:
             arguments.append("--gradients")
         if evaluation.generate is not None:
             arguments += ["--generate", str(evaluation.generate), "--max-new-tokens", str(evaluation.max_new_tokens)]
-        words = self.processes.command("evaluate.py", [*arguments, *self._settings()], evaluation.ranks)
+        words = self.processes.command("evaluate", [*arguments, *self._settings()], evaluation.ranks)
         if not self._is_done(task, "report", words, run.report_folder):
             self._do(task, "report", words)
 

@@ -44,7 +44,9 @@ def forked(monkeypatch) -> list[list[str]]:
 
     def start(_: Processes, words: list[str], output: IO[bytes]) -> Forked:
         started.append(list(words))
-        return Forked(list(words), output)
+        module, package, name, *arguments = words
+        assert (module, package) == ("-m", "cuma_ds")
+        return Forked([f"launchers/{name}.py", *arguments], output)
 
     monkeypatch.setattr(Processes, "_start", start)
     monkeypatch.chdir(ROOT)
@@ -120,7 +122,7 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     assert curve["tokens"][1] > curve["tokens"][0] > 0
     linears, hidden, profile, experts, rank = 2, 32, 16, 4, 4
     assert run["parameters"] == linears * (experts * rank * 2 * hidden + experts * (hidden + profile))
-    assert run["train"].startswith("python launchers/train.py --config ")
+    assert run["train"].startswith("python -m cuma_ds train --config ")
     text = (folder / "report" / "report.md").read_text()
     for part in (
         "# Study small",
@@ -138,7 +140,7 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     before = len(forked)
     again = launch("compare", "--study", str(file))
     assert again.code == 0, again.err
-    assert [words[0] for words in forked[before:]] == ["launchers/train.py"]
+    assert [words[2] for words in forked[before:]] == ["train"]
     assert "run.name=survey.broken.2-steps.lr-0.01.seed-0" in forked[-1]
 
     # A run of another configuration in the way, and a report that is gone: the others go on.
@@ -151,7 +153,7 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     other = launch("compare", "--study", str(file), "--methods", "cuma", "lora")
     assert other.code == 0, other.err
     assert "holds a run with adapters.lora_r: 4, but the study says 2; give the study another name" in other.out
-    assert [words[0] for words in forked[before:]] == ["launchers/evaluate.py"]
+    assert [words[2] for words in forked[before:]] == ["evaluate"]
     assert "| cuma (failed) |" in (folder / "report" / "report.md").read_text()
 
     names = [f"survey.{method}.2-steps.lr-0.01.seed-0" for method in ("cuma", "lora")]
@@ -199,7 +201,7 @@ def test_a_report_of_an_earlier_version_without_predictions_is_one_line(launch) 
 
 def commands(folder: Path, script: str) -> tuple[Processes, list[str]]:
     (folder / "script.py").write_text(script)
-    return Processes(folder / "study", folder), [str(folder / "script.py")]
+    return Processes(folder / "study"), [str(folder / "script.py")]
 
 
 def test_a_command_has_a_log_a_reason_and_a_place_in_the_journal(tmp_path) -> None:
@@ -211,13 +213,13 @@ def test_a_command_has_a_log_a_reason_and_a_place_in_the_journal(tmp_path) -> No
     assert ticks
     assert "hello" in (tmp_path / "study" / "logs" / "one.train.log").read_text()
     (tmp_path / "study" / "journal.jsonl").open("a").write('{"run": "cut sh')
-    again = Processes(tmp_path / "study", tmp_path)
+    again = Processes(tmp_path / "study")
     assert again.journal.of("one", "train") == [record]
 
 
 def test_a_study_is_run_by_one_process_and_what_it_started(tmp_path) -> None:
     processes, _ = commands(tmp_path, "")
-    other = Processes(tmp_path / "study", tmp_path)
+    other = Processes(tmp_path / "study")
     with (
         processes.alone(),
         pytest.raises(ConfigError, match=r"study is being run by another process; wait for it"),
