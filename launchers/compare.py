@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples
-  a study that comes with the package, minutes on two CPU cores; docs/studies.md says how to write one:
+  a study that comes with the package, minutes on two idle CPU cores; docs/studies.md says how to write one:
     python launchers/compare.py --study studies/quick
   what it would run, and about how long that takes:
     python launchers/compare.py --study studies/quick --dry-run

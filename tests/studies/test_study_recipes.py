@@ -45,9 +45,9 @@ def test_a_plan_says_what_is_to_do_and_how_long_it_takes(tmp_path) -> None:
     part = part_of(study, recipes=None, methods=["lora"], budgets=None, seeds=None)
     found = plan(Work(study, Processes(study.folder)), part)
     names = [row.name for row in found.rows]
-    assert names == [*(f"immigration.lora.14-steps.lr-{rate}.seed-0" for rate in ("0.001", "0.003")),
-                     "immigration.lora.14-steps.seed-1"]  # fmt: skip
-    assert [row.seconds for row in found.rows] == [14 * 3.0 + 30.0] * 3
-    assert found.notes[0].startswith("3 runs to do, about 4 minutes: steps measured in this study where there are any")
+    assert names == [*(f"immigration.lora.12-steps.lr-{rate}.seed-0" for rate in ("0.001", "0.003")),
+                     "immigration.lora.12-steps.seed-1"]  # fmt: skip
+    assert [row.seconds for row in found.rows] == [12 * 3.0 + 30.0] * 3
+    assert found.notes[0].startswith("3 runs to do, about 3 minutes: steps measured in this study where there are any")
     assert "else 3 s a step as the study says (on a toaster)" in found.notes[0]
     assert found.notes[1].startswith("Up to 1 trials more")
