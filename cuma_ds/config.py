@@ -122,17 +122,36 @@ class DataSection(_Section):
     """What is asked and answered."""
 
     source: Literal[
-        "wvs-sample", "jsonl", "survey", "wvb", "global-opinions", "subpop", "opinionqa", "community-alignment", "prism"
+        "wvs-sample",
+        "synthetic",
+        "jsonl",
+        "survey",
+        "wvb",
+        "global-opinions",
+        "subpop",
+        "opinionqa",
+        "community-alignment",
+        "prism",
     ] = Field(
         "jsonl",
-        description="wvs-sample (embedded survey answers) | jsonl (your own rows) | survey (your own SPSS, Stata, CSV "
-        "or parquet file) | wvb | global-opinions | subpop | opinionqa | community-alignment | prism",
+        description="wvs-sample (embedded survey answers) | synthetic (known truth) | jsonl (your own rows) | survey "
+        "(your own SPSS, Stata, CSV or parquet file) | wvb | global-opinions | subpop | opinionqa | "
+        "community-alignment | prism",
     )
-    path: str | None = Field(None, description="folder made by prepare_data, or the raw files; wvs-sample needs none")
+    path: str | None = Field(
+        None, description="folder made by prepare_data, or the raw files; wvs-sample and synthetic need none"
+    )
     map: str | None = Field(
         None,
         description="source survey: the YAML file that says which columns are people and which are questions, see "
         "docs/surveys.md; a prepared folder needs none",
+    )
+    modes: int = Field(4, ge=2, le=8, description="source synthetic: M, the number of modes that groups fall into")
+    separation: float = Field(
+        10.0,
+        gt=0,
+        le=100,
+        description="source synthetic: (mu_i - mu_j)^T S^-1 (mu_i - mu_j) / m of the two nearest modes",
     )
     kind: Literal["choice", "chat", "preference"] | None = Field(
         None,
@@ -231,6 +250,9 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        for key in ("modes", "separation"):
+            if self.source != "synthetic" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is {getattr(self, key)}, but only source synthetic reads it; leave it out")
         if self.weights and self.source not in ("jsonl", "wvb", "survey"):
             raise ValueError(
                 f"weights is true, but source {self.source} has no survey weights; only jsonl, wvb and survey may"
@@ -301,6 +323,10 @@ class TrainingSection(_Section):
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    router_learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate of the routers; null = learning_rate"
+    )
+    router_weight_decay: float | None = Field(None, ge=0, description="of the routers; null = weight_decay")
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
     adam_eps: float = Field(1.0e-8, gt=0, description="AdamW epsilon")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 = no clipping")
@@ -515,6 +541,8 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
     ("data", "min_margin"): 0.0,
+    ("data", "modes"): 4,
+    ("data", "separation"): 10.0,
     ("data", "heldout_question_fraction"): 0.0,
     ("data", "map"): None,
     ("data", "max_people"): None,
@@ -531,6 +559,12 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("model", "init_from"): None,
     ("model", "quantisation"): "none",
     ("training", "group_field"): None,
+    ("training", "router_learning_rate"): None,
+    ("training", "router_weight_decay"): None,
+    ("adapters", "router_input"): "token_and_profile",
+    ("adapters", "gate_temperature"): 1.0,
+    ("adapters", "profile_dropout"): 0.0,
+    ("adapters", "profile_noise"): 0.0,
     ("training", "schedule_steps"): None,
 }
 # Defaults that decide what is learned and that have changed, with their value in release 0.1.0.
@@ -668,6 +702,22 @@ class RunConfig(_Section):
                 f"data.packing is true, but adapters.gradient_mask {self.adapters.gradient_mask} tells sequences "
                 "apart, and method "
                 f"{self.adapters.method!r} has no profiles to do it by; turn one of them off"
+            )
+        for key in ("router_learning_rate", "router_weight_decay"):
+            if getattr(self.training, key) is not None and not self.adapters.has_router:
+                raise ValueError(
+                    f"training.{key} is {getattr(self.training, key)}, but method {self.adapters.method!r} has no "
+                    "routers; leave it out"
+                )
+        if self.adapters.blurs_profiles and self.training.objective == "grpo":
+            raise ValueError(
+                "adapters.profile_dropout and adapters.profile_noise are for objectives sft and dpo: completions are "
+                "rewarded as the person's own, so their profile is not hidden; leave them out"
+            )
+        if self.adapters.blurs_profiles and self.profiles.standardise is None:
+            raise ValueError(
+                "adapters.profile_dropout and adapters.profile_noise are about standardised profiles, but "
+                "profiles.standardise is null; set it, e.g. to 3.0"
             )
         why = {
             "full": "trains the backbone, and packed weights cannot train",

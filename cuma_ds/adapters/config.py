@@ -79,6 +79,14 @@ class CumaConfig(BaseModel):
     router_hidden: int = Field(256, ge=1, description="hidden width of the MLP router")
     router_layers: int = Field(2, ge=2, description="number of linear layers of the MLP router")
     router_bias: bool | None = Field(None, description="bias in the router's linears; by default only in the MLP")
+    router_input: Literal["token_and_profile", "profile"] = Field(
+        "token_and_profile",
+        description="what the router reads: token_and_profile (paper) | profile, so that one gate holds for the whole "
+        "sequence and a profile's mixture is one plain LoRA (method cuma)",
+    )
+    gate_temperature: float = Field(
+        1.0, gt=0, description="router logits are divided by this before the gate; below 1 fewer experts decide"
+    )
     gate_norm: GateNorm = Field(
         "topk_softmax",
         description="topk_softmax (paper) | softmax (all experts) | softmax_topk (not renormalised) | "
@@ -112,6 +120,14 @@ class CumaConfig(BaseModel):
         "{country: {Germany: [0, 1], Thailand: [2], '*': [3]}}; * is everybody else (all experts if left out)",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the experts' input and between router layers")
+    profile_dropout: float = Field(
+        0.0, ge=0, lt=1, description="in training, share of examples whose profile is hidden from the routers"
+    )
+    profile_noise: float = Field(
+        0.0,
+        ge=0,
+        description="in training, standard deviation of the noise on standardised profiles, in units of their RMS",
+    )
     profile_dim: int = Field(
         0, ge=0, description="P, width of the profile embedding; 0 = no demographics; set from the encoder in a run"
     )
@@ -163,6 +179,15 @@ class CumaConfig(BaseModel):
                     if not experts or any(not 0 <= expert < self.num_experts for expert in experts):
                         wanted = f"expected one or more of 0 to {self.num_experts - 1}"
                         raise ValueError(f"gradient_groups.{field}.{value} lists the experts {list(experts)}; {wanted}")
+        if self.blurs_profiles and self.method != "cuma":
+            raise ValueError(
+                f"profile_dropout and profile_noise need profiles, which method {self.method!r} does not take; "
+                "leave them out, or use method 'cuma'"
+            )
+        if self.router_input == "profile" and self.method != "cuma":
+            raise ValueError(
+                f"router_input is profile, but method {self.method!r} takes no profiles; use method 'cuma'"
+            )
         if self.profile_dim and self.method != "cuma":
             raise ValueError(
                 f"method {self.method!r} takes no profiles, but profile_dim is {self.profile_dim}; use method 'cuma'"
@@ -183,6 +208,11 @@ class CumaConfig(BaseModel):
     def active_experts(self) -> int:
         """Experts that answer for one token: all of them without a top-k."""
         return self.num_experts if self.gate_norm == "softmax" else self.top_k
+
+    @property
+    def blurs_profiles(self) -> bool:
+        """Whether training hides profiles or adds noise to them."""
+        return self.profile_dropout > 0 or self.profile_noise > 0
 
     @property
     def uses_profiles(self) -> bool:

@@ -21,7 +21,7 @@ from cuma_ds.ops import demographic_gate, dense_gate
 def fixed_gate(router: Router) -> bool:
     """Whether the gate is the same for every token of a profile: some factor between token and logits is zero."""
     weights = [router.weight_h, *(layer.weight for layer in router._linears())]
-    return router.config.num_experts == 1 or any(not bool(weight.any()) for weight in weights)
+    return router.config.num_experts == 1 or any(weight is None or not bool(weight.any()) for weight in weights)
 
 
 @torch.no_grad()
@@ -34,7 +34,8 @@ def constant_gates(model: CumaModel, embedding_P: Tensor | None) -> Tensor:
     )
     gates = []
     for router in model.context.routers:
-        nothing_TD = torch.zeros_like(router.weight_h[:1])
+        width = 1 if router.weight_h is None else router.weight_h.shape[1]
+        nothing_TD = torch.zeros(1, width, device=model.profile_scale.device)
         profile_T = torch.zeros(1, dtype=torch.long, device=nothing_TD.device)
         hidden_TE, profile_NE = router.logits(nothing_TD, profiles_NP, profile_T)
         gate = demographic_gate(hidden_TE, profile_NE, profile_T, model.config.top_k, model.config.gate_norm)

@@ -65,9 +65,11 @@ def inject_adapters(base: nn.Module, config: CumaConfig, seed: int = 0) -> CumaM
             index_of[key] = len(context.routers)
             context.routers.append(router)
         index = index_of.get(key)
-        if index is not None and (reads := context.routers[index].weight_h.shape[1]) != in_features:
+        shared = None if index is None else context.routers[index].weight_h
+        if shared is not None and shared.shape[1] != in_features:
             raise ModelError(
-                f"{name} reads {in_features} features but its router {reads}; set adapters.share_router: false"
+                f"{name} reads {in_features} features but its router {shared.shape[1]}; "
+                "set adapters.share_router: false"
             )
         layer = AdaptedLinear(linear, config, context, experts, index)
         layer.router = router

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from cuma_ds.adapters.config import CumaConfig
 from cuma_ds.adapters.mixture import AutogradContext, without_autocast
 from cuma_ds.ops import GateOutput, demographic_gate
 
+_Logits = TypeVar("_Logits", Tensor, Tensor | None)
+
 
 class Router(nn.Module):
     """s = W_h h + W_p e_d (method, step 2), or an MLP whose first layer is that sum.
 
     The concatenation [h (+) e_d] is never built: its second half is one small product per *profile*, looked up per
-    token.
+    token. With ``router_input: profile`` there is no first half: s = W_p e_d, the same for all tokens of a sequence.
     """
 
     def __init__(self, config: CumaConfig, in_features: int, device: torch.device | None = None) -> None:
@@ -34,7 +37,7 @@ class Router(nn.Module):
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=torch.float32, device=device))
 
-        self.weight_h = empty(width, in_features)
+        self.weight_h = empty(width, in_features) if config.router_input == "token_and_profile" else None
         self.weight_p = empty(width, config.profile_dim) if config.profile_dim else None
         self.bias = empty(width) if bias else None
         hidden = [width] * (config.router_layers - 1) + [config.num_experts] if mlp else []
@@ -43,7 +46,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """W_h ~ N(0, 0.02^2), W_p ~ N(0, 1/P), later layers ~ N(0, 1/H), biases 0."""
-        _normal_(self.weight_h, 0.02, generator)
+        if self.weight_h is not None:
+            _normal_(self.weight_h, 0.02, generator)
         if self.weight_p is not None:
             _normal_(self.weight_p, 1 / math.sqrt(self.weight_p.shape[1]), generator)
         if self.bias is not None:
@@ -57,7 +61,7 @@ class Router(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def logits(self, h_TD: Tensor, profiles_NP: Tensor | None, profile_T: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The two terms of the logits: [T, E] of tokens, and [N, E] of profiles or None.
+        """The two terms of the logits over ``gate_temperature``: [T, E] of tokens, and [N, E] of profiles or None.
 
         They are products of float32 numbers on every device, because rounding them to 16 bits makes experts tie and
         change between machines. float64 stays.
@@ -67,7 +71,7 @@ class Router(nn.Module):
             profiles_NP: [N, P] standardised embeddings of the batch's profiles, or None (semantic-only routing).
             profile_T: [T] int64, each token's row in ``profiles_NP``, -1 for padding.
         """
-        s_TW = _product(h_TD, self.weight_h)
+        s_TW = self._of_tokens(h_TD)
         bias_W = None if self.bias is None else self.bias.to(s_TW.dtype)
         profile_NW = None
         if self.weight_p is not None and profiles_NP is not None:
@@ -75,7 +79,7 @@ class Router(nn.Module):
             profile_NW = F.linear(profiles_NP.to(weight_p.dtype), weight_p).to(s_TW.dtype)
         layers = self._linears()
         if not layers:
-            return (s_TW if bias_W is None else s_TW + bias_W), profile_NW
+            return self._cooled(s_TW if bias_W is None else s_TW + bias_W), self._cooled(profile_NW)
         if profile_NW is not None:
             # An embedding: its gradient is summed in one fixed order, and faster than that of an indexed tensor.
             s_TW = s_TW + F.embedding(profile_T.clamp(min=0), profile_NW if bias_W is None else profile_NW + bias_W)
@@ -85,7 +89,18 @@ class Router(nn.Module):
             s_TW = F.dropout(F.relu(s_TW), self.config.dropout, self.training)
             bias = None if layer.bias is None else layer.bias.to(s_TW.dtype)
             s_TW = F.linear(s_TW, layer.weight.to(s_TW.dtype), bias)
-        return s_TW, None
+        return self._cooled(s_TW), None
+
+    def _of_tokens(self, h_TD: Tensor) -> Tensor:
+        """W_h h, [T, W] in float32 (float64 stays); zeros where the router reads the profile alone."""
+        if self.weight_h is not None:
+            return _product(h_TD, self.weight_h)
+        assert self.weight_p is not None
+        dtype = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
+        return h_TD.new_zeros(len(h_TD), self.weight_p.shape[0], dtype=dtype)
+
+    def _cooled(self, s: _Logits) -> _Logits:
+        return s if s is None or self.config.gate_temperature == 1 else s / self.config.gate_temperature
 
     def forward(
         self, h_TD: Tensor, profiles_NP: Tensor | None, profile_T: Tensor, full_softmax: bool = False

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cuma_ds.config import DataSection
-from cuma_ds.data.build import build
+from cuma_ds.data.build import MADE_BY, build
 from cuma_ds.data.pairs import ASKED_BY
 from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.data.raw import Progress, ReadOptions
@@ -106,7 +106,7 @@ def _check_recipe(manifest: dict[str, Any], config: DataSection) -> None:
         # The default of that release was 0.15 for every source.
         if config.heldout_fraction is None:
             del asked["heldout_fraction"]
-    asked |= {key: getattr(config, key) for key in ASKED_BY if key in manifest}
+    asked |= {key: getattr(config, key) for key in (*ASKED_BY, *MADE_BY) if key in manifest}
     if manifest["kind"] == "preference":
         asked["min_margin"] = config.min_margin
     if config.probe is not None and PROBE not in manifest["splits"]:

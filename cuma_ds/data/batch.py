@@ -19,6 +19,9 @@ from cuma_ds.config import DataSection
 from cuma_ds.data.rendering import Renderer, worded
 from cuma_ds.data.rows import Row
 
+# In ``Batch.extras`` of a stream: [N] int64, a seed for each example, of what training does to its profile alone.
+PROFILE_SEED = "profile_seed"
+
 
 @dataclass(frozen=True)
 class EncodedExample:

@@ -46,6 +46,8 @@ from cuma_ds.data.splits import (
 from cuma_ds.errors import DataError
 
 _ALWAYS = ("train", "test", "heldout")
+# What the source synthetic is made by.
+MADE_BY = ("modes", "separation")
 
 
 class _Answers(NamedTuple):
@@ -321,6 +323,7 @@ def _prepared(
         # Of pairs drawn from answers: their prompts are written when they are prepared.
         **drawn,
         **({"min_margin": config.min_margin} if kind == "preference" else {}),
+        **({key: getattr(config, key) for key in MADE_BY} if config.source == "synthetic" else {}),
         "template": profiles.template,
         # Release 0.1.0 had no such key: it drew among the people present, so that two kinds of one source did not
         # agree.

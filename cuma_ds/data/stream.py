@@ -5,13 +5,14 @@ the same step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 
-from cuma_ds.data.batch import Batch, Unit, as_filler, collate, pack
+from cuma_ds.data.batch import PROFILE_SEED, Batch, Unit, as_filler, collate, pack
 from cuma_ds.errors import DataError
 
 
@@ -100,9 +101,12 @@ class Stream:
 
     def step(self, number: int) -> list[Batch]:
         """This rank's micro batches of step ``number`` (from 0), ``draw.accumulation`` of them."""
-        return [self._batch(number, rows) for rows in self.draw.rows(number)]
+        return [
+            self._batch(number, rows, places)
+            for rows, places in zip(self.draw.rows(number), self.draw.places(), strict=True)
+        ]
 
-    def _batch(self, step: int, rows: list[int]) -> Batch:
+    def _batch(self, step: int, rows: list[int], places: Iterable[int]) -> Batch:
         units = [self.unit_of(row) for row in rows]
         examples = [example for unit in units for example in unit]
         filler = [as_filler(example) for example in (units or [self.unit_of(self.draw.first(step))])[0]]
@@ -110,4 +114,22 @@ class Stream:
             batch = collate(examples + filler * (self.draw.micro - len(units)), self.pad_id)
         else:
             batch = pack(examples or filler, self.pad_id, self.pack_length)
-        return dataclasses.replace(batch, rows=tuple(rows))
+        seeds = [
+            profile_seed(self.draw.seed, step, place) for place, unit in zip(places, units, strict=True) for _ in unit
+        ]
+        seed_N = torch.tensor(seeds + [0] * (len(batch.profile_rows_N) - len(seeds)))
+        return dataclasses.replace(batch, rows=tuple(rows), extras={PROFILE_SEED: seed_N})
+
+
+def profile_seed(run_seed: int, step: int, place: int) -> int:
+    """Seed of what training does to the profile of one row of a step, the same on any number of ranks.
+
+    It is the first 63 bits that ``numpy.random.SeedSequence([run_seed, step, place])`` generates. The examples of one
+    unit have one seed.
+
+    Args:
+        run_seed: of the recipe.
+        step: from 0.
+        place: where the row stands among those of :meth:`Draw.global_rows`.
+    """
+    return int(np.random.SeedSequence([run_seed, step, place]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -194,6 +194,7 @@ def _routers(
         if layer.router is None:
             continue
         assert isinstance(layer, AdaptedLinear)
+        assert layer.router.weight_h is not None  # theirs read token and profile
         first, *later = routers[numbers[name]]
         width = layer.router.weight_h.shape[1]
         if first["weight"].shape[1] != width + model.config.profile_dim:

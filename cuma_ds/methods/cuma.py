@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cuma_ds.adapters import CumaModel, inject_adapters
+from cuma_ds.adapters.blur import blurred
 from cuma_ds.adapters.experts import Experts
 from cuma_ds.adapters.inject import find_targets
 from cuma_ds.config import RunConfig
-from cuma_ds.data.batch import Batch, ModelInputs
-from cuma_ds.methods.model import AdaptedModel, ExpertShapes, Output, Spread, Trained
+from cuma_ds.data.batch import PROFILE_SEED, Batch, ModelInputs
+from cuma_ds.methods.model import AdaptedModel, ExpertShapes, Output, Placement, Spread, Trained
 from cuma_ds.profiles import ProfileTable
 
 
@@ -59,15 +60,25 @@ class CumaMethod(AdaptedModel):
 
     def forward(self, batch: Batch, table: ProfileTable | None = None) -> Output:
         """See :class:`AdaptedModel`."""
-        out = self.cuma(**model_inputs(batch, table, self.cuma.profile_scale.device, self._mask_NE))
+        inputs = model_inputs(batch, table, self.cuma.profile_scale.device, self._mask_NE)
+        if self.training and self.cuma.config.blurs_profiles and PROFILE_SEED in batch.extras:
+            inputs["profile_embeddings"] = self._blurred(inputs["profile_embeddings"], batch.extras[PROFILE_SEED])
+        out = self.cuma(**inputs)
         return Output(out.logits, getattr(out, "balance_loss", None), self.cuma.routing_statistics())
+
+    def _blurred(self, raw_NP: Tensor, seed_N: Tensor) -> Tensor:
+        assert self._rms is not None
+        mean, scale = self.cuma.profile_mean, self.cuma.profile_scale
+        return blurred((raw_NP - mean) * scale, seed_N, self.cuma.config, self._rms) / scale + mean
 
     def trained_parameters(self) -> Iterator[Trained]:
         """See :class:`AdaptedModel`. The experts' A and B have an expert dimension, a shared A has none."""
         layers = [layer for _, layer in self.cuma.adapted_layers()]
         experts = {id(p) for layer in layers for p in layer.experts.sharded_parameters().values()}
+        routers = {id(p) for router in self.cuma.context.routers for p in router.parameters()}
         for name, parameter in self.cuma.adapter_parameters():
-            yield Trained(name, parameter, "per_expert" if id(parameter) in experts else "replicated")
+            placement: Placement = "per_expert" if id(parameter) in experts else "replicated"
+            yield Trained(name, parameter, placement, id(parameter) in routers)
 
     def state(self) -> dict[str, Tensor]:
         """The centre and scale of profile embeddings, and the running shares of the balance loss."""

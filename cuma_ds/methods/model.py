@@ -26,11 +26,12 @@ Placement = Literal["replicated", "per_expert"]
 
 
 class Trained(NamedTuple):
-    """One parameter that trains."""
+    """One parameter that trains; ``router`` where it may have a learning rate and a weight decay of its own."""
 
     name: str
     parameter: nn.Parameter
     placement: Placement
+    router: bool = False
 
 
 class Output(NamedTuple):

@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from cuma_ds.config import RunConfig
+from cuma_ds.config import RunConfig, TrainingSection
 from cuma_ds.data.batch import Batch
 from cuma_ds.methods import METHODS
 from cuma_ds.methods.model import AdaptedModel, Output, Spread, Trained
@@ -22,6 +22,8 @@ from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable
 
 ParamGroups = list[dict[str, Any]]
+# Key of an optimizer's group: what the learning rate of its parameters is multiplied by.
+RATE_FACTOR = "rate_factor"
 
 
 class Placed(NamedTuple):
@@ -64,6 +66,17 @@ def _dispatcher(config: RunConfig, topology: Topology) -> ExpertParallelDispatch
     return make_dispatcher(config.parallel.dispatch, ranks, config.adapters.active_experts, forwards)
 
 
+def router_group(training: TrainingSection) -> dict[str, float] | None:
+    """The options of the optimizer's group of routers; None where routers train like everything else."""
+    rate, decay = training.router_learning_rate, training.router_weight_decay
+    if rate is None and decay is None:
+        return None
+    return {
+        RATE_FACTOR: 1.0 if rate is None else rate / training.learning_rate,
+        "weight_decay": training.weight_decay if decay is None else decay,
+    }
+
+
 class AdapterEngine:
     """A placed model and the DeepSpeed engine that trains it.
 
@@ -98,6 +111,7 @@ class AdapterEngine:
         self.model, self.dispatcher, self._base = place_model(config, settings, topology)
         self._hooks = self._base.hooks
         self.trained = list(self.model.trained_parameters())
+        self._router_group = router_group(config.training)
         module = self.model if settings.stage == 3 else _TrainedPart(self.model, self.trained, topology.ep_size)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -114,8 +128,12 @@ class AdapterEngine:
         experts = [one.parameter for one in self.trained if one.placement == "per_expert" and self.stage != 3]
         for parameter in experts:
             compat.mark_expert(parameter, self.topology.ep_size)
-        shared = [one.parameter for one in self.trained if one.placement == "replicated" or self.stage == 3]
-        groups: ParamGroups = [{"params": shared, "name": "shared"}] if shared else []
+        own = self._router_group
+        shared = [one for one in self.trained if one.placement == "replicated" or self.stage == 3]
+        routers = [one.parameter for one in shared if one.router and own is not None]
+        rest = [one.parameter for one in shared if own is None or not one.router]
+        groups: ParamGroups = [{"params": rest, "name": "shared"}] if rest else []
+        groups += [{"params": routers, "name": "routers", **own}] if routers and own is not None else []
         return [*groups, compat.expert_param_group(experts, self.topology.ep_size)] if experts else groups
 
     def _with_fitting_bucket(self, settings: DeepSpeedSettings) -> dict[str, Any]:
@@ -180,7 +198,7 @@ class AdapterEngine:
     def step(self, learning_rate: float) -> None:
         """Optimizer step at the accumulation boundary, nothing elsewhere."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(RATE_FACTOR, 1.0)
         self.engine.step()
 
     @property
@@ -220,8 +238,8 @@ class _TrainedPart(nn.Module):
         super().__init__()
         # As a function: the backbone is no part of this module.
         self._run: Callable[[Batch, ProfileTable | None], Output] = model.__call__
-        for name, parameter, _ in trained:
-            self.register_parameter(name.replace(".", "/"), parameter)
+        for one in trained:
+            self.register_parameter(one.name.replace(".", "/"), one.parameter)
         held = [one.parameter.shape[0] for one in trained if one.placement == "per_expert"]
         if held:
             self.mark = compat.ExpertMark(held[0] * ep_size, ep_size)

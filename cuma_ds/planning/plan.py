@@ -124,7 +124,7 @@ def _sizes(setup: Setup) -> Sizes:
     model = setup.build()
     frozen = [p for p in model.parameters() if not p.requires_grad]
     trained = Counter({"replicated": 0, "per_expert": 0})
-    for _, parameter, placement in model.trained_parameters():
+    for _, parameter, placement, _ in model.trained_parameters():
         trained[placement] += parameter.numel()
     return Sizes(
         backbone=_counts(frozen),

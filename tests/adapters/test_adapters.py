@@ -7,11 +7,13 @@ import weakref
 
 import pytest
 import torch
+from pydantic import ValidationError
 from reference import reference_balance, reference_gate, reference_logits, reference_mixture
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cuma_ds.adapters import CumaConfig, CumaModel, balance_loss, inject_adapters
+from cuma_ds.adapters.fold import constant_gates, fixed_gate, fold, plain_lora, set_lora
 from cuma_ds.errors import ModelError
 from cuma_ds.ops import demographic_gate, dense_gate
 
@@ -96,7 +98,8 @@ def reference(
                 if key.startswith(f"{owner}.router.")
             }
             if router:
-                logits = reference_logits(x[b, s], e[b] if config.profile_dim else None, router, config.router)
+                profile = e[b] if config.profile_dim else None
+                logits = reference_logits(x[b, s], profile, router, config.router, config.gate_temperature)
                 gate, chosen = reference_gate(logits, config.top_k, config.gate_norm)
             else:
                 gate, chosen, logits = [torch.ones((), dtype=x.dtype)], [0], x.new_zeros(1)
@@ -181,6 +184,43 @@ def test_plain_lora_equals_the_reference() -> None:
 def test_deeper_mlp_router_and_linear_router_with_bias_equal_the_reference() -> None:
     assert_equal_to_reference(build(router="mlp", router_layers=3), torch.float64, 1e-10)
     assert_equal_to_reference(build(router_bias=True), torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+def test_gate_temperature_equals_the_reference(norm: str, router: str) -> None:
+    assert_equal_to_reference(build(gate_norm=norm, router=router, gate_temperature=0.4), torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("options", [{}, {"router": "mlp"}, {"router_bias": True}, {"gate_temperature": 3.0}])
+def test_routing_by_the_profile_alone_equals_the_reference(norm: str, options: dict[str, object]) -> None:
+    model = build(gate_norm=norm, router_input="profile", **options)
+    assert not any(name.endswith("weight_h") for name, _ in model.adapter_parameters())
+    assert_equal_to_reference(model, torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+def test_one_gate_holds_for_a_sequence_routed_by_its_profile_alone(router: str) -> None:
+    """So the mixture of a profile is one plain LoRA, exactly."""
+    model = build(router_input="profile", router=router).eval()
+    x, mask, e = inputs()
+    with torch.no_grad():
+        own = model(inputs_embeds=x, attention_mask=mask, profile_embeddings=e).hidden
+        assert all(fixed_gate(one) for one in model.context.routers)
+        gates_NRE = [constant_gates(model, e[row]) for row in range(B)]
+        states = [{n: (a.double(), b.double()) for n, (a, b) in fold(model, gates).items()} for gates in gates_NRE]
+        plain = plain_lora(model, states).double()
+        for row, state in enumerate(states):
+            set_lora(plain, state)
+            real = mask[row].bool()
+            folded = plain(inputs_embeds=x[[row]], attention_mask=mask[[row]]).hidden[0]
+            torch.testing.assert_close(folded[real], own[row][real], rtol=1e-6, atol=1e-6)
+
+
+def test_the_profile_alone_cannot_route_where_there_are_no_profiles() -> None:
+    with pytest.raises(ValidationError, match="router_input is profile, but method 'mixlora' takes no profiles"):
+        CumaConfig(method="mixlora", router_input="profile")
 
 
 @pytest.mark.parametrize("top_k", [1, 3, E])

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 
-def reference_logits(h: Tensor, e: Tensor | None, router: dict[str, Tensor], kind: str) -> Tensor:
-    """s = W_r [h (+) e_d] for one token; the MLP has ReLU between its linears."""
-    joined = h if e is None else torch.cat([h, e])
-    first = router["weight_h"] if e is None else torch.cat([router["weight_h"], router["weight_p"]], dim=1)
-    s = first @ joined
+def reference_logits(
+    h: Tensor, e: Tensor | None, router: dict[str, Tensor], kind: str, temperature: float = 1.0
+) -> Tensor:
+    """s = W_r [h (+) e_d] / temperature for one token; the MLP has ReLU between its linears.
+
+    A router without ``weight_h`` reads the profile alone.
+    """
+    parts = {"weight_h": h} | ({} if e is None else {"weight_p": e})
+    parts = {name: part for name, part in parts.items() if name in router}
+    s = torch.cat([router[name] for name in parts], dim=1) @ torch.cat(list(parts.values()))
     if "bias" in router:
         s = s + router["bias"]
     if kind == "mlp":
@@ -23,7 +28,7 @@ def reference_logits(h: Tensor, e: Tensor | None, router: dict[str, Tensor], kin
         while f"layers.{depth}.weight" in router:
             s = router[f"layers.{depth}.weight"] @ torch.relu(s) + router[f"layers.{depth}.bias"]
             depth += 1
-    return s
+    return s / temperature
 
 
 def reference_gate(s: Tensor, top_k: int, norm: str) -> tuple[list[Tensor], list[int]]:

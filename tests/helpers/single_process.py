@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,8 +59,6 @@ class Learned:
 
 def rows_of_steps(config: RunConfig, data: PreparedData) -> Iterator[list[int]]:
     """The rows of each global batch, in the documented order: seeded permutations, one after another."""
-    import numpy as np
-
     rows, size = data.splits["train"], config.training.global_batch_size
     order = [np.random.default_rng([config.run.seed, epoch]).permutation(len(rows)) for epoch in range(200)]
     stream = [int(row) for permutation in order for row in permutation]
@@ -92,8 +91,15 @@ def train_single(config: RunConfig, micro_steps: int = 1, learns: type[Learned] 
         model.set_profile_standardisation(table.embeddings[sorted(set(rows["profile"]))], config.profiles.standardise)
     training = config.training
     parameters = [p for _, p in model.adapter_parameters()]
+    of_routers = {name: ".router." in name for name, _ in model.adapter_parameters()}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in model.adapter_parameters() if of_routers[name] == chosen]}
+        for chosen in (False, True)
+    ]
+    if training.router_weight_decay is not None:
+        groups[1]["weight_decay"] = training.router_weight_decay
     optimizer = torch.optim.AdamW(
-        parameters,
+        [group for group in groups if group["params"]],
         lr=1.0,
         betas=training.adam_betas,
         eps=training.adam_eps,
@@ -102,8 +108,18 @@ def train_single(config: RunConfig, micro_steps: int = 1, learns: type[Learned] 
     )
     learned = learns(config, data, tokenizer)
 
-    def forward(batch: Batch) -> tuple[Tensor, Any]:
-        profiles = None if table is None else table.embeddings[batch.profile_rows_N]
+    def forward(batch: Batch, seeds: Sequence[list[int]] = ()) -> tuple[Tensor, Any]:
+        profiles = None if table is None else table.embeddings[batch.profile_rows_N].clone()
+        for row, entropy in enumerate(seeds):
+            if profiles is not None and (adapters.profile_dropout or adapters.profile_noise):
+                # As documented: a seed of each place in the step, one uniform number, then normal ones.
+                seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
+                generator = torch.Generator().manual_seed(seed)
+                hidden = torch.rand(1, generator=generator).item() < adapters.profile_dropout
+                known = table.embeddings[sorted(set(rows["profile"]))].double()
+                spread = (known - known.mean(dim=0)).square().mean().sqrt()  # RMS before it is scaled
+                noise = adapters.profile_noise * spread * torch.randn(profiles.shape[1], generator=generator)
+                profiles[row] = known.mean(dim=0) if hidden else profiles[row] + noise
         mask = None
         if adapters.gradient_groups is not None:
             ((field, groups),) = adapters.gradient_groups.items()
@@ -125,10 +141,9 @@ def train_single(config: RunConfig, micro_steps: int = 1, learns: type[Learned] 
         learned.begin(lambda batch: forward(batch)[0])
     losses, norms = [], []
     for step, rows_of_step in enumerate(rows_of_steps(config, data)):
-        for group in optimizer.param_groups:
-            group["lr"] = reference_learning_rate(
-                step, training.learning_rate, training.warmup_steps, training.steps, training.schedule
-            )
+        for number, group in enumerate(optimizer.param_groups):
+            peak = (training.router_learning_rate if number else None) or training.learning_rate
+            group["lr"] = reference_learning_rate(step, peak, training.warmup_steps, training.steps, training.schedule)
         weight = sum(learned.weight(row) for row in rows_of_step)
         size = -(-len(rows_of_step) // micro_steps)
         tokens = sum(len(example.input_ids) for row in rows_of_step for example in learned.examples(row))
@@ -138,7 +153,8 @@ def train_single(config: RunConfig, micro_steps: int = 1, learns: type[Learned] 
         for start in range(0, len(rows_of_step), size):
             own = rows_of_step[start : start + size]
             batch = collate([example for row in own for example in learned.examples(row)], tokenizer.pad_token_id)
-            log_p_L, out = forward(batch)
+            places = [start + number for number, row in enumerate(own) for _ in learned.examples(row)]
+            log_p_L, out = forward(batch, [[config.run.seed, step, place] for place in places])
             nll = learned.loss(log_p_L, batch, own) / weight
             loss = nll
             if config.adapters.balance_weight and adapters.has_router:

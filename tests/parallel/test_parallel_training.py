@@ -73,6 +73,11 @@ VARIANTS = {
     "groups": {
         "adapters": {"gradient_mask": "groups", "gradient_groups": {"country": {"Norway": [0], "Japan": [1, 2]}}}
     },
+    "profile-routed": {
+        "adapters": {"router_input": "profile", "gate_temperature": 0.5},
+        "training": {"router_learning_rate": 0.003, "router_weight_decay": 0.3},
+    },
+    "blurred": {"adapters": {"profile_dropout": 0.3, "profile_noise": 0.5}},
     "no-balance": {"adapters": {"balance_weight": 0.0}, "training": {"max_grad_norm": 0.0}},
     "checkpointing": {"model": {"gradient_checkpointing": True}},
     "odd-batch": {"training": {"global_batch_size": 7}},

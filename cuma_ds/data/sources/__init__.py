@@ -15,6 +15,7 @@ from cuma_ds.data.sources import (
     prism,
     subpop,
     survey,
+    synthetic,
     worldvaluesbench,
     wvs_sample,
 )
@@ -35,6 +36,7 @@ class Source(NamedTuple):
 # By the value of data.source.
 SOURCES = {
     "wvs-sample": Source(wvs_sample.read, None),
+    "synthetic": Source(synthetic.read, None),
     "jsonl": Source(
         jsonl.read, "a .jsonl, .jsonl.gz or .parquet file, a folder of them, a datasets folder or a hub id"
     ),

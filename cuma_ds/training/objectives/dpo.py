@@ -164,4 +164,4 @@ class PairBatches:
 
     def _with_values(self, batch: Batch) -> Batch:
         extras = {name: value_M[list(batch.rows)] for name, value_M in self._values.items()}
-        return dataclasses.replace(batch, extras=extras)
+        return dataclasses.replace(batch, extras={**batch.extras, **extras})
