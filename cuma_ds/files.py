@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -119,6 +120,11 @@ def full_path(place: str) -> str:
     """A folder by its full path, so that it is found from anywhere; a hub id as it is."""
     folder = Path(place).expanduser()
     return str(folder.resolve()) if folder.is_dir() else place
+
+
+def quiet_bitsandbytes() -> None:
+    """Turn off what bitsandbytes, which PEFT imports, warns of as it is imported: a kernel that it did not download."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_transformers(bars_only: bool = False) -> ExitStack:

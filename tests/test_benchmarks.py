@@ -95,6 +95,14 @@ def test_dispatch(tiny_llama) -> None:
     assert "sharded, prefetched" in results[0][1]
 
 
+@pytest.mark.multirank
+def test_shard_group(tiny_llama) -> None:
+    arguments = ["--groups", "2", "1", "--ep", "2", "--model", str(tiny_llama), "--length", "8", "--rounds", "1"]
+    results = run(2, [str(BENCHMARKS / "shard_group.py"), *arguments])
+    assert [code for code, _ in results] == [0, 0], results
+    assert "2, none" in results[0][1]
+
+
 def test_dpo_step(tiny_llama, table) -> None:
     sizes = ["--pairs", "2", "--prompt", "6", "--answer", "4", "--steps", "1"]
     printed = table("dpo_step", "--model", str(tiny_llama), *sizes, *QUICK)
