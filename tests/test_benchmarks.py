@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from ranks import run
+from ranks import environment, run
+from small_runs import recipe
 
 from cuma_ds.ops import library
 
@@ -105,3 +108,14 @@ def test_dpo_step(tiny_llama, table) -> None:
     printed = table("dpo_step", "--model", str(tiny_llama), *sizes, *QUICK)
     assert "cuma-ds, reference in the step" in printed
     assert "naive: two models, two passes" in printed
+
+
+def test_the_soak_ends_where_a_quiet_run_ends(tmp_path, tiny_llama, tiny_encoder) -> None:
+    """Without a fault, as that takes long; the table is there."""
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "soak", training={"steps": 2, "warmup_steps": 0})
+    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--config", str(path), "--ranks", "1", "--minutes", "0.01"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = json.loads(done.stdout)
+    assert table["same_checkpoint"] is True
+    assert table["left_behind"] == 0
