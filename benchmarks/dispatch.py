@@ -79,7 +79,11 @@ def model_step(arguments: argparse.Namespace, topology: Topology, deepspeed_conf
     """Forward, backward and optimizer step of a real model."""
     config = RunConfig.model_validate(
         {
-            "model": {"path": arguments.model, "dtype": arguments.dtype},
+            "model": {
+                "path": arguments.model,
+                "dtype": arguments.dtype,
+                "quantisation": getattr(arguments, "quantisation", "none"),
+            },
             "profiles": {"encoder": "not-read-here"},
             "parallel": {"deepspeed_config": deepspeed_config, "ep_size": topology.ep_size},
         }

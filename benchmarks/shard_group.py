@@ -1,9 +1,10 @@
-"""What a step takes when groups of ranks hold one copy of the frozen backbone between them, instead of all ranks.
+"""What a step takes when groups of ranks hold one copy of the frozen backbone between them, quantised or not.
 
     torchrun --nproc_per_node 4 benchmarks/shard_group.py --groups 4 2
+    torchrun --nproc_per_node 2 benchmarks/shard_group.py --groups 2 --quantisations none nf4 --dtype bfloat16
 
 All variants take turns within one run, so that a drifting machine hurts them alike. A round's time is that of the
-slowest rank. Medians are printed, and ratios to the first group. Bytes are what one rank sends in one step to gather
+slowest rank. Medians are printed, and ratios to the first variant. Bytes are what one rank sends in one step to gather
 the backbone, and what it holds of it.
 """
 
@@ -39,6 +40,7 @@ def main() -> None:
     """Measure and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, nargs="+", default=[4, 2], help="ranks of a shard group")
+    parser.add_argument("--quantisations", nargs="+", default=["none"], choices=["none", "int8", "nf4"])
     parser.add_argument("--ep", type=int, default=2, help="expert-parallel size")
     parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct", help="backbone folder")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -52,14 +54,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for group in arguments.groups:
             file = deepspeed_config(Path(folder), group)
-            steps[str(group)], engines[str(group)] = model_step(arguments, topology, file)
+            for kind in arguments.quantisations:
+                arguments.quantisation, name = kind, f"{group}, {kind}"
+                steps[name], engines[name] = model_step(arguments, topology, file)
     seconds = take_turns(steps, arguments.rounds, topology)
     table = Table(
         title=f"{topology.world} ranks, {topology.device.type}, {torch.get_num_threads()} threads each, "
         f"ep {arguments.ep}, {arguments.batch * arguments.length} tokens a rank, {arguments.dtype}, median of "
         f"{arguments.rounds} rounds"
     )
-    for heading in ("shard group", "ms", "faster", "min", "max", "MB sent", "MB held"):
+    for heading in ("shard group, quantisation", "ms", "faster", "min", "max", "MB sent", "MB held"):
         table.add_column(heading, justify="right")
     first = statistics.median(next(iter(seconds.values())))
     for name, times in seconds.items():

@@ -330,6 +330,11 @@ class TrainingSection(_Section):
     adam_betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
     adam_eps: float = Field(1.0e-8, gt=0, description="AdamW epsilon")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0 = no clipping")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a step whose loss, gradient or update is not finite: stop and name the cause | learn nothing from "
+        "it | also go back to the last checkpoint",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TrainingSection:
@@ -484,6 +489,7 @@ class CheckpointSection(_Section):
 
     every: int = Field(50, ge=0, description="steps between checkpoints; 0 = only at the end")
     keep_last: int = Field(2, ge=1, description="complete checkpoints kept")
+    keep_every: int = Field(0, ge=0, description="also keep those of steps that this divides; 0 = none")
 
 
 class TelemetrySection(_Section):

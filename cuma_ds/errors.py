@@ -11,9 +11,11 @@ class CumaError(Exception):
 
     Attributes:
         printed_by_main: all ranks have this error and rank 0 prints it for them.
+        exit_code: of a command that ends with it.
     """
 
     printed_by_main = False
+    exit_code = 2
 
 
 class ConfigError(CumaError):
@@ -30,6 +32,12 @@ class ModelError(CumaError):
 
 class CheckpointError(CumaError):
     """A checkpoint or run folder that is missing, incomplete or belongs to something else."""
+
+
+class Stopped(CumaError):
+    """The work was told to stop and did so in good order; the same command goes on with it."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class TopologyError(CumaError):

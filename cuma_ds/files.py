@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -18,7 +22,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         content: text is written as UTF-8.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    beside = _beside(path)
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
         _move(beside, path)
@@ -33,7 +37,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: at the end, where ``path`` is a file or a folder that is not empty. It is left as it is.
     """
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    beside = _beside(path)
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -57,6 +61,28 @@ def move_folder(folder: Path, path: Path) -> None:
         if path.exists():
             raise FileExistsError(f"{path} exists already") from None
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, which may be missing. A crash leaves none of it under its name."""
+    if folder.exists():
+        beside = _beside(folder)
+        os.replace(folder, beside)
+        _sync(folder.parent)
+        shutil.rmtree(beside)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder. Nobody may be writing there."""
+    for place in folder.glob(".*"):
+        if _LEFTOVER.fullmatch(place.name):
+            remove = shutil.rmtree if place.is_dir() and not place.is_symlink() else os.unlink
+            remove(place)
+
+
+def _beside(path: Path) -> Path:
+    """A name for what is not complete, or no longer."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def _move(place: Path, path: Path) -> None:
@@ -94,6 +120,11 @@ def full_path(place: str) -> str:
     """A folder by its full path, so that it is found from anywhere; a hub id as it is."""
     folder = Path(place).expanduser()
     return str(folder.resolve()) if folder.is_dir() else place
+
+
+def quiet_bitsandbytes() -> None:
+    """Turn off what bitsandbytes, which PEFT imports, warns of as it is imported: a kernel that it did not download."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_transformers(bars_only: bool = False) -> ExitStack:

@@ -17,6 +17,7 @@ _FREE_KEYS = {
     ("training", "steps"),
     ("training", "epochs"),
     ("training", "micro_batch_size"),
+    ("training", "on_nonfinite"),
     ("model", "attention"),
     ("model", "gradient_checkpointing"),
     ("data", "packing"),

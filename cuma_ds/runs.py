@@ -13,13 +13,18 @@ A run folder holds::
     metrics.jsonl, tensorboard/    the numbers of each step
     completions.jsonl              some completions of each rollout with their rewards (objective grpo)
     evaluation/                    the report
+    outcome.json                   how the last start ended; none where it was killed
+    errors/                        tracebacks of errors that nobody expected
+    .lock                          who writes there now, see :mod:`cuma_ds.locks`
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +34,12 @@ from cuma_ds.config import DataSection, RunConfig, load_started
 from cuma_ds.data.prepared import PreparedData, is_prepared, read_manifest
 from cuma_ds.data.sources.files import find_input
 from cuma_ds.errors import CheckpointError, ConfigError, DataError
-from cuma_ds.files import is_hub_id, write_atomically
+from cuma_ds.files import is_hub_id, remove_leftovers, write_atomically
 from cuma_ds.identity import Identity, changed_part, content_sha256, file_sha256, seal_holds, sealed
 from cuma_ds.learned_settings import fingerprint, first_difference, with_started_defaults
+from cuma_ds.locks import LOCK_FILE, locked
 from cuma_ds.parallel.backbone import backbone_fingerprint
-from cuma_ds.parallel.stored import State, find_checkpoint, read_adapters, read_state, start_sha256
+from cuma_ds.parallel.stored import State, find_checkpoint, newest_whole, read_adapters, read_state, start_sha256
 from cuma_ds.profiles import ProfileTable, encoder_of
 
 
@@ -63,8 +69,8 @@ class Run:
 
     Attributes:
         folder: ``run.output_dir/run.name`` of the recipe.
-        recipe, deepspeed, metrics, completions: files in it.
-        data_folder, checkpoints, tensorboard, report_folder: folders in it.
+        recipe, deepspeed, metrics, completions, outcome: files in it.
+        data_folder, checkpoints, tensorboard, report_folder, errors: folders in it.
         profiles_file: the embedded profiles.
         start: the trained model that the run started from; there is none without ``model.init_from``.
         reference_file: log-probabilities of the training pairs under the reference.
@@ -83,6 +89,8 @@ class Run:
         self.completions = self.folder / "completions.jsonl"
         self.tensorboard = self.folder / "tensorboard"
         self.report_folder = self.folder / "evaluation"
+        self.errors = self.folder / "errors"
+        self.outcome = self.folder / "outcome.json"
         self._identity_file = self.folder / "identity.json"
 
     @classmethod
@@ -112,7 +120,7 @@ class Run:
         if run.recipe.is_file():
             run._check_recipe(config)
             run._check_started_with(config)
-        elif run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        elif run.folder.exists() and (not run.folder.is_dir() or set(run.folder.iterdir()) - {run.folder / LOCK_FILE}):
             raise CheckpointError(
                 f"{run.folder} exists and is no run folder (it has no config.yaml); choose another run.name"
             )
@@ -121,6 +129,20 @@ class Run:
         except OSError as error:
             raise CheckpointError(f"cannot write the run folder {run.folder}: {error.strerror}") from None
         return run
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process trains in this folder; what killed ones left half written is removed.
+
+        Raises:
+            CheckpointError: another one does; names its host, process and start.
+        """
+        with locked(self.folder):
+            for folder in (self.folder, self.checkpoints):
+                remove_leftovers(folder)
+            for partial in self.checkpoints.glob("step-*.partial"):
+                shutil.rmtree(partial)
+            yield
 
     def config(self, overrides: Sequence[str] = ()) -> RunConfig:
         """The recipe the run was started with, and ``section.key=value`` on top of it."""
@@ -234,13 +256,16 @@ class Run:
 
         Args:
             config: the recipe of the run; its ``model.path`` is the backbone that will be used.
-            step: which checkpoint; the newest by default.
+            step: which checkpoint; by default the newest that is whole.
 
         Raises:
             CumaError: something is missing, damaged, or not what the run was trained with; one line says what.
         """
-        checkpoint = find_checkpoint(self.checkpoints, step)
-        state = read_state(checkpoint)
+        if step is None:
+            checkpoint, state = newest_whole(self.checkpoints)
+        else:
+            checkpoint = find_checkpoint(self.checkpoints, step)
+            state = read_state(checkpoint)
         identity = state.get("identity") or self.identity()
         data, table = self.data(), self.profiles(config)
         if table is not None and table.sentences != data.sentences:
@@ -269,7 +294,13 @@ class Run:
             )
 
     def check_own_data(self, data: PreparedData, table: ProfileTable | None, identity: Identity) -> None:
-        """Raise a DataError if data and profiles in the run folder are not those of its identity."""
+        """Raise a DataError if data and profiles in the run folder are not those of its identity, or not finite."""
+        if table is not None and not (finite_N := table.embeddings.isfinite().all(dim=1)).all():
+            row = int((~finite_N).nonzero()[0])
+            raise DataError(
+                f"{self.folder}: the embedding of profile {row} is not finite; profiles.encoder gives it so, or the "
+                "folder profiles.cache_dir holds a damaged one: mend or change that, and start a new run"
+            )
         for place, known, now in (
             ("data/", identity.get("data"), content_sha256(data.manifest["hashes"])),
             (self.profiles_file.name, identity.get("profiles"), None if table is None else table.sha256),

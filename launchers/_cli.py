@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,16 +15,21 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from cuma_ds.errors import ConfigError, CumaError
+# A rank that is gone is one line of ours. Torch would add C++ frames; it reads this when it is imported.
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+from cuma_ds.errors import ConfigError, CumaError, Stopped
 from cuma_ds.files import first_line, quiet_transformers
+from cuma_ds.incident import doing, tracebacks_go_to, unexpected
 from cuma_ds.strict_json import RepeatedKeyError, read_json
 
 # What the commands that start ranks are called, as a program and as a module.
 _DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 _LAUNCHERS = (*_DEEPSPEED, "torchrun", "torch.distributed.run")
-_WATCH_SECONDS = 1.0
+_WATCH_SECONDS, _LAST_RESORT_SECONDS = 1.0, 3600.0
 
 if TYPE_CHECKING:
     import psutil
@@ -34,23 +40,64 @@ if TYPE_CHECKING:
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
-    """Run ``main`` and exit: 0 when it returns, 2 with one line on stderr for a :class:`CumaError`, 130 on Ctrl-C.
+    """Run ``main`` and exit: 0 when it returns, 2 with one line on stderr for any error, 75 where ranks were stopped in
+    good order (:class:`~cuma_ds.errors.Stopped`), 130 on Ctrl-C, 143 on SIGTERM.
 
-    Ranks that deepspeed or torchrun started also end, with exit code 2, when that launcher is gone.
+    Ranks that deepspeed or torchrun started also stop, as on SIGTERM, when that launcher is gone.
     """
     launched = _end_with_launcher()
+    doing(Path(sys.argv[0]).stem)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for letters it does not know
+    with _terminable():
+        code = _run(main)
+    _leave(code, launched)
+
+
+def _run(main: Callable[[], object]) -> int:
+    """Run ``main``; the exit code."""
     try:
         main()
     except CumaError as error:
-        if not error.printed_by_main or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        _leave(2, launched)
+        return _say(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
-        _leave(130, launched)
-    _leave(0, launched)
+        return 130
+    except _Terminated:
+        print("stopped by SIGTERM", file=sys.stderr, flush=True)
+        return 143
+    except Exception as error:
+        return _say(unexpected(error))
+    return 0
+
+
+def _say(error: CumaError) -> int:
+    """Print an error on one rank; its exit code."""
+    if not error.printed_by_main or os.environ.get("RANK", "0") == "0":
+        said = str(error) if isinstance(error, Stopped) else f"error: {error}"
+        print(said, file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived. On its way up everything is closed in good order."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises :class:`_Terminated`."""
+
+    def terminate(sign: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _leave(code: int, launched: bool) -> NoReturn:
@@ -68,7 +115,7 @@ def _leave(code: int, launched: bool) -> NoReturn:
 
 
 def _end_with_launcher() -> bool:
-    """Watch the launcher that started this rank; returns whether there is one.
+    """Watch the launcher that started this rank, which is told to stop when it is gone; whether there is one.
 
     A process that was started by hand watches nothing and outlives its shell. ``deepspeed`` is two processes, one above
     the other. When the upper one is killed, the lower one and the ranks would go on.
@@ -91,7 +138,7 @@ def _end_with_launcher() -> bool:
 
 
 def _watch(chain: list[psutil.Process]) -> None:
-    """End this process, and what it started, once a process of the chain no longer is the child of the next."""
+    """Send this process SIGTERM once a process of the chain no longer is the child of the next."""
     import psutil
 
     try:
@@ -99,12 +146,10 @@ def _watch(chain: list[psutil.Process]) -> None:
             time.sleep(_WATCH_SECONDS)
     except psutil.Error:  # one of them is gone
         pass
-    try:
-        for child in chain[0].children(recursive=True):
-            child.kill()
-        print(f"error: rank {os.environ.get('RANK', '0')} stops: its launcher is gone", file=sys.stderr, flush=True)
-    except (psutil.Error, OSError):  # the terminal may be gone as well
-        pass
+    with contextlib.suppress(OSError):  # the terminal may be gone as well
+        print(f"rank {os.environ.get('RANK', '0')} stops: its launcher is gone", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_LAST_RESORT_SECONDS)  # what the rank was doing heeds no signal
     os._exit(2)
 
 
@@ -204,13 +249,16 @@ def joined_ranks(run: str | None, overrides: Sequence[str] = ()) -> Iterator[Top
         return
     if run is None:
         raise ConfigError("several ranks need --run; only a run's recipe says how they hold a model together")
-    from cuma_ds.parallel.topology import peers_must_answer, start_processes, with_expert_groups
+    from cuma_ds.parallel.topology import start_processes, with_expert_groups
+    from cuma_ds.parallel.watch import watched
     from cuma_ds.runs import Run
 
-    parallel = Run.open(run).config(overrides).parallel
+    opened = Run.open(run)
+    tracebacks_go_to(opened.errors)
+    parallel = opened.config(overrides).parallel
     topology = start_processes(parallel.timeout_seconds)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(peers_must_answer(topology, parallel.timeout_seconds))
+        stack.enter_context(watched(topology, parallel.timeout_seconds))
         if not topology.is_main:
             warnings.simplefilter("ignore")
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))

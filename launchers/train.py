@@ -45,19 +45,20 @@ def main() -> None:
     from cuma_ds.parallel.topology import (
         check_ep_size,
         leave_processes,
-        peers_must_answer,
         start_processes,
         with_expert_groups,
     )
+    from cuma_ds.parallel.watch import watched
 
-    topology = start_processes(config.parallel.timeout_seconds if config is not None else 120)
-    with agreement(mistake):
-        if config is not None:
-            check_ep_size(topology, config.parallel.ep_size)
-    assert config is not None
-    from cuma_ds.training.run import train
+    seconds = config.parallel.timeout_seconds if config is not None else 120
+    topology = start_processes(seconds)
+    with watched(topology, seconds):
+        with agreement(mistake):
+            if config is not None:
+                check_ep_size(topology, config.parallel.ep_size)
+        assert config is not None
+        from cuma_ds.training.run import train
 
-    with peers_must_answer(topology, config.parallel.timeout_seconds):
         train(config, with_expert_groups(topology, config.parallel.ep_size))
         leave_processes()
 

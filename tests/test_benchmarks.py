@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from ranks import run
+from ranks import environment, run
+from small_runs import recipe
 
 from cuma_ds.ops import library
 
@@ -92,8 +95,27 @@ def test_dispatch(tiny_llama) -> None:
     assert "sharded, prefetched" in results[0][1]
 
 
+@pytest.mark.multirank
+def test_shard_group(tiny_llama) -> None:
+    arguments = ["--groups", "2", "1", "--ep", "2", "--model", str(tiny_llama), "--length", "8", "--rounds", "1"]
+    results = run(2, [str(BENCHMARKS / "shard_group.py"), *arguments])
+    assert [code for code, _ in results] == [0, 0], results
+    assert "2, none" in results[0][1]
+
+
 def test_dpo_step(tiny_llama, table) -> None:
     sizes = ["--pairs", "2", "--prompt", "6", "--answer", "4", "--steps", "1"]
     printed = table("dpo_step", "--model", str(tiny_llama), *sizes, *QUICK)
     assert "cuma-ds, reference in the step" in printed
     assert "naive: two models, two passes" in printed
+
+
+def test_the_soak_ends_where_a_quiet_run_ends(tmp_path, tiny_llama, tiny_encoder) -> None:
+    """Without a fault, as that takes long; the table is there."""
+    path = recipe(tmp_path, tiny_llama, tiny_encoder, "soak", training={"steps": 2, "warmup_steps": 0})
+    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--config", str(path), "--ranks", "1", "--minutes", "0.01"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = json.loads(done.stdout)
+    assert table["same_checkpoint"] is True
+    assert table["left_behind"] == 0

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from cuma_ds.files import atomic_folder, first_line, full_path, is_hub_id, quiet_transformers, write_atomically
+from cuma_ds import files
+from cuma_ds.files import (
+    atomic_folder,
+    first_line,
+    full_path,
+    is_hub_id,
+    quiet_transformers,
+    remove_folder,
+    remove_leftovers,
+    write_atomically,
+)
 
 
 @pytest.mark.parametrize("content", ["new ä", b"\x00new"])
@@ -111,3 +121,29 @@ def test_transformers_is_quiet_for_a_block_or_from_now_on() -> None:
     restore = quiet_transformers(bars_only=True)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, False)
     restore.close()
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path) -> None:
+    for name in (".file.0123456789abcdef", ".hidden", "file.0123456789abcdef", ".file.short"):
+        (tmp_path / name).touch()
+    (tmp_path / ".data.aaaaaaaaaaaaaaaa" / "inner").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert sorted(place.name for place in tmp_path.iterdir()) == [".file.short", ".hidden", "file.0123456789abcdef"]
+
+
+def test_a_folder_that_is_removed_loses_its_name_first(tmp_path, monkeypatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    remove = files.shutil.rmtree
+
+    def crash(*_: object) -> None:
+        assert not (tmp_path / "folder").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(tmp_path / "folder")
+    monkeypatch.setattr(files.shutil, "rmtree", remove)
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    remove_folder(tmp_path / "folder")

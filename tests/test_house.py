@@ -15,7 +15,7 @@ FLOORS = [
     {"studies", "serving"},
     {"export"},
     {"evaluation", "training"},
-    {"inference"},
+    {"inference", "run_status"},
     {"runs"},
     {"planning"},
     {"parallel"},
@@ -28,7 +28,18 @@ FLOORS = [
     {"config_reference"},
     {"learned_settings"},
     {"config"},
-    {"identity", "distances", "files", "resources", "strict_json", "errors", "torch_compat", "sentence_format"},
+    {
+        "identity",
+        "distances",
+        "files",
+        "incident",
+        "locks",
+        "resources",
+        "strict_json",
+        "errors",
+        "torch_compat",
+        "sentence_format",
+    },
 ]
 # The last floor may be imported by everything, and its modules may import each other.
 LEVEL = {package: level for level, floor in enumerate(FLOORS) for package in floor}

@@ -58,11 +58,14 @@ from cuma_ds.evaluation.report.pictures import (
     routing_pictures,
     subgroup_picture,
 )
+from cuma_ds.evaluation.report.plots import pictures_later
 from cuma_ds.evaluation.sections import chat_split, choice_split
 from cuma_ds.evaluation.subgroups import subgroups
 from cuma_ds.evaluation.subject import Subject, run_subject
+from cuma_ds.files import remove_leftovers
 from cuma_ds.identity import content_sha256
 from cuma_ds.inference.forward import ForwardOptions, pad_id_of
+from cuma_ds.locks import locked
 from cuma_ds.runs import Run
 
 # Called with (what is being run, examples done, examples in all).
@@ -123,18 +126,22 @@ def evaluate(
         scope: which people and which contenders.
 
     Raises:
-        CumaError: there is nothing to evaluate on, or an extra cannot be done.
+        CumaError: there is nothing to evaluate on, an extra cannot be done, or another process writes into the folder.
     """
     evaluator = Evaluator(subject, Path(folder), progress, scope)
-    evaluator.folder.mkdir(parents=True, exist_ok=True)
-    report, pictures = evaluator.report()
-    for extra in extras:
-        pictures |= extra(evaluator, report)
-    report.pictures = list(pictures)
-    write_predictions(evaluator.folder, evaluator.predictions)
-    write_json(evaluator.folder, report)
-    points = report.routing.map.points if report.routing is not None and report.routing.map is not None else ()
-    write_pages(evaluator.folder, markdown(report, pictures), points)
+    with locked(evaluator.folder), pictures_later() as drawn:
+        remove_leftovers(evaluator.folder)
+        report, pictures = evaluator.report()
+        for extra in extras:
+            pictures |= extra(evaluator, report)
+        write_predictions(evaluator.folder, evaluator.predictions)
+        write_json(evaluator.folder, report)
+        for name in drawn.write():
+            del pictures[name]
+        report.pictures = list(pictures)
+        write_json(evaluator.folder, report)
+        points = report.routing.map.points if report.routing is not None and report.routing.map is not None else ()
+        write_pages(evaluator.folder, markdown(report, pictures), points)
     return report
 
 

@@ -20,7 +20,7 @@ from cuma_ds.config import NOTHING_TRAINS, ModelSection, ProfilesSection, RunCon
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
-from cuma_ds.files import first_line, full_path
+from cuma_ds.files import first_line, full_path, quiet_bitsandbytes
 from cuma_ds.identity import base_fact
 from cuma_ds.inference.decoding import settle_generation
 from cuma_ds.inference.forward import pad_id_of
@@ -216,6 +216,7 @@ def open_peft(folder: str | Path, base: str | None = None, overrides: Sequence[s
         base: its base model, if it has moved.
         overrides: as in :func:`open_export`.
     """
+    quiet_bitsandbytes()
     try:
         from peft import PeftModel
     except ImportError:

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cuma_ds.incident import alive, now_doing
 from cuma_ds.parallel.dispatch import ExpertParallelDispatcher
 from cuma_ds.parallel.topology import Topology
+from cuma_ds.parallel.watch import stop_requested, stopped
 
 T = TypeVar("T")
 
@@ -39,12 +41,19 @@ class Peers:
         return cls(topology.rank, topology.world, topology.device, announce)
 
     def all_done(self, done: bool) -> bool:
-        """Whether every rank says that it is done."""
-        if self.world == 1:
-            return done
-        flag = torch.tensor(int(done), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag)
+        """Whether every rank says that it is done.
+
+        Raises:
+            Stopped: a rank was told to stop; raised on every rank.
+        """
+        alive()
+        flags = torch.tensor([done, not stop_requested()], dtype=torch.int32, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+        all_done, goes_on = flags.tolist()
+        if not goes_on:
+            raise stopped(f"during {now_doing()}")
+        return bool(all_done)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's share: items rank, rank + world, ..."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.incident import alive
 from cuma_ds.profiles.table import default_cache_dir
 
 if TYPE_CHECKING:
@@ -187,12 +188,15 @@ class Judge:
         async with openai.AsyncOpenAI(
             base_url=settings.url, api_key=secret, timeout=settings.timeout, max_retries=settings.retries
         ) as client:
+            waiting = asyncio.create_task(_say_alive())
             try:
                 async with asyncio.TaskGroup() as group:
                     for key, messages in requests.items():
                         group.create_task(ask(key, messages))
             except* CumaError as errors:
                 stop = errors.exceptions[0]
+            finally:
+                waiting.cancel()
         if stop is not None:  # raised inside except*, it would be wrapped in a group
             raise stop from None
 
@@ -250,6 +254,13 @@ def read_verdict(text: str) -> str:
     if plain is None or bracketed:
         return "unreadable"
     return "tie" if plain[1].lower() == "tie" else plain[1].upper()
+
+
+async def _say_alive() -> None:
+    """Calls have limits of their own: waiting for them is no hang."""
+    while True:
+        alive()
+        await asyncio.sleep(5)
 
 
 def _arguments(settings: JudgeSettings, refused: Collection[str]) -> dict[str, object]:

@@ -43,8 +43,8 @@ class PeftMethod(AdaptedModel):
             warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of transformers
             torch.manual_seed(config.run.seed)  # every rank begins with the same values
             self.peft = self.wrapped(backbone, config)
-        for _, parameter, _ in self.trained_parameters():
-            parameter.data = parameter.data.float()
+        for one in self.trained_parameters():
+            one.parameter.data = one.parameter.data.float()
 
     def wrapped(self, backbone: nn.Module, config: RunConfig) -> PeftModelForCausalLM:
         """PEFT's model around the backbone."""

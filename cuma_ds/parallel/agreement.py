@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from cuma_ds.errors import CumaError
+from cuma_ds.incident import alive, now_doing, unexpected
+from cuma_ds.parallel.watch import stop_requested, stopped
 
 T = TypeVar("T")
 _SECONDS = 5.0
@@ -20,6 +22,8 @@ _SECONDS = 5.0
 def agreement(error: CumaError | None = None) -> Iterator[None]:
     """Run a block without collectives. Afterwards all ranks go on, or all raise the error of the first that has one.
 
+    An error that nobody expected becomes one line, too, see :func:`~cuma_ds.incident.unexpected`.
+
     Args:
         error: what went wrong on this rank before it had joined the others.
 
@@ -28,8 +32,8 @@ def agreement(error: CumaError | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except CumaError as raised:
-        error = error or raised
+    except Exception as raised:
+        error = error or (raised if isinstance(raised, CumaError) else unexpected(raised))
     said: list[tuple[type[CumaError], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(said, None if error is None else (type(error), str(error)))
     wrong = [(rank, *one) for rank, one in enumerate(said) if one is not None]
@@ -55,13 +59,17 @@ def together(work: Callable[[], T]) -> T:
 
     Raises:
         CumaError: the same one line on every rank, as in :func:`agreement`.
+        Stopped: a rank was told to stop; work that is not done is given up.
     """
     task = _Task(work)
     task.start()
-    done = [False] * dist.get_world_size()
-    while not all(done):
+    done = [(False, False)] * dist.get_world_size()
+    while not all(is_done for is_done, _ in done):
         task.join(_SECONDS)
-        dist.all_gather_object(done, not task.is_alive())
+        alive()
+        dist.all_gather_object(done, (not task.is_alive(), stop_requested()))
+        if any(stops for _, stops in done):
+            raise stopped(f"during {now_doing()}")
     with agreement():
         if task.error is not None:
             raise task.error

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
@@ -226,6 +226,22 @@ def live_bytes(model: nn.Module) -> int:
 def full_bytes(model: nn.Module) -> int:
     """Bytes of all frozen parameters, as if held whole."""
     return sum(compat.whole_shape(p).numel() * p.element_size() for p in _frozen(model))
+
+
+def file_of_weight(model: ModelSection, name: str) -> str | None:
+    """The file of ``model.path`` that holds a weight; None where that is not known.
+
+    Args:
+        model: of the recipe.
+        name: ends in the weight's name in the file; what adapters and wrappers put around it does not matter.
+    """
+    folder = Path(model.path).expanduser()
+    words = [word for word in name.split(".") if word not in ("base", "base_layer", "base_model", "cuma")]
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as stored:
+            if any(words[-len(key.split(".")) :] == key.split(".") for key in stored.keys()):  # noqa: SIM118
+                return str(file)
+    return None
 
 
 def _frozen(model: nn.Module) -> list[nn.Parameter]:

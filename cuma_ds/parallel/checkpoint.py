@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cuma_ds.errors import CheckpointError
-from cuma_ds.files import move_folder, write_atomically
+from cuma_ds.config import CheckpointSection
+from cuma_ds.errors import CheckpointError, CumaError
+from cuma_ds.files import first_line, move_folder, remove_folder, write_atomically
 from cuma_ds.identity import file_sha256
 from cuma_ds.methods.model import Trained
 from cuma_ds.parallel import deepspeed_compat as compat
+from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.stored import (
     BESIDE,
@@ -31,60 +35,84 @@ _KINDS = {"param": None, **{moment: moment for moment in compat.MOMENTS}}
 
 
 def save_checkpoint(
-    engine: AdapterEngine, checkpoints: Path, state: State, keep_last: int, beside: Mapping[str, Tensor] | None = None
+    engine: AdapterEngine,
+    checkpoints: Path,
+    state: State,
+    keep: CheckpointSection,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``step-N`` into a run's ``checkpoints`` folder; all ranks call it.
 
-    It is written beside its place and renamed when complete. ``latest`` then names it, and all but the last
-    ``keep_last`` checkpoints are removed.
+    It is written beside its place and renamed when it is complete and on the disk. ``latest`` then names it, and
+    checkpoints that ``keep`` does not ask for are removed.
 
     Args:
         engine: at any time.
         checkpoints: made if it does not exist.
         state: ``step``, ``fingerprint`` and ``identity`` of the run; the rest is filled in.
-        keep_last: complete checkpoints to keep.
+        keep: which older checkpoints stay.
         beside: tensors to keep beside those of the engine, for :func:`~cuma_ds.parallel.stored.read_beside`; equal on
             all ranks.
 
     Returns:
         The folder ``step-N``.
+
+    Raises:
+        CumaError: a tensor is not finite, or the file system refuses; the same one line on every rank. Older
+            checkpoints are as they were.
     """
     topology = engine.topology
     folder = checkpoints / f"step-{state['step']}"
     partial = folder.with_name(f"{folder.name}.partial")
-    if topology.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
     optimizer_steps = state["step"] if engine.stage == 3 else compat.optimizer_steps(engine.engine)
     if optimizer_steps:
         compat.link_moments(engine.engine)
     else:
         compat.create_moments(engine.engine, 0)
     shared, experts = _tensors(engine)
+    _check_finite({**shared, **experts}, state["step"])
     shared |= {f"{BESIDE}{name}": tensor.cpu().contiguous() for name, tensor in (beside or {}).items()}
+    with agreement(), _writing(partial, state["step"]):
+        if topology.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     files = {"shared.safetensors": shared} if topology.is_main else {}
     if experts:
         files[f"experts-{topology.ep_rank}-of-{topology.ep_size}.safetensors"] = experts
     written = {}
-    for name, tensors in files.items():
-        save_file(tensors, partial / name)
-        written[name] = file_sha256(partial / name)
+    with agreement(), _writing(partial, state["step"]):
+        for name, tensors in files.items():
+            save_file(tensors, partial / name)
+            written[name] = file_sha256(partial / name)
     by_rank: list[dict[str, str]] = [{}] * topology.world
     dist.all_gather_object(by_rank, written)
-    if topology.is_main:
-        complete: State = {
-            "step": state["step"],
-            "optimizer_steps": optimizer_steps,
-            "fingerprint": state["fingerprint"],
-            "identity": state["identity"],
-            "written_by": {"world": topology.world, "ep_size": topology.ep_size, "zero_stage": engine.stage},
-            "num_experts": engine.num_experts,
-        }
-        write_state(partial, complete, {name: digest for part in by_rank for name, digest in part.items()})
-        _publish(partial, folder, keep_last)
-    dist.barrier()
+    with agreement(), _writing(partial, state["step"]):
+        if topology.is_main:
+            complete: State = {
+                "step": state["step"],
+                "optimizer_steps": optimizer_steps,
+                "fingerprint": state["fingerprint"],
+                "identity": state["identity"],
+                "written_by": {"world": topology.world, "ep_size": topology.ep_size, "zero_stage": engine.stage},
+                "num_experts": engine.num_experts,
+            }
+            write_state(partial, complete, {name: digest for part in by_rank for name, digest in part.items()})
+            _publish(partial, folder, keep)
     return folder
+
+
+@contextlib.contextmanager
+def _writing(partial: Path, step: int) -> Iterator[None]:
+    """Turn what a file system refuses into one line, and give back the room. What was saved before stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise CheckpointError(
+            f"the checkpoint of step {step} cannot be written: {reason}; once that is mended, the same command goes on "
+            "from the checkpoint before"
+        ) from None
 
 
 def load_checkpoint(engine: AdapterEngine, folder: Path) -> int:
@@ -176,10 +204,25 @@ def _experts(engine: AdapterEngine, trained: Trained) -> range:
     return range(first, first + count)
 
 
-def _publish(partial: Path, folder: Path, keep_last: int) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Refuse to save what cannot be gone on from; all ranks call it with what they would write."""
+    broken = next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    with agreement():
+        if broken is not None:
+            kind, _, name = broken.partition("/")
+            what = {"param": "parameter", "balance": "balance share"}.get(kind, f"Adam moment {kind} of")
+            raise CumaError(
+                f"after step {step}, {what} {name} is not finite, and no checkpoint is written; lower "
+                "training.learning_rate or weight_decay, raise adam_eps, and start again: the run goes on from its "
+                "last checkpoint"
+            )
+
+
+def _publish(partial: Path, folder: Path, keep: CheckpointSection) -> None:
     """Give a complete checkpoint its name, let ``latest`` name it, and remove old ones."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     move_folder(partial, folder)
     write_atomically(folder.with_name("latest"), folder.name + "\n")
-    for old in stored_steps(folder.parent)[:-keep_last]:
-        shutil.rmtree(folder.with_name(f"step-{old}"))
+    for old in stored_steps(folder.parent)[: -keep.keep_last]:
+        if not keep.keep_every or old % keep.keep_every:
+            remove_folder(folder.with_name(f"step-{old}"))

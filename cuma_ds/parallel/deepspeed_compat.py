@@ -292,6 +292,28 @@ def optimizer_steps(engine: DeepSpeedEngine) -> int:
     return max((int(state["step"]) for state in states if state), default=0)
 
 
+def left_update_out(engine: DeepSpeedEngine) -> bool:
+    """Whether the last step at any ZeRO stage was left out, because its gradient norm was not finite."""
+    # Relies on the ZeRO optimizers' attribute ``overflow``, which all ranks agree on. They leave such a step out also
+    # without a loss scale, as the norm is always computed.
+    return bool(engine.optimizer.overflow)
+
+
+def state_is_finite(engine: DeepSpeedEngine) -> Tensor:
+    """[] bool: whether this rank's part of the float32 master weights and of Adam's moments is finite."""
+    # Relies on what :func:`create_moments` relies on.
+    state = engine.optimizer.optimizer.state
+    tensors = [
+        tensor
+        for flat in _flat_parameters(engine)
+        for tensor in (flat, *(state.get(flat, {}).get(moment) for moment in MOMENTS))
+        if tensor is not None and tensor.numel()
+    ]
+    # The largest magnitude of a tensor with NaN is NaN.
+    largest = [torch.linalg.vector_norm(tensor.detach(), torch.inf) for tensor in tensors]
+    return torch.stack(largest).isfinite().all() if largest else torch.tensor(True)
+
+
 def create_moments(engine: DeepSpeedEngine, step: int) -> None:
     """Give Adam the state that it has after ``step`` steps, with moments of zero."""
     # Relies on the wrapped optimizer stepping on the flat float32 tensors of ``single_partition_of_fp32_groups``

@@ -156,6 +156,12 @@ class AdapterEngine:
             self.dispatcher.agree_on_tokens((batch.profile_BS >= 0).sum().to(self.topology.device))
         return self.engine(batch, table)
 
+    def forward_alone(self, batch: Batch, table: ProfileTable | None = None) -> Output:
+        """The same without DeepSpeed's engine, which need not hear of what is not learned from."""
+        if self.dispatcher is not None:
+            self.dispatcher.agree_on_tokens((batch.profile_BS >= 0).sum().to(self.topology.device))
+        return self.model(batch, table)
+
     @property
     def shards_backbone(self) -> bool:
         """Whether each rank keeps a part of the backbone alone."""
@@ -175,6 +181,10 @@ class AdapterEngine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss`` (DeepSpeed averages over micro steps and ranks)."""
         self.engine.backward(loss)
+        self.after_backward()
+
+    def after_backward(self) -> None:
+        """Release what a backward pass, also one without the engine, gathered of a sharded backbone."""
         if self._hooks is not None:
             self._hooks.after_backward()
 
@@ -200,6 +210,15 @@ class AdapterEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get(RATE_FACTOR, 1.0)
         self.engine.step()
+
+    @property
+    def left_update_out(self) -> bool:
+        """Whether the last step changed nothing, because its gradients were not finite."""
+        return compat.left_update_out(self.engine)
+
+    def trained_state_is_finite(self) -> Tensor:
+        """[] bool on the device: whether this rank's part of the trained parameters and of Adam's moments is finite."""
+        return compat.state_is_finite(self.engine).to(self.topology.device)
 
     @property
     def num_experts(self) -> int:

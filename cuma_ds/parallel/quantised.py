@@ -7,7 +7,6 @@ each other, so each rank packs the part that it holds.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from functools import cache
 from types import ModuleType
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cuma_ds.errors import ConfigError, ModelError
+from cuma_ds.files import quiet_bitsandbytes
 
 Kind = Literal["int8", "nf4"]
 
@@ -152,7 +152,7 @@ def bitsandbytes(kind: Kind) -> ModuleType:
     Raises:
         ConfigError: it is not installed.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that it cannot download
+    quiet_bitsandbytes()
     try:
         import bitsandbytes.functional
     except ImportError:

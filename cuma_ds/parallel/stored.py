@@ -23,6 +23,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -121,6 +122,58 @@ def has_checkpoint(checkpoints: Path) -> bool:
     return bool(stored_steps(checkpoints))
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not what was written. Another one may be whole.
+
+    Attributes:
+        what: is wrong, without what to do about it.
+    """
+
+    what = ""
+
+    @classmethod
+    def at(cls, folder: Path, what: str) -> DamagedCheckpoint:
+        """The error about a folder ``step-N``."""
+        error = cls(f"{folder} {what}{_another(folder)}")
+        error.what = f"{folder} {what}"
+        return error
+
+
+def newest_whole(checkpoints: Path, content: bool = True) -> tuple[Path, State]:
+    """The newest checkpoint that is whole, and its ``state.json``. A warning names newer ones that are not.
+
+    Args:
+        checkpoints: of a run.
+        content: as in :func:`read_state`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    damaged: list[DamagedCheckpoint] = []
+    for step in reversed(stored_steps(checkpoints)):
+        folder = checkpoints / f"step-{step}"
+        try:
+            state = read_state(folder, content)
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+            continue
+        for one in damaged:
+            warnings.warn(f"{one.what}; {folder.name} is used instead", stacklevel=2)
+        return folder, state
+    if damaged:
+        raise damaged[0]
+    return find_checkpoint(checkpoints), {}
+
+
+def set_damaged_aside(checkpoints: Path, newest: Path) -> None:
+    """Rename checkpoints newer than the newest whole one, so that they no longer count as checkpoints."""
+    for step in stored_steps(checkpoints):
+        if step > int(newest.name.removeprefix("step-")):
+            folder = checkpoints / f"step-{step}"
+            names = (folder.with_name(f"{folder.name}.damaged{more}") for more in ("", *(f"-{n}" for n in count(2))))
+            folder.rename(next(name for name in names if not name.exists()))
+
+
 def find_checkpoint(checkpoints: Path, step: int | None = None) -> Path:
     """The newest checkpoint of a run's ``checkpoints`` folder, or that of one step.
 
@@ -179,15 +232,14 @@ def read_state(folder: Path, content: bool = True) -> State:
         has_hashes = SEAL in state or "sha256" in state
         whole = not has_hashes or (seal_holds(state) and state["sha256"].keys() == files.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint: state.json is missing or damaged{_another(folder)}"
-        ) from None
+        what = "is not a complete checkpoint: state.json is missing or damaged"
+        raise DamagedCheckpoint.at(folder, what) from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{folder} has checkpoint format {version}; this version reads {FORMAT_VERSION}")
     if not whole:
-        raise CheckpointError(f"{folder} is damaged: state.json has changed since it was written{_another(folder)}")
+        raise DamagedCheckpoint.at(folder, "is damaged: state.json has changed since it was written")
     if has_hashes and folder.name != f"step-{step}" and (step or folder.name != "start"):
-        raise CheckpointError(f"{folder} is damaged: state.json is of step {step}{_another(folder)}")
+        raise DamagedCheckpoint.at(folder, f"is damaged: state.json is of step {step}")
     _check_files(folder, state, state.get("sha256", {}) if content else {})
     if content:
         _check_latest(folder)
@@ -269,21 +321,18 @@ def _check_files(folder: Path, state: State, hashes: Mapping[str, str]) -> None:
     for name, size in state["files"].items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{folder} is incomplete: {name} is missing ({written_by}){_another(folder)}")
+            raise DamagedCheckpoint.at(folder, f"is incomplete: {name} is missing ({written_by})")
         if path.stat().st_size != size:
-            raise CheckpointError(
-                f"{folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}{_another(folder)}"
-            )
+            what = f"is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
+            raise DamagedCheckpoint.at(folder, what)
         if hashes and file_sha256(path) != hashes[name]:
-            raise CheckpointError(
-                f"{folder} is damaged: the content of {name} has changed since it was written{_another(folder)}"
-            )
+            raise DamagedCheckpoint.at(folder, f"is damaged: the content of {name} has changed since it was written")
 
 
 def _another(folder: Path) -> str:
     """What to do about a checkpoint that cannot be used."""
-    others = [step for step in stored_steps(folder.parent) if folder.name != f"step-{step}"]
-    return f"; move it away to go on from step {others[-1]}" if others else "; restore it from a copy"
+    others = [str(step) for step in stored_steps(folder.parent) if folder.name != f"step-{step}"]
+    return f"; there are others, of step {', '.join(others)}" if others else "; restore it from a copy"
 
 
 def _check_latest(folder: Path) -> None:
@@ -293,9 +342,8 @@ def _check_latest(folder: Path) -> None:
         return
     said = latest.read_bytes()
     if not re.fullmatch(rb"step-\d+\n", said):
-        raise CheckpointError(
-            f"{latest} is damaged: it does not name a checkpoint; remove it, or write the line {folder.name} there"
-        )
+        warnings.warn(f"{latest} is damaged: it does not name a checkpoint; the newest is {folder.name}", stacklevel=3)
+        return
     newest = f"step-{max(stored_steps(folder.parent), default=0)}"
     if said.decode().strip() != newest:
         warnings.warn(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -19,8 +17,9 @@ from cuma_ds.files import first_line
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.torch_compat import limit_waiting
 
-# While one rank prepares data and the others wait for it; training itself uses parallel.timeout_seconds.
-_PREPARATION_SECONDS = 3600
+# While one rank prepares data or loads a model and the others wait for it. Whether it works, cuma_ds.parallel.watch
+# tells. Training itself uses parallel.timeout_seconds.
+_PREPARATION_SECONDS = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -116,28 +115,6 @@ def wait_for_peers_at_most(seconds: float) -> None:
     """
     dist.barrier()
     limit_waiting(seconds)
-
-
-@contextlib.contextmanager
-def peers_must_answer(topology: Topology, seconds: float) -> Iterator[None]:
-    """Turn a lost or hung peer into one line.
-
-    Raises:
-        TopologyError: a collective failed because another rank died, or did not answer in time.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).lower()
-        if "timed out" in reason or "timeout" in reason:
-            why = f"another rank did not answer within {seconds:.0f} s (parallel.timeout_seconds)"
-        elif any(sign in reason for sign in ("connection closed", "connection reset", "broken pipe", "nccl")):
-            why = "another rank is gone"
-        else:
-            raise
-        raise TopologyError(
-            f"rank {topology.rank} of {topology.world} stops: {why}; the same command resumes the run"
-        ) from error
 
 
 def check_ep_size(topology: Topology, ep_size: int) -> None:

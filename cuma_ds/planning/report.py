@@ -24,9 +24,8 @@ def print_plans(plans: Mapping[str, Sequence[Plan]], hardware: Hardware, console
         first = rows[0]
         work = first.work
         trained, frozen = first.trained_parameters, first.backbone_parameters
-        sizes = (
-            f"{frozen / 1e9:.2f} B frozen, {trained / 1e6:.1f} M trained parameters ({trained / max(1, frozen):.2%})"
-        )
+        share = trained / frozen if frozen else 1.0  # full fine-tuning freezes nothing
+        sizes = f"{frozen / 1e9:.2f} B frozen, {trained / 1e6:.1f} M trained parameters ({share:.2%})"
         shape = f"{work['sequences']} x {work['length']} tokens per GPU and forward"
         shape = f"{shape}, {work['accumulation']} forward(s) per step"
         console.print(f"\n[bold]{name}[/bold]: {sizes}; {shape}")

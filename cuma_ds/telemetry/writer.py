@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,7 @@ class MetricsWriter:
 
         metrics.parent.mkdir(parents=True, exist_ok=True)
         drop_rows_after(metrics, start_step)
+        self._metrics = metrics
         self._rows = metrics.open("a", encoding="utf-8")
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -172,6 +174,13 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def drop_after(self, step: int) -> None:
+        """Forget the rows of later steps, which will be taken again."""
+        if self._is_main:
+            self._rows.close()
+            drop_rows_after(self._metrics, step)
+            self._rows = self._metrics.open("a", encoding="utf-8")
+
     def is_due(self, step: int) -> bool:
         """Whether step ``step`` (from 1) gets a row, as every ``log_every``-th and the last do; equal on all ranks."""
         return step % self._config.log_every == 0 or step == self._total_steps
@@ -192,14 +201,27 @@ def drop_rows_after(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            step = json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            keeps = json.loads(line)["step"] <= last_step
+        except (ValueError, KeyError, TypeError):
             continue
-        if step <= last_step:
+        if keeps:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))
+
+
+def last_step(path: Path) -> int:
+    """The last step that a file of metrics has a row of; 0 where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return 0
+    steps = [0]
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            steps.append(int(json.loads(line)["step"]))
+    return max(steps)
 
 
 def _to_numpy(values: torch.Tensor | ArrayLike) -> NDArray[np.float64]:

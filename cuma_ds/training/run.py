@@ -1,50 +1,47 @@
-"""One training run, from a recipe to checkpoints: the only loop."""
+"""One training run, from a recipe to checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cuma_ds.config import NOTHING_TRAINS, RunConfig
 from cuma_ds.data.batch import Batch
-from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.errors import CheckpointError, ConfigError
 from cuma_ds.files import write_atomically
+from cuma_ds.incident import doing, ended, outcome_goes_to, tracebacks_go_to
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.methods import METHODS
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import full_bytes, resident_bytes, skeleton
-from cuma_ds.parallel.checkpoint import load_checkpoint, load_start, save_checkpoint
+from cuma_ds.parallel.checkpoint import load_checkpoint, load_start
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.stored import (
-    State,
     check_checkpoint,
     find_checkpoint,
     has_checkpoint,
+    newest_whole,
     read_beside,
+    set_damaged_aside,
     write_untrained,
 )
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
-from cuma_ds.telemetry.throughput import Throughput
-from cuma_ds.telemetry.writer import MetricsWriter
+from cuma_ds.telemetry.writer import last_step
 from cuma_ds.training.inputs import TrainingInputs, load_inputs, prepare_run
+from cuma_ds.training.loop import Loop, Say
 from cuma_ds.training.objectives.protocol import Begin, Objective
 from cuma_ds.training.optimizer import make_optimizer
 from cuma_ds.training.packing import tells_examples_apart
 from cuma_ds.training.schedule import with_steps
 from cuma_ds.training.start import with_start
-from cuma_ds.training.step import StepResult, run_step
-
-Say = Callable[[str], None]
 
 
 def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
@@ -61,8 +58,20 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     Raises:
         CumaError: the same one line on every rank.
     """
-    tell = say if topology.is_main else (lambda _: None)
-    run = Run(config.run_dir)
+    tell, run = say if topology.is_main else (lambda _: None), Run(config.run_dir)
+    tracebacks_go_to(run.errors)
+    doing("the preparation")
+    with contextlib.ExitStack() as stack:
+        with agreement():
+            if topology.is_main:
+                stack.enter_context(run.locked())
+                outcome_goes_to(run.outcome)
+        _train(config, run, topology, tell)
+        ended("complete")
+    return run.folder
+
+
+def _train(config: RunConfig, run: Run, topology: Topology, tell: Say) -> None:
     with agreement():
         config = with_start(run.as_started(config))
     with agreement():
@@ -71,7 +80,7 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
             if config.adapters.method in NOTHING_TRAINS:
                 _leave_untrained(config, run, tell)
     if config.adapters.method in NOTHING_TRAINS:
-        return run.folder
+        return
     with agreement():
         run.check_start(content=topology.is_main)
         if topology.local_rank == 0 and not topology.is_main:
@@ -81,11 +90,10 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
         settings = read_deepspeed_config(config, *inputs.objective.layout(inputs.draw), topology.world)
         sized = with_profile_width(config, inputs.table)
         METHODS[config.adapters.method].check(skeleton(config.model), sized)
-        if has_checkpoint(run.checkpoints):
-            newest, known = find_checkpoint(run.checkpoints), run.known_fingerprints(config)
-            check_checkpoint(newest, known, run.identity(), content=topology.is_main)
         if topology.is_main:
+            _check_newest(config, run)
             write_atomically(run.deepspeed, json.dumps(settings.engine, indent=2) + "\n")
+    doing("loading the model")
     engine = AdapterEngine(sized, settings, topology, lambda groups: make_optimizer(groups, config.training))
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     profiles_NP = None if inputs.table is None else inputs.table.embeddings[inputs.profiles]
@@ -102,10 +110,27 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
     if (epochs := config.training.epochs) is not None:
         tell(f"{epochs:g} epochs of {inputs.draw.n_rows} training examples are {config.training.steps} steps")
     if start < config.training.steps:
-        _steps(config, engine, inputs, range(start, config.training.steps), tell)
+        folder = Loop(config, engine, inputs, tell).run(range(start, config.training.steps))
+        size, trained = sum(file.stat().st_size for file in folder.iterdir()), engine.trained_parameters
+        tell(
+            f"checkpoint {folder}: {size / 1e6:.1f} MB, {trained / 1e6:.2f} M trained parameters with two moments "
+            f"in float32 are {12 * trained / 1e6:.1f} MB"
+        )
     else:
         tell(f"{run.folder} is complete at step {start}; nothing to do (to go on, raise its steps or epochs)")
-    return run.folder
+
+
+def _check_newest(config: RunConfig, run: Run) -> None:
+    """See that there is a whole checkpoint of this run to go on from, or none at all. Newer ones are set aside."""
+    if has_checkpoint(run.checkpoints):
+        newest, _ = newest_whole(run.checkpoints)
+        check_checkpoint(newest, run.known_fingerprints(config), run.identity(), content=False)
+        set_damaged_aside(run.checkpoints, newest)
+    elif 0 < config.checkpoint.every < (reached := last_step(run.metrics)):
+        raise CheckpointError(
+            f"{run.metrics} says that step {reached} was reached, but {run.checkpoints} holds no checkpoint; restore "
+            "it from a copy, or choose another run.name"
+        )
 
 
 def _leave_untrained(config: RunConfig, run: Run, tell: Say) -> None:
@@ -130,78 +155,6 @@ def with_profile_width(config: RunConfig, table: ProfileTable | None) -> RunConf
             f"{width}; leave it out"
         )
     return config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": width})})
-
-
-def _steps(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, steps: range, tell: Say) -> None:
-    """Learn, log and save. Numbers of a step stay on the device until a row is logged or a checkpoint is saved."""
-    run, is_main = Run(config.run_dir), engine.topology.is_main
-    identity, throughput = run.identity(), Throughput(engine.topology.device)
-    losses: list[Tensor] = []
-    kept = steps.start
-
-    def save(done: int) -> Path:
-        state: State = {"step": done, "fingerprint": fingerprint(config), "identity": identity}
-        beside = inputs.objective.state()
-        return save_checkpoint(engine, run.checkpoints, state, config.checkpoint.keep_last, beside)
-
-    with MetricsWriter(run.metrics, run.tensorboard, config.telemetry, is_main, steps) as writer:
-        inputs.objective.show = writer.show
-        for step in steps:
-            try:
-                result, done = run_step(config, engine, inputs, step), step + 1
-            except CumaError as error:
-                # Of all ranks, e.g. because a judge is down: what was learned so far is kept.
-                if error.printed_by_main and step > kept:
-                    save(step)
-                raise
-            throughput.add(result.tokens, result.people)
-            writer.advance(done)
-            losses.append(result.sums["loss"] / result.weight)
-            saves = done == steps.stop or (config.checkpoint.every > 0 and done % config.checkpoint.every == 0)
-            if saves or writer.is_due(done):
-                _stop_at_bad_loss(losses, done)
-                losses.clear()
-            if writer.is_due(done):
-                _log(writer, engine, done, result, {**throughput.row(), **inputs.objective.report()})
-            if saves:
-                folder, kept = save(done), done
-    size, trained = sum(file.stat().st_size for file in folder.iterdir()), engine.trained_parameters
-    tell(
-        f"checkpoint {folder}: {size / 1e6:.1f} MB, {trained / 1e6:.2f} M trained parameters with two moments "
-        f"in float32 are {12 * trained / 1e6:.1f} MB"
-    )
-
-
-def _stop_at_bad_loss(losses: list[Tensor], done: int) -> None:
-    """Raise for the first loss that is no number.
-
-    Args:
-        losses: of the last steps.
-        done: the last of these steps, counted from 1.
-    """
-    for step, loss in enumerate(torch.stack(losses).tolist(), start=done - len(losses) + 1):
-        if not math.isfinite(loss):
-            raise CumaError(f"the loss became {loss} at step {step}; lower training.learning_rate or check the data")
-
-
-def _log(writer: MetricsWriter, engine: AdapterEngine, step: int, result: StepResult, rates: dict[str, float]) -> None:
-    """Write the row of one step, counted from 1."""
-    sums = dict(result.sums)
-    load_RE, entropy_R, routed = (sums.pop(name, None) for name in ("load_RE", "entropy_R", "routed"))
-    balance = sums.pop("balance", 0.0) / engine.topology.world
-    scalars = {name: float(value) / result.weight for name, value in sums.items()}
-    means = {name: value.tolist() for name, value in result.means.items()}
-    scalars |= {name: total / number for name, (total, number) in means.items() if number}
-    scalars |= {"lr": result.rate, "grad_norm": engine.grad_norm} | rates
-    if load_RE is not None:
-        scalars["balance"] = float(balance)
-    if engine.loss_scaler is not None:
-        scalars["loss_scale"] = float(engine.loss_scaler.loss_scale)
-    scalars |= {f"bytes_sent/{name}": float(count) for name, count in result.bytes_sent.items()}
-    writer.log(step, scalars)
-    if load_RE is not None and entropy_R is not None and routed is not None:
-        share_RE = load_RE / load_RE.sum(dim=1, keepdim=True).clamp(min=1)
-        writer.log_routing(step, engine.model.router_names, share_RE, entropy_R / routed.clamp(min=1))
 
 
 def _resume(run: Run, engine: AdapterEngine, objective: Objective, tell: Say) -> int:

@@ -22,7 +22,7 @@ from cuma_ds.identity import changed_part
 from cuma_ds.inference.modeling import ADAPTER_CONFIG, Export, moved, read_export, read_weights
 from cuma_ds.inference.open import profiles_section
 from cuma_ds.parallel.backbone import backbone_fingerprint
-from cuma_ds.parallel.stored import StoredTensors, find_checkpoint, read_adapters, read_state
+from cuma_ds.parallel.stored import StoredTensors, newest_whole, read_adapters
 from cuma_ds.profiles import encoder_of
 from cuma_ds.runs import Run
 
@@ -164,14 +164,14 @@ def open_origin(place: str) -> Origin:
 
 def _of_run(place: str) -> Origin:
     run = Run(Path(place).expanduser())
-    config, checkpoint = run.config(), find_checkpoint(run.checkpoints)
-    identity = read_state(checkpoint, content=False).get("identity") or run.identity()
+    config, (_, newest) = run.config(), newest_whole(run.checkpoints, content=False)
+    identity = newest.get("identity") or run.identity()
     encoder = identity.get("encoder")
     if encoder is None and (table := run.profiles(config)) is not None:
         encoder = table.fingerprint
 
     def tensors() -> dict[str, Tensor]:
-        state = read_state(checkpoint)
+        checkpoint, state = newest_whole(run.checkpoints)
         stored = StoredTensors(checkpoint, state)
         balance = {name: stored.get(name) for name in stored.names() if name.startswith("balance/")}
         return {f"param/{name}": tensor for name, tensor in read_adapters(checkpoint, state).items()} | balance

@@ -6,17 +6,22 @@ Shapes: R routers, E experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cuma_ds.config import RunConfig
+from cuma_ds.incident import alive
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import Topology
+from cuma_ds.parallel.watch import stop_requested
 from cuma_ds.training.inputs import TrainingInputs
 from cuma_ds.training.schedule import learning_rate
+
+Fault = Literal["loss", "gradient", "update"]
 
 
 class StepResult(NamedTuple):
@@ -32,6 +37,10 @@ class StepResult(NamedTuple):
             and ``routed`` (tokens).
         means: [2] float64 each, a sum and the number of what was summed; see :class:`Loss`.
         bytes_sent: by this rank, see :meth:`AdapterEngine.take_bytes_sent`.
+        loss: mean over the global batch.
+        fault: what is not finite: the ``loss``, the ``gradient`` (the update has been left out then), or trained
+            parameters and moments after the ``update``; None where all is well. Equal on all ranks.
+        stopping: a rank was told to stop. Equal on all ranks.
     """
 
     rate: float
@@ -41,6 +50,9 @@ class StepResult(NamedTuple):
     sums: dict[str, Tensor]
     means: dict[str, Tensor]
     bytes_sent: dict[str, int]
+    loss: float
+    fault: Fault | None
+    stopping: bool
 
 
 def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, step: int) -> StepResult:
@@ -82,9 +94,27 @@ def run_step(config: RunConfig, engine: AdapterEngine, inputs: TrainingInputs, s
             _add(sums, "load_RE", out.routing.load_RE.double())
             _add(sums, "entropy_R", out.routing.entropy_R.double())
             _add(sums, "routed", out.routing.tokens.double())
+        alive()
+    # What ranks must agree on travels with the sums.
+    sums["told_to_stop"] = torch.tensor(float(stop_requested()), device=topology.device)
+    sums["broken"] = (~engine.trained_state_is_finite()).float()
     sums, means = _over_ranks(sums, topology), _over_ranks(means, topology)
-    engine.model.end_step(sums.get("load_RE"))
-    return StepResult(rate, weight, tokens, people, sums, means, engine.take_bytes_sent())
+    loss, told_to_stop, broken = torch.stack([sums[name] for name in ("loss", "told_to_stop", "broken")]).tolist()
+    del sums["told_to_stop"], sums["broken"]
+    fault = _fault(loss, engine.left_update_out and config.model.dtype != "float16", broken > 0)
+    if fault is None:
+        engine.model.end_step(sums.get("load_RE"))
+    sent, stopping = engine.take_bytes_sent(), told_to_stop > 0
+    return StepResult(rate, weight, tokens, people, sums, means, sent, loss / weight, fault, stopping)
+
+
+def _fault(loss: float, left_out: bool, broken: bool) -> Fault | None:
+    """What is not finite. In float16 an update that is left out is none: so the loss scale is found."""
+    if not math.isfinite(loss):
+        return "loss"
+    if left_out:
+        return "gradient"
+    return "update" if broken else None
 
 
 def dropout_seed(run_seed: int, step: int, micro_step: int, rank: int) -> int:

@@ -9,12 +9,14 @@ from run_folder import OPINIONS, content, make_run
 
 from cuma_ds.config import load_started
 from cuma_ds.data.prepared import PreparedData
-from cuma_ds.errors import ConfigError, DataError
+from cuma_ds.errors import CheckpointError, ConfigError, DataError
 from cuma_ds.evaluation.predictions import read_predictions
+from cuma_ds.evaluation.report import plots
 from cuma_ds.evaluation.report.model import ChoiceReport, read_report
 from cuma_ds.evaluation.run import Scope, evaluate, evaluate_run
 from cuma_ds.evaluation.scores import Scorer
 from cuma_ds.evaluation.subject import run_subject
+from cuma_ds.locks import locked
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0" / "run" / "evaluation"
 
@@ -181,3 +183,28 @@ def test_damaged_predictions_are_one_line(damaged, tmp_path) -> None:
         (tmp_path / "predictions.npz").write_bytes(damaged)
     with pytest.raises(DataError, match=r"predictions.npz cannot be read .*; evaluate again"):
         read_predictions(tmp_path)
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_number(run, report, tmp_path, monkeypatch) -> None:
+    """The numbers are on the disk before the first picture is drawn, and a warning names what is missing."""
+    written = []
+    draw = plots._write
+
+    def fails_once(figure, path: Path) -> None:
+        written.append(sorted(file.name for file in tmp_path.glob("*.[jn]*")))
+        if path.name == "expert-load.png":
+            raise ValueError("no such font")
+        draw(figure, path)
+
+    monkeypatch.setattr(plots, "_write", fails_once)
+    with pytest.warns(UserWarning, match=r"expert-load\.png could not be drawn: no such font"):
+        found = evaluate(run_subject(run), tmp_path)
+    assert all(names == ["predictions.npz", "report.json"] for names in written)
+    assert set(report.pictures) - set(found.pictures) == {"expert-load.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == set(found.pictures)
+    assert found.splits == report.splits
+
+
+def test_two_evaluations_do_not_write_into_one_folder(run, tmp_path) -> None:
+    with locked(tmp_path), pytest.raises(CheckpointError, match="is in use by process"):
+        evaluate(run_subject(run), tmp_path)

@@ -217,6 +217,14 @@ def scale_losses() -> str | None:
     engine.step()
     if scaler.loss_scale != 8.0 or compat.optimizer_steps(engine) or not torch.equal(before, model.shared):
         return "an overflow is no longer noticed, or does not halve the factor of the optimizer's loss_scaler"
+    for stage in (1, 2):
+        model, engine = adapters(stage)
+        before = model.shared.detach().clone()
+        for size, left_out in ((float("inf"), True), (1.0, False)):
+            engine.backward(engine(torch.full((5,), size), torch.ones(7)))
+            engine.step()
+            if compat.left_update_out(engine) != left_out or torch.equal(before, model.shared) != left_out:
+                return f"at ZeRO stage {stage}, a gradient that is not finite no longer leaves the update out"
     return None
 
 
@@ -245,6 +253,15 @@ def moments() -> str | None:
             engine.step()
             if compat.optimizer_steps(engine) != 5:
                 return f"at ZeRO stage {stage}, a step goes on from another state than was created"
+        for kind in (None, *compat.MOMENTS):
+            if not compat.state_is_finite(engine):
+                return f"at ZeRO stage {stage}, finite weights and moments are taken for others"
+            parameter = next(iter(names.values()))
+            value = torch.zeros(compat.whole_shape(parameter))
+            compat.set_whole_value(parameter, kind, value + torch.nan)
+            if compat.state_is_finite(engine):
+                return f"at ZeRO stage {stage}, {kind or 'the weight'} that is not finite is not found"
+            compat.set_whole_value(parameter, kind, value)
     return None
 
 

@@ -33,13 +33,28 @@ counted: list[dict] = []
 run_step, optimizer_step = run.run_step, AdapterEngine.step
 
 
+def gathered_apart(engine: AdapterEngine) -> float:
+    """How far answers with the gathered backbone are from those with its shards, between two steps."""
+    torch.manual_seed(7)
+    batch, table = random_batch(1, 6, 2, engine.model.cuma.config.profile_dim)
+    engine.train(False)
+    with torch.no_grad():
+        sharded = engine.forward(batch, table).logits
+        with engine.gathered_backbone():
+            gathered = engine.forward(batch, table).logits
+    engine.train()
+    engine.take_bytes_sent()  # not of a step
+    return float((gathered - sharded).abs().max())
+
+
 def counting_step(config, engine, inputs, step):
+    apart = gathered_apart(engine)
     links.clear()
     result = run_step(config, engine, inputs, step)
     base = engine.model.backbone
     gathered = [[list(ranks), moved] for (name, ranks), moved in links.items() if name == "all_gather"]
     told = {"told": result.bytes_sent, "all_gather": gathered}
-    counted.append(told | {"held": resident_bytes(base), "full": full_bytes(base)})
+    counted.append(told | {"gathered_apart": apart, "held": resident_bytes(base), "full": full_bytes(base)})
     return result
 
 

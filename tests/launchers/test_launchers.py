@@ -150,13 +150,16 @@ def test_stopping_the_launcher_by_its_pid_stops_every_rank(sign, tmp_path, tiny_
         started = psutil.Process(launcher.pid).children(recursive=True)
         assert sum("train.py" in " ".join(process.cmdline()[:4]) for process in started) == 2
         launcher.send_signal(sign)
-        until(lambda: not living(started), 15)
+        until(lambda: not living(started), 120)
         launcher.wait(10)
     finally:
         for process in living(started):
             process.kill()
         launcher.kill()
-    assert "stops: its launcher is gone" in (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert "stops: its launcher is gone" in said
+    assert "of 100000; the same command goes on from there" in said
+    assert find_checkpoint(Run(load_config(path).run_dir).checkpoints) is not None
 
 
 LASTING = """

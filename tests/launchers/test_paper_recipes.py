@@ -25,9 +25,9 @@ from cuma_ds.training.schedule import learning_rate, with_steps
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "launchers" / "recipes" / "paper"
-BACKBONES, METHODS, TASKS, ABLATIONS = (
+BACKBONES, METHODS, TASKS, ABLATIONS, PROMPTING = (
     sorted(file.with_suffix("").name for file in (RECIPES / axis).glob("*.yaml"))
-    for axis in ("backbone", "method", "task", "ablation")
+    for axis in ("backbone", "method", "task", "ablation", "prompting")
 )
 # Steps, global batch, learning rate, longest sequence, balance weight and gate of each task.
 PAPER = {
@@ -59,7 +59,11 @@ def merged(backbone: str, task: str, method: str, *more: str) -> RunConfig:
 def test_there_is_a_recipe_for_each_row() -> None:
     assert set(PAPER) == set(TASKS)
     assert {"qwen3-8b", "llama3.1-8b", "qwen3-0.6b"} == set(BACKBONES)
-    assert set(SHARES) <= set(METHODS)
+    released = {name for name in METHODS if name.endswith("-released")}
+    others = {"cuma-equation", "dora-r64", "prefix-32", "full", "hydralora-original"}
+    assert set(METHODS) == {*SHARES, *others, *released}
+    assert released >= {"mixlora-released", "hydralora-released"}
+    assert set(PROMPTING) == {"vanilla", "persona", "few-shot-3"}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -171,6 +175,7 @@ BUILT = {
     "wvb-heldout": ("wvb-heldout", ("method/cuma-r8",)),
     "ca-choice": ("ca-choice", ("method/cuma-r8",)),
     **{f"of-{method}": ("wvb-sft", (f"method/{method}",)) for method in METHODS if method != "cuma-r8"},
+    **{f"asks-{one}": ("wvb-sft", (f"prompting/{one}",)) for one in PROMPTING},
     **{f"but-{one}": ("wvb-sft", ("method/cuma-r8", f"ablation/{one}")) for one in ABLATIONS},
 }
 
@@ -181,7 +186,16 @@ def built(tmp_path_factory, tiny_llama, tiny_encoder) -> Path:
     folder = tmp_path_factory.mktemp("paper")
     paths = {source: raw_data(source, folder) for source in ("wvb", "ca")}
     recipes = [
-        small(task, paths[task.split("-")[0]], folder, (tiny_llama, tiny_encoder), f"run.name={name}", files=files)
+        small(
+            task,
+            paths[task.split("-")[0]],
+            folder,
+            (tiny_llama, tiny_encoder),
+            f"run.name={name}",
+            # Examples before a question, letter by letter, are more than the tiny model reads.
+            "data.on_long_prompt=skip" if "few-shot" in name else "",
+            files=files,
+        )
         for name, (task, files) in BUILT.items()
     ]
     run_recipes(1, recipes)
@@ -189,7 +203,15 @@ def built(tmp_path_factory, tiny_llama, tiny_encoder) -> Path:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", [f"asks-{one}" for one in PROMPTING])
+def test_a_prompt_makes_a_run_that_trains_nothing(name, built) -> None:
+    """Its checkpoint is what evaluate.py reads."""
+    assert (built / "runs" / name / "checkpoints" / "step-0").is_dir()
+    assert load_config(built / "runs" / name / "config.yaml").data.profile_in_prompt == (name != "asks-vanilla")
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("name", [name for name in BUILT if not name.startswith("asks-")])
 def test_a_recipe_is_built_and_takes_two_steps(name, built) -> None:
     rows = rows_of(built, Path(name))
     assert [row["step"] for row in rows] == [1, 2]

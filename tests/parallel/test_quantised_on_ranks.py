@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run
+from safetensors.torch import load_file
 from small_runs import recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cuma_ds.config import load_config
+from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.parallel.ds_config import DS_CONFIGS
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
 from cuma_ds.runs import Run
@@ -103,6 +105,21 @@ def test_a_quantised_run_is_opened_on_one_process_and_on_ranks_alike(runs) -> No
 
 
 @pytest.mark.multirank
+def test_a_quantised_backbone_is_gathered_to_generate_between_steps(runs) -> None:
+    for key in runs.paths:
+        assert all(step["gathered_apart"] < 1e-5 for said in runs.said(key) for step in said["steps"]), key
+
+
+@pytest.mark.multirank
+def test_an_export_holds_the_base_as_it_is_and_says_how_it_was_quantised(runs, tiny_llama, tmp_path) -> None:
+    folder = write_hf(read_run(load_config(runs.paths[1, "whole", "nf4"]).run_dir), tmp_path / "out", merged=True)
+    base, source = (load_file(place / "model.safetensors") for place in (folder / "base", tiny_llama))
+    assert base.keys() == source.keys()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in base.items())
+    assert "The base was quantised (nf4) in training" in (folder / "README.md").read_text()
+
+
+@pytest.mark.multirank
 def test_a_run_does_not_change_its_quantisation(runs) -> None:
     said = json.loads(Path(f"{runs.changed}.rank0.json").read_text())
     assert "model.quantisation" in said["error"]
@@ -117,7 +134,7 @@ def test_the_peak_of_a_training_step_falls_by_what_is_packed(tmp_path, tiny_enco
         monkeypatch.setenv(name, "65536")
     sizes = {"vocab_size": 128, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
     config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")  # in float32: what is loaded is no mapped file
     peaks = {}
     for kind in ("none", "nf4"):
         model = {"path": str(tmp_path / "model"), "dtype": "bfloat16", "quantisation": kind}

@@ -183,6 +183,12 @@ def test_bytes_are_told_by_link(runs) -> None:
 
 
 @pytest.mark.multirank
+def test_a_group_gathers_its_backbone_to_generate_between_steps(runs) -> None:
+    for name in runs.paths.keys() - {"refused"}:
+        assert all(step["gathered_apart"] < 1e-5 for said in runs.said(name) for step in said["steps"]), name
+
+
+@pytest.mark.multirank
 def test_a_trained_model_is_asked_on_ranks_with_shard_groups(runs) -> None:
     for name in ("2-ep1-auto", "2-ep4-all_to_all", "1-ep2-gather_experts", "machine", "pickled"):
         assert all(said["apart"] < 1e-4 for said in runs.said(name)), name

@@ -116,3 +116,5 @@ def test_the_command_says_how_many_days(tmp_path, tiny_llama, launch) -> None:
     (plan,) = next(iter(told.values()))
     assert plan["whole_run"]["steps"] == math.ceil(300 / 16)
     assert plan["whole_run"]["days"] > 0
+    full = launch(*ask, "--examples", "10", "--set", "adapters.method=full", "parallel.deepspeed_config=zero3")
+    assert "0.00 B frozen, 0.0 M trained parameters (100.00%)" in full.out

@@ -14,11 +14,9 @@ from torch import Tensor
 from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch, EncodedExample, Unit
 from cuma_ds.data.stream import Draw, Stream
-from cuma_ds.errors import CumaError
 from cuma_ds.methods.model import Output
 from cuma_ds.training.inputs import TrainingInputs
 from cuma_ds.training.objectives import Loss, Objective
-from cuma_ds.training.run import _stop_at_bad_loss
 from cuma_ds.training.step import dropout_seed, run_step
 
 
@@ -66,7 +64,7 @@ def model(tiny_llama):
 class Engine:
     """DeepSpeed's part, for one process: the mean over ``parts`` micro batches."""
 
-    dispatcher = None
+    dispatcher, left_update_out, finite = None, False, True
 
     def __init__(self, model, parts: int) -> None:
         self.network, self.parts = model, parts
@@ -82,6 +80,12 @@ class Engine:
 
     def step(self, learning_rate: float) -> None:
         pass
+
+    def take_bytes_sent(self) -> dict[str, int]:
+        return {}
+
+    def trained_state_is_finite(self) -> Tensor:
+        return torch.tensor(self.finite)
 
 
 def config(**training) -> RunConfig:
@@ -143,8 +147,28 @@ def test_every_micro_batch_of_every_rank_has_its_own_dropout_and_the_same_in_a_r
     assert dropout_seed(3, 100, 1, 7) == 2282622815651162768
 
 
-def test_a_loss_that_is_no_number_is_found_at_its_own_step() -> None:
-    losses = [torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("nan"))]
-    with pytest.raises(CumaError, match="the loss became nan at step 9; lower training"):
-        _stop_at_bad_loss(losses, done=10)
-    _stop_at_bad_loss(losses[:1], done=1)
+@pytest.mark.parametrize(
+    ("loss", "left_out", "dtype", "finite", "fault"),
+    [
+        (1.0, False, "bfloat16", True, None), (float("nan"), True, "bfloat16", True, "loss"),
+        (float("inf"), True, "float16", True, "loss"), (1.0, True, "bfloat16", True, "gradient"),
+        (1.0, True, "float16", True, None), (1.0, False, "bfloat16", False, "update"),
+    ],
+)  # fmt: skip
+def test_what_is_not_finite_is_found_in_its_step(model, loss, left_out, dtype, finite, fault) -> None:
+    """In float16 a gradient that is not finite is how the loss scale is found."""
+
+    class Constant(Preference):
+        def loss(self, logits_BKV: Tensor, batch: Batch) -> Loss:
+            return Loss(logits_BKV.sum() * 0 + loss)
+
+    draw = Draw(7, 5, 5, 0)
+    inputs = TrainingInputs(
+        Constant(torch.zeros(7, 2)), Stream(draw, pair, 0, None), draw, None, np.zeros(0), np.full(7, 2), None,
+        pair(0)[0], 0, data=None, renderer=None,
+    )  # fmt: skip
+    engine = Engine(model, draw.accumulation)
+    engine.left_update_out, engine.finite = left_out, finite
+    settings = RunConfig.model_validate({**config().model_dump(), "model": {"path": "m", "dtype": dtype}})
+    result = run_step(settings, engine, inputs, step=1)
+    assert (result.fault, result.stopping) == (fault, False)

@@ -5,23 +5,27 @@ Shapes: G groups, n options, R routers, E experts.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import dendrogram, leaves_list, linkage, optimal_leaf_ordering
 
 from cuma_ds.evaluation.report.model import Cell, Reliability, Subgroup
-from cuma_ds.files import write_atomically
+from cuma_ds.files import first_line, write_atomically
 
 Array = NDArray[np.floating]
 
@@ -294,7 +298,7 @@ def _answers(options: Sequence[str], width: float) -> str:
             lines[-1] += "     " + item
         else:
             lines.append(item)
-    return "\n".join(lines).replace("$", r"\$")
+    return "\n".join(lines)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -317,11 +321,56 @@ def short(text: str, length: int) -> str:
 
 def _wrap(text: str, width: float) -> str:
     # A dollar sign would switch matplotlib to mathematics.
-    return textwrap.fill(text, int(width)).replace("$", r"\$")
+    return textwrap.fill(text, int(width))
+
+
+class Pictures(NamedTuple):
+    """Figures that are complete but not yet written, with their files."""
+
+    waiting: list[tuple[Figure, Path]]
+
+    def write(self) -> list[str]:
+        """Write each as a PNG, complete or not at all; returns the names of those that could not be drawn.
+
+        A warning names them. The numbers of a report do not depend on them.
+        """
+        failed = []
+        for figure, path in self.waiting:
+            try:
+                _write(figure, path)
+            except Exception as error:
+                warnings.warn(f"{path.name} could not be drawn: {first_line(error)}", stacklevel=2)
+                failed.append(path.name)
+        self.waiting.clear()
+        return failed
+
+
+_later: ContextVar[Pictures | None] = ContextVar("pictures", default=None)
+
+
+@contextlib.contextmanager
+def pictures_later() -> Iterator[Pictures]:
+    """Inside, :func:`save` keeps figures instead of writing them, for the time when all numbers are on the disk."""
+    pictures = Pictures([])
+    token = _later.set(pictures)
+    try:
+        yield pictures
+    finally:
+        _later.reset(token)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, complete or not at all."""
+    """Write a PNG, now or as :func:`pictures_later` says."""
+    later = _later.get()
+    if later is None:
+        _write(figure, path)
+    else:
+        later.waiting.append((figure, path))
+
+
+def _write(figure: Figure, path: Path) -> None:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar sign is a dollar sign
     picture = io.BytesIO()
     figure.savefig(picture, format="png", facecolor="white")
     write_atomically(path, picture.getvalue())
