@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +69,8 @@ def main() -> None:
     host, port = listener.getsockname()[:2]
     print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     configure_logs()
+    # uvicorn ends in good order and then sends itself the signal again, as to a process that does not know it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     config = uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     uvicorn.Server(config).run(sockets=[listener])
 

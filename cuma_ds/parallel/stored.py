@@ -23,7 +23,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -170,7 +170,9 @@ def set_damaged_aside(checkpoints: Path, newest: Path) -> None:
     for step in stored_steps(checkpoints):
         if step > int(newest.name.removeprefix("step-")):
             folder = checkpoints / f"step-{step}"
-            names = (folder.with_name(f"{folder.name}.damaged{more}") for more in ("", *(f"-{n}" for n in count(2))))
+            names = (
+                folder.with_name(f"{folder.name}.damaged{more}") for more in chain([""], (f"-{n}" for n in count(2)))
+            )
             folder.rename(next(name for name in names if not name.exists()))
 
 

@@ -27,10 +27,10 @@ from cuma_ds.parallel.backbone import full_bytes, resident_bytes  # noqa: E402
 from cuma_ds.parallel.engine import AdapterEngine  # noqa: E402
 from cuma_ds.parallel.topology import Topology, start_processes, with_expert_groups  # noqa: E402
 from cuma_ds.runs import Run  # noqa: E402
-from cuma_ds.training import run  # noqa: E402
+from cuma_ds.training import loop, run  # noqa: E402
 
 counted: list[dict] = []
-run_step, optimizer_step = run.run_step, AdapterEngine.step
+run_step, optimizer_step = loop.run_step, AdapterEngine.step
 
 
 def gathered_apart(engine: AdapterEngine) -> float:
@@ -80,7 +80,7 @@ def asked(config: RunConfig, topology: Topology) -> float:
         return float((opened.model(**inputs).logits - whole(**inputs).logits).abs().max())
 
 
-run.run_step, AdapterEngine.step = counting_step, uncounted
+loop.run_step, AdapterEngine.step = counting_step, uncounted
 topology = start_processes(120)
 for recipe in json.loads(sys.argv[1]):
     counted, config = [], load_config(recipe)

@@ -25,12 +25,12 @@ from cuma_ds.parallel.backbone import full_bytes, live_bytes, load_tokenizer
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
 from cuma_ds.planning import rollouts as planning
-from cuma_ds.training import run
+from cuma_ds.training import loop, run
 from cuma_ds.training.inputs import TrainingInputs
 from cuma_ds.training.step import StepResult
 
 LENGTHS = (6, 2, 3)  # with two ranks, the second one is done earlier; with four, the last one writes nothing
-run_step: Callable[..., StepResult] = run.run_step
+run_step: Callable[..., StepResult] = loop.run_step
 rollouts: list[dict] = []
 gathered = False
 
@@ -76,7 +76,7 @@ def with_rollouts(config: RunConfig, engine: AdapterEngine, inputs: TrainingInpu
 topology = start_processes(120)
 for job in json.loads(sys.argv[1]):
     rollouts, gathered = [], job["backbone"] == "gathered"
-    run.run_step = with_rollouts if job["backbone"] else run_step
+    loop.run_step = with_rollouts if job["backbone"] else run_step
     config = load_config(job["recipe"])
     run.train(config, with_expert_groups(topology, config.parallel.ep_size))
     Path(f"{job['recipe']}.rank{topology.rank}.json").write_text(json.dumps(rollouts))
