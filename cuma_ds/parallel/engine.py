@@ -18,6 +18,7 @@ from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.backbone import PlacedBackbone, known_as_sharded, place_backbone
 from cuma_ds.parallel.dispatch import ExpertGroup, ExpertParallelDispatcher, make_dispatcher
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
+from cuma_ds.parallel.quantised import QuantisedLinear
 from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable
 
@@ -234,9 +235,13 @@ class AdapterEngine:
 
     @property
     def backbone_parameters(self) -> int:
-        """Numbers in the backbone without what was added to it, over all ranks."""
-        frozen = (one for one in self.model.parameters() if not one.requires_grad)
-        return sum(compat.whole_shape(one).numel() for one in frozen) or self.trained_parameters
+        """Numbers in the backbone without what was added to it, over all ranks; quantised ones as if unpacked."""
+        frozen = sum(compat.whole_shape(one).numel() for one in self.model.parameters() if not one.requires_grad)
+        for layer in self.model.modules():
+            if isinstance(layer, QuantisedLinear):
+                packed = (compat.whole_shape(one).numel() for one in (layer.weight, layer.scales))
+                frozen += layer.packing.shape.numel() - sum(packed)
+        return frozen or self.trained_parameters
 
     @property
     def expert_bytes(self) -> int:

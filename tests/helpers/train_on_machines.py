@@ -54,6 +54,7 @@ def counting_step(config, engine, inputs, step):
     base = engine.model.backbone
     gathered = [[list(ranks), moved] for (name, ranks), moved in links.items() if name == "all_gather"]
     told = {"told": result.bytes_sent, "all_gather": gathered}
+    told["numbers"] = engine.backbone_parameters
     counted.append(told | {"gathered_apart": apart, "held": resident_bytes(base), "full": full_bytes(base)})
     return result
 

@@ -90,6 +90,7 @@ def test_a_rank_holds_and_sends_packed_numbers(kind, runs, tiny_llama) -> None:
         plain, packed = (runs.said((world, "sharded", one))[0]["steps"][-1] for one in ("none", kind))
         rest = plain["full"] - 4 * linears  # embeddings, norms and head, in float32
         block = {"nf4": 32, "int8": 64}[kind] + 4
+        assert packed["numbers"] == plain["numbers"]
         assert packed["full"] == rest + linears // 64 * block
         assert packed["held"] * world == packed["full"]
         saved = plain["told"]["backbone"] - packed["told"]["backbone"]
