@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_TOKEN = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{(?P<field>[^{}\[\]]*)\}|[\[\]{}]|[^\[\]{}]+")
+_PART = re.compile(r"\{\{|\}\}|\[\[|\]\]|\{(?P<field>[^{}\[\]]*)\}|[\[\]{}]|[^\[\]{}]+")
 # What stands for a field without an answer, outside of square brackets.
 UNKNOWN = "Unknown"
 
@@ -56,7 +56,7 @@ def parse_format(text: str) -> tuple[FormatPart, ...]:
     parts: list[FormatPart] = []
     pieces: list[tuple[str, bool]] = []
     optional = False
-    for token in _TOKEN.finditer(text):
+    for token in _PART.finditer(text):
         piece, place = token[0], token.start() + 1
         if token["field"] is not None:
             name = " ".join(token["field"].split())

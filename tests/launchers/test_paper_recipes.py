@@ -130,7 +130,7 @@ def test_a_method_trains_the_share_that_the_paper_says(method) -> None:
         config = config.model_copy(update={"adapters": config.adapters.model_copy(update=width)})
         shape = read_model_config(ROOT / "launchers" / "model_configs" / f"{model}.json")
         built = Setup(shape, config).build()
-        trained = sum(parameter.numel() for _, parameter, _ in built.trained_parameters())
+        trained = sum(trained.parameter.numel() for trained in built.trained_parameters())
         frozen = sum(parameter.numel() for parameter in built.parameters() if not parameter.requires_grad)
         assert 100 * trained / frozen == pytest.approx(share, abs=0.5 * 10 ** -len(str(share).partition(".")[2]))
 
