@@ -180,12 +180,16 @@ def _sent_to_gather(parameter: nn.Parameter) -> int:
 def partition_frozen(model: nn.Module, config: dict[str, object], settings: FrozenBackbone) -> LayerHooks:
     """Give a frozen model the hooks of ZeRO-3 without its optimizer."""
     # Relies on ``DeepSpeedZeRoOffload`` working without an optimizer.
+    # It starts a bucket with every module, whatever is on its way already: ``max_live_parameters`` alone bounds it.
+    ahead = settings.prefetch_bucket_size + settings.max_reuse_distance
+    largest = max((parameter.ds_numel for parameter in model.parameters() if is_partitioned(parameter)), default=0)
     offload = DeepSpeedZeRoOffload(
         model,
         timers=NoopTimer(),
         ds_config=config,
         overlap_comm=torch.cuda.is_available(),
         param_persistence_threshold=0,
+        max_live_parameters=ahead + largest,
         max_reuse_distance=settings.max_reuse_distance,
         prefetch_bucket_size=settings.prefetch_bucket_size,
     )

@@ -1,7 +1,7 @@
 """One rank that trains steps and notes which layers are being gathered while another one computes; started by a test.
 
 Prints, for the forward and the backward pass of the last step, each frozen module in the order they ran, with what
-ZeRO-3 says of the parameters of every module when it starts and when it ends.
+ZeRO-3 says of the parameters of every module when it starts and when it ends, and the numbers in each module.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ def own(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters(recurse=False) if is_partitioned(parameter)]
 
 
-def order(path: str) -> dict[str, list]:
+def order(path: str) -> dict[str, list | dict[str, int]]:
     config = load_config(path)
     settings = read_deepspeed_config(config, 2, 1, topology.world)
     sized = config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": WIDTH})})
     engine = AdapterEngine(sized, settings, topology, lambda groups: make_optimizer(groups, config.training))
     modules = {name: module for name, module in engine.model.backbone.named_modules() if own(module)}
+    numbers = {name: sum(parameter.ds_numel for parameter in own(module)) for name, module in modules.items()}
     events: dict[str, list] = {"forward": [], "backward": []}
 
     def states() -> dict[str, str]:
@@ -54,7 +55,7 @@ def order(path: str) -> dict[str, list]:
         out = engine.forward(*random_batch(2, 8, 1, WIDTH))
         engine.backward(out.logits.logsumexp(-1).mean() + out.balance_loss)
         engine.step(1e-3)
-    return events
+    return {**events, "numbers": numbers}
 
 
 print(f"counted {topology.rank} " + json.dumps([order(path) for path in json.loads(sys.argv[1])]), flush=True)
