@@ -28,9 +28,7 @@ def emd(p: ArrayLike, q: ArrayLike, steps: ArrayLike | None = None) -> Array:
     Raises:
         DataError: different numbers of options.
     """
-    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    if p.shape[-1] != q.shape[-1]:
-        raise DataError(f"distributions over {p.shape[-1]} and {q.shape[-1]} options cannot be compared")
+    p, q = _comparable(p, q)
     return np.abs(np.cumsum(p - q, axis=-1)).sum(axis=-1) / (
         max(p.shape[-1] - 1, 1) if steps is None else np.asarray(steps)
     )
@@ -45,9 +43,7 @@ def total_variation(p: ArrayLike, q: ArrayLike) -> Array:
     Raises:
         DataError: different numbers of options.
     """
-    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    if p.shape[-1] != q.shape[-1]:
-        raise DataError(f"distributions over {p.shape[-1]} and {q.shape[-1]} options cannot be compared")
+    p, q = _comparable(p, q)
     return np.abs(p - q).sum(axis=-1) / 2
 
 
@@ -62,12 +58,22 @@ def jensen_shannon(p: ArrayLike, q: ArrayLike) -> Array:
     Raises:
         DataError: different numbers of options.
     """
-    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    if p.shape[-1] != q.shape[-1]:
-        raise DataError(f"distributions over {p.shape[-1]} and {q.shape[-1]} options cannot be compared")
+    p, q = _comparable(p, q)
     middle = (p + q) / 2
     divergence = (_relative_entropy(p, middle) + _relative_entropy(q, middle)) / 2
     return np.sqrt(np.maximum(divergence, 0.0))
+
+
+def _comparable(p: ArrayLike, q: ArrayLike) -> tuple[Array, Array]:
+    """Both as float64.
+
+    Raises:
+        DataError: different numbers of options.
+    """
+    p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    if p.shape[-1] != q.shape[-1]:
+        raise DataError(f"distributions over {p.shape[-1]} and {q.shape[-1]} options cannot be compared")
+    return p, q
 
 
 def _relative_entropy(p: Array, q: Array) -> Array:

@@ -22,15 +22,19 @@ class FullMethod(AdaptedModel):
     ``model.dtype``. DeepSpeed keeps float32 master weights of them.
 
     Args:
-        backbone: whole, or partitioned by ZeRO stage 3; its parameters are set to require gradients.
+        backbone: whole, or partitioned by ZeRO stage 3; its parameters are set to require gradients or not.
         config: the recipe.
+
+    Attributes:
+        trains: whether parameters require gradients.
     """
 
     switches_off = False
+    trains = True
 
     def __init__(self, backbone: nn.Module, config: RunConfig) -> None:
         super().__init__()
-        self.base = backbone.requires_grad_(True)
+        self.base = backbone.requires_grad_(self.trains)
 
     @property
     def backbone(self) -> nn.Module:

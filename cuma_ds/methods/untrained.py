@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
-from cuma_ds.config import RunConfig
-from cuma_ds.data.batch import Batch
-from cuma_ds.methods.model import AdaptedModel, Output, Trained
-from cuma_ds.profiles import ProfileTable
+from cuma_ds.methods.full import FullMethod
+from cuma_ds.methods.model import Trained
 
 
-class UntrainedMethod(AdaptedModel):
-    """A backbone that is asked and not trained; there is nothing to switch off.
+class UntrainedMethod(FullMethod):
+    """A backbone that is asked and not trained; otherwise as where all of it trains."""
 
-    Args:
-        backbone: whole.
-        config: the recipe.
-    """
-
-    switches_off = False
-
-    def __init__(self, backbone: nn.Module, config: RunConfig) -> None:
-        super().__init__()
-        self.base = backbone.requires_grad_(False)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """See :class:`AdaptedModel`."""
-        return self.base
-
-    def forward(self, batch: Batch, table: ProfileTable | None = None) -> Output:
-        """See :class:`AdaptedModel`."""
-        return Output(self.base(**batch.to(next(self.base.parameters()).device).inputs).logits)
+    trains = False
 
     def trained_parameters(self) -> Iterator[Trained]:
         """Nothing."""

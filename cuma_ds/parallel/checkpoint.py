@@ -29,6 +29,7 @@ from cuma_ds.parallel.stored import (
     stored_steps,
     write_state,
 )
+from cuma_ds.parallel.topology import Topology
 
 # What is kept of each parameter, with the name of the Adam moment.
 _KINDS = {"param": None, **{moment: moment for moment in compat.MOMENTS}}
@@ -72,7 +73,7 @@ def save_checkpoint(
     shared, experts = _tensors(engine)
     _check_finite({**shared, **experts}, state["step"])
     shared |= {f"{BESIDE}{name}": tensor.cpu().contiguous() for name, tensor in (beside or {}).items()}
-    with agreement(), _writing(partial, state["step"]):
+    with _writing(topology, partial, state["step"]):
         if topology.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -80,13 +81,13 @@ def save_checkpoint(
     if experts:
         files[f"experts-{topology.ep_rank}-of-{topology.ep_size}.safetensors"] = experts
     written = {}
-    with agreement(), _writing(partial, state["step"]):
+    with _writing(topology, partial, state["step"]):
         for name, tensors in files.items():
             save_file(tensors, partial / name)
             written[name] = file_sha256(partial / name)
     by_rank: list[dict[str, str]] = [{}] * topology.world
     dist.all_gather_object(by_rank, written)
-    with agreement(), _writing(partial, state["step"]):
+    with _writing(topology, partial, state["step"]):
         if topology.is_main:
             complete: State = {
                 "step": state["step"],
@@ -102,17 +103,25 @@ def save_checkpoint(
 
 
 @contextlib.contextmanager
-def _writing(partial: Path, step: int) -> Iterator[None]:
-    """Turn what a file system refuses into one line, and give back the room. What was saved before stays."""
+def _writing(topology: Topology, partial: Path, step: int) -> Iterator[None]:
+    """Turn what a file system refuses one rank into one line of all ranks. What was saved before stays.
+
+    The room is given back once no rank writes any more.
+    """
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written: {reason}; once that is mended, the same command goes on "
-            "from the checkpoint before"
-        ) from None
+        with agreement():
+            try:
+                yield
+            except (OSError, SafetensorError) as error:
+                reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+                raise CheckpointError(
+                    f"the checkpoint of step {step} cannot be written: {reason}; once that is mended, the same command "
+                    "goes on from the checkpoint before"
+                ) from None
+    except CumaError:
+        if topology.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def load_checkpoint(engine: AdapterEngine, folder: Path) -> int:

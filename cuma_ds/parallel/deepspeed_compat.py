@@ -182,14 +182,14 @@ def partition_frozen(model: nn.Module, config: dict[str, object], settings: Froz
     # Relies on ``DeepSpeedZeRoOffload`` working without an optimizer.
     # It starts a bucket with every module, whatever is on its way already: ``max_live_parameters`` alone bounds it.
     ahead = settings.prefetch_bucket_size + settings.max_reuse_distance
-    largest = max((parameter.ds_numel for parameter in model.parameters() if is_partitioned(parameter)), default=0)
+    sizes = (getattr(parameter, "ds_numel", 0) for parameter in model.parameters())
     offload = DeepSpeedZeRoOffload(
         model,
         timers=NoopTimer(),
         ds_config=config,
         overlap_comm=torch.cuda.is_available(),
         param_persistence_threshold=0,
-        max_live_parameters=ahead + largest,
+        max_live_parameters=ahead + max(sizes, default=0),
         max_reuse_distance=settings.max_reuse_distance,
         prefetch_bucket_size=settings.prefetch_bucket_size,
     )

@@ -103,7 +103,7 @@ def test_an_unexpected_error_of_one_rank_is_one_line_everywhere_and_its_message_
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(path, quiet) -> None:
-    results = train(path, {"function": SAVE, "rank": 1, "call": 2, "do": "no space"})
+    results = train(path, {"function": SAVE, "rank": 1, "call": 2, "do": "no space", "late": [0]})
     one_line(results, "checkpoint of step 4", "No space left on device")
     assert steps(path) == [2]
     assert_resumes(path, quiet)

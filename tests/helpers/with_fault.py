@@ -2,6 +2,7 @@
 
 Arguments: what is wrong as JSON, then the launcher and its arguments. ``function`` is ``module:name`` or
 ``module:Class.name``. At its ``call``-th call (from 1) on ``rank``, it does what ``do`` says, and works otherwise.
+Ranks in ``late`` wait for two seconds before that call.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def install(what: dict) -> None:
     def wrapped(*arguments, **keywords):
         nonlocal calls
         calls += 1
-        wrong = int(os.environ.get("RANK", "0")) in what.get("ranks", [what.get("rank", 0)])
+        rank = int(os.environ.get("RANK", "0"))
+        if rank in what.get("late", []) and calls in what.get("calls", [what.get("call", 1)]):
+            time.sleep(2)
+        wrong = rank in what.get("ranks", [what.get("rank", 0)])
         if wrong and calls in what.get("calls", [what.get("call", 1)]):
             return misbehave(what, work, arguments, keywords)
         return work(*arguments, **keywords)
