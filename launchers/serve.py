@@ -96,7 +96,10 @@ def _api_key(file: str | None) -> str | None:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+        # The system would hold megabytes for a client that reads nothing; here it is noticed.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        return listener
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"cannot listen on --host {host} --port {port}: {getattr(error, 'strerror', None) or error}"

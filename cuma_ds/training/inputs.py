@@ -89,20 +89,21 @@ def prepare_run(config: RunConfig) -> None:
         origin.check(config, (source or run.data()).manifest)
     check_same_start(config)
     Run.create(config)
+    table = None
+    if config.adapters.uses_profiles and (source is not None or not run.profiles_file.is_file()):
+        # A prepared folder may hold the embeddings already; the run's copy of its data does not.
+        table = (source or run.data()).profile_table(encoder_of(config.profiles), config.profiles.cache_dir)
+    if source is not None and not config.profiles.keep_text:
+        source = source.without_texts()
+        table = None if table is None else dataclasses.replace(table, sentences=source.sentences)
+    if table is not None:
+        table.save(run.profiles_file)
     data = run.data() if source is None else source.save(run.data_folder)
     if origin is not None:
         write_start(run.start, start_bytes(origin.tensors()))
     if source is None and PROMPTS_CHECKED not in data.manifest:
         check_prompts(data, config, started=True)
-    table = None
-    if config.adapters.uses_profiles and run.profiles_file.is_file():
-        table = run.profiles(config)
-    elif config.adapters.uses_profiles:
-        assert config.profiles.encoder is not None
-        encoder = encoder_of(config.profiles)
-        # A prepared folder may hold the embeddings already; the run's copy of its data does not.
-        table = (source or data).profile_table(encoder, config.profiles.cache_dir)
-        table.save(run.profiles_file)
+    table = run.profiles(config) if table is None else table
     run.check_own_data(data, table, run.identity())
     run.record_identity(config, data, table)
     run.check_start()
