@@ -35,7 +35,7 @@ def adapter_names(count: int, names: Sequence[str]) -> list[str]:
         raise ConfigError(f"there are {len(names)} names for {count} profiles; name each of them (--name), or none")
     seen: set[str] = set()
     for name in names:
-        if not _NAME.fullmatch(name) or name.casefold() == "report.json" or name.endswith("."):
+        if not _NAME.fullmatch(name) or name.casefold().endswith((".", ".json")):
             raise ConfigError(
                 f"the name {name!r} cannot be the name of a folder; allowed are at most 60 letters, digits, '-', '_' "
                 "and '.', with a letter or a digit first"
