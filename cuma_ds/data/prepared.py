@@ -16,7 +16,7 @@ from cuma_ds.data.raw import Profile
 from cuma_ds.data.rows import ArrowFile, Split, single_answers
 from cuma_ds.data.splits import PROBE, SPLITS
 from cuma_ds.errors import ConfigError, DataError, nearest
-from cuma_ds.files import atomic_folder
+from cuma_ds.files import atomic_folder, is_plain_name
 from cuma_ds.identity import SEAL, file_sha256, seal_holds, sealed
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, Wording, linearize
 from cuma_ds.profiles.linearize import country_of, value_of
@@ -279,6 +279,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
             f"{file} has format_version {manifest['format_version']}; this version reads {FORMAT_VERSION}; "
             "prepare it again"
         )
+    if not all(map(is_plain_name, manifest.get("splits", ()))):
+        raise DataError(f"{file} names a split that is no file of its folder; prepare it again")
     if SEAL in manifest and not seal_holds(manifest):
         raise DataError(
             f"the prepared folder {root} is damaged: manifest.json has changed since it was written; prepare it again"

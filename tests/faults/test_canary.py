@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from pathlib import Path
 
 import openai
 import pytest

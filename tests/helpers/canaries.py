@@ -13,6 +13,8 @@ import numpy as np
 COUNTRIES = ("Norway", "Ghana", "Japan")
 # A country of one person, and of another who is held out of no split of their own.
 SMALL = "Qanariland"
+# People of large countries with a faith that few have.
+FEW = (3, 4, 5, 6, 10, 11)
 QUESTIONS = {"Can most people be trusted?": ["Yes", "No"], "Is work important?": ["Very", "Rather", "Not at all"]}
 # In each word that must not leave the data.
 CANARY = "qanari"
@@ -25,6 +27,7 @@ def write_answers(file: Path, people: int = 60) -> Path:
     for person in range(people):
         country = SMALL if person in (7, 20) else COUNTRIES[person % 3]
         profile = {"country": country, "age": 20 + person % 4 * 15, "nickname": f"Qanari{person}bird"}
+        profile["faith"] = "Qanarism" if person in FEW else ("Buddhist", "Muslim")[person % 2]
         for question, options in QUESTIONS.items():
             lean = person % 3 / 3
             answer = options[0] if chance.random() < 0.2 + lean else chance.choice(options)

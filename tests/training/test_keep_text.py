@@ -96,7 +96,7 @@ def test_it_is_exported_asked_and_started_from(pair, tmp_path, launch) -> None:
     folder = load_config(pair[False]).run_dir
     assert launch("export", "--run", str(folder), "--format", "hf", "--out", str(tmp_path / "hf")).code == 0
     about = json.loads((tmp_path / "hf" / "adapter_config.json").read_text())
-    assert about["profiles"]["fields"] == ["country", "age", "nickname"]
+    assert about["profiles"]["fields"] == ["country", "age", "nickname", "faith"]
     profiles = [{"country": "Norway", "age": 35}]
     whole, own = open_export(tmp_path / "hf"), open_run(folder)
     assert torch.equal(whole.reader(profiles), own.reader(profiles))
