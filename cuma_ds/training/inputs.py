@@ -6,6 +6,7 @@ Shapes: N examples of a micro batch, E experts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,13 +21,16 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.shots import Shots
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
+from cuma_ds.files import move_folder, remove_folder
 from cuma_ds.identity import base_fact
+from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import check_quantisation, load_tokenizer, skeleton
 from cuma_ds.parallel.stored import write_start
-from cuma_ds.parallel.topology import Topology
-from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
+from cuma_ds.parallel.topology import ALONE, Topology
+from cuma_ds.profiles import ProfileTable, wording_of
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
+from cuma_ds.training.embedding import embed_profiles, take_known_profiles
 from cuma_ds.training.objectives import OBJECTIVES, Objective
 from cuma_ds.training.schedule import with_steps
 from cuma_ds.training.start import check_same_start, open_origin, start_bytes
@@ -73,9 +77,35 @@ class TrainingInputs:
     renderer: Renderer
 
 
-def prepare_run(config: RunConfig) -> None:
-    """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
-    run, source = Run(config.run_dir), None
+def prepare_run(config: RunConfig, topology: Topology = ALONE, tell: Callable[[str], object] = print) -> None:
+    """Put the data and the embedded profiles into the run folder, once, and write down what the run starts with.
+
+    All ranks call it. All of them embed profiles; the main rank does the rest.
+
+    Raises:
+        CumaError: the same one line on every rank.
+    """
+    run = Run(config.run_dir)
+    with agreement():
+        if topology.is_main:
+            data = _open_run(config, run)
+            if config.adapters.uses_profiles and (missing := take_known_profiles(config, run, data)):
+                tell(f"embedding {missing:,} of {len(data.profiles):,} profiles")
+    if config.adapters.uses_profiles:
+        embed_profiles(config, run, topology)
+    with agreement():
+        if topology.is_main:
+            if not config.profiles.keep_text:
+                forget_texts(run)
+            data, table = run.data(), run.profiles(config)
+            run.check_own_data(data, table, run.identity())
+            run.record_identity(config, data, table)
+            run.check_start()
+
+
+def _open_run(config: RunConfig, run: Run) -> PreparedData:
+    """Open the run folder and put the data there; the data, which of a prepared folder comes with its embeddings."""
+    source = None
     check_quantisation(config.model)
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
@@ -89,24 +119,30 @@ def prepare_run(config: RunConfig) -> None:
         origin.check(config, (source or run.data()).manifest)
     check_same_start(config)
     Run.create(config)
-    table = None
-    if config.adapters.uses_profiles and (source is not None or not run.profiles_file.is_file()):
-        # A prepared folder may hold the embeddings already; the run's copy of its data does not.
-        table = (source or run.data()).profile_table(encoder_of(config.profiles), config.profiles.cache_dir)
     if source is not None and not config.profiles.keep_text:
-        source = source.without_texts()
-        table = None if table is None else dataclasses.replace(table, sentences=source.sentences)
-    if table is not None:
-        table.save(run.profiles_file)
+        run.profiles_file.unlink(missing_ok=True)  # a killed start may have numbered other profiles
     data = run.data() if source is None else source.save(run.data_folder)
     if origin is not None:
         write_start(run.start, start_bytes(origin.tensors()))
     if source is None and PROMPTS_CHECKED not in data.manifest:
         check_prompts(data, config, started=True)
-    table = run.profiles(config) if table is None else table
-    run.check_own_data(data, table, run.identity())
-    run.record_identity(config, data, table)
-    run.check_start()
+    return source or data
+
+
+def forget_texts(run: Run) -> None:
+    """Put numbers in place of profiles and names of groups, once these are embedded. A killed start does it again."""
+    data = run.data()
+    if not data.keeps_text:
+        return
+    bare = data.without_texts()
+    if run.profiles_file.is_file():
+        table = ProfileTable.load(run.profiles_file)
+        dataclasses.replace(table, sentences=bare.sentences).save(run.profiles_file)
+    beside = run.folder / "data-without-texts"
+    remove_folder(beside)
+    bare.save(beside)
+    remove_folder(run.data_folder)
+    move_folder(beside, run.data_folder)
 
 
 def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:

@@ -27,7 +27,11 @@ LEAST = ["evaluation.min_answers=8", "evaluation.bootstrap=20"]
 def pair(tmp_path_factory, tiny_llama, tiny_encoder) -> dict[bool, Path]:
     """The same recipe with and without texts, trained."""
     folder = tmp_path_factory.mktemp("texts")
-    data = {"path": str(write_answers(folder / "answers.jsonl")), "test_fraction": 0.4, "heldout_fraction": 0.0}
+    data = {
+        "path": str(write_answers(folder / "answers.jsonl", people=90)),
+        "test_fraction": 0.4,
+        "heldout_fraction": 0.0,
+    }
     found = {}
     for keep in (True, False):
         profiles = {"keep_text": keep}
@@ -86,7 +90,10 @@ def test_reports_are_the_same_but_for_the_names_of_groups(pair, tmp_path) -> Non
     assert splits[False].compared == splits[True].compared
     assert {cell.group for cell in splits[True].cells} == set(COUNTRIES)
     assert all(cell.group.startswith("group ") for cell in splits[False].cells)
-    numbers = [[(cell.emd, cell.observed) for cell in splits[keep].cells] for keep in (True, False)]
+    numbers = [
+        [(cell.emd["trained"], cell.emd["oracle"], cell.observed) for cell in splits[keep].cells]
+        for keep in (True, False)
+    ]
     assert sorted(map(repr, numbers[0])) == sorted(map(repr, numbers[1]))
     assert reports[False].routing.map is not None
     assert found_in([load_config(pair[False]).run_dir]) == []
