@@ -204,6 +204,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             min_margin=getattr(arguments, "min_margin", 0.0),
             prompt_style=getattr(arguments, "prompt_style", "letters"),
             option_order=getattr(arguments, "option_order", "fixed"),
+            on_bad_row=getattr(arguments, "on_bad_row", "refuse"),
             split_seed=arguments.seed,
             **{key: getattr(arguments, key) for key in ("modes", "separation") if hasattr(arguments, key)},
         )
@@ -438,6 +439,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--min-margin", type=float, default=0.0, metavar="SCORE",
             help="leave out preferences whose margin is smaller (default %(default)s); those without one stay",
+        )  # fmt: skip
+    for command in (own, *tables, alignment, prism):
+        command.add_argument(
+            "--on-bad-row", choices=["refuse", "skip"], default="refuse",
+            help="stop at the first row that is wrong, or leave out such rows and name them (default %(default)s)",
         )  # fmt: skip
     weighted = (
         (own, "the key weight of each row"),

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
-
 from cuma_ds.config import DataSection
 from cuma_ds.errors import DataError, ModelError
 from cuma_ds.files import first_line
@@ -380,7 +378,7 @@ class Renderer:
                 enable_thinking=False,
                 date_string="26 Jul 2024",
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is foreign code
             raise ModelError(
                 f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation: {first_line(error)}"
             ) from None

@@ -137,7 +137,7 @@ def test_exactly_the_rows_that_do_not_fit_are_named_or_left_out(kind, in_prompt,
 
 def test_when_nothing_fits_skipping_is_refused_too(choices) -> None:
     data = load_data(section(choices))
-    with pytest.raises(DataError, match="nothing is left for training without what is too long"):
+    with pytest.raises(DataError, match="nothing is left for training: too long to be read whole"):
         fitting(
             data, Reading(Renderer(character_tokenizer(), 20)), section(choices, on_long_prompt="skip"), ["train"], str
         )
