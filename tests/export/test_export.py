@@ -149,6 +149,8 @@ def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(
             profile_dim=16,
             target_modules=("q_proj", "v_proj", "up_proj"),
             shared_a=bool(index % 2),
+            router_input=("token_and_profile", "profile")[index // 2 % 2],
+            gate_temperature=(1.0, 0.5)[index // 2 % 2],
         )
         base = ModelSection(path=str(backbone), dtype="float32")
         model = lively(inject_adapters(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32), config))
