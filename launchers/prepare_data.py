@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING
 
 from _cli import run_main, warn_in_one_line
@@ -121,8 +122,6 @@ def main() -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from tempfile import TemporaryDirectory
-
     from cuma_ds.data import prepare
     from cuma_ds.data.prepared import TABLE_FILE
     from cuma_ds.errors import DataError
@@ -133,9 +132,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     made = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _bar() as progress, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as spool:
+        with _bar() as progress, _spool(out) as spool:
             read = progress("reading")
-            data = prepare(section, arguments.template, Path(spool), arguments.workers, read)
+            data = prepare(section, arguments.template, spool, arguments.workers, read)
             table = None
             if encoder is not None:
                 table = data.profile_table(_Told(encoder, progress("embedding profiles")), arguments.cache_dir)
@@ -150,6 +149,29 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if table is not None:
         table.save(out / TABLE_FILE)
     _report(data, arguments)
+
+
+@contextmanager
+def _spool(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` for what is being read. What a killed command left there is removed first.
+
+    Raises:
+        CheckpointError: another process prepares the same folder.
+    """
+    from cuma_ds.files import remove_leftovers
+    from cuma_ds.locks import locked
+
+    beside = out.with_name(f".{out.name}.preparing")
+    with locked(beside):
+        remove_leftovers(out.parent, of=out.name)
+        rmtree(beside / "spool", ignore_errors=True)
+        (beside / "spool").mkdir()
+        try:
+            yield beside / "spool"
+        finally:
+            rmtree(beside / "spool", ignore_errors=True)
+    with suppress(OSError):  # left by a killed command, unless another one is at work there already
+        beside.rmdir()
 
 
 class _Told:

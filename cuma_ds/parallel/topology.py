@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cuma_ds.errors import TopologyError
 from cuma_ds.files import first_line
+from cuma_ds.launched import launched
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.torch_compat import limit_waiting
 
@@ -71,14 +72,12 @@ def start_processes(timeout_seconds: int) -> Topology:
     """Join the other ranks (or stand alone when no launcher set the environment).
 
     Raises:
-        TopologyError: peers did not appear within the timeout.
+        TopologyError: the environment makes no sense, or peers did not appear within the timeout.
     """
+    rank, world, local_rank, port = launched()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    local_rank = int(os.environ["LOCAL_RANK"])
+    os.environ["MASTER_PORT"] = str(port or _free_port())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -3,6 +3,8 @@
     python tests/faults/campaign.py kills --number 60
     python tests/faults/campaign.py disk --number 120
     python tests/faults/campaign.py starts --number 20
+    python tests/faults/campaign.py malformed --number 400
+    python tests/faults/campaign.py malformed-on-two-ranks --number 60
 
 Everything happens in a temporary folder, on tiny random models and two ranks. Cases are drawn with a seed.
 """
@@ -28,6 +30,7 @@ from campaigns import Cases, Models, small, train  # noqa: E402
 from commands import TRAIN  # noqa: E402
 from kills import kills  # noqa: E402
 from ranks import finish, start  # noqa: E402
+from refusals import on_two_ranks, refusals  # noqa: E402
 
 from cuma_ds.config import RunConfig, load_config  # noqa: E402
 from cuma_ds.errors import CumaError  # noqa: E402
@@ -125,7 +128,13 @@ def complaints(config: RunConfig) -> tuple[str, str]:
     return " | ".join([*said, *(str(one.message) for one in told if str(config.run_dir) in str(one.message))]), used
 
 
-CAMPAIGNS = {"kills": kills, "disk": disk, "starts": starts}
+CAMPAIGNS = {
+    "kills": kills,
+    "disk": disk,
+    "starts": starts,
+    "malformed": refusals,
+    "malformed-on-two-ranks": on_two_ranks,
+}
 
 
 def main() -> None:
