@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import HfDeepSpeedConfig
 
 from cuma_ds.config import ModelSection
-from cuma_ds.errors import ModelError
+from cuma_ds.errors import CumaError, ModelError
 from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 from cuma_ds.identity import model_fingerprint
 from cuma_ds.parallel import deepspeed_compat as compat
@@ -26,6 +26,12 @@ from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.quantised import Kind, bitsandbytes, quantised_weights
 from cuma_ds.parallel.shard_group import ShardGroup, make_shard_group
 from cuma_ds.parallel.streaming import NotStreamable, load_streamed, plan_streaming, refuse_quantised
+
+# What transformers fails with on a damaged model folder. A RuntimeError may be one of a collective.
+_FOREIGN = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError,
+    SafetensorError,
+)  # fmt: skip
 
 
 def load_backbone(model: ModelSection, device: torch.device | None = None) -> PreTrainedModel:
@@ -76,6 +82,13 @@ def check_quantisation(model: ModelSection) -> None:
         bare = skeleton(model)
         refuse_quantised(model, bare.config)
         quantised_weights(bare, kind)
+
+
+def check_weights(model: ModelSection) -> None:
+    """Raise a ModelError for a backbone whose files of weights are missing or damaged. Their headers alone are read."""
+    _check_place(model)
+    with _as_model_error(model), contextlib.suppress(NotStreamable):
+        plan_streaming(model)
 
 
 def skeleton(model: ModelSection) -> nn.Module:
@@ -257,7 +270,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     _check_place(model)
     try:
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except CumaError:
+        raise
+    except Exception as error:  # the tokenizers library raises this class itself
         raise ModelError(f"model.path: no tokenizer could be loaded from {model.path!r}: {first_line(error)}") from None
 
 
@@ -281,7 +296,7 @@ def _from_pretrained(model: ModelSection) -> PreTrainedModel:
 def _as_model_error(model: ModelSection) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except _FOREIGN as error:
         raise ModelError(
             f"model.path: {model.path!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from None

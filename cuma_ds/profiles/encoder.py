@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cuma_ds.errors import DataError, ModelError
 from cuma_ds.files import first_line, is_hub_id, quiet_transformers
+from cuma_ds.identity import stored_tensors
 
 _POOLINGS = ("mean", "cls", "lasttoken")
 _SETTINGS = ("auto", "mean", "mean-all", "last", "cls")
@@ -67,7 +68,7 @@ class ProfileEncoder:
         try:
             config = AutoConfig.from_pretrained(self.folder)
             self.dim = int(config.hidden_size)
-        except (OSError, ValueError, AttributeError, KeyError) as error:
+        except Exception as error:  # what reads a model folder is foreign code
             raise ModelError(f"{self.folder} is not a sentence encoder: {first_line(error)}") from None
         self._longest = int(getattr(config, "max_position_embeddings", 0) or 512)
         self._asked_tokens = max_tokens
@@ -93,6 +94,17 @@ class ProfileEncoder:
             if progress is not None:
                 progress(start + len(rows), len(order))
         return embeddings_NP
+
+    def check_files(self) -> None:
+        """Raise a ModelError for a tokenizer or weights that cannot be read. Of weights, headers alone are read."""
+        from transformers import AutoTokenizer
+
+        for file in self.folder.glob(_WEIGHTS[0]):
+            stored_tensors(file)
+        try:
+            AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:
+            raise ModelError(f"the sentence encoder {self.folder} has no tokenizer: {first_line(error)}") from None
 
     def check_lengths(self, sentences: Iterable[str], apart: bool = True) -> None:
         """Warn of sentences that have more tokens than the encoder reads.
@@ -161,7 +173,7 @@ class ProfileEncoder:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder)
                 model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:
                 raise ModelError(f"the sentence encoder {self.folder} cannot be loaded: {first_line(error)}") from None
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:

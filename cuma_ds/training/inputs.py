@@ -21,7 +21,8 @@ from cuma_ds.data.shots import Shots
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
 from cuma_ds.identity import base_fact
-from cuma_ds.parallel.backbone import check_quantisation, load_tokenizer, skeleton
+from cuma_ds.methods import METHODS
+from cuma_ds.parallel.backbone import check_quantisation, check_weights, load_tokenizer, skeleton
 from cuma_ds.parallel.stored import write_start
 from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
@@ -79,6 +80,7 @@ def prepare_run(config: RunConfig) -> None:
     check_quantisation(config.model)
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
+        _check_models(config)
         source = check_prompts(load_data(config.data, wording_of(config.profiles)), config, started=False)
         renderer = Renderer.of(load_tokenizer(config.model), config.data)
         OBJECTIVES[config.training.objective](config).check(config, source, renderer)
@@ -106,6 +108,16 @@ def prepare_run(config: RunConfig) -> None:
     run.check_own_data(data, table, run.identity())
     run.record_identity(config, data, table)
     run.check_start()
+
+
+def _check_models(config: RunConfig) -> None:
+    """Raise a CumaError for a backbone or an encoder that is damaged or that the method cannot take. No weights are
+    read.
+    """
+    check_weights(config.model)
+    METHODS[config.adapters.method].check(skeleton(config.model), config)
+    if config.adapters.uses_profiles and config.profiles.encoder is not None:
+        encoder_of(config.profiles).check_files()
 
 
 def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:

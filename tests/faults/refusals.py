@@ -124,7 +124,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != "outcome.json"  # what the last start of a run said
     } | {str(place.relative_to(folder)): "a folder" for place in folder.rglob("*") if place.is_dir()}
 
 
@@ -157,11 +157,12 @@ def refusals(kept: Cases, seed: int, folder: Path, world_size: int = 1) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        for number in kept.left():
+        names = [f"{case.kind}, {case.name}" for case in drawn]
+        for number in kept.left(names):
             base = base or build_world(folder / "world")
-            kept.add(number, **one(drawn[number], copy_of(base, folder / "case"), port, world_size))
+            kept.add(names[number], **one(drawn[number], copy_of(base, folder / "case"), port, world_size))
             shutil.rmtree(folder / "case", ignore_errors=True)
-    rows = list(kept.done.values())
+    rows = [kept.done[name] for name in names[: kept.number]]
     table = {
         "cases": len(rows),
         "as_they_should_be": sum(not row["faults"] for row in rows),
@@ -171,7 +172,7 @@ def refusals(kept: Cases, seed: int, folder: Path, world_size: int = 1) -> None:
     print(json.dumps(table, indent=1))
     for row in rows:
         if row["faults"]:
-            print(f"{row['kind']}, {row['name']}: {'; '.join(row['faults'])}: {row['said'][-300:]}")
+            print(f"{row['case']}: {'; '.join(row['faults'])}: {row['said'][-300:]}")
 
 
 def one(case: Case, world: World, port: str, world_size: int) -> dict:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import conftest
@@ -49,13 +49,13 @@ class Cases:
     def __init__(self, file: Path | None, number: int) -> None:
         self.file, self.number = file, number
         lines = file.read_text().splitlines() if file is not None and file.exists() else []
-        self.done: dict[int, dict] = {row["case"]: row for row in map(json.loads, lines) if row["case"] < number}
+        self.done: dict[int | str, dict] = {row["case"]: row for row in map(json.loads, lines)}
 
-    def left(self) -> Iterator[int]:
-        """The numbers of the cases that are not done."""
-        return (case for case in range(self.number) if case not in self.done)
+    def left(self, names: Sequence[int | str] | None = None) -> Iterator[int]:
+        """The places of the cases that are not done, by their names, else by their numbers."""
+        return (case for case in range(self.number) if (case if names is None else names[case]) not in self.done)
 
-    def add(self, case: int, **found: object) -> None:
+    def add(self, case: int | str, **found: object) -> None:
         """Keep a case and show it."""
         self.done[case] = {"case": case, **found}
         print(json.dumps(self.done[case], ensure_ascii=False), flush=True)
