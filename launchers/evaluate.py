@@ -72,6 +72,7 @@ def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: 
     extras = _extras(arguments)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    asked = _open(arguments, topology, step)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks = {}
 
@@ -82,9 +83,7 @@ def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: 
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        report = evaluate(
-            _open(arguments, topology, step), folder, progress, extras, Scope(arguments.splits, arguments.brief)
-        )
+        report = evaluate(asked, folder, progress, extras, Scope(arguments.splits, arguments.brief))
     for table in terminal_tables(report):
         console.print(table)
     for file in written_files(folder, report):

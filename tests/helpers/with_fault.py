@@ -24,7 +24,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as launchers/_cli.py do
 import psutil
 import torch
 
-# As modules and, in the process that deepspeed starts first, as a script.
+from cuma_ds.errors import ModelError
+
 LAUNCHERS = {"torch.distributed.run", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
 
 
@@ -37,7 +38,8 @@ def misbehave(what: dict, work, arguments, keywords):
     elif do == "hang":
         time.sleep(10_000)
     elif do == "raise":
-        raise {"KeyError": KeyError, "RuntimeError": RuntimeError}[what.get("error", "RuntimeError")]("Ghana, 34")
+        kinds = {"KeyError": KeyError, "RuntimeError": RuntimeError, "ModelError": ModelError}
+        raise kinds[what.get("error", "RuntimeError")]("Ghana, 34")
     elif do == "no space":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif do == "truncate":  # the file that was written loses its second half, and the machine dies
