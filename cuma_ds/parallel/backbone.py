@@ -27,12 +27,6 @@ from cuma_ds.parallel.quantised import Kind, bitsandbytes, quantised_weights
 from cuma_ds.parallel.shard_group import ShardGroup, make_shard_group
 from cuma_ds.parallel.streaming import NotStreamable, load_streamed, plan_streaming, refuse_quantised
 
-# What transformers fails with on a damaged model folder. A RuntimeError may be one of a collective.
-_FOREIGN = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError,
-    SafetensorError,
-)  # fmt: skip
-
 
 def load_backbone(model: ModelSection, device: torch.device | None = None) -> PreTrainedModel:
     """Load a causal language model whole, frozen and in eval mode.
@@ -296,7 +290,9 @@ def _from_pretrained(model: ModelSection) -> PreTrainedModel:
 def _as_model_error(model: ModelSection) -> Iterator[None]:
     try:
         yield
-    except _FOREIGN as error:
+    except (CumaError, NotStreamable, RuntimeError):  # the last may be one of a collective
+        raise
+    except Exception as error:  # what reads a model folder is foreign code
         raise ModelError(
             f"model.path: {model.path!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -87,6 +88,8 @@ def start_processes(timeout_seconds: int) -> Topology:
         torch.cuda.set_device(device)
     else:
         compat.without_shared_memory_op()
+    if rank:
+        _wait_for_main(rank, world, timeout_seconds)
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo",
@@ -101,6 +104,27 @@ def start_processes(timeout_seconds: int) -> Topology:
         ) from None
     limit_waiting(_PREPARATION_SECONDS)
     return Topology(world=world, rank=rank, local_rank=local_rank, device=device)
+
+
+def _wait_for_main(rank: int, world: int, seconds: float) -> None:
+    """Wait until the main rank listens. Torch would wait, too, but print C++ frames at the end.
+
+    Raises:
+        TopologyError: it does not in time.
+    """
+    address, until = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(address, timeout=min(10.0, seconds)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                reason = error.strerror or first_line(error)
+                raise TopologyError(
+                    f"rank {rank} of {world} could not meet its peers at {address[0]}:{address[1]} within "
+                    f"{seconds:.0f} s (parallel.timeout_seconds): {reason}"
+                ) from None
+        time.sleep(0.2)
 
 
 def leave_processes() -> None:

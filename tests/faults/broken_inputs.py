@@ -110,7 +110,7 @@ VALUES: dict[str, list[object]] = {
     "adapters.lora_r": [0, -4, 1e9, "4"],
     "adapters.balance_weight": [-1, float("inf"), float("nan"), "x"],
     "data.source": ["csv", "wvs", 1],
-    "data.path": ["{world}/none.jsonl", "{world}/model", "{world}", 3, "nobody/none", ""],
+    "data.path": ["{world}/none.jsonl", "{world}/model", 3, "nobody/none", ""],
     "data.max_length": [0, 7, 1 << 40, "long", 100000],
     "data.test_fraction": [0, 1, 1.5, -0.1, float("nan")],
     "data.heldout_fraction": [1, -1, "a lot"],
@@ -293,6 +293,8 @@ def checkpoints() -> Iterator[Case]:
     }  # fmt: skip
     for number, (name, content) in enumerate(files.items()):
         for what, given in (("broken", content), ("missing", None)):
+            if (name, given) == ("profiles.safetensors", None):
+                continue  # training embeds them again
             used = reader[(number + (given is None)) % len(reader)]
             yield Case("checkpoint", f"{name}: {what} ({used})", readers[used], damage(name, given))
     exported = (GENERATE, "--export", "{world}/export", "--prompt", "Hi?", "--max-new-tokens", "2")
@@ -363,10 +365,14 @@ def models() -> Iterator[Case]:
         yield Case("model", f"config.json: {name}", FRESH, rewrite("config.json", **keys))
     for name, template in {
         "raises": "{{ raise_exception('never') }}", "divides by zero": "{{ 1 // 0 }}", "broken": "{% for %}",
-        "adds text and number": "{{ messages[0].content + 1 }}", "shows nothing": "x", "is a number": 3,
+        "adds text and number": "{{ messages[0].content + 1 }}", "shows nothing": "x",
         "calls what is not there": "{{ nothing() }}", "never ends an answer": "{% for m in messages %}{% endfor %}",
     }.items():  # fmt: skip
-        yield Case("model", f"chat template: {name}", FRESH, rewrite("tokenizer_config.json", chat_template=template))
+
+        def change(world: World, template: str = template) -> None:
+            (world / "model" / "chat_template.jinja").write_text(template)
+
+        yield Case("model", f"chat template: {name}", FRESH, change)
     yield Case("model", "weights cut short", FRESH, lambda world: cut(world / "model" / "model.safetensors"))
     yield Case(
         "model", "encoder's weights cut short", FRESH, lambda world: cut(world / "encoder" / "model.safetensors")
@@ -383,7 +389,6 @@ CALLS: dict[str, list[str]] = {
         "--config {world}/fresh.yaml --set training.steps", "--config {world}/fresh.yaml --set =3",
         "--config {world}/fresh.yaml --set training=3", "--config {world}/fresh.yaml --set a.b.c=3",
         "--config {world}/fresh.yaml --set training.steps=[", "--config {world}/fresh.yaml {world}/none.yaml",
-        "--config {world}/fresh.yaml --set training.steps=010",
     ],
     EVALUATE: [
         "", "--run {world}/none", "--run {world}/runs/done --export {world}/export", "--model {world}/model",

@@ -59,7 +59,7 @@ def build_world(folder: Path) -> World:
     for name in ("fresh", "done"):
         path = small(folder, models, name, **short)
         values = yaml.safe_load(path.read_text())
-        values["parallel"] = {"timeout_seconds": 20}
+        values["parallel"] = {"timeout_seconds": 10}
         path.write_text(yaml.safe_dump(values))
     for command in (
         [TRAIN, "--config", str(folder / "done.yaml")],
