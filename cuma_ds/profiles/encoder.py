@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cuma_ds.errors import DataError, ModelError
-from cuma_ds.files import first_line, is_hub_id, quiet_transformers
+from cuma_ds.files import first_line, is_hub_id, is_plain_name, quiet_transformers
 from cuma_ds.identity import stored_tensors
 
 _POOLINGS = ("mean", "cls", "lasttoken")
@@ -183,6 +183,10 @@ class ProfileEncoder:
     def _parts(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
 
+        for index in self.folder.glob("*.index.json"):
+            for name in _json(index).get("weight_map", {}).values():
+                if not is_plain_name(name):
+                    raise ModelError(f"{index} is damaged: it names {name!r}, which is no file of its folder")
         with quiet_transformers(bars_only=True):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder)
