@@ -774,10 +774,14 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
     return make_config(values, overrides, places, " + ".join(map(str, files)))
 
 
-def find_recipe(path: str | Path) -> Path:
+def find_recipe(path: str | Path, study: bool = False) -> Path:
     """The file that ``--config`` means: a path, or the short name of a recipe that comes with the package.
 
     Short names have no suffix, and the folder of the recipe in front of them: ``quickstart``, ``paper/task/ca-dpo``.
+
+    Args:
+        path: as the user wrote it.
+        study: a study is meant, which stands among the recipes. The error then lists studies alone.
 
     Raises:
         ConfigError: neither a file nor such a name.
@@ -787,11 +791,18 @@ def find_recipe(path: str | Path) -> Path:
         return file
     known = {str(one.relative_to(folder).with_suffix("")): one for one in sorted(folder.rglob("*.yaml"))}
     if str(file) not in known:
+        what, plural = ("study", "studies") if study else ("recipe", "recipes")
+        names = [name for name, one in known.items() if _is_study(one) == study]
         raise ConfigError(
-            f"cannot read the recipe {path}: No such file or directory{nearest(str(file), known)}; "
-            f"recipes that come with the package: {', '.join(known)}"
+            f"cannot read the {what} {path}: No such file or directory{nearest(str(file), names)}; "
+            f"{plural} that come with the package: {', '.join(names)}"
         )
     return known[str(file)]
+
+
+def _is_study(file: Path) -> bool:
+    """Whether a file that comes with the package is a study, which names recipes."""
+    return any(line.startswith("recipes:") for line in file.read_text(encoding="utf-8").splitlines())
 
 
 def _read_recipe(file: Path) -> tuple[dict[str, object], dict[Key, str]]:

@@ -26,6 +26,8 @@ examples
     python launchers/evaluate.py --run runs/quickstart --step 50 --set evaluation.min_answers=100
   500 people of each split with all of their answers, as a benchmark of millions of answers needs it:
     python launchers/evaluate.py --run runs/wvb --set evaluation.max_people=500
+  two checkpoints, each into a folder of its own (reports/steps/step-20 and step-40):
+    python launchers/evaluate.py --run runs/quickstart --step 20 40 --out reports/steps
   quickly, the model alone on the people held out for choosing settings (data.valid_fraction):
     python launchers/evaluate.py --run runs/mine --splits valid --brief --out reports/valid
   an exported folder, a PEFT adapter or a model as it is, on prepared data or your own rows:
@@ -54,10 +56,12 @@ def main() -> None:
         if topology is not None and not topology.is_main:
             # All ranks make the same report. That of the main rank is kept, and it alone asks the judge.
             folder, arguments.judge_url = Path(stack.enter_context(tempfile.TemporaryDirectory())), None
-        _evaluate(arguments, topology, folder)
+        steps = arguments.step or [None]
+        for step in steps:
+            _evaluate(arguments, topology, folder / f"step-{step}" if len(steps) > 1 else folder, step)
 
 
-def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: Path) -> None:
+def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: Path, step: int | None) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -68,6 +72,7 @@ def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: 
     extras = _extras(arguments)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    asked = _open(arguments, topology, step)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks = {}
 
@@ -78,9 +83,7 @@ def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: 
             if done == total and not console.is_terminal:
                 console.print(f"{what}: {total} examples", highlight=False)
 
-        report = evaluate(
-            _open(arguments, topology), folder, progress, extras, Scope(arguments.splits, arguments.brief)
-        )
+        report = evaluate(asked, folder, progress, extras, Scope(arguments.splits, arguments.brief))
     for table in terminal_tables(report):
         console.print(table)
     for file in written_files(folder, report):
@@ -105,6 +108,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--generate is {arguments.generate}; at least one conversation is needed")
     if (arguments.judge_url is None) != (arguments.judge_model is None):
         raise ConfigError("--judge-url and --judge-model belong together: the address and the name of the judge")
+    if len(set(arguments.step or ())) < len(arguments.step or ()):
+        raise ConfigError(f"--step {' '.join(map(str, arguments.step))} names one checkpoint twice")
+    if len(arguments.step or ()) > 1 and several_ranks():
+        raise ConfigError(
+            "several checkpoints are for one process; start it without deepspeed or torchrun, or name one"
+        )
     if arguments.gradients and several_ranks():
         raise ConfigError("--gradients is for one process; start it without deepspeed or torchrun")
     if arguments.judge_url is not None and arguments.generate is None:
@@ -141,13 +150,13 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     return [*arguments.set, *batch_size]
 
 
-def _open(arguments: argparse.Namespace, topology: Topology | None) -> Subject:
+def _open(arguments: argparse.Namespace, topology: Topology | None, step: int | None) -> Subject:
     from cuma_ds.evaluation.subject import run_subject, subject
     from cuma_ds.inference.open import open_export, open_model, open_peft
 
     overrides = _overrides(arguments)
     if arguments.run is not None:
-        return run_subject(arguments.run, arguments.step, arguments.data, overrides, topology)
+        return run_subject(arguments.run, step, arguments.data, overrides, topology)
     if arguments.export is not None:
         opened = open_export(arguments.export, arguments.base, arguments.encoder, overrides)
     elif arguments.adapter is not None:
@@ -162,7 +171,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", metavar="FOLDER", help="run folder, output_dir/name of its recipe")
-    parser.add_argument("--step", type=int, metavar="N", help="checkpoint of the run; default: the newest complete one")
+    parser.add_argument(
+        "--step", type=int, nargs="+", metavar="N",
+        help="checkpoint of the run; default: the newest complete one. With several, each reports into OUT/step-N",
+    )  # fmt: skip
     parser.add_argument("--export", metavar="FOLDER", help="folder made by launchers/export.py --format hf")
     parser.add_argument("--adapter", metavar="FOLDER", help="adapter in the format of the peft library")
     parser.add_argument("--model", metavar="FOLDER", help="causal language model as it is, folder or hub id")

@@ -7,6 +7,7 @@ A block that cannot run here is marked ``<!-- not run: reason -->`` in the text,
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
@@ -189,6 +190,8 @@ class Checkout:
 
                 parsed = runner.parse_args(arguments)
                 check_training(parsed.user_script, parsed.user_args)
+            case ["vllm", "serve", model, *options]:
+                self.check_vllm(model, options)
             case ["torchrun", *arguments]:
                 from torch.distributed import run as torchrun
 
@@ -197,6 +200,20 @@ class Checkout:
             case _:
                 raise AssertionError(f"{words[0]}: a test does not know how to run this command")
         return ""
+
+    def check_vllm(self, model: str, options: list[str]) -> None:
+        """What vLLM would read: the model, and adapters of at most the rank that is named, which must be one of its."""
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--enable-lora", action="store_true", required=True)
+        parser.add_argument("--max-lora-rank", type=int, choices=(1, 8, 16, 32, 64, 128, 256, 320, 512))
+        parser.add_argument("--lora-modules", nargs="+")
+        read = parser.parse_args(options)
+        assert (self.folder / model / "config.json").is_file()
+        for name, place in (module.split("=") for module in read.lora_modules):
+            about = json.loads((self.folder / place / "adapter_config.json").read_text())
+            assert name
+            assert isinstance(about["r"], int)
+            assert about["r"] <= read.max_lora_rank
 
     def leave(self) -> None:
         """End the server that the page started."""
@@ -256,6 +273,8 @@ def test_every_command_of_a_page_runs(page, tmp_path, server, models, runs, monk
         write_authors_checkpoint(
             checkout.folder / "authors-checkpoint", models["SmolLM2-135M-Instruct"], **next(iter(AUTHORS.values()))
         )
+        lines = [json.dumps({"profile": {"country": name}}) for name in ("Norway", "Jordan", "Ghana")]
+        (checkout.folder / "people.jsonl").write_text("\n".join(lines))
     if page == "docs/surveys.md":
         save(checkout.folder)
         write_opinions(checkout.folder / "global_opinions.csv")

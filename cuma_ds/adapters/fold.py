@@ -6,7 +6,8 @@ Shapes: R routers, E experts, K kept experts, D input features, O output feature
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,3 +90,22 @@ def set_lora(plain: CumaModel, state: Mapping[str, tuple[Tensor, Tensor]]) -> No
         a, b = state[name]
         layer.experts.lora_a.zero_()[0, : a.shape[0]] = a
         layer.experts.lora_b.zero_()[0, :, : b.shape[1]] = b
+
+
+@contextlib.contextmanager
+def as_plain_lora(model: CumaModel, state: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[CumaModel]:
+    """Inside, the backbone of ``model`` has one profile's plain LoRA, which is yielded. Afterwards the mixture is back.
+
+    Args:
+        model: the mixture. It must not be called inside.
+        state: the factors, see :func:`fold`.
+    """
+    layers = list(model.adapted_layers())
+    try:
+        plain = plain_lora(model, [state])
+        set_lora(plain, state)
+        yield plain
+    finally:
+        for name, layer in layers:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.base_model.get_submodule(parent), leaf, layer)

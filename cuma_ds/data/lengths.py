@@ -110,7 +110,8 @@ def _long_choices(name: str, split: Split, reading: Reading, sentences: Sequence
     tokens_M = np.array([length(which, "", int(row)) for which, row in enumerate(first_Q)])[which_M]
     if renderer.profile_in_prompt or renderer.shots is not None:
         profile_N, who_M = np.unique(profile_M, return_inverse=True)
-        said = renderer.tokenizer([sentences[profile] for profile in profile_N], add_special_tokens=False)["input_ids"]
+        asked = {"add_special_tokens": False, "split_special_tokens": True}
+        said = renderer.tokenizer([sentences[profile] for profile in profile_N], **asked)["input_ids"]
         tokens_M = tokens_M + np.array([len(ids) for ids in said])[who_M]
         near = np.flatnonzero((tokens_M > renderer.max_length - _SEAM) | (renderer.shots is not None))
         pairs, first, pair_of = np.unique(

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
-
 from cuma_ds.config import DataSection
+from cuma_ds.data.control_tokens import ControlTokens
 from cuma_ds.errors import DataError, ModelError
 from cuma_ds.files import first_line
 
@@ -121,6 +120,7 @@ class Renderer:
                 f"the tokenizer {tokenizer.name_or_path!r} is a slow one; a folder with tokenizer.json is needed"
             )
         self.tokenizer = tokenizer
+        self._control = ControlTokens(tokenizer)
         self.max_length = max_length
         self.profile_in_prompt = profile_in_prompt
         self.profile_prompt = profile_prompt
@@ -301,8 +301,7 @@ class Renderer:
     def _encode_turns(self, conversation: Sequence[Message], last_only: bool) -> tuple[list[int], list[int]]:
         """Ids and positions of a conversation that ends with an answer."""
         prompt, answer, marker = self._asked(conversation)
-        encoded = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        ids, offsets = self._control.encode(prompt)
         positions = []
         for turn, message in enumerate(conversation[:-1]):
             if message["role"] == "assistant" and not last_only:
@@ -370,9 +369,11 @@ class Renderer:
         return conversation
 
     def _apply(self, messages: Sequence[Message], answer_next: bool = False) -> str:
+        """What the template writes, with names of control tokens that stand in messages hidden."""
+        said = [{**message, "content": self._control.hide(message["content"])} for message in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages),
+                said,
                 tokenize=False,
                 add_generation_prompt=answer_next,
                 chat_template=self._template,
@@ -380,13 +381,13 @@ class Renderer:
                 enable_thinking=False,
                 date_string="26 Jul 2024",
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and fails as one
             raise ModelError(
                 f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation: {first_line(error)}"
             ) from None
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._control.ids(text)
 
 
 def _without_first_turn(messages: Sequence[Message]) -> Sequence[Message] | None:

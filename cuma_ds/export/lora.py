@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cuma_ds.adapters import CumaModel
-from cuma_ds.adapters.fold import constant_gates, fixed_gate, fold, plain_lora, set_lora
+from cuma_ds.adapters.fold import as_plain_lora, constant_gates, fixed_gate, fold
 from cuma_ds.config import ProfilesSection, RunConfig
 from cuma_ds.data.batch import EncodedExample, encode_example, encode_pair
 from cuma_ds.data.prepared import PreparedData
@@ -30,6 +30,7 @@ from cuma_ds.distances import distance, distance_name
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.routing import mean_gates
 from cuma_ds.export.hf import output_folder
+from cuma_ds.export.names import adapter_names
 from cuma_ds.export.weights import save_tensors
 from cuma_ds.files import full_path
 from cuma_ds.inference.forward import forward_batches, pad_id_of
@@ -38,6 +39,10 @@ from cuma_ds.inference.open import load_trained, profile_facts
 from cuma_ds.parallel.backbone import load_tokenizer
 from cuma_ds.profiles import ProfileTable, encoder_of, linearize, wording_of
 from cuma_ds.runs import Run
+from cuma_ds.telemetry.progress import shown
+
+# What vLLM takes as --max-lora-rank (MaxLoRARanks in vllm/config/lora.py).
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Divergence(TypedDict, total=False):
@@ -55,11 +60,27 @@ class Divergence(TypedDict, total=False):
 
 
 class LoraRow(Divergence, total=False):
-    """One adapter: whether it equals the mixture, its rank, and on which prompts the divergence was measured."""
+    """One adapter: its folder, whether it equals the mixture, its rank, and on which prompts the divergence was
+    measured.
+    """
 
+    name: str
     exact: bool
     rank: int
     prompts: dict[str, int | str]
+
+
+class LoraSummary(Divergence, total=False):
+    """All adapters together.
+
+    adapters: how many there are.  exact: how many of them equal the mixture.  max_lora_rank: the option of vLLM with
+    which it takes all of them; none where a rank is above all that vLLM knows.  The divergence is the mean of the means
+    and the largest of the largest, over those that are not exact.
+    """
+
+    adapters: int
+    exact: int
+    max_lora_rank: int
 
 
 class LoraReport(TypedDict):
@@ -67,15 +88,22 @@ class LoraReport(TypedDict):
 
     run: str
     checkpoint: str
+    base: str
+    summary: LoraSummary
     profiles: list[LoraRow]
 
 
 def write_lora(
-    run_dir: str | Path, profiles: Sequence[Profile], out: str | Path, step: int | None = None, prompts: int = 64
+    run_dir: str | Path,
+    profiles: Sequence[Profile],
+    out: str | Path,
+    step: int | None = None,
+    prompts: int = 64,
+    names: Sequence[str] = (),
 ) -> LoraReport:
-    """Write ``out/profile-N/`` for the N-th profile, each a PEFT adapter, and ``out/report.json``.
+    """Write a PEFT adapter for each profile, each into a folder of its own, and ``out/report.json``.
 
-    No profile text is written: adapters are numbered in the order of ``profiles``.
+    No profile text is written. Without names, adapters are numbered in the order of ``profiles``: ``profile-1``, ...
 
     Args:
         run_dir: a run folder as training leaves it.
@@ -83,47 +111,72 @@ def write_lora(
         out: a folder that does not exist or is empty.
         step: checkpoint; the newest by default.
         prompts: training prompts to average the gate over, and held-out prompts to measure the divergence on.
+        names: what the adapters are called, one for each profile or none at all.
 
     Raises:
-        CumaError: the run, a profile or the output folder cannot be used.
+        CumaError: the run, a profile, a name or the output folder cannot be used.
     """
     run = Run.open(run_dir)
     config = run.config()
     _check(config, profiles, prompts)
+    folders = adapter_names(max(len(profiles), 1), names)
     trained = run.trained(config, step)
     data, table = trained.data, trained.table
     sentences = [linearize(profile, wording_of(config.profiles)) for profile in profiles]
     known = profile_facts(config, data, table).get("fields", [])
-    for profile in profiles:
-        for message in unknown_fields(profile, known):
-            warnings.warn(message, UserWarning, stacklevel=2)
+    for message in dict.fromkeys(message for profile in profiles for message in unknown_fields(profile, known)):
+        warnings.warn(message, UserWarning, stacklevel=2)
+    base = full_path(config.model.path)
     with output_folder(out) as folder:
         model = load_trained(config, trained.adapters, table)
         measure = _Measure(config, data, prompts)
         embeddings = [None] if table is None else list(_embed(sentences, table, config.profiles))
-        mixtures = [
-            measure.mixture(model, sentence, embedding)
-            for sentence, embedding in zip(sentences or [""], embeddings, strict=True)
-        ]
-        states = [fold(model, mixture.gate_RE) for mixture in mixtures]
-        plain = plain_lora(model, states)
         rows: list[LoraRow] = []
-        for number, (state, mixture) in enumerate(zip(states, mixtures, strict=True), start=1):
-            row: LoraRow = {"exact": mixture.exact, "rank": next(iter(state.values()))[0].shape[0]}
+        for name, sentence, embedding in zip(
+            shown(folders, "adapters", visible=True), sentences or [""], embeddings, strict=True
+        ):
+            mixture = measure.mixture(model, sentence, embedding)
+            state = fold(model, mixture.gate_RE)
+            row: LoraRow = {"name": name, "exact": mixture.exact, "rank": next(iter(state.values()))[0].shape[0]}
             if not mixture.exact:
-                set_lora(plain, state)
-                row |= measure.divergence(mixture, plain)
+                with as_plain_lora(model, state) as plain:
+                    row |= measure.divergence(mixture, plain)
                 row["prompts"] = measure.counts(mixture)
             rows.append(row)
-            write_peft(folder / f"profile-{number}", state, model, full_path(config.model.path))
-        report: LoraReport = {"run": config.run.name, "checkpoint": trained.checkpoint.name, "profiles": rows}
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_peft(folder / name, state, model, base)
+        report: LoraReport = {
+            "run": config.run.name,
+            "checkpoint": trained.checkpoint.name,
+            "base": base,
+            "summary": summary(rows),
+            "profiles": rows,
+        }
+        (folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def summary(rows: Sequence[LoraRow]) -> LoraSummary:
+    """What all adapters of a report have in common."""
+    found: LoraSummary = {"adapters": len(rows), "exact": sum(row["exact"] for row in rows)}
+    highest = max(row["rank"] for row in rows)
+    if fitting := [rank for rank in _VLLM_RANKS if rank >= highest]:
+        found["max_lora_rank"] = fitting[0]
+    averaged = [row for row in rows if not row["exact"]]
+    if averaged:
+        found["kl_mean"] = float(np.mean([row["kl_mean"] for row in averaged]))
+        found["kl_max"] = max(row["kl_max"] for row in averaged)
+    if averaged and "emd_mean" in averaged[0]:
+        found["emd_mean"] = float(np.mean([row["emd_mean"] for row in averaged]))
+        found["emd_max"] = max(row["emd_max"] for row in averaged)
+        found["distance"] = averaged[0]["distance"]
+    return found
 
 
 def _check(config: RunConfig, profiles: Sequence[Profile], prompts: int) -> None:
     if config.adapters.uses_profiles and not profiles:
-        raise ConfigError("--format lora needs at least one --profile: these adapters are routed by who is asking")
+        raise ConfigError(
+            "--format lora needs at least one --profile, or --profiles FILE: these adapters are routed by who is asking"
+        )
     if profiles and not config.adapters.uses_profiles:
         raise ConfigError(f"--profile was given, but method {config.adapters.method!r} takes no profiles; leave it out")
     if prompts < 1:

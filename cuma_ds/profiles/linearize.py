@@ -190,12 +190,21 @@ def one_spelling(text: str) -> str:
 
 def is_missing(value: object) -> bool:
     """Whether a field's value means that nothing is known (case-insensitive)."""
+    waiting = [value]
+    while waiting:  # lists may lie within one another, however deep
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        elif not _says_nothing(value):
+            return False
+    return True
+
+
+def _says_nothing(value: object) -> bool:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return True
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple | set):
-        return all(map(is_missing, value))
     return one_spelling(str(value)).lower().replace("’", "'").rstrip(".") in _MISSING
 
 

@@ -8,6 +8,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from cuma_ds.errors import CumaError
+from cuma_ds.files import first_line
 from cuma_ds.inference.modeling import unknown_fields
 from cuma_ds.inference.sampling import Sampling
 from cuma_ds.inference.talk import Talker
@@ -23,6 +25,9 @@ from cuma_ds.inference.text import TextStream
 from cuma_ds.serving.guard import Guard
 from cuma_ds.serving.protocol import ChatRequest, ServingError, chunk, completion, error_content, usage
 from cuma_ds.serving.scheduler import Job, Piece, QueueFullError, Scheduler
+
+# Characters of a parameter's name that are repeated in an error.
+_LONGEST_NAME = 60
 
 
 class Settings(NamedTuple):
@@ -56,12 +61,15 @@ def make_app(talker: Talker, scheduler: Scheduler, settings: Settings) -> FastAP
             yield
         finally:
             scheduler.stop()
+            desk.reading.shutdown(cancel_futures=True)
 
-    app = FastAPI(title="cuma-ds", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    desk = Desk(talker, scheduler, settings)
+    app = FastAPI(
+        title="cuma-ds", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.add_middleware(Guard, api_key=settings.api_key, max_body=settings.max_body)
     for mistake in (ServingError, HTTPException, RequestValidationError):
         app.add_exception_handler(mistake, _refuse)
-    desk = Desk(talker, scheduler, settings)
 
     @app.get("/health")
     async def health() -> Response:
@@ -86,11 +94,16 @@ def make_app(talker: Talker, scheduler: Scheduler, settings: Settings) -> FastAP
 
 
 class Desk:
-    """Turns requests into jobs and their pieces into responses (arguments as in :func:`make_app`)."""
+    """Turns requests into jobs and their pieces into responses (arguments as in :func:`make_app`).
+
+    Attributes:
+        reading: the thread that makes tokens of texts, one request after another. A long text holds nobody's answer up.
+    """
 
     def __init__(self, talker: Talker, scheduler: Scheduler, settings: Settings) -> None:
         self.talker, self.scheduler, self.settings = talker, scheduler, settings
         self.name, self._created = settings.name, int(time.time())
+        self.reading = ThreadPoolExecutor(1, "reading")
 
     def model_card(self) -> dict[str, object]:
         """The model as ``/v1/models`` shows it."""
@@ -107,16 +120,15 @@ class Desk:
     async def answer(self, body: ChatRequest, request: Request) -> Response:
         """Queue the request and answer it, as a stream or in one piece."""
         self.check_model(body.model)
-        sentence, warnings = self._profile(body)
-        prompt = self._prompt(body, sentence or "")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+        prompt, sentence, warnings = await loop.run_in_executor(self.reading, self._read, body)
         seed = secrets.randbits(63) if body.seed is None else body.seed
         sampling = Sampling(self._longest_answer(body, len(prompt)), body.temperature, body.top_p, seed)
         job = Job(
             prompt,
             sentence,
             sampling,
-            TextStream(self.talker.tokenizer, [stop for stop in body.stop or [] if stop]),
+            TextStream(self.talker.tokenizer, [_text(stop, "stop") for stop in body.stop or [] if stop]),
             lambda piece: _hand_over(loop, pieces, piece),
         )
         try:
@@ -148,6 +160,11 @@ class Desk:
             completion(identity, self.name, text, finish, usage(len(prompt), len(job.tokens)), warnings)
         )
 
+    def _read(self, body: ChatRequest) -> tuple[list[int], str | None, list[str]]:
+        """Token ids of the prompt, the profile's sentence and warnings for the client."""
+        sentence, warnings = self._profile(body)
+        return self._prompt(body, sentence or ""), sentence, warnings
+
     def _profile(self, body: ChatRequest) -> tuple[str | None, list[str]]:
         """The profile's sentence (None without a profile), and warnings for the client."""
         if body.profile is None:
@@ -161,9 +178,12 @@ class Desk:
         reader = self.talker.opened.reader
         known = () if reader is None else reader.facts.get("fields") or ()
         try:
-            return _text(self.talker.sentence(body.profile), "profile"), unknown_fields(body.profile, known)
+            sentence, warnings = self.talker.sentence(body.profile), unknown_fields(body.profile, known)
         except CumaError as error:
-            raise ServingError(400, str(error), "profile", "profile_empty") from None
+            raise ServingError(400, first_line(error), "profile", "profile_empty") from None
+        for text in (sentence, *warnings):
+            _text(text, "profile")
+        return sentence, warnings
 
     def _prompt(self, body: ChatRequest, sentence: str) -> list[int]:
         messages = [message.plain() for message in body.messages]
@@ -172,7 +192,7 @@ class Desk:
         try:
             prompt = self.talker.encode(messages, sentence)
         except CumaError as error:
-            raise ServingError(400, str(error), "messages") from None
+            raise ServingError(400, first_line(error), "messages") from None
         if len(prompt) >= self.settings.max_length:
             message = (
                 f"the messages have {len(prompt)} tokens; this server takes {self.settings.max_length} with the answer"
@@ -246,6 +266,12 @@ def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
+def _shown(name: str) -> str:
+    """The name of a parameter as it may be repeated to the client, who may have sent anything."""
+    name = " ".join(name.encode(errors="replace").decode().split())
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+
+
 def _text(text: str, param: str) -> str:
     """``text`` if it can be written as UTF-8. JSON can hold half of a surrogate pair, which cannot."""
     try:
@@ -261,7 +287,7 @@ async def _refuse(_: Request, error: Exception) -> Response:
         return JSONResponse(error.content, error.status, {"Retry-After": "1"} if error.status == 429 else None)
     if isinstance(error, RequestValidationError):
         problem = error.errors()[0]
-        param = ".".join(str(part) for part in problem["loc"] if part != "body") or None
+        param = _shown(".".join(str(part) for part in problem["loc"] if part != "body")) or None
         what = (
             "is no parameter of this server"
             if problem["type"] == "extra_forbidden"

@@ -7,9 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from cuma_ds.data.rendering import Message
+
+# Fields of a profile.
+_MOST_FIELDS = 100
 
 
 class ServingError(Exception):
@@ -43,7 +46,7 @@ def error_content(message: str, kind: str, param: str | None = None, code: str |
 
 class _Strict(BaseModel):
     # A parameter we would have to ignore changes the answer silently; it is refused instead.
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -66,6 +69,23 @@ def _only(*allowed: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _number(value: object) -> object:
+    if isinstance(value, bool | str):
+        raise ValueError("expected a number")
+    return value
+
+
+def _switch(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Decimal = Annotated[float, BeforeValidator(_number)]
+Switch = Annotated[bool, BeforeValidator(_switch)]
+
+
 class TextPart(_Strict):
     """One part of a message's content."""
 
@@ -77,7 +97,7 @@ class ChatMessage(_Strict):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[TextPart]
+    content: list[TextPart] = Field(min_length=1)
     name: str | None = None  # chat templates know roles only
     # What an answer of this or another server carries beside its text.
     annotations: Annotated[object, _only([])] = None
@@ -99,7 +119,7 @@ class ChatMessage(_Strict):
 class StreamOptions(_Strict):
     """What a stream carries besides the answer."""
 
-    include_usage: bool = False
+    include_usage: Switch = False
     include_obfuscation: Annotated[object, _only(False)] = None
 
 
@@ -109,13 +129,13 @@ class ChatRequest(_Strict):
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
     profile: str | dict[str, object] | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
+    temperature: Decimal = Field(1.0, ge=0, le=2)
+    top_p: Decimal = Field(1.0, gt=0, le=1)
     stop: list[str] | None = Field(None, max_length=4)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stream: bool = False
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: Switch = False
     stream_options: StreamOptions | None = None
     # Clients send these. None of them changes the answer at the values allowed here.
     n: Annotated[object, _only(1)] = None
@@ -150,6 +170,8 @@ class ChatRequest(_Strict):
     def _profile(cls, value: object) -> object:
         if value is not None and not isinstance(value, str | dict):
             raise ValueError('expected a sentence, or fields such as {"country": "Norway"}')
+        if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+            raise ValueError(f"it has {len(value)} fields; this server reads up to {_MOST_FIELDS}")
         return value
 
 

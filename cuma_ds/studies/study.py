@@ -156,7 +156,7 @@ def load_study(path: str | Path) -> Study:
     Raises:
         ConfigError: one line with file, line and key for the first thing that is wrong.
     """
-    file = find_recipe(path)
+    file = find_recipe(path, study=True)
     try:
         values, lines = read_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -121,7 +121,8 @@ class Work:
                 task = Task(*cell, seed, rate)
                 try:
                     self._train(task)
-                    self._evaluate(task, list(self.points(task)))
+                    for steps in self._curve(task):
+                        self._evaluate(task, steps)
                     self._report(task)
                 except OutOfTime:
                     break
@@ -248,16 +249,26 @@ class Work:
     def _last(self, task: Task) -> list[int]:
         return list(self.points(task))[-1:]
 
+    def _curve(self, task: Task) -> list[list[int]]:
+        """Checkpoints by the command that evaluates them: the last as a trial's, the others in one process."""
+        *before, last = self.points(task)
+        if self.study.evaluation.ranks > 1:
+            return [[step] for step in (*before, last)]
+        return [steps for steps in (before, [last]) if steps]
+
     def _evaluate(self, task: Task, steps: Sequence[int]) -> None:
         """Evaluate checkpoints on the people for choosing settings, where the study chooses or draws a curve."""
         if self.study.tuning is None and self.study.evaluation.checkpoints == 1:
             return
-        for step in steps:
-            arguments = ["--run", str(self.folder(task).folder), "--step", str(step), "--splits", VALID, "--brief"]
-            arguments += ["--out", str(self.valid_folder(task, step)), *self._settings()]
-            words = self.processes.command("evaluate", arguments, self.study.evaluation.ranks)
-            if not self._is_done(task, f"{VALID}-{step}", words, self.valid_folder(task, step)):
-                self._do(task, f"{VALID}-{step}", words)
+        folders, named = [self.valid_folder(task, step) for step in steps], [str(step) for step in steps]
+        out = folders[0] if len(steps) == 1 else folders[0].parent
+        arguments = ["--run", str(self.folder(task).folder), "--step", *named, "--splits", VALID, "--brief"]
+        words = self.processes.command(
+            "evaluate", [*arguments, "--out", str(out), *self._settings()], self.study.evaluation.ranks
+        )
+        what = "-".join([VALID, *named])
+        if not self._is_done(task, what, words, folders):
+            self._do(task, what, words)
 
     def _report(self, task: Task) -> None:
         """Evaluate the finished run on the people that nothing was chosen on, with all that the study measures."""
@@ -268,18 +279,18 @@ class Work:
         if evaluation.generate is not None:
             arguments += ["--generate", str(evaluation.generate), "--max-new-tokens", str(evaluation.max_new_tokens)]
         words = self.processes.command("evaluate", [*arguments, *self._settings()], evaluation.ranks)
-        if not self._is_done(task, "report", words, run.report_folder):
+        if not self._is_done(task, "report", words, [run.report_folder]):
             self._do(task, "report", words)
 
     def _settings(self) -> list[str]:
         settings = self.study.evaluation.set
         return ["--set", *settings] if settings else []
 
-    def _is_done(self, task: Task, what: str, words: Sequence[str], folder: Path) -> bool:
-        """Whether the same command was the last of its kind, ended well, and left its report."""
+    def _is_done(self, task: Task, what: str, words: Sequence[str], folders: Sequence[Path]) -> bool:
+        """Whether the same command was the last of its kind, ended well, and left its reports."""
         records = self.processes.journal.of(task.name, what)
         done = bool(records) and records[-1].code == 0 and records[-1].command == self.processes.typed(words)
-        return done and read_report(folder) is not None
+        return done and all(read_report(folder) is not None for folder in folders)
 
     def _do(self, task: Task, what: str, words: Sequence[str]) -> None:
         """Run one command.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from rich.console import Console
@@ -28,10 +29,25 @@ def shown(items: Counted[_Item], what: str, visible: bool) -> Generator[_Item, N
         what: stands before the bar.
         visible: false for no bar; there is none either where the output is not a terminal.
     """
+    with bar(what, visible) as told:
+        told(0, len(items))
+        for done, item in enumerate(items, start=1):
+            yield item
+            told(done, len(items))
+
+
+@contextmanager
+def bar(what: str, visible: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, as long as the block lasts.
+
+    Args:
+        what, visible: as in :func:`shown`.
+
+    Yields:
+        A function that is told (done, in all).
+    """
     console = Console()
     columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal)) as bar:
-        task = bar.add_task(what, total=len(items))
-        for item in items:
-            yield item
-            bar.advance(task)
+    with Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal)) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -74,12 +74,11 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
 def _train(config: RunConfig, run: Run, topology: Topology, tell: Say) -> None:
     with agreement():
         config = with_start(run.as_started(config))
-    with agreement():
-        if topology.is_main:
-            prepare_run(config)
-            if config.adapters.method in NOTHING_TRAINS:
-                _leave_untrained(config, run, tell)
+    prepare_run(config, topology, tell)
     if config.adapters.method in NOTHING_TRAINS:
+        with agreement():
+            if topology.is_main:
+                _leave_untrained(config, run, tell)
         return
     with agreement():
         run.check_start(content=topology.is_main)

@@ -114,6 +114,7 @@ def test_a_bare_model_has_one_row_of_its_own(run, tmp_path, tiny_llama) -> None:
         (["--model", "a", "--data", "b"], "--model needs --out"),
         (["--export", "a", "--out", "b"], "--export needs --data"),
         (["--run", "a", "--base", "b"], "--base belongs to --export and --adapter"),
+        (["--run", "a", "--step", "3", "3"], "--step 3 3 names one checkpoint twice"),
         (["--run", "a", "--generate", "0"], "--generate is 0"),
         (["--run", "a", "--judge-url", "http://x/v1"], "--judge-url and --judge-model belong together"),
         (["--run", "a", "--judge-url", "http://x/v1", "--judge-model", "m"], "needs --generate"),

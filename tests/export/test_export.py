@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ from cuma_ds.errors import CheckpointError, ConfigError, CumaError, DataError, M
 from cuma_ds.evaluation.report.model import CONTENDERS, SPLITS
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.export.hf import Trained, read_run, write_hf
-from cuma_ds.export.lora import write_lora
+from cuma_ds.export.lora import summary, write_lora
 from cuma_ds.export.reference import read_reference
 from cuma_ds.export.source import modeling_source
 from cuma_ds.export.weights import copy_weights
@@ -149,6 +150,8 @@ def test_every_family_in_a_fresh_environment_with_torch_and_transformers_alone(
             profile_dim=16,
             target_modules=("q_proj", "v_proj", "up_proj"),
             shared_a=bool(index % 2),
+            router_input=("token_and_profile", "profile")[index // 2 % 2],
+            gate_temperature=(1.0, 0.5)[index // 2 % 2],
         )
         base = ModelSection(path=str(backbone), dtype="float32")
         model = lively(inject_adapters(AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32), config))
@@ -628,6 +631,59 @@ def test_lora_refuses_what_makes_no_sense(tmp_path, run, tiny_llama, tiny_encode
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_have_the_names_that_were_given_and_many_have_one_summary(tmp_path, run, launch) -> None:
+    """Each adapter of many is the one that is written alone; the summary is that of their rows."""
+    countries = ["Norway", "Jordan", "Ghana"]
+    lines = [json.dumps({"profile": {"country": name}, "name": f"{name}_1"}) for name in countries]
+    (tmp_path / "people.jsonl").write_text("\n".join(lines) + "\n")
+    words = ["export", "--run", str(run[0]), "--format", "lora"]
+    profile = ["--profile", '{"country": "Chile"}', "--name", "chile"]
+    done = launch(*words, *profile, "--profiles", str(tmp_path / "people.jsonl"), "--out", str(tmp_path / "many"))
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "many" / "report.json").read_text())
+    names = ["chile", *(f"{name}_1" for name in countries)]
+    assert [row["name"] for row in report["profiles"]] == names
+    assert {place.name for place in (tmp_path / "many").iterdir()} == {*names, "report.json"}
+    for name, country in zip(names[1:], countries, strict=True):
+        alone = tmp_path / f"alone-{country}"
+        write_lora(run[0], [{"country": country}], alone)
+        one, other = (
+            load_file(place / "adapter_model.safetensors") for place in (alone / "profile-1", tmp_path / "many" / name)
+        )
+        assert one.keys() == other.keys()
+        for tensor in one:  # the encoder rounds otherwise in a batch of several
+            torch.testing.assert_close(one[tensor], other[tensor], rtol=1e-5, atol=1e-6)
+    rows, summary = report["profiles"], report["summary"]
+    assert (summary["adapters"], summary["exact"], summary["max_lora_rank"]) == (4, 0, 8)
+    assert max(row["rank"] for row in rows) == 8
+    for name, number in (
+        ("kl_mean", sum(row["kl_mean"] for row in rows) / 4),
+        ("emd_max", max(row["emd_max"] for row in rows)),
+    ):
+        assert summary[name] == pytest.approx(number, rel=1e-12)
+    assert f"--enable-lora --max-lora-rank 8 --lora-modules chile={tmp_path}/many/chile Norway_1=" in done.out
+    assert f"all 4 adapters: 0 exact; of the others KL {summary['kl_mean']:.4f}" in done.out
+
+
+@pytest.mark.parametrize(("rank", "option"), [(1, 1), (2, 8), (64, 64), (65, 128), (257, 320), (513, None)])
+def test_the_summary_names_the_smallest_option_of_vllm_that_takes_every_adapter(rank, option) -> None:
+    rows = [{"name": "a", "exact": True, "rank": 1}, {"name": "b", "exact": True, "rank": rank}]
+    assert summary(rows).get("max_lora_rank") == option
+
+
+def test_of_many_adapters_those_that_lose_most_are_shown(tmp_path, run, launch) -> None:
+    lines = [json.dumps({"profile": f"Somebody with number {number}."}) for number in range(21)]
+    (tmp_path / "people.jsonl").write_text("\n".join(lines))
+    words = ["--run", str(run[0]), "--format", "lora", "--calibration", "2", "--out", str(tmp_path / "out")]
+    done = launch("export", *words, "--profiles", str(tmp_path / "people.jsonl"))
+    assert done.code == 0, done.err
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["profiles"]
+    best = min(rows, key=lambda row: row["kl_mean"])["name"]
+    shown = set(re.findall(r"profile-\d+(?= )", done.out.split("for vLLM")[0]))
+    assert shown == {row["name"] for row in rows} - {best}
+    assert "(and 17 more)" in done.out
+
+
 @pytest.mark.parametrize("variant", AUTHORS)
 def test_the_authors_checkpoints_give_the_same_logits(variant, tmp_path, backbones, packages) -> None:
     backbone = backbones["llama", False]
@@ -786,7 +842,23 @@ MISTAKES = {
         ["--from-reference", "{run}", "--base", "{run}", "--format", "lora"],
         "--format lora needs --run",
     ),
-    "hf-profile": (["--run", "{run}", "--format", "hf", "--profile", "A woman."], "--profile belongs to --format lora"),
+    "a-name-too-few": (
+        ["--run", "{run}", "--format", "lora", "--profile", "A", "--profile", "B", "--name", "a"],
+        "1 --name for 2 --profile",
+    ),
+    "a-name-twice": (
+        ["--run", "{run}", "--format", "lora", "--profile", "A", "--profile", "B", "--name", "a", "--name", "A"],
+        "the name 'A' stands twice",
+    ),
+    "a-name-with-a-path": (
+        ["--run", "{run}", "--format", "lora", "--profile", "A", "--name", "../a"],
+        "the name '../a' cannot be the name of a folder",
+    ),
+    "no-profiles": (["--run", "{run}", "--format", "lora", "--profiles", "{tmp}/none"], "none cannot be read: No such"),
+    "hf-profile": (
+        ["--run", "{run}", "--format", "hf", "--profile", "A woman."],
+        "--profile and --profiles belong to --format lora",
+    ),
 }
 
 
@@ -800,6 +872,28 @@ def test_mistakes_on_the_command_line_are_one_line_and_leave_nothing(mistake, tm
     assert done.err.startswith("error: ")
     assert part in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+PROFILE_LINES = {
+    "empty": ("\n", "is empty"),
+    "broken": ('{"profile": {"country": "Atlantis"}\n', "line 1 is broken JSON"),
+    "fields-alone": ('{"profile": "A"}\n{"country": "Atlantis"}', "line 2: there is no key 'country'"),
+    "no-fields": ('{"profile": 3}', "line 1: profile must be an object of fields or a sentence"),
+    "number-as-name": ('{"profile": "A", "name": 3}', "line 1: name is 3, expected a text"),
+    "some-names": ('{"profile": "A", "name": "a"}\n{"profile": "B"}', "1 of 2 profiles have a name"),
+}
+
+
+@pytest.mark.parametrize("mistake", PROFILE_LINES)
+def test_mistakes_in_a_file_of_profiles_are_one_line_and_leave_nothing(mistake, tmp_path, run, launch) -> None:
+    text, part = PROFILE_LINES[mistake]
+    (tmp_path / "people.jsonl").write_text(text)
+    words = ["--run", str(run[0]), "--format", "lora", "--profiles", str(tmp_path / "people.jsonl")]
+    done = launch("export", *words, "--out", str(tmp_path / "out"))
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert part in done.err
+    assert "Atlantis" not in done.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.multirank

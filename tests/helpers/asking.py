@@ -36,11 +36,18 @@ def until(condition: Callable[[], bool]) -> None:
 def served(
     talker: Talker, limits: Limits | None = None, ends: list[int] | None = None, **options: Any
 ) -> Iterator[tuple[openai.OpenAI, Scheduler]]:
-    """The application behind a real socket, and a client that does not try again."""
+    """The application behind a real socket, and a client that does not try again.
+
+    Args:
+        options: settings of the server; ``buffer`` is what the system keeps of what a client has not read, in bytes.
+    """
+    buffer = options.pop("buffer", None)
     scheduler = scheduler_of(talker, limits or Limits(), ends)
     sizes = {"max_tokens": 100, "max_length": 200, "max_body": 20_000}
     app = make_app(talker, scheduler, Settings("opinions", **{**sizes, **options}))
     with socket.create_server(("127.0.0.1", free_port())) as listener:
+        if buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         server = uvicorn.Server(
             uvicorn.Config(app, http=Patience, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         )

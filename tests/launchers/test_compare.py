@@ -69,9 +69,9 @@ def write_study(folder: Path, models: tuple[Path, Path], **changes: object) -> P
             "broken": {"set": ["data.max_length=8"], "learning_rates": [0.01]},
             "lora": {"set": lora, "learning_rates": [0.01]},
         },
-        "budgets": [2],
+        "budgets": [3],
         "tuning": {"learning_rates": [0.01, 0.03], "extend": 0},
-        "evaluation": {"set": ["evaluation.min_answers=2", "evaluation.bootstrap=20"], "checkpoints": 2},
+        "evaluation": {"set": ["evaluation.min_answers=2", "evaluation.bootstrap=20"], "checkpoints": 3},
         "targets": [0.01],
         **changes,
     }
@@ -97,7 +97,7 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     folder = tmp_path / "studies" / "small"
     report = json.loads((folder / "report" / "comparison.json").read_text())
     (failed,) = report["failed"]
-    assert failed.startswith("survey.broken.2-steps.lr-0.01.seed-0: too long to be read whole")
+    assert failed.startswith("survey.broken.3-steps.lr-0.01.seed-0: too long to be read whole")
     assert f"failed: {failed}" in done.out
     (table,) = report["tables"]
     tuned = table["tuned"]["cuma"]
@@ -118,7 +118,7 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     scores = [table["splits"]["test"]["methods"][name]["scores"]["emd"]["value"] for name in ("cuma", "lora")]
     assert pair["scores"]["emd"]["value"] == pytest.approx(scores[0] - scores[1], abs=2e-6)
     curve = run["curve"]
-    assert [point["step"] for point in curve["valid"]] == [1, 2] == curve["steps"]
+    assert [point["step"] for point in curve["valid"]] == [1, 2, 3] == curve["steps"]
     assert curve["tokens"][1] > curve["tokens"][0] > 0
     linears, hidden, profile, experts, rank = 2, 32, 16, 4, 4
     assert run["parameters"] == linears * (experts * rank * 2 * hidden + experts * (hidden + profile))
@@ -136,19 +136,21 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     assert all((folder / "report" / name).stat().st_size > 1000 for name in report["pictures"])
     assert len(report["pictures"]) == 4
 
+    assert sum(" --step 1 2 --splits " in " ".join(words) for words in forked) == 2, "the curves, each in one process"
+
     # The same command does nothing that is done, and tries what failed again.
     before = len(forked)
     again = launch("compare", "--study", str(file))
     assert again.code == 0, again.err
     assert [words[2] for words in forked[before:]] == ["train"]
-    assert "run.name=survey.broken.2-steps.lr-0.01.seed-0" in forked[-1]
+    assert "run.name=survey.broken.3-steps.lr-0.01.seed-0" in forked[-1]
 
     # A run of another configuration in the way, and a report that is gone: the others go on.
     write_study(tmp_path, (tiny_llama, tiny_encoder))
     values = yaml.safe_load(file.read_text())
     values["methods"]["cuma"]["set"] = ["adapters.lora_r=2"]
     file.write_text(yaml.safe_dump(values, sort_keys=False))
-    shutil.rmtree(folder / "runs" / "survey.lora.2-steps.lr-0.01.seed-0" / "evaluation")
+    shutil.rmtree(folder / "runs" / "survey.lora.3-steps.lr-0.01.seed-0" / "evaluation")
     before = len(forked)
     other = launch("compare", "--study", str(file), "--methods", "cuma", "lora")
     assert other.code == 0, other.err
@@ -156,8 +158,8 @@ def test_a_study_goes_from_its_file_to_its_report(tmp_path, tiny_llama, tiny_enc
     assert [words[2] for words in forked[before:]] == ["evaluate"]
     assert "| cuma (failed) |" in (folder / "report" / "report.md").read_text()
 
-    names = [f"survey.{method}.2-steps.lr-0.01.seed-0" for method in ("cuma", "lora")]
-    valid = [str(folder / "valid" / name / "step-2") for name in names]
+    names = [f"survey.{method}.3-steps.lr-0.01.seed-0" for method in ("cuma", "lora")]
+    valid = [str(folder / "valid" / name / "step-3") for name in names]
     shown = launch("compare", "--runs", *valid, "--out", str(tmp_path / "out"))
     assert shown.code == 0, shown.err
     compared = json.loads((tmp_path / "out" / "comparison.json").read_text())

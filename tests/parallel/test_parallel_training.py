@@ -216,6 +216,27 @@ def test_a_run_moves_between_topologies(tmp_path, tiny_llama, tiny_encoder, expe
             assert_same_training(path, expected)
 
 
+@pytest.mark.parametrize("name", ["profile-routed", "blurred"])
+def test_router_options_stop_and_go_on_where_the_routers_are_sharded(name, tmp_path, tiny_llama, tiny_encoder) -> None:
+    """Stage 3 on two ranks; stopped at step 3, on one rank with a whole backbone then: as one process all the way."""
+    path = recipe(
+        tmp_path,
+        tiny_llama,
+        tiny_encoder,
+        name,
+        parallel={"deepspeed_config": "zero3"},
+        checkpoint={"every": 3, "keep_last": 5},
+        **VARIANTS[name],
+    )
+    single = train_single(load_config(path))
+    run_recipes(2, [path])
+    assert_same_training(path, single)
+    shutil.rmtree(load_config(path).run_dir / "checkpoints" / f"step-{STEPS}")
+    path.write_text(path.read_text().replace("zero3", "zero1"))
+    run_recipes(1, [path])
+    assert_same_training(path, single)
+
+
 def test_a_checkpoint_holds_only_what_trains(tmp_path, tiny_llama, tiny_encoder) -> None:
     path = recipe(
         tmp_path,

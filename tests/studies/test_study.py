@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cuma_ds.config import load_config
 from cuma_ds.errors import ConfigError
 from cuma_ds.studies.study import Task, load_study, run_config
 from cuma_ds.studies.tuning import at_edge, best_rate, next_rate
@@ -141,3 +142,13 @@ def test_a_rate_that_failed_is_worse_than_any_other() -> None:
     nothing = dict.fromkeys(tried)
     assert next_rate([0.001, 0.01, 0.1], nothing, 2) is None
     assert best_rate(nothing) is None
+
+
+def test_a_study_that_is_not_there_is_told_apart_from_recipes() -> None:
+    with pytest.raises(ConfigError, match="cannot read the study nope: ") as raised:
+        load_study("nope")
+    assert str(raised.value).endswith("studies that come with the package: studies/mean_collapse, studies/quick")
+    with pytest.raises(ConfigError, match="cannot read the recipe nope: ") as raised:
+        load_config("nope")
+    assert "studies/quick" not in str(raised.value)
+    assert "studies/survey, survey, synthetic" in str(raised.value)
