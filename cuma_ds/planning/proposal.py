@@ -27,7 +27,7 @@ QUANTISATIONS = ("none", "int8", "nf4")
 AHEAD = {"prefetch_bucket_size": 50_000_000, "max_reuse_distance": 100_000_000}
 # Another choice is shown where it is so many times as fast, and no slower where gathering overlaps.
 WORTH_TELLING = 1.05
-_MOST_GPUS = 2**16
+_MOST_GPUS = 2**12
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class _Proposer:
         while gpus <= _MOST_GPUS:
             work = self._ask.work or step_work(_with_micro_batch(self._config, 1), self._ask.gpus, self._ask.length)
             more = _Proposer(self._planner, replace(self._ask, gpus=gpus, work=work))
-            if any(more._fitting(more._sizes)):
+            if any(more._fitting([1, gpus])):
                 return gpus
             gpus *= 2
         return None
