@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING
 from _cli import run_main, warn_in_one_line
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cuma_ds.config import DataSection
     from cuma_ds.data import PreparedData
     from cuma_ds.data.rows import Split
-    from cuma_ds.profiles import ProfileEncoder
 
 _DESCRIPTION = """\
 Prepare data once, train on it often. The result is one folder that a recipe names as data.path:
@@ -138,7 +135,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
             data = prepare(section, arguments.template, Path(spool), arguments.workers, read)
             table = None
             if encoder is not None:
-                table = data.profile_table(_Told(encoder, progress("embedding profiles")), arguments.cache_dir)
+                encoder.progress = progress("embedding profiles")
+                table = data.profile_table(encoder, arguments.cache_dir)
             data = data.save(out)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error}") from None
@@ -150,18 +148,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if table is not None:
         table.save(out / TABLE_FILE)
     _report(data, arguments)
-
-
-class _Told:
-    """An encoder that tells how far it is."""
-
-    def __init__(self, encoder: ProfileEncoder, progress: Callable[[int, int], None]) -> None:
-        self.fingerprint = encoder.fingerprint
-        self._encoder = encoder
-        self._progress = progress
-
-    def __call__(self, sentences: list[str]) -> Tensor:
-        return self._encoder(sentences, progress=self._progress)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class ProfileEncoder:
     Attributes:
         dim: P, width of the vectors.
         fingerprint: sha256 over the folder's weights, configuration and tokenizer, and these settings.
+        progress: told (sentences done, in all) after each batch; None at first.
 
     Raises:
         ModelError: no such folder, no readable configuration, or modules that would change the vectors.
@@ -64,6 +65,7 @@ class ProfileEncoder:
         self.pooling = _pooling(self.folder) if pooling == "auto" else pooling.replace("last", "lasttoken")
         self.batch_size = batch_size if self.pooling != "mean-all" else 1
         self.normalise = normalise
+        self.progress: Callable[[int, int], None] | None = None
         try:
             config = AutoConfig.from_pretrained(self.folder)
             self.dim = int(config.hidden_size)
@@ -74,11 +76,8 @@ class ProfileEncoder:
         if not any(file for pattern in _WEIGHTS for file in self.folder.glob(pattern)):
             raise ModelError(f"{self.folder} holds no encoder weights; expected one of {', '.join(_WEIGHTS)}")
 
-    def __call__(self, sentences: list[str] | str, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    def __call__(self, sentences: list[str] | str) -> Tensor:
         """Embed sentences.
-
-        Args:
-            progress: told (sentences done, in all) after each batch.
 
         Returns:
             [N, P] float32 on the CPU, rows in the order given (N = 1 for a single string).
@@ -90,8 +89,8 @@ class ProfileEncoder:
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             embeddings_NP[rows] = self._embed([texts[row] for row in rows])
-            if progress is not None:
-                progress(start + len(rows), len(order))
+            if self.progress is not None:
+                self.progress(start + len(rows), len(order))
         return embeddings_NP
 
     def check_lengths(self, sentences: Iterable[str], apart: bool = True) -> None:

@@ -1,12 +1,15 @@
-"""A progress bar for work that is no optimizer step."""
+"""Bars for work that is no optimizer step: one for each phase of a command."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cuma_ds.telemetry.screen import console, say
 
 _Item = TypeVar("_Item")
 _Item_co = TypeVar("_Item_co", covariant=True)
@@ -20,18 +23,86 @@ class Counted(Protocol[_Item_co]):
     def __iter__(self) -> Iterator[_Item_co]: ...
 
 
+class _Phase:
+    """The phase that goes on now: tells its bar what is done. None where there is none."""
+
+    tell: Callable[[str, int, int], None] | None = None
+
+
+@contextmanager
+def phase(what: str, visible: bool = True) -> Iterator[None]:
+    """Inside, a part of a command goes on: on a terminal one bar, and at its end one line with its seconds.
+
+    Elsewhere it is one plain line at its start.
+
+    Args:
+        what: e.g. ``loading the model``.
+        visible: false for neither.
+    """
+    if not visible:
+        yield
+        return
+    if not console().is_terminal:
+        say(what)
+        yield
+        return
+    began = time.monotonic()
+    with one_bar(what) as tell:
+        before, _Phase.tell = _Phase.tell, tell
+        try:
+            yield
+        finally:
+            _Phase.tell = before
+    say(f"{what}: {time.monotonic() - began:.0f} s")
+
+
 def shown(items: Counted[_Item], what: str, visible: bool) -> Generator[_Item, None, None]:
-    """The items, with a bar that counts those that are done.
+    """The items, counted by a bar as they are done: that of the phase that goes on, or one of their own.
 
     Args:
         items: what is worked on.
         what: stands before the bar.
         visible: false for no bar; there is none either where the output is not a terminal.
     """
-    console = Console()
-    columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal)) as bar:
-        task = bar.add_task(what, total=len(items))
-        for item in items:
-            yield item
-            bar.advance(task)
+    if not (visible and console().is_terminal):
+        yield from items
+        return
+    if _Phase.tell is not None:
+        yield from _counted(items, what, _Phase.tell)
+        return
+    with one_bar(what) as tell:
+        yield from _counted(items, "", tell)
+
+
+def progress_of(what: str) -> Callable[[int, int], None] | None:
+    """Tells the bar of the phase that goes on (how much is done, of how much); None where there is none."""
+    tell = _Phase.tell
+    return None if tell is None else lambda done, total: tell(what, done, total)
+
+
+def _counted(items: Counted[_Item], what: str, tell: Callable[[str, int, int], None]) -> Generator[_Item, None, None]:
+    for done, item in enumerate(items):
+        tell(what, done, len(items))
+        yield item
+    tell(what, len(items), len(items))
+
+
+@contextmanager
+def one_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that is gone afterwards, and none where the output is not a terminal.
+
+    The call tells it which part of the work goes on, how much of that is done, and of how much (0: not known).
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        last = 0.0
+
+        def tell(part: str, done: int, total: int) -> None:
+            nonlocal last
+            if done < total and time.monotonic() < last + 0.05:
+                return  # a bar is drawn ten times a second, and rows may be millions
+            last = time.monotonic()
+            bar.update(task, description=f"{what}: {part}" if part else what, completed=done, total=total or None)
+
+        yield tell

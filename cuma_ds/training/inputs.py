@@ -27,6 +27,7 @@ from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
+from cuma_ds.telemetry.progress import progress_of
 from cuma_ds.training.objectives import OBJECTIVES, Objective
 from cuma_ds.training.schedule import with_steps
 from cuma_ds.training.start import check_same_start, open_origin, start_bytes
@@ -79,7 +80,8 @@ def prepare_run(config: RunConfig) -> None:
     check_quantisation(config.model)
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
-        source = check_prompts(load_data(config.data, wording_of(config.profiles)), config, started=False)
+        loaded = load_data(config.data, wording_of(config.profiles), progress_of("reading"))
+        source = check_prompts(loaded, config, started=False)
         renderer = Renderer.of(load_tokenizer(config.model), config.data)
         OBJECTIVES[config.training.objective](config).check(config, source, renderer)
         with_steps(config, len(source.splits["train"]))
@@ -100,6 +102,7 @@ def prepare_run(config: RunConfig) -> None:
     elif config.adapters.uses_profiles:
         assert config.profiles.encoder is not None
         encoder = encoder_of(config.profiles)
+        encoder.progress = progress_of("embedding profiles")
         # A prepared folder may hold the embeddings already; the run's copy of its data does not.
         table = (source or data).profile_table(encoder, config.profiles.cache_dir)
         table.save(run.profiles_file)
