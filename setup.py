@@ -54,6 +54,7 @@ REQUIRES = [
     "psutil>=6",  # whether the launcher that started a rank still runs
 ]
 SERVE = ["fastapi>=0.120", "starlette>=0.49", "uvicorn>=0.38", "h11>=0.16"]  # launchers/serve.py
+PLAYGROUND = ["gradio>=6.31,<7", "fastapi>=0.120", "starlette>=0.49", "uvicorn>=0.38"]  # launchers/playground.py
 JUDGE = ["openai>=2"]  # the judge of generated answers, behind any OpenAI-compatible endpoint
 QUANTISATION = ["bitsandbytes>=0.49"]  # packs and unpacks quantised backbones (model.quantisation)
 PEFT = ["peft>=0.19"]  # folders that PEFT wrote, opened beside our own
@@ -65,11 +66,13 @@ EXTRAS = {
         "accelerate>=1.10",  # transformers asks for it to read that
     ],
     "serve": SERVE,
+    "playground": PLAYGROUND,
     "judge": JUDGE,
     "peft": PEFT,
     "quantisation": QUANTISATION,
     "dev": [
         *SERVE,
+        *PLAYGROUND,
         *JUDGE,
         *PEFT,
         *QUANTISATION,
@@ -91,7 +94,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cuma_ds", "cuma_ds.*"]),
-    package_data={"cuma_ds.evaluation.report": ["page.html"]},
+    package_data={"cuma_ds.evaluation.report": ["page.html"], "cuma_ds.playground": ["parts.html", "page.css"]},
     install_requires=REQUIRES,
     entry_points={"console_scripts": ["cuma-ds = cuma_ds.__main__:main"]},
     extras_require=EXTRAS,

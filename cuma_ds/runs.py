@@ -6,6 +6,7 @@ A run folder holds::
     identity.json                  hashes of the models and data it was started with; runs of release 0.1.0 have none
     deepspeed.json                 what DeepSpeed was given
     data/, profiles.safetensors    the prepared data and the embedded profiles
+    embedded/                      profiles embedded so far, until all are
     start/                         the trained model it started from (model.init_from), see
                                    :mod:`cuma_ds.parallel.stored`
     reference.safetensors          what the reference says of the training pairs (objective dpo)
@@ -73,6 +74,7 @@ class Run:
         recipe, deepspeed, metrics, completions, outcome: files in it.
         data_folder, checkpoints, tensorboard, report_folder, errors, logs: folders in it.
         profiles_file: the embedded profiles.
+        embedded: vectors of some of them, while they are made, see :mod:`cuma_ds.profiles.embedding`.
         start: the trained model that the run started from; there is none without ``model.init_from``.
         reference_file: log-probabilities of the training pairs under the reference.
     """
@@ -83,6 +85,7 @@ class Run:
         self.deepspeed = self.folder / "deepspeed.json"
         self.data_folder = self.folder / "data"
         self.profiles_file = self.folder / "profiles.safetensors"
+        self.embedded = self.folder / "embedded"
         self.start = self.folder / "start"
         self.reference_file = self.folder / "reference.safetensors"
         self.checkpoints = self.folder / "checkpoints"

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -322,3 +323,18 @@ def _device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {device} cannot be used: {first_line(error)}") from None
     return device
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot listen on --host {host} --port {port}: {getattr(error, 'strerror', None) or error}"
+        ) from None

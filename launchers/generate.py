@@ -94,7 +94,7 @@ def _answer(arguments: argparse.Namespace, talker: Talker, profiles: Sequence[Pr
 
 
 def _stream(talker: Talker, messages: Sequence[dict[str, str]], asked: Sequence[Profile]) -> str:
-    answer = talker.answers(messages, asked, write=lambda text: print(text, end="", flush=True))[0]
+    answer = talker.answers(messages, asked, write=lambda _, text: print(text, end="", flush=True))[0]
     print(flush=True)
     return answer
 

@@ -135,8 +135,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
             data = prepare(section, arguments.template, Path(spool), arguments.workers, read)
             table = None
             if encoder is not None:
-                encoder.progress = progress("embedding profiles")
-                table = data.profile_table(encoder, arguments.cache_dir)
+                table = data.profile_table(encoder, arguments.cache_dir, progress("embedding profiles"))
             data = data.save(out)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error}") from None

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 from importlib.util import find_spec
 from pathlib import Path
 
-from _cli import add_model_arguments, check_model_arguments, load_talker, run_main, warn_in_one_line
+from _cli import add_model_arguments, check_model_arguments, listen, load_talker, run_main, warn_in_one_line
 
 from cuma_ds.errors import ConfigError
 
@@ -49,7 +48,7 @@ def main() -> None:
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ConfigError("serving needs fastapi and uvicorn: pip install 'cuma-ds[serve]'")
     api_key = _api_key(arguments.api_key_file)
-    listener = _listen(arguments.host, arguments.port)
+    listener = listen(arguments.host, arguments.port)
 
     import uvicorn
 
@@ -91,16 +90,6 @@ def _api_key(file: str | None) -> str | None:
     if len(lines) > 1:
         raise ConfigError(f"{source} holds {len(lines)} lines of text; expected one key on one line")
     return lines[0]
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"cannot listen on --host {host} --port {port}: {getattr(error, 'strerror', None) or error}"
-        ) from None
 
 
 def _lengths(arguments: argparse.Namespace, longest: int) -> tuple[int, int]:

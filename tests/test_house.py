@@ -12,7 +12,7 @@ SOURCES = sorted([*(ROOT / "cuma_ds").rglob("*.py"), *(ROOT / "launchers").glob(
 # From the highest floor to the lowest. A module may import its own package and those of lower floors.
 FLOORS = [
     {"launchers", "__main__"},
-    {"studies", "serving"},
+    {"studies", "serving", "playground"},
     {"export"},
     {"evaluation", "training"},
     {"inference", "run_status"},

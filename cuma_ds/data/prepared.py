@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,8 @@ from cuma_ds.errors import ConfigError, DataError, nearest
 from cuma_ds.files import atomic_folder
 from cuma_ds.identity import SEAL, file_sha256, seal_holds, sealed
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, Wording, linearize
+from cuma_ds.profiles.embedding import Encoder
 from cuma_ds.profiles.linearize import country_of, value_of
-from cuma_ds.profiles.table import Encoder
 
 FORMAT_VERSION = 2
 TABLE_FILE = "profiles.safetensors"
@@ -61,8 +61,25 @@ class PreparedData:
         """Profile sentences by profile index."""
         return [profile["sentence"] for profile in self.profiles]
 
-    def profile_table(self, encoder: Encoder, cache_dir: str | Path | None = None) -> ProfileTable:
+    def profile_table(
+        self,
+        encoder: Encoder,
+        cache_dir: str | Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ProfileTable:
         """The embedded profiles: those in the prepared folder if this encoder made them, else built through the cache.
+
+        Args:
+            encoder, cache_dir, progress: as in :meth:`ProfileTable.build`.
+
+        Raises:
+            DataError: as :meth:`stored_table`.
+        """
+        table = self.stored_table(encoder)
+        return ProfileTable.build(self.sentences, encoder, cache_dir, progress) if table is None else table
+
+    def stored_table(self, encoder: Encoder) -> ProfileTable | None:
+        """The embedded profiles in the prepared folder if this encoder made them, else None.
 
         Raises:
             DataError: sentences that the encoder cannot tell apart, because it does not read them to their end.
@@ -74,7 +91,7 @@ class PreparedData:
             table = ProfileTable.load(stored)
             if table.fingerprint == encoder.fingerprint and table.sentences == self.sentences:
                 return table
-        return ProfileTable.build(self.sentences, encoder, cache_dir)
+        return None
 
     def save(self, folder: str | Path) -> PreparedData:
         """Write the folder beside its place and rename it: it is there completely or not at all.

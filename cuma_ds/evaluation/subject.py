@@ -15,9 +15,12 @@ from cuma_ds.data.prepared import PreparedData, is_prepared
 from cuma_ds.data.shots import Shots
 from cuma_ds.errors import DataError
 from cuma_ds.inference.open import Opened, open_trained
-from cuma_ds.parallel.topology import Topology
-from cuma_ds.profiles import encoder_of, wording_of
+from cuma_ds.parallel.agreement import together
+from cuma_ds.parallel.topology import ALONE, Topology
+from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
+from cuma_ds.profiles.embedding import EmbeddingStore, embed
 from cuma_ds.runs import Run
+from cuma_ds.telemetry.progress import bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +64,34 @@ def run_subject(
     if data is not None:
         prepared = read_data(data, config)
         if table is not None:
-            encoder = encoder_of(config.profiles)
-            if encoder.fingerprint != table.fingerprint:
-                what = f"the sentence encoder {config.profiles.encoder}"
-                raise DataError(f"{what} is not the one this run was trained with; restore it")
-            embeddings_NP = prepared.profile_table(encoder, config.profiles.cache_dir).embeddings
+            embeddings_NP = _embedded(prepared, config, table.fingerprint, topology or ALONE)
     if config.adapters.method == "few_shot":
         shots = Shots(prepared, config.evaluation.few_shot, config.run.seed)
         shots.warn(prepared)
         opened = dataclasses.replace(opened, renderer=opened.renderer.with_shots(shots))
     return Subject(**vars(opened), data=prepared, embeddings_NP=embeddings_NP)
+
+
+def _embedded(data: PreparedData, config: RunConfig, fingerprint: str, topology: Topology) -> Tensor:
+    """Raw embeddings of the profiles of other data. All ranks share what neither the data nor the cache holds.
+
+    Args:
+        fingerprint: of the encoder that the run was trained with.
+
+    Raises:
+        DataError: the encoder is another one, or cannot tell the profiles apart.
+    """
+    encoder, cache_dir = encoder_of(config.profiles), config.profiles.cache_dir
+    if encoder.fingerprint != fingerprint:
+        what = f"the sentence encoder {config.profiles.encoder}"
+        raise DataError(f"{what} is not the one this run was trained with; restore it")
+    table = data.stored_table(encoder)
+    if table is None:
+        store = EmbeddingStore(cache_dir, fingerprint)
+        with bar("embedding profiles", topology.is_main and config.telemetry.progress) as told:
+            together(lambda: embed(data.sentences, encoder, store, topology.rank, topology.world, told))
+        table = ProfileTable.build(data.sentences, encoder, cache_dir)
+    return table.embeddings
 
 
 def subject(opened: Opened, data: str | Path) -> Subject:

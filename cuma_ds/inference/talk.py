@@ -23,6 +23,8 @@ from cuma_ds.inference.sampling import Sampling
 from cuma_ds.inference.text import AS_WRITTEN, TextStream
 from cuma_ds.profiles import linearize, wording_of
 
+# Called with the row of a profile and the next piece of its answer.
+Write = Callable[[int, str], None]
 # Profiles that are answered in one batch.
 _TOGETHER = 64
 
@@ -60,26 +62,45 @@ class Talker:
         return self.opened.reader is not None or self.renderer.profile_in_prompt
 
     def answers(
-        self, messages: Sequence[Message], profiles: Sequence[Profile], write: Callable[[str], None] | None = None
+        self, messages: Sequence[Message], profiles: Sequence[Profile], write: Write | None = None
     ) -> list[str]:
-        """What the model says next to each of the profiles. Each is what it would be alone.
+        """What the model says next to each of the profiles in one conversation; see :meth:`replies`."""
+        return self.replies([messages] * max(1, len(profiles)), profiles, write)
+
+    def replies(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        profiles: Sequence[Profile],
+        write: Write | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """What the model says next in a conversation with each of the profiles. Each answer is what it would be alone.
 
         Args:
-            messages: the conversation so far, the last message from the user.
-            profiles: B of them; empty for a model that takes none (then one answer).
-            write: called with each piece of text as it comes; for a single profile.
+            conversations: B of them so far, the last message of each from the user.
+            profiles: B of them; empty for a model that takes none (then one conversation).
+            write: called with each piece of text as it comes.
+            sampling: how the answers are generated; None for the talker's own.
         """
-        new_tokens = self.sampling.max_new_tokens
+        sampling = self.sampling if sampling is None else sampling
+        new_tokens = sampling.max_new_tokens
         longest = self.opened.longest - new_tokens
         if longest < 1:
             raise ConfigError(f"--max-new-tokens {new_tokens} leaves no room for a prompt; lower it")
-        prompts = [self.encode(messages, sentence) for sentence in self._sentences(profiles)]
+        sentences = self._sentences(profiles)
+        prompts = [self.encode(said, sentence) for said, sentence in zip(conversations, sentences, strict=True)]
         if (prompt := max(map(len, prompts))) > longest:
             room = f"with --max-new-tokens {new_tokens} this model reads {longest}"
             raise ConfigError(f"the conversation has {prompt} tokens; {room}; shorten it (in a chat: /clear)")
         who_BP = self._embeddings(profiles)
         completions = [
-            _Streamed(prompt, self.sampling, None if who_BP is None else who_BP[row], self.tokenizer, write)
+            _Streamed(
+                prompt,
+                sampling,
+                None if who_BP is None else who_BP[row],
+                self.tokenizer,
+                None if write is None else functools.partial(write, row),
+            )
             for row, prompt in enumerate(prompts)
         ]
         generate(self.decoder, completions, self.opened.peers.all_done)

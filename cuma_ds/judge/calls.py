@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cuma_ds.errors import ConfigError, CumaError
 from cuma_ds.incident import alive
-from cuma_ds.profiles.table import default_cache_dir
+from cuma_ds.profiles.embedding import default_cache_dir
 
 if TYPE_CHECKING:
     import openai

@@ -34,8 +34,7 @@ def agreement(error: CumaError | None = None) -> Iterator[None]:
         yield
     except Exception as raised:
         error = error or (raised if isinstance(raised, CumaError) else unexpected(raised))
-    said: list[tuple[type[CumaError], str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if error is None else (type(error), str(error)))
+    said = _of_all_ranks(None if error is None else (type(error), str(error)))
     wrong = [(rank, *one) for rank, one in enumerate(said) if one is not None]
     if wrong:
         rank, kind, message = wrong[0]
@@ -63,17 +62,26 @@ def together(work: Callable[[], T]) -> T:
     """
     task = _Task(work)
     task.start()
-    done = [(False, False)] * dist.get_world_size()
+    done = [(False, False)]
     while not all(is_done for is_done, _ in done):
         task.join(_SECONDS)
         alive()
-        dist.all_gather_object(done, (not task.is_alive(), stop_requested()))
+        done = _of_all_ranks((not task.is_alive(), stop_requested()))
         if any(stops for _, stops in done):
             raise stopped(f"during {now_doing()}")
     with agreement():
         if task.error is not None:
             raise task.error
     return task.result[0]
+
+
+def _of_all_ranks(mine: T) -> list[T]:
+    """What each rank says. A process that has not joined others is alone."""
+    if not dist.is_initialized():
+        return [mine]
+    said = [mine] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return said
 
 
 class _Task(threading.Thread, Generic[T]):

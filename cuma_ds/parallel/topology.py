@@ -67,6 +67,9 @@ class Topology:
         return f"{self.world} rank{'s' if self.world > 1 else ''}, ep_size {self.ep_size}"
 
 
+ALONE = Topology(world=1, rank=0, local_rank=0, device=torch.device("cpu"))
+
+
 def start_processes(timeout_seconds: int) -> Topology:
     """Join the other ranks (or stand alone when no launcher set the environment).
 

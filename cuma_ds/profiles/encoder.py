@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 _POOLINGS = ("mean", "cls", "lasttoken")
 _SETTINGS = ("auto", "mean", "mean-all", "last", "cls")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Tokens of one forward, padding included: bounds the memory that long sentences take.
+_BATCH_TOKENS = 4096
 
 
 class ProfileEncoder:
@@ -26,12 +29,12 @@ class ProfileEncoder:
 
     By default pooling is what the folder's ``1_Pooling/config.json`` says (mean, cls or lasttoken) and the mean over
     real tokens without one, and vectors have length 1. Padding never counts. Vectors are float32. Weights are loaded
-    at the first call.
+    at the first call. Several threads may call it at once.
 
     Args:
         path: a folder, or a hub id that is brought to the local hub cache.
         device: where to embed; default: the first GPU, else the CPU.
-        batch_size: sentences per forward.
+        batch_size: sentences per forward, at most; long ones make smaller batches.
         pooling: auto (what the folder says) | mean | cls | last | mean-all. The last is the mean over every position,
             as the authors' code takes it. There it depended on the padding of a batch; here each sentence is embedded
             alone, without padding.
@@ -41,7 +44,6 @@ class ProfileEncoder:
     Attributes:
         dim: P, width of the vectors.
         fingerprint: sha256 over the folder's weights, configuration and tokenizer, and these settings.
-        progress: told (sentences done, in all) after each batch; None at first.
 
     Raises:
         ModelError: no such folder, no readable configuration, or modules that would change the vectors.
@@ -65,7 +67,6 @@ class ProfileEncoder:
         self.pooling = _pooling(self.folder) if pooling == "auto" else pooling.replace("last", "lasttoken")
         self.batch_size = batch_size if self.pooling != "mean-all" else 1
         self.normalise = normalise
-        self.progress: Callable[[int, int], None] | None = None
         try:
             config = AutoConfig.from_pretrained(self.folder)
             self.dim = int(config.hidden_size)
@@ -73,25 +74,39 @@ class ProfileEncoder:
             raise ModelError(f"{self.folder} is not a sentence encoder: {first_line(error)}") from None
         self._longest = int(getattr(config, "max_position_embeddings", 0) or 512)
         self._asked_tokens = max_tokens
+        self._one_at_a_time = threading.Lock()
         if not any(file for pattern in _WEIGHTS for file in self.folder.glob(pattern)):
             raise ModelError(f"{self.folder} holds no encoder weights; expected one of {', '.join(_WEIGHTS)}")
 
-    def __call__(self, sentences: list[str] | str) -> Tensor:
+    def __call__(self, sentences: list[str] | str, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """Embed sentences.
+
+        Args:
+            progress: told (sentences done, in all) after each batch.
 
         Returns:
             [N, P] float32 on the CPU, rows in the order given (N = 1 for a single string).
         """
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
-        embeddings_NP = torch.empty(len(texts), self.dim)
-        # Sentences of like length share a batch, so that little is spent on padding.
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            embeddings_NP[rows] = self._embed([texts[row] for row in rows])
-            if self.progress is not None:
-                self.progress(start + len(rows), len(order))
+        embeddings_NP, done = torch.empty(len(texts), self.dim), 0
+        inputs = self._tokenise(texts)
+        for rows in self._batches([len(read["input_ids"]) for read in inputs]):
+            embeddings_NP[rows] = self._embed([inputs[row] for row in rows])
+            done += len(rows)
+            if progress is not None:
+                progress(done, len(texts))
         return embeddings_NP
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Rows that share a forward. They are of like length, so that little is spent on padding."""
+        batch: list[int] = []
+        for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+            if batch and (len(batch) == self.batch_size or (len(batch) + 1) * lengths[row] > _BATCH_TOKENS):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
 
     def check_lengths(self, sentences: Iterable[str], apart: bool = True) -> None:
         """Warn of sentences that have more tokens than the encoder reads.
@@ -167,15 +182,19 @@ class ProfileEncoder:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer, model.eval().requires_grad_(False).to(self.device)
 
+    def _tokenise(self, texts: list[str]) -> list[dict[str, list[int]]]:
+        """What the encoder reads of each text, without padding. A tokenizer keeps settings, so threads take turns."""
+        with self._one_at_a_time:
+            tokenizer, _ = self._parts
+            longest = min(self._max_tokens, tokenizer.model_max_length)
+            read = tokenizer(texts, truncation=True, max_length=longest)
+        return [{name: values[row] for name, values in read.items()} for row in range(len(texts))]
+
     @torch.inference_mode()
-    def _embed(self, texts: list[str]) -> Tensor:
+    def _embed(self, inputs: list[dict[str, list[int]]]) -> Tensor:
         tokenizer, model = self._parts
-        longest = min(self._max_tokens, tokenizer.model_max_length)
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(
-            self.device
-        )
-        hidden_BSP = model(**inputs).last_hidden_state
-        pooled_BP = pool(hidden_BSP, inputs["attention_mask"], self.pooling)
+        padded = tokenizer.pad(inputs, return_tensors="pt").to(self.device)
+        pooled_BP = pool(model(**padded).last_hidden_state, padded["attention_mask"], self.pooling)
         return (torch.nn.functional.normalize(pooled_BP.float(), dim=-1) if self.normalise else pooled_BP.float()).cpu()
 
 

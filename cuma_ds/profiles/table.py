@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,19 +16,11 @@ from torch import Tensor
 
 from cuma_ds.errors import DataError
 from cuma_ds.files import first_line, write_atomically
+from cuma_ds.profiles.embedding import EmbeddingStore, Encoder, embed
 
 _FORMAT = "cuma-profile-table-2"
 # Of release 0.1.0: the same without a hash of the content.
 _UNHASHED = "cuma-profile-table-1"
-
-
-class Encoder(Protocol):
-    """What a table needs of an encoder."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def __call__(self, sentences: list[str]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -48,27 +38,28 @@ class ProfileTable:
     fingerprint: str = ""
 
     @classmethod
-    def build(cls, sentences: Sequence[str], encoder: Encoder, cache_dir: str | Path | None = None) -> ProfileTable:
+    def build(
+        cls,
+        sentences: Sequence[str],
+        encoder: Encoder,
+        cache_dir: str | Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ProfileTable:
         """Embed ``sentences``, asking the encoder only for those that the cache does not hold.
 
         Args:
             sentences: rows of the table; equal sentences are embedded once.
             encoder: a :class:`~cuma_ds.profiles.encoder.ProfileEncoder`.
-            cache_dir: folder of the cache; default: the user's cache folder. File names and contents are hashes of
-                (encoder, sentence) and vectors, never profile text.
+            cache_dir: folder of the :class:`~cuma_ds.profiles.embedding.EmbeddingStore`; what a killed process had
+                embedded is in it.
+            progress: told (sentences done, in all) now and then.
         """
         rows = list(sentences)
         if not rows:
             raise DataError("there are no profiles to embed; at least one is needed")
-        folder = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / encoder.fingerprint[:32]
-        keys = {sentence: hashlib.sha256(f"{encoder.fingerprint}\0{sentence}".encode()).digest() for sentence in rows}
-        known = _read_cache(folder, set(keys.values()))
-        missing = [sentence for sentence, key in keys.items() if key not in known]
-        if missing:
-            fresh_MP = encoder(missing).to(torch.float32).cpu()
-            known.update(zip((keys[sentence] for sentence in missing), fresh_MP, strict=True))
-            _write_cache(folder, [keys[sentence] for sentence in missing], fresh_MP)
-        return cls(rows, torch.stack([known[keys[sentence]] for sentence in rows]), encoder.fingerprint)
+        store = EmbeddingStore(cache_dir, encoder.fingerprint)
+        known = embed(rows, encoder, store, progress=progress)
+        return cls(rows, torch.stack([known[sentence] for sentence in rows]), encoder.fingerprint)
 
     @cached_property
     def sha256(self) -> str:
@@ -106,29 +97,3 @@ class ProfileTable:
                 "restore or remove it"
             )
         return table
-
-
-def default_cache_dir() -> Path:
-    """Where embeddings are kept unless a recipe says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuma-ds" / "profiles"
-
-
-def _read_cache(folder: Path, wanted: set[bytes]) -> dict[bytes, Tensor]:
-    known: dict[bytes, Tensor] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(str(shard), framework="pt") as file:
-                keys, vectors_MP = file.get_tensor("keys").numpy(), file.get_tensor("embeddings")
-        except (OSError, SafetensorError):
-            continue  # A damaged shard only costs embedding its sentences again.
-        known.update((key, vector) for key, vector in zip(map(bytes, keys), vectors_MP, strict=True) if key in wanted)
-    return known
-
-
-def _write_cache(folder: Path, keys: list[bytes], embeddings_MP: Tensor) -> None:
-    tensors = {
-        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(len(keys), 32),
-        "embeddings": embeddings_MP.contiguous(),
-    }
-    name = hashlib.sha256(b"".join(sorted(keys))).hexdigest()[:32]
-    write_atomically(folder / f"{name}.safetensors", to_bytes(tensors))

@@ -64,27 +64,36 @@ def shown(items: Counted[_Item], what: str, visible: bool) -> Generator[_Item, N
         what: stands before the bar.
         visible: false for no bar; there is none either where the output is not a terminal.
     """
+    with bar(what, visible) as told:
+        told(0, len(items))
+        for done, item in enumerate(items, start=1):
+            yield item
+            told(done, len(items))
+
+
+@contextmanager
+def bar(what: str, visible: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar as long as the block lasts: that of the phase that goes on, or one of its own.
+
+    Args:
+        what, visible: as in :func:`shown`.
+
+    Yields:
+        A function that is told (done, in all).
+    """
     if not (visible and console().is_terminal):
-        yield from items
-        return
-    if _Phase.tell is not None:
-        yield from _counted(items, what, _Phase.tell)
-        return
-    with one_bar(what) as tell:
-        yield from _counted(items, "", tell)
+        yield lambda done, total: None
+    elif (of_phase := _Phase.tell) is not None:
+        yield lambda done, total: of_phase(what, done, total)
+    else:
+        with one_bar(what) as tell:
+            yield lambda done, total: tell("", done, total)
 
 
 def progress_of(what: str) -> Callable[[int, int], None] | None:
     """Tells the bar of the phase that goes on (how much is done, of how much); None where there is none."""
     tell = _Phase.tell
     return None if tell is None else lambda done, total: tell(what, done, total)
-
-
-def _counted(items: Counted[_Item], what: str, tell: Callable[[str, int, int], None]) -> Generator[_Item, None, None]:
-    for done, item in enumerate(items):
-        tell(what, done, len(items))
-        yield item
-    tell(what, len(items), len(items))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Shapes: N examples of a micro batch, E experts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,13 +22,15 @@ from cuma_ds.data.shots import Shots
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
 from cuma_ds.identity import base_fact
+from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import check_quantisation, load_tokenizer, skeleton
 from cuma_ds.parallel.stored import write_start
-from cuma_ds.parallel.topology import Topology
-from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
+from cuma_ds.parallel.topology import ALONE, Topology
+from cuma_ds.profiles import ProfileTable, wording_of
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
 from cuma_ds.telemetry.progress import progress_of
+from cuma_ds.training.embedding import embed_profiles, take_known_profiles
 from cuma_ds.training.objectives import OBJECTIVES, Objective
 from cuma_ds.training.schedule import with_steps
 from cuma_ds.training.start import check_same_start, open_origin, start_bytes
@@ -74,9 +77,33 @@ class TrainingInputs:
     renderer: Renderer
 
 
-def prepare_run(config: RunConfig) -> None:
-    """Open the run folder and put the data and the embedded profiles there, once; the main rank does it for all."""
-    run, source = Run(config.run_dir), None
+def prepare_run(config: RunConfig, topology: Topology = ALONE, tell: Callable[[str], object] = print) -> None:
+    """Put the data and the embedded profiles into the run folder, once, and write down what the run starts with.
+
+    All ranks call it. All of them embed profiles; the main rank does the rest.
+
+    Raises:
+        CumaError: the same one line on every rank.
+    """
+    run = Run(config.run_dir)
+    with agreement():
+        if topology.is_main:
+            data = _open_run(config, run)
+            if config.adapters.uses_profiles and (missing := take_known_profiles(config, run, data)):
+                tell(f"embedding {missing:,} of {len(data.profiles):,} profiles")
+    if config.adapters.uses_profiles:
+        embed_profiles(config, run, topology)
+    with agreement():
+        if topology.is_main:
+            data, table = run.data(), run.profiles(config)
+            run.check_own_data(data, table, run.identity())
+            run.record_identity(config, data, table)
+            run.check_start()
+
+
+def _open_run(config: RunConfig, run: Run) -> PreparedData:
+    """Open the run folder and put the data there; the data, which of a prepared folder comes with its embeddings."""
+    source = None
     check_quantisation(config.model)
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
@@ -96,19 +123,7 @@ def prepare_run(config: RunConfig) -> None:
         write_start(run.start, start_bytes(origin.tensors()))
     if source is None and PROMPTS_CHECKED not in data.manifest:
         check_prompts(data, config, started=True)
-    table = None
-    if config.adapters.uses_profiles and run.profiles_file.is_file():
-        table = run.profiles(config)
-    elif config.adapters.uses_profiles:
-        assert config.profiles.encoder is not None
-        encoder = encoder_of(config.profiles)
-        encoder.progress = progress_of("embedding profiles")
-        # A prepared folder may hold the embeddings already; the run's copy of its data does not.
-        table = (source or data).profile_table(encoder, config.profiles.cache_dir)
-        table.save(run.profiles_file)
-    run.check_own_data(data, table, run.identity())
-    run.record_identity(config, data, table)
-    run.check_start()
+    return source or data
 
 
 def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:

@@ -77,13 +77,12 @@ def _train(config: RunConfig, run: Run, topology: Topology, tell: Say) -> None:
     with agreement():
         config = with_start(run.as_started(config))
     visible = topology.is_main and config.telemetry.progress
-    with agreement():
-        if topology.is_main:
-            with phase("preparing data and profiles", visible):
-                prepare_run(config)
-            if config.adapters.method in NOTHING_TRAINS:
-                _leave_untrained(config, run, tell)
+    with phase("preparing data and profiles", visible):
+        prepare_run(config, topology, tell)
     if config.adapters.method in NOTHING_TRAINS:
+        with agreement():
+            if topology.is_main:
+                _leave_untrained(config, run, tell)
         return
     libraries_go_to(run.logs / f"rank-{topology.rank}.log")
     with agreement():

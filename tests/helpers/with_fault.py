@@ -22,6 +22,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as launchers/_cli.py do
 
 import torch
 
+from cuma_ds.errors import ModelError
+
 
 def misbehave(what: dict, work, arguments, keywords):
     """What the function does instead."""
@@ -33,7 +35,8 @@ def misbehave(what: dict, work, arguments, keywords):
     elif do == "hang":
         time.sleep(10_000)
     elif do == "raise":
-        raise {"KeyError": KeyError, "RuntimeError": RuntimeError}[what.get("error", "RuntimeError")]("Ghana, 34")
+        kinds = {"KeyError": KeyError, "RuntimeError": RuntimeError, "ModelError": ModelError}
+        raise kinds[what.get("error", "RuntimeError")]("Ghana, 34")
     elif do == "no space":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif do == "truncate":  # the file that was written loses its second half, and the machine dies

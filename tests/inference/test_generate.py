@@ -60,7 +60,9 @@ def test_the_command_prints_the_answer_of_whoever_asks_from_a_run_and_from_its_e
 
 def test_streaming_writes_piece_by_piece_what_the_answer_is(talker) -> None:
     pieces: list[str] = []
-    (answer,) = talker.answers([{"role": "user", "content": ASK[1]}], [{"country": "Ghana"}], write=pieces.append)
+    (answer,) = talker.answers(
+        [{"role": "user", "content": ASK[1]}], [{"country": "Ghana"}], write=lambda _, piece: pieces.append(piece)
+    )
     assert "".join(pieces).strip() == answer == expected_answer(talker, ASK[1], {"country": "Ghana"})
 
 

@@ -21,6 +21,8 @@ from cuma_ds.runs import Run
 
 WORLD, PER_MACHINE, STEPS = 4, 2, 2
 SIZES = {"world": 4, 1: 1, 2: 2}
+# A run stops after its first step and goes on with another shard group.
+REGROUPED = [("world", 2, 2, "all_to_all"), (2, 1, 4, "gather_experts")]
 PLACEMENTS = [(1, "auto"), *((ep, how) for ep in (2, 4) for how in ("all_to_all", "gather_experts", "auto"))]
 
 
@@ -103,6 +105,11 @@ def runs(tmp_path_factory, tiny_llama, tiny_encoder) -> Runs:
     for size in SIZES:
         for ep_size, dispatch in PLACEMENTS:
             made.add(f"{size}-ep{ep_size}-{dispatch}", size, {"ep_size": ep_size, "dispatch": dispatch})
+    for before, after, ep_size, dispatch in REGROUPED:
+        name, parallel = f"{before}-then-{after}", {"ep_size": ep_size, "dispatch": dispatch}
+        half = {"steps": 1, "schedule_steps": STEPS, "warmup_steps": 0}
+        made.add(f"{name}-half", before, parallel, run={"name": name}, training=half)
+        made.add(name, after, parallel, training=half | {"steps": STEPS})
     made.add("machine", "machine", {"ep_size": 4, "dispatch": "all_to_all"})
     made.add("offload", 2, {"ep_size": 2, "dispatch": "all_to_all"}, "zero2_sharded_offload_backbone")
     made.add("overlap", 2, {"ep_size": 4, "dispatch": "all_to_all"}, "zero2_sharded_overlap")
@@ -137,6 +144,17 @@ def test_what_is_learned_does_not_depend_on_the_shard_group(placement, runs) -> 
 )
 def test_groups_work_with_offload_gathering_ahead_and_the_loading_of_transformers(name, other, runs) -> None:
     runs.assert_equal(name, other)
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("before", "after", "ep_size", "dispatch"), REGROUPED)
+def test_a_run_goes_on_with_another_shard_group(before, after, ep_size, dispatch, runs) -> None:
+    name = f"{before}-then-{after}"
+    for half, size in ((f"{name}-half", before), (name, after)):
+        for said in runs.said(half):
+            (step,) = said["steps"]
+            assert step["held"] * SIZES[size] == step["full"], half
+    runs.assert_equal(name, f"world-ep{ep_size}-{dispatch}")
 
 
 @pytest.mark.multirank
