@@ -100,6 +100,11 @@ def _sync(place: Path) -> None:
         os.close(handle)
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a name that was read from a file is that of something in the same folder, as ``../x`` is not."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 300 characters; the name of its class where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

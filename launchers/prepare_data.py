@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -229,7 +230,7 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     console = Console()
     console.print(table)
     if data.manifest["heldout_groups"]:
-        console.print(f"held out: {', '.join(data.manifest['heldout_groups'])}")
+        console.print(f"held out: {_held_out(data)}")
     if arguments.command in ("jsonl", "wvb", "survey") and arguments.weights:
         for name, split in data.splits.items():
             console.print(f"{name}: {_effective(split)}", highlight=False)
@@ -250,6 +251,19 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in raw]
     recipe = ", ".join([f"source: {arguments.command}", f"path: {arguments.out}", *keys])
     console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _held_out(data: PreparedData) -> str:
+    """The held-out groups whose names may be shown, and how many others there are."""
+    from cuma_ds.config import EvaluationSection
+
+    split, least = data.splits["heldout"], EvaluationSection().min_answers
+    answers: Counter[str] = Counter()
+    for profile, count in zip(split.numbers("profile").tolist(), split.answers().tolist(), strict=True):
+        answers[split.groups[profile]] += count
+    named = [name for name in data.manifest["heldout_groups"] if answers[name] >= least]
+    others = len(data.manifest["heldout_groups"]) - len(named)
+    return ", ".join([*named, *([f"{others} with fewer than {least} answers"] if others else [])])
 
 
 def _effective(split: Split) -> str:

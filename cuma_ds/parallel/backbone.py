@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from cuma_ds.config import ModelSection
 from cuma_ds.data.embedded import MODEL_NAME
 from cuma_ds.errors import ModelError
 from cuma_ds.files import first_line, is_hub_id, quiet_transformers
-from cuma_ds.identity import model_fingerprint
+from cuma_ds.identity import model_fingerprint, weight_files
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.destination import Destination, move
@@ -265,6 +266,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
 def _from_pretrained(model: ModelSection) -> PreTrainedModel:
     _check_place(model)
     with _as_model_error(model), quiet_transformers():
+        weight_files(model.path)  # transformers would follow an index out of its folder
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=getattr(torch, model.dtype),
@@ -282,7 +284,7 @@ def _from_pretrained(model: ModelSection) -> PreTrainedModel:
 def _as_model_error(model: ModelSection) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
         raise ModelError(
             f"model.path: {model.path!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from None

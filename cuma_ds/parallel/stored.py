@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cuma_ds.errors import CheckpointError
-from cuma_ds.files import atomic_folder
+from cuma_ds.files import atomic_folder, is_plain_name
 from cuma_ds.identity import SEAL, Identity, file_sha256, seal_holds, sealed
 
 FORMAT_VERSION = 1
@@ -321,6 +321,8 @@ def _check_files(folder: Path, state: State, hashes: Mapping[str, str]) -> None:
     by = state.get("written_by", {})
     written_by = f"written by {by.get('world')} ranks, ep_size {by.get('ep_size')}"
     for name, size in state["files"].items():
+        if not is_plain_name(name):
+            raise DamagedCheckpoint.at(folder, f"is damaged: state.json names {name!r}, which is no file of its folder")
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint.at(folder, f"is incomplete: {name} is missing ({written_by})")

@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cuma_ds.errors import DataError, ModelError
-from cuma_ds.files import first_line, is_hub_id, quiet_transformers
+from cuma_ds.files import first_line, is_hub_id, is_plain_name, quiet_transformers
 
 _POOLINGS = ("mean", "cls", "lasttoken")
 _SETTINGS = ("auto", "mean", "mean-all", "last", "cls")
@@ -171,11 +172,15 @@ class ProfileEncoder:
     def _parts(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
 
+        for index in self.folder.glob("*.index.json"):
+            for name in _json(index).get("weight_map", {}).values():
+                if not is_plain_name(name):
+                    raise ModelError(f"{index} is damaged: it names {name!r}, which is no file of its folder")
         with quiet_transformers(bars_only=True):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder)
                 model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, UnpicklingError) as error:
                 raise ModelError(f"the sentence encoder {self.folder} cannot be loaded: {first_line(error)}") from None
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:

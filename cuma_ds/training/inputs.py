@@ -21,6 +21,7 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.shots import Shots
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
+from cuma_ds.files import move_folder, remove_folder
 from cuma_ds.identity import base_fact
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.backbone import check_quantisation, load_tokenizer, skeleton
@@ -95,6 +96,8 @@ def prepare_run(config: RunConfig, topology: Topology = ALONE, tell: Callable[[s
         embed_profiles(config, run, topology)
     with agreement():
         if topology.is_main:
+            if not config.profiles.keep_text:
+                forget_texts(run)
             data, table = run.data(), run.profiles(config)
             run.check_own_data(data, table, run.identity())
             run.record_identity(config, data, table)
@@ -118,12 +121,30 @@ def _open_run(config: RunConfig, run: Run) -> PreparedData:
         origin.check(config, (source or run.data()).manifest)
     check_same_start(config)
     Run.create(config)
+    if source is not None and not config.profiles.keep_text:
+        run.profiles_file.unlink(missing_ok=True)  # a killed start may have numbered other profiles
     data = run.data() if source is None else source.save(run.data_folder)
     if origin is not None:
         write_start(run.start, start_bytes(origin.tensors()))
     if source is None and PROMPTS_CHECKED not in data.manifest:
         check_prompts(data, config, started=True)
     return source or data
+
+
+def forget_texts(run: Run) -> None:
+    """Put numbers in place of profiles and names of groups, once these are embedded. A killed start does it again."""
+    data = run.data()
+    if not data.keeps_text:
+        return
+    bare = data.without_texts()
+    if run.profiles_file.is_file():
+        table = ProfileTable.load(run.profiles_file)
+        dataclasses.replace(table, sentences=bare.sentences).save(run.profiles_file)
+    beside = run.folder / "data-without-texts"
+    remove_folder(beside)
+    bare.save(beside)
+    remove_folder(run.data_folder)
+    move_folder(beside, run.data_folder)
 
 
 def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:
