@@ -7,9 +7,12 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cuma_ds.telemetry.screen import console, say
+
+# A bar is drawn ten times a second, and rows may be millions.
+_SECONDS_BETWEEN = 0.05
 
 _Item = TypeVar("_Item")
 _Item_co = TypeVar("_Item_co", covariant=True)
@@ -102,16 +105,19 @@ def one_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
     The call tells it which part of the work goes on, how much of that is done, and of how much (0: not known).
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        last = 0.0
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console(), transient=True, disable=not console().is_terminal) as progress:
+        task = progress.add_task(what, total=None, count="")
+        shown_part, last = "", 0.0
 
         def tell(part: str, done: int, total: int) -> None:
-            nonlocal last
-            if done < total and time.monotonic() < last + 0.05:
-                return  # a bar is drawn ten times a second, and rows may be millions
+            nonlocal task, shown_part, last
+            if part != shown_part:  # a bar with a size cannot become one without
+                progress.remove_task(task)
+                task, shown_part = progress.add_task(f"{what}: {part}", total=total or None, count=""), part
+            elif done < total and time.monotonic() < last + _SECONDS_BETWEEN:
+                return
             last = time.monotonic()
-            bar.update(task, description=f"{what}: {part}" if part else what, completed=done, total=total or None)
+            progress.update(task, completed=done, total=total or None, count=f"{done:,}/{total:,}" if total else "")
 
         yield tell

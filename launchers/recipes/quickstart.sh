@@ -38,10 +38,12 @@ Open the report:
   $folder/evaluation/report.html
 It is a good one where "trained" is near "own training answers", and "profiles swapped" far from it.
 
-Type next:
+Ask it as two people, in the terminal or in a browser:
   $python launchers/generate.py --run $folder --profile '{"country": "Norway"}' --profile '{"country": "Jordan"}'
-  $python launchers/playground.py --run $folder                  the same in a browser
+  $python launchers/playground.py --run $folder
+Take it elsewhere:
   $python launchers/export.py --run $folder --format hf --out exported
-  $python launchers/train.py --config tests/data/opinions.yaml   your own data: see the sample and its recipe
+Train on answers of your own, like tests/data/opinions.jsonl:
+  $python launchers/train.py --config tests/data/opinions.yaml
 Survey in SPSS or Stata: docs/surveys.md. Pairs of answers: docs/preferences.md. All pages: docs/getting_started.md.
 END
