@@ -231,6 +231,13 @@ class DataSection(_Section):
             "examples that do not fit max_length: stop before the first step and name them, or leave them out and count"
         ),
     )
+    on_bad_row: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description=(
+            "rows that cannot be read or written as a prompt: stop before the first step and name the first one, or "
+            "leave them out, count and name them"
+        ),
+    )
     packing: bool = Field(
         False, description="several examples per row of max_length tokens, none seeing another; less padding"
     )
@@ -551,6 +558,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "data",
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
+    ("data", "on_bad_row"): "refuse",
     ("data", "min_margin"): 0.0,
     ("data", "modes"): 4,
     ("data", "separation"): 10.0,

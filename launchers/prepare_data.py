@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING
 
 from _cli import run_main, warn_in_one_line
@@ -119,8 +120,6 @@ def main() -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from tempfile import TemporaryDirectory
-
     from cuma_ds.data import prepare
     from cuma_ds.data.prepared import TABLE_FILE
     from cuma_ds.errors import DataError
@@ -131,9 +130,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     made = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _bar() as progress, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as spool:
+        with _bar() as progress, _spool(out) as spool:
             read = progress("reading")
-            data = prepare(section, arguments.template, Path(spool), arguments.workers, read)
+            data = prepare(section, arguments.template, spool, arguments.workers, read)
             table = None
             if encoder is not None:
                 table = data.profile_table(encoder, arguments.cache_dir, progress("embedding profiles"))
@@ -148,6 +147,29 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if table is not None:
         table.save(out / TABLE_FILE)
     _report(data, arguments)
+
+
+@contextmanager
+def _spool(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` for what is being read. What a killed command left there is removed first.
+
+    Raises:
+        CheckpointError: another process prepares the same folder.
+    """
+    from cuma_ds.files import remove_leftovers
+    from cuma_ds.locks import locked
+
+    beside = out.with_name(f".{out.name}.preparing")
+    with locked(beside):
+        remove_leftovers(out.parent, of=out.name)
+        rmtree(beside / "spool", ignore_errors=True)
+        (beside / "spool").mkdir()
+        try:
+            yield beside / "spool"
+        finally:
+            rmtree(beside / "spool", ignore_errors=True)
+    with suppress(OSError):  # left by a killed command, unless another one is at work there already
+        beside.rmdir()
 
 
 @contextmanager
@@ -190,6 +212,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             min_margin=getattr(arguments, "min_margin", 0.0),
             prompt_style=getattr(arguments, "prompt_style", "letters"),
             option_order=getattr(arguments, "option_order", "fixed"),
+            on_bad_row=getattr(arguments, "on_bad_row", "refuse"),
             split_seed=arguments.seed,
             **{key: getattr(arguments, key) for key in ("modes", "separation") if hasattr(arguments, key)},
         )
@@ -437,6 +460,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--min-margin", type=float, default=0.0, metavar="SCORE",
             help="leave out preferences whose margin is smaller (default %(default)s); those without one stay",
+        )  # fmt: skip
+    for command in (own, *tables, alignment, prism):
+        command.add_argument(
+            "--on-bad-row", choices=["refuse", "skip"], default="refuse",
+            help="stop at the first row that is wrong, or leave out such rows and name them (default %(default)s)",
         )  # fmt: skip
     weighted = (
         (own, "the key weight of each row"),

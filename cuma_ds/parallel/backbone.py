@@ -6,7 +6,6 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from cuma_ds.config import ModelSection
 from cuma_ds.data.embedded import MODEL_NAME
-from cuma_ds.errors import ModelError
+from cuma_ds.errors import CumaError, ModelError
 from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 from cuma_ds.identity import model_fingerprint, weight_files
 from cuma_ds.parallel import deepspeed_compat as compat
@@ -78,6 +77,13 @@ def check_quantisation(model: ModelSection) -> None:
         bare = skeleton(model)
         refuse_quantised(model, bare.config)
         quantised_weights(bare, kind)
+
+
+def check_weights(model: ModelSection) -> None:
+    """Raise a ModelError for a backbone whose files of weights are missing or damaged. Their headers alone are read."""
+    _check_place(model)
+    with _as_model_error(model), contextlib.suppress(NotStreamable):
+        plan_streaming(model)
 
 
 def skeleton(model: ModelSection) -> nn.Module:
@@ -259,7 +265,9 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     _check_place(model)
     try:
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except CumaError:
+        raise
+    except Exception as error:  # the tokenizers library raises this class itself
         raise ModelError(f"model.path: no tokenizer could be loaded from {model.path!r}: {first_line(error)}") from None
 
 
@@ -284,7 +292,9 @@ def _from_pretrained(model: ModelSection) -> PreTrainedModel:
 def _as_model_error(model: ModelSection) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError, UnpicklingError) as error:
+    except (CumaError, NotStreamable, RuntimeError):  # the last may be one of a collective
+        raise
+    except Exception as error:  # what reads a model folder is foreign code
         raise ModelError(
             f"model.path: {model.path!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from None
