@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import HfDeepSpeedConfig
 
 from cuma_ds.config import ModelSection
+from cuma_ds.data.embedded import MODEL_NAME
 from cuma_ds.errors import CumaError, ModelError
 from cuma_ds.files import first_line, is_hub_id, quiet_transformers
 from cuma_ds.identity import model_fingerprint, weight_files
@@ -306,4 +307,5 @@ def _check_place(model: ModelSection) -> None:
             raise ModelError(f"model.path: {model.path!r} holds no config.json; expected a Hugging Face model folder")
         return
     if not is_hub_id(model.path, needs_owner=False):
-        raise ModelError(f"model.path: the folder {model.path!r} does not exist")
+        unpack = f"; `cuma-ds prepare embedded --out {path.parent}` unpacks it" if path.name == MODEL_NAME else ""
+        raise ModelError(f"model.path: the folder {model.path!r} does not exist{unpack}")
