@@ -197,3 +197,20 @@ def test_a_run_cannot_be_named_out_of_its_folder(name) -> None:
 
     with pytest.raises(ValueError, match="name"):
         RunSection(name=name)
+
+
+@pytest.mark.parametrize(
+    ("packages", "code", "line"),
+    [
+        ([], 0, "not audited"),
+        ([{"name": "a", "skip_reason": "not found"}], 0, "not audited: no vulnerability service answers"),
+        ([{"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "x"}], 0, "in 1 packages; 1 not"),
+        ([{"name": "a", "version": "1", "vulns": [{"id": "CVE-1"}]}], 1, "known vulnerabilities: a 1 (CVE-1)"),
+    ],
+)
+def test_an_audit_that_asked_nobody_is_not_called_clean(packages, code, line) -> None:
+    from known_vulnerabilities import verdict
+
+    found, said = verdict({"dependencies": packages})
+    assert found == code
+    assert line in said

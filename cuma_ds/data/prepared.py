@@ -274,6 +274,11 @@ def is_prepared(place: str | Path | None) -> TypeGuard[str | Path]:
     return place is not None and (Path(place) / "manifest.json").is_file()
 
 
+def _is_shaped(manifest: dict[str, Any]) -> bool:
+    wanted = {"splits": dict, "hashes": dict, "kind": str, "heldout_groups": list, "profile_fields": list}
+    return all(isinstance(manifest[key], kind) for key, kind in wanted.items() if key in manifest)
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """``manifest.json`` of a prepared folder.
 
@@ -289,7 +294,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or "format_version" not in manifest:
+    if not isinstance(manifest, dict) or "format_version" not in manifest or not _is_shaped(manifest):
         raise DataError(f"{file} is not the manifest of a prepared folder; prepare it again")
     if manifest["format_version"] != FORMAT_VERSION:
         raise DataError(

@@ -38,6 +38,8 @@ from cuma_ds.identity import SEAL, Identity, file_sha256, seal_holds, sealed
 FORMAT_VERSION = 1
 BESIDE = "objective/"
 _SHARED = "shared.safetensors"
+# What some entries of state.json must be.
+_PARTS: dict[str, type] = {"files": dict, "sha256": dict, "identity": dict, "written_by": dict, "fingerprint": str}
 
 
 class State(TypedDict, total=False):
@@ -232,6 +234,8 @@ def read_state(folder: Path, content: bool = True) -> State:
         state: State = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         version, step, files = state["format_version"], int(state["step"]), dict(state["files"])
         has_hashes = SEAL in state or "sha256" in state
+        if not all(isinstance(part, _PARTS.get(key, object)) for key, part in state.items()):
+            raise TypeError
         whole = not has_hashes or (seal_holds(state) and state["sha256"].keys() == files.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         what = "is not a complete checkpoint: state.json is missing or damaged"
