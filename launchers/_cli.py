@@ -175,6 +175,12 @@ def read_profile(text: str) -> dict[str, object] | str:
         ) from None
     if not isinstance(fields, dict):
         raise ConfigError("--profile is a JSON list; expected an object of fields, or a sentence")
+    for name, value in fields.items():
+        if isinstance(value, dict | list):
+            raise ConfigError(
+                f"--profile: field {name!r} is a JSON {'list' if isinstance(value, list) else 'object'}; "
+                "allowed: text, a number, true, false or null"
+            )
     check_text("--profile", json.dumps(fields, ensure_ascii=False))  # JSON can write half of a surrogate pair
     return fields
 

@@ -145,7 +145,10 @@ def _check_models(config: RunConfig) -> None:
 def _check_objective(config: RunConfig, data: PreparedData, topology: Topology) -> None:
     """Raise a CumaError for data that the objective cannot learn from, or that these ranks cannot share."""
     objective, rows = OBJECTIVES[config.training.objective](config), len(data.splits["train"])
-    objective.check(config, data, Renderer.of(load_tokenizer(config.model), config.data))
+    renderer = Renderer.of(load_tokenizer(config.model), config.data)
+    objective.check(config, data, renderer)
+    if data.kind == "choice":
+        renderer.letter_ids(2)  # a template that shows no answers is refused
     config = with_steps(config, rows)
     if config.adapters.method not in NOTHING_TRAINS:
         read_deepspeed_config(config, *objective.layout(_draw(config, rows, topology)), topology.world)
