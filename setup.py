@@ -20,7 +20,12 @@ class BuildWithResources(build_py):
         super().run()
         if self.editable_mode:
             return  # a checkout finds them where they are
-        for folder, files in (("launchers", "*.py"), ("launchers/recipes", "**/*.yaml"), ("ds_configs", "*.json")):
+        for folder, files in (
+            ("launchers", "*.py"),
+            ("launchers/recipes", "**/*.yaml"),
+            ("launchers/model_configs", "*.json"),
+            ("ds_configs", "*.json"),
+        ):
             source = Path(__file__).parent / folder
             for file in source.glob(files):
                 target = Path(self.build_lib, "cuma_ds", "resources", source.name, file.relative_to(source))

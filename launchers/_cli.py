@@ -195,11 +195,17 @@ def warn_in_one_line() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--config`` and ``--set``, as :func:`cuma_ds.config.load_config` takes them."""
+def add_recipe_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """``--config`` and ``--set``, as :func:`cuma_ds.config.load_config` takes them.
+
+    Args:
+        parser: to add to.
+        default: recipe where none is given; None where one must be.
+    """
+    says = "" if default is None else f" (default: {default})"
     parser.add_argument(
-        "--config", required=True, nargs="+", metavar="RECIPE",
-        help="YAML recipe, or the name of one of launchers/recipes/; of several, a later one's keys win",
+        "--config", required=default is None, default=[default], nargs="+", metavar="RECIPE",
+        help=f"YAML recipe, or the name of one of launchers/recipes/; of several, a later one's keys win{says}",
     )  # fmt: skip
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="section.key=value", help="override keys of the recipe"

@@ -1,26 +1,38 @@
-"""Plan a run from shapes alone: does it fit, how fast is it, what goes over the wire."""
+"""Plan a run from shapes alone: does it fit, how fast is it, what goes over the wire, and what should be set."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _cli import add_recipe_arguments, run_main
 
+if TYPE_CHECKING:
+    from cuma_ds.planning.cost import Hardware, Work
+    from cuma_ds.planning.plan import Planner
+
 EPILOG = """\
 examples:
-  python launchers/plan.py --config launchers/recipes/quickstart.yaml \\
-    --model-config launchers/model_configs/llama-70b.json --gpus 8
+  python launchers/plan.py --propose --model-config llama-70b --gpus 64
+  python launchers/plan.py --propose --model-config FOLDER --gpus 2 --memory-gb 24 --gpus-per-node 2
+  python launchers/plan.py --config launchers/recipes/quickstart.yaml --model-config llama-70b --gpus 8
   python launchers/plan.py --config RECIPE --model-config FOLDER/config.json --gpus 8 64 512 --length 2048 --plot p.png
   python launchers/plan.py --config RECIPE --model-config A.json B.json --gpus 64 --json > plan.json
   python launchers/plan.py --config paper/backbone/qwen3-8b paper/task/ca-grpo paper/method/cuma-r64 \\
-    --model-config launchers/model_configs/qwen3-8b.json --profile-dim 1024 --gpus 8
+    --model-config qwen3-8b --profile-dim 1024 --gpus 8
 
-The recipe gives adapters, dtype, DeepSpeed configuration, ep_size, dispatch and micro batch. Its model.path is not
-read. Memory and bytes follow from shapes (docs/scale.md), seconds from the hardware that you assume below, without
-overlap of compute and communication. The whole run is cut as the recipe cuts it: training.steps, or training.epochs of
---examples; for grpo with its rollouts.
+The recipe gives adapters, dtype, quantisation, DeepSpeed configuration, ep_size, dispatch and micro batch. Its
+model.path is not read. Memory and bytes follow from shapes (docs/scale.md), seconds from the hardware that you assume
+below. The whole run is cut as the recipe cuts it: training.steps, or training.epochs of --examples; for grpo with its
+rollouts.
+
+--propose chooses shard group, quantisation, ep_size and micro batch, and prints them beside the recipe as it is:
+"smallest" is the smallest shard group with the weakest quantisation that fit, "fastest" what is faster by 5% or more. A
+step is that of the recipe, in the largest micro batches that fit; with --micro-batch it is as many sequences on each
+GPU.
 """
 
 
@@ -28,17 +40,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, default="large")
     parser.add_argument(
-        "--model-config", required=True, nargs="+", metavar="JSON", help="config.json of the backbone; no weights"
-    )
+        "--model-config", required=True, nargs="+", metavar="JSON",
+        help="config.json of the backbone, or its folder; no weights; or a name in launchers/model_configs/",
+    )  # fmt: skip
     parser.add_argument("--gpus", required=True, type=_positive, nargs="+", metavar="N", help="ranks to plan for")
+    proposal = parser.add_argument_group("what to set")
+    proposal.add_argument("--propose", action="store_true", help="print what to set instead of planning the recipe")
+    proposal.add_argument(
+        "--quantisation", nargs="+", choices=("none", "int8", "nf4"), metavar="KIND",
+        help="propose one of these; default: that of the recipe, or a stronger one",
+    )  # fmt: skip
+    proposal.add_argument(
+        "--shard-group", type=_group, metavar="N", help="propose this one alone: a number of ranks, machine or world"
+    )
+    proposal.add_argument("--write", type=Path, metavar="FILE", help="write the DeepSpeed JSON of the last row to FILE")
     work = parser.add_argument_group("work of one rank and forward")
     work.add_argument(
         "--micro-batch",
         type=_positive,
         metavar="B",
-        help="sequences; default: training.micro_batch_size, which for dpo counts pairs",
+        help="sequences; default: training.micro_batch_size, which for dpo counts pairs; with --propose see below",
     )
     work.add_argument("--length", type=_positive, metavar="S", help="tokens of a sequence; default: data.max_length")
     kept = "positions with logits; default: all (choice questions: one for each different length in a micro batch)"
@@ -92,9 +115,7 @@ def main() -> None:
     from cuma_ds.config import load_config
     from cuma_ds.planning.cost import Hardware, Work
     from cuma_ds.planning.plan import Planner
-    from cuma_ds.planning.report import plot_plans, print_plans, print_whole_runs
     from cuma_ds.planning.skeleton import read_model_config
-    from cuma_ds.planning.whole_run import whole_run
     from cuma_ds.training.schedule import with_steps
     from cuma_ds.training.start import with_start
 
@@ -123,13 +144,28 @@ def main() -> None:
         inter_bandwidth=arguments.inter_gbps * 1e9,
         memory_bandwidth=arguments.memory_gbps * 1e9,
     )
+    planners = {
+        _name(path): Planner(config, read_model_config(_model_config(path)), arguments.profile_dim)
+        for path in arguments.model_config
+    }
+    if arguments.propose:
+        _propose(arguments, planners, shape, hardware)
+    else:
+        _plan(arguments, planners, shape, hardware, knows_steps)
+
+
+def _plan(
+    arguments: argparse.Namespace, planners: dict[str, Planner], shape: Work, hardware: Hardware, knows_steps: bool
+) -> None:
+    """Plan the recipe as it is."""
+    from cuma_ds.planning.report import plot_plans, print_plans, print_whole_runs
+    from cuma_ds.planning.whole_run import whole_run
+
     plans, runs = {}, {}
-    for path in arguments.model_config:
-        planner = Planner(config, read_model_config(path), arguments.profile_dim)
-        name = Path(path).parent.name if Path(path).name == "config.json" else Path(path).name.removesuffix(".json")
-        plans[name or path] = [planner.plan(gpus, shape, hardware) for gpus in sorted(set(arguments.gpus))]
+    for name, planner in planners.items():
+        plans[name] = [planner.plan(gpus, shape, hardware) for gpus in sorted(set(arguments.gpus))]
         if knows_steps:
-            runs[name or path] = [whole_run(planner, plan.gpus, length, hardware) for plan in plans[name or path]]
+            runs[name] = [whole_run(planner, plan.gpus, shape.length, hardware) for plan in plans[name]]
     if arguments.plot:
         plot_plans(plans, hardware, arguments.plot)
     if arguments.json:
@@ -141,11 +177,61 @@ def main() -> None:
         return
     print_plans(plans, hardware)
     if knows_steps:
-        print_whole_runs(runs, config)
+        print_whole_runs(runs, next(iter(planners.values())).config)
     else:
         print("whole run: give --examples, of which the recipe takes training.epochs")
     if arguments.plot:
         print(f"plot: {arguments.plot}")
+
+
+def _propose(arguments: argparse.Namespace, planners: dict[str, Planner], shape: Work, hardware: Hardware) -> None:
+    """Print what to set."""
+    from cuma_ds.files import write_atomically
+    from cuma_ds.planning.proposal import QUANTISATIONS, Ask, propose
+    from cuma_ds.planning.report import plot_proposals, print_proposals
+
+    proposals = {}
+    for name, planner in planners.items():
+        own = QUANTISATIONS.index(planner.config.model.quantisation)
+        kinds = arguments.quantisation or QUANTISATIONS[own:]
+        ask = Ask(
+            name,
+            0,
+            hardware,
+            shape.length,
+            shape if arguments.micro_batch else None,
+            sorted(kinds, key=QUANTISATIONS.index),
+            arguments.shard_group,
+        )
+        proposals[name] = [propose(planner, replace(ask, gpus=gpus)) for gpus in sorted(set(arguments.gpus))]
+    if arguments.write:
+        last = list(proposals.values())[-1][-1][-1]
+        write_atomically(arguments.write, json.dumps(last.deepspeed, indent=2) + "\n")
+    if arguments.plot:
+        plot_proposals(proposals, arguments.plot)
+    if arguments.json:
+        told = {name: [[one.as_dict() for one in row] for row in rows] for name, rows in proposals.items()}
+        print(json.dumps(told, indent=2))
+        return
+    print_proposals(proposals, hardware)
+
+
+def _name(path: str) -> str:
+    """What a backbone is called in the output."""
+    file = Path(path)
+    return (file.parent.name if file.name == "config.json" else file.name.removesuffix(".json")) or path
+
+
+def _model_config(path: str) -> Path:
+    """The file of ``--model-config``, also by the name of one that comes with this repository."""
+    from cuma_ds.resources import resource_folder
+
+    known = resource_folder("model_configs") / f"{path}.json"
+    return known if not Path(path).exists() and known.is_file() else Path(path)
+
+
+def _group(text: str) -> int | str:
+    return text if text in ("world", "machine") else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -156,6 +156,15 @@ def read_deepspeed_config(config: RunConfig, micro: int, accumulation: int, worl
     return DeepSpeedSettings(engine, stage, backbone)
 
 
+def read_values(config: RunConfig) -> dict[str, Any]:
+    """The recipe's DeepSpeed JSON as it stands in its file.
+
+    Raises:
+        ConfigError: the file is missing or no JSON object.
+    """
+    return _read_object(find_deepspeed_config(config.parallel.deepspeed_config))
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = read_json(path.read_text(encoding="utf-8"))

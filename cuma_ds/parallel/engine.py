@@ -168,6 +168,11 @@ class AdapterEngine:
         """Whether each rank keeps a part of the backbone alone."""
         return self._hooks is not None or self.stage == 3
 
+    @property
+    def shards(self) -> int:
+        """Ranks that hold one copy of the backbone between them."""
+        return 1 if self._base.shards is None else len(self._base.shards.ranks)
+
     def gathered_backbone(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the whole backbone is on every rank, gathered once; to generate between two steps.
 

@@ -22,7 +22,9 @@ from cuma_ds.files import quiet_bitsandbytes
 Kind = Literal["int8", "nf4"]
 
 BLOCK = 64
-_BLOCK_BYTES: dict[Kind, int] = {"nf4": 32, "int8": 64}
+# Bytes of the packed numbers of a block, and of its scale.
+BLOCK_BYTES: dict[Kind, int] = {"nf4": 32, "int8": 64}
+SCALE_BYTES = 4
 
 
 class Packing(NamedTuple):
@@ -43,7 +45,7 @@ class Packing(NamedTuple):
     @property
     def block_bytes(self) -> int:
         """Bytes of the packed numbers of one block."""
-        return _BLOCK_BYTES[self.kind]
+        return BLOCK_BYTES[self.kind]
 
 
 def pack(numbers: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:

@@ -77,9 +77,14 @@ def divide_ranks(machines: Sequence[int], size: ShardGroupSize) -> list[range]:
         return [range(end - count, end) for count, end in zip(machines, accumulate(machines), strict=True)]
     problem = _problem(machines, size)
     if problem is not None:
-        fitting = [str(one) for one in range(1, world + 1) if _problem(machines, one) is None]
-        raise TopologyError(f"{_KEY} is {size}, {problem}; what fits: {', '.join(fitting)}, machine, world")
+        fitting = ", ".join(map(str, fitting_sizes(machines)))
+        raise TopologyError(f"{_KEY} is {size}, {problem}; what fits: {fitting}, machine, world")
     return [range(first, first + size) for first in range(0, world, size)]
+
+
+def fitting_sizes(machines: Sequence[int]) -> list[int]:
+    """The numbers of ranks that groups may have, smallest first."""
+    return [size for size in range(1, sum(machines) + 1) if _problem(machines, size) is None]
 
 
 def ranks_of_machines(told: Sequence[int]) -> list[int]:

@@ -7,12 +7,15 @@ estimate, from the FLOP/s and bandwidths that the caller assumes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from math import gcd
+from typing import NamedTuple
 
 from cuma_ds.config import RunConfig
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
+from cuma_ds.parallel.quantised import BLOCK, BLOCK_BYTES, SCALE_BYTES
+from cuma_ds.parallel.shard_group import ShardGroupSize, divide_ranks
 from cuma_ds.parallel.wire import (
     ExpertShapes,
     Payload,
@@ -44,6 +47,15 @@ class Hardware:
     inter_bandwidth: float = 40e9
     memory_bandwidth: float = 3.35e12
 
+    def machines(self, gpus: int) -> tuple[int, ...]:
+        """Ranks of each machine, all of them full but the last."""
+        full, rest = divmod(gpus, self.gpus_per_node)
+        return (self.gpus_per_node,) * full + ((rest,) if rest else ())
+
+    def bandwidth(self, ranks: int) -> float:
+        """Bytes/s inside a group of so many ranks."""
+        return self.intra_bandwidth if ranks <= self.gpus_per_node else self.inter_bandwidth
+
 
 @dataclass(frozen=True)
 class Work:
@@ -60,20 +72,60 @@ class Work:
         return self.sequences * self.length
 
 
+class Weight(NamedTuple):
+    """A frozen parameter.
+
+    numbers: in it.  itemsize: bytes of one while it is used.  packable: whether ``model.quantisation`` packs them.
+    """
+
+    numbers: int
+    itemsize: int
+    packable: bool = False
+
+
+class Kept(NamedTuple):
+    """How a frozen parameter is kept: in units of bytes that ranks divide between them, numbers or packed blocks.
+
+    elements: that ZeRO counts in a unit.  unpacked: bytes of the whole weight where it has to be unpacked, else 0.
+    """
+
+    units: int
+    unit_bytes: int
+    elements: int
+    unpacked: int
+
+    @classmethod
+    def of(cls, weight: Weight, quantisation: str) -> Kept:
+        """A weight under ``model.quantisation``. A packed block is one element of ZeRO for each byte and its scale."""
+        if quantisation == "none" or not weight.packable:
+            return cls(weight.numbers, weight.itemsize, 1, 0)
+        packed = BLOCK_BYTES["nf4" if quantisation == "nf4" else "int8"]
+        return cls(-(-weight.numbers // BLOCK), packed + SCALE_BYTES, packed + 1, weight.numbers * weight.itemsize)
+
+    def part(self, ranks: int) -> int:
+        """Bytes that one of so many ranks holds, with the padding of the last one."""
+        return -(-self.units // ranks) * self.unit_bytes
+
+    @property
+    def bytes(self) -> int:
+        """As a whole, packed where it is."""
+        return self.units * self.unit_bytes
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Numbers in the model of one recipe, over all ranks.
 
-    backbone: of each frozen parameter.  gathered: of the frozen parameters that one micro step gathers, in order.
-    itemsize: bytes of one of them.  shared, expert: trained on every rank, and trained with an expert dimension.
-    layers: experts of each adapted linear.  active: experts that answer for one token.  multiplied: frozen numbers
-    that each token is multiplied with.  attention: FLOPs of one token's attention per token of its sequence.
-    trained_itemsize, trained_multiplied: as itemsize and multiplied, of what trains.  largest: numbers of the largest
-    parameter.
+    backbone: how many frozen parameters there are of each kind.  gathered: how many of each kind one micro step uses,
+    and gathers where they are sharded.  itemsize: bytes of a number in the backbone's dtype.  shared, expert: trained
+    on every rank, and trained with an expert dimension.  layers: experts of each adapted linear.  active: experts that
+    answer for one token.  multiplied: frozen numbers that each token is multiplied with.  attention: FLOPs of one
+    token's attention per token of its sequence.  trained_itemsize, trained_multiplied: as itemsize and multiplied, of
+    what trains.  largest_trained: numbers of the largest parameter that trains.
     """
 
-    backbone: tuple[int, ...]
-    gathered: tuple[int, ...]
+    backbone: Counter[Weight]
+    gathered: Counter[Weight]
     itemsize: int
     shared: int
     expert: int
@@ -83,33 +135,73 @@ class Sizes:
     attention: int
     trained_itemsize: int
     trained_multiplied: int
-    largest: int
+    largest_trained: int
+
+    @property
+    def backbone_parameters(self) -> int:
+        """Frozen numbers."""
+        return sum(count * weight.numbers for weight, count in self.backbone.items())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One recipe on so many ranks, with the work of one of them."""
+    """One recipe on so many ranks, with the work of one of them.
+
+    machines: ranks of each machine.
+    """
 
     sizes: Sizes
     config: RunConfig
     settings: DeepSpeedSettings
-    gpus: int
+    machines: tuple[int, ...]
     work: Work
+
+    @property
+    def gpus(self) -> int:
+        """All ranks."""
+        return sum(self.machines)
 
     @property
     def ep_size(self) -> int:
         """Ranks that hold one set of experts between them."""
         return self.config.parallel.ep_size
 
+    @cached_property
+    def shards(self) -> int:
+        """Ranks that hold one copy of the backbone between them; of the smallest group, where machines differ.
+
+        Raises:
+            TopologyError: ``frozen_backbone.shard_group`` does not divide the machines.
+        """
+        if self.settings.stage == 3:
+            return self.gpus
+        ours = self.settings.backbone
+        return smallest_group(self.machines, ours.shard_group) if ours.sharded else 1
+
     @property
-    def is_sharded(self) -> bool:
-        """Whether the backbone is partitioned over all ranks."""
-        return self.settings.backbone.sharded or self.settings.stage == 3
+    def copies_layers(self) -> bool:
+        """Whether a layer that runs is another copy than what is held: shards, or all of it in CPU memory."""
+        return self.shards > 1 or self.settings.backbone.offload == "cpu"
+
+    @cached_property
+    def backbone(self) -> Counter[Kept]:
+        """How many frozen parameters are kept in each way."""
+        return self._kept(self.sizes.backbone)
+
+    @cached_property
+    def used(self) -> Counter[Kept]:
+        """The same, of the parameters that one micro step uses, as often as it does."""
+        return self._kept(self.sizes.gathered)
+
+    def _kept(self, weights: Counter[Weight]) -> Counter[Kept]:
+        kept = Counter[Kept]()
+        for weight, count in weights.items():
+            kept[Kept.of(weight, self.config.model.quantisation)] += count
+        return kept
 
     def held(self) -> dict[str, int]:
         """Bytes one rank holds while training, besides activations, by purpose."""
-        sizes, parts = self.sizes, self.gpus if self.is_sharded else 1
-        backbone = sum(-(-count // parts) for count in sizes.backbone) * sizes.itemsize
+        sizes = self.sizes
         if self.settings.stage == 3:
             local = masters = -(-(sizes.shared + sizes.expert) // self.gpus)
         else:
@@ -117,7 +209,7 @@ class Layout:
             copies = self.gpus // self.ep_size
             masters = -(-sizes.shared // self.gpus) + -(-(sizes.expert // self.ep_size) // copies)
         return {
-            "backbone": backbone,
+            "backbone": sum(count * kept.part(self.shards) for kept, count in self.backbone.items()),
             "live layer": self._live(),
             "adapters": sizes.trained_itemsize * local,
             "gradients": sizes.trained_itemsize * (local + self._bucket(local)) + 4 * masters,
@@ -125,19 +217,22 @@ class Layout:
         }
 
     def _live(self) -> int:
-        """Bytes of the largest frozen parameter that is whole while it is used, and of what is gathered early."""
-        if not self.is_sharded or self.gpus == 1:
-            return 0
-        sizes, ours = self.sizes, self.settings.backbone
-        live = self._whole([sizes.largest])
+        """Bytes of what is made for the layer that runs: its largest parameter, whole and unpacked; and of what is
+        gathered early.
+        """
+        ours, unpacked = self.settings.backbone, max((kept.unpacked for kept in self.backbone), default=0)
+        if not self.copies_layers:
+            return unpacked
+        whole = max((kept.part(self.shards) * self.shards + kept.unpacked for kept in self.backbone), default=0)
         if self.settings.stage == 3:
-            return live
-        early = (ours.prefetch_bucket_size + ours.max_reuse_distance) * sizes.itemsize
-        return min(live + early, self._whole(sizes.backbone))
+            return max(whole, self.sizes.largest_trained * self.sizes.itemsize)
+        elements = sum(count * kept.units * kept.elements for kept, count in self.backbone.items())
+        early = (ours.prefetch_bucket_size + ours.max_reuse_distance) * self.whole_backbone() // elements
+        return min(whole + early, self.whole_backbone() + unpacked)
 
-    def _whole(self, counts: Iterable[int]) -> int:
-        """Bytes of parameters gathered from shards of equal (padded) size."""
-        return sum(-(-count // self.gpus) * self.gpus for count in counts) * self.sizes.itemsize
+    def whole_backbone(self) -> int:
+        """Bytes of the backbone as one rank gathers it."""
+        return sum(count * kept.part(self.shards) for kept, count in self.backbone.items()) * self.shards
 
     def _bucket(self, local: int) -> int:
         """Numbers in the buffers that gradients are reduced through, never more than what trains."""
@@ -182,12 +277,12 @@ class Layout:
             return {}
         micro_steps, gpus, trained = self.work.accumulation, self.gpus, self.sizes.shared + self.sizes.expert
         size, sent = self.sizes.trained_itemsize, Counter[str]()
-        if self.is_sharded:
-            sent["backbone all_gather"] = micro_steps * all_gather_bytes(self._whole(self.sizes.gathered) // gpus, gpus)
+        part = sum(count * kept.part(self.shards) for kept, count in self.used.items())
+        sent["backbone all_gather"] = micro_steps * all_gather_bytes(part, self.shards)
         if self.settings.stage == 3:
             sent["adapters all_gather"] = micro_steps * all_gather_bytes(2 * size * trained // gpus, gpus)
             sent["gradients reduce_scatter"] = micro_steps * all_gather_bytes(size * trained // gpus, gpus)
-            return dict(sent)
+            return {name: count for name, count in sent.items() if count}
         shared, expert, copies = self.sizes.shared, self.sizes.expert // self.ep_size, gpus // self.ep_size
         reduces = micro_steps if self.settings.stage == 2 else 1
         sent["gradients all_reduce"] = reduces * (
@@ -201,6 +296,18 @@ class Layout:
                 sent[f"experts {collective}"] += micro_steps * count
         return {name: count for name, count in sent.items() if count}
 
+    def links(self) -> dict[str, int]:
+        """The bytes of :meth:`wire` for backbone and experts, by link, as a run counts them; ``wire`` has the rest.
+
+        Of the ranks that share experts, as many as possible are counted in other shard groups.
+        """
+        sent = self.wire()
+        backbone = sent.get("backbone all_gather", 0)
+        experts = sum(count for name, count in sent.items() if name.startswith("experts"))
+        outside = self.ep_size - gcd(self.ep_size, self.shards)
+        between = experts * outside // (self.ep_size - 1) if outside else 0
+        return {"inside_shard_group": backbone + experts - between, "between_shard_groups": between}
+
     def _layer_wire(self, shape: ExpertShapes) -> dict[str, int]:
         dispatch = self.dispatch
         if dispatch == "local":
@@ -213,15 +320,32 @@ class Layout:
         return all_to_all_bytes(shape, self._payload, pairs, pairs)
 
     def seconds(self, hardware: Hardware) -> dict[str, float]:
-        """Compute and wire time of one step. Nothing overlaps, which is what the default configuration promises."""
+        """Of one step: compute, unpacking quantised weights, and each kind of bytes on the wire; nothing overlaps."""
         passes = 3 if self.config.model.gradient_checkpointing else 2  # forward, gradient of the input, recomputation
         frozen = passes * (2 * self.sizes.multiplied + self.sizes.attention * self.work.length)
         # Every expert's product is computed, forward and twice backward.
         adapters = 3 * 2 * self.sizes.trained_multiplied
         flops = self.work.tokens * self.work.accumulation * (frozen + adapters)
         seconds = {"compute": flops / (hardware.flops * hardware.efficiency)}
-        within = min(self.gpus, hardware.gpus_per_node)
+        # Packed numbers are read and unpacked ones are written; reading these again is part of the product.
+        unpacked = sum(count * (kept.bytes + kept.unpacked) for kept, count in self.used.items() if kept.unpacked)
+        if unpacked:
+            speed = hardware.memory_bandwidth * hardware.efficiency
+            seconds["unpacking"] = self.work.accumulation * unpacked / speed
+        ranks = {"backbone": self.shards, "experts": self.ep_size}
         for name, count in self.wire().items():
-            ranks = self.ep_size if name.startswith("experts") else self.gpus
-            seconds[name] = count / (hardware.intra_bandwidth if ranks <= within else hardware.inter_bandwidth)
+            seconds[name] = count / hardware.bandwidth(ranks.get(name.split()[0], self.gpus))
         return seconds
+
+
+def overlapped(seconds: dict[str, float]) -> float:
+    """Seconds of a step of which all gathering of the backbone takes place while layers compute."""
+    compute = seconds["compute"] + seconds.get("unpacking", 0.0)
+    backbone = seconds.get("backbone all_gather", 0.0)
+    return sum(seconds.values()) - min(compute, backbone)
+
+
+@cache
+def smallest_group(machines: tuple[int, ...], size: ShardGroupSize) -> int:
+    """Ranks in the smallest of the shard groups of this size."""
+    return min(map(len, divide_ranks(machines, size)))

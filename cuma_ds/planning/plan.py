@@ -12,7 +12,7 @@ from cuma_ds.config import NOTHING_TRAINS, RunConfig
 from cuma_ds.errors import ConfigError, TopologyError
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.planning.activations import ActivationPeak, activation_peak
-from cuma_ds.planning.cost import Hardware, Layout, Sizes, Work
+from cuma_ds.planning.cost import Hardware, Layout, Sizes, Weight, Work, overlapped
 from cuma_ds.planning.skeleton import Setup, gathered_parameters
 
 
@@ -20,19 +20,23 @@ from cuma_ds.planning.skeleton import Setup, gathered_parameters
 class Plan:
     """The prediction for one cluster size.
 
-    memory: bytes per GPU by purpose.  host_memory: bytes per rank that offloading puts into CPU memory.  wire: bytes
-    one rank sends per optimizer step, by purpose and collective.  dispatch: what ``parallel.dispatch`` comes to.
+    shards: ranks that hold one copy of the backbone between them.  memory: bytes per GPU by purpose.  host_memory:
+    bytes per rank that offloading puts into CPU memory.  wire: bytes one rank sends per optimizer step, by purpose and
+    collective.  links: those of backbone and experts, by link.  dispatch: what ``parallel.dispatch`` comes to.
     seconds: of one step, by part.  max_micro_batch: most sequences of this length per forward that fit; 0 when not
     even one does.
     """
 
     gpus: int
+    shards: int
+    quantisation: str
+    ep_size: int
     memory: dict[str, int]
     host_memory: dict[str, int]
     wire: dict[str, int]
+    links: dict[str, int]
     dispatch: str
     seconds: dict[str, float]
-    tokens_per_second: float
     max_micro_batch: int
     fits: bool
     trained_parameters: int
@@ -44,9 +48,36 @@ class Plan:
         """Bytes per GPU at the peak."""
         return sum(self.memory.values())
 
+    @property
+    def step_seconds(self) -> float:
+        """Of one step in which nothing overlaps."""
+        return sum(self.seconds.values())
+
+    @property
+    def overlapped_seconds(self) -> float:
+        """Of one step in which the backbone is gathered while layers compute."""
+        return overlapped(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs, where nothing overlaps."""
+        return self._tokens / self.step_seconds
+
+    @property
+    def overlapped_tokens_per_second(self) -> float:
+        """Of all GPUs, where the backbone is gathered while layers compute."""
+        return self._tokens / self.overlapped_seconds
+
+    @property
+    def _tokens(self) -> int:
+        work = self.work
+        return work["sequences"] * work["length"] * work["accumulation"] * self.gpus
+
     def as_dict(self) -> dict[str, object]:
         """Everything, ready for JSON."""
-        return {**asdict(self), "total_memory": self.total_memory, "total_wire": sum(self.wire.values())}
+        computed = ("step_seconds", "overlapped_seconds", "tokens_per_second", "overlapped_tokens_per_second")
+        sums = {"total_memory": self.total_memory, "total_wire": sum(self.wire.values())}
+        return {**asdict(self), **sums, **{name: getattr(self, name) for name in computed}}
 
 
 class Planner:
@@ -76,41 +107,47 @@ class Planner:
         """Memory, bytes and speed on ``gpus`` ranks.
 
         Raises:
-            TopologyError: ``ep_size`` does not divide the number of GPUs.
+            TopologyError: ``ep_size`` does not divide the number of GPUs, or the shard group not the machines.
             ConfigError: the DeepSpeed configuration cannot be read or cannot hold the combination.
         """
-        layout = self.layout(gpus, work)
-        held = layout.held()
+        return self.plan_layout(self.layout(gpus, work, hardware), hardware)
+
+    def plan_layout(self, layout: Layout, hardware: Hardware) -> Plan:
+        """The same, of one that :meth:`layout` gave, possibly changed since."""
+        work, held = layout.work, layout.held()
         host = {name: held.pop(name) for name in layout.on_host()}
         peak, extra = self._peak(work), layout.dispatch_memory()
         memory = {**held, "activations": peak.bytes(work.sequences) + extra * work.sequences}
         room = hardware.memory - hardware.reserved - sum(held.values()) - peak.fixed
         per_sequence = peak.per_sequence + extra
-        seconds = layout.seconds(hardware)
         return Plan(
-            gpus=gpus,
+            gpus=layout.gpus,
+            shards=layout.shards,
+            quantisation=layout.config.model.quantisation,
+            ep_size=layout.ep_size,
             memory=memory,
             host_memory=host,
             wire=layout.wire(),
+            links=layout.links(),
             dispatch=layout.dispatch,
-            seconds=seconds,
-            tokens_per_second=work.tokens * work.accumulation * gpus / sum(seconds.values()),
+            seconds=layout.seconds(hardware),
             max_micro_batch=max(0, int(room // per_sequence)) if per_sequence > 0 else 0,
             fits=sum(memory.values()) + hardware.reserved <= hardware.memory,
             trained_parameters=self.sizes.shared + self.sizes.expert,
-            backbone_parameters=sum(self.sizes.backbone),
+            backbone_parameters=self.sizes.backbone_parameters,
             work=asdict(work),
         )
 
-    def layout(self, gpus: int, work: Work) -> Layout:
-        """The recipe on ``gpus`` ranks (errors as in :meth:`plan`)."""
-        ep_size = self.config.parallel.ep_size
+    def layout(self, gpus: int, work: Work, hardware: Hardware, config: RunConfig | None = None) -> Layout:
+        """The recipe on ``gpus`` ranks, or one that has the same shapes (errors as in :meth:`plan`)."""
+        config = config or self.config
+        ep_size = config.parallel.ep_size
         if gpus < 1 or gpus % ep_size:
             raise TopologyError(
                 f"parallel.ep_size is {ep_size}, which does not divide {gpus} GPUs; allowed: multiples of {ep_size}"
             )
-        settings = read_deepspeed_config(self.config, work.sequences, work.accumulation, gpus)
-        return Layout(self.sizes, self.config, settings, gpus, work)
+        settings = read_deepspeed_config(config, work.sequences, work.accumulation, gpus)
+        return Layout(self.sizes, config, settings, hardware.machines(gpus), work)
 
     def _peak(self, work: Work) -> ActivationPeak:
         key = (work.length, work.kept)
@@ -121,30 +158,33 @@ class Planner:
 
 def _sizes(setup: Setup) -> Sizes:
     """Count a model's parameters."""
-    model = setup.build()
+    model, packable = setup.build_packable()
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    trained = Counter({"replicated": 0, "per_expert": 0})
+    trained = [one.parameter for one in model.trained_parameters()]
+    numbers = Counter({"replicated": 0, "per_expert": 0})
     for _, parameter, placement, _ in model.trained_parameters():
-        trained[placement] += parameter.numel()
+        numbers[placement] += parameter.numel()
+    layers = tuple(model.expert_shapes())
+    multiplied, trained_multiplied = (_multiplied(some, model.backbone) for some in (frozen, trained))
+
+    def weights(parameters: list[nn.Parameter]) -> Counter[Weight]:
+        return Counter(Weight(p.numel(), setup.dtype.itemsize, p in packable) for p in parameters)
+
     return Sizes(
-        backbone=_counts(frozen),
-        gathered=_counts(gathered_parameters(setup)),
+        backbone=weights(frozen),
+        gathered=weights(gathered_parameters(setup, model)),
         itemsize=setup.dtype.itemsize,
-        shared=trained["replicated"],
-        expert=trained["per_expert"],
-        layers=tuple(model.expert_shapes()),
+        shared=numbers["replicated"],
+        expert=numbers["per_expert"],
+        layers=layers,
         active=setup.config.adapters.active_experts,
-        trained_itemsize=max((one.parameter.itemsize for one in model.trained_parameters()), default=4),
-        largest=max(parameter.numel() for parameter in model.parameters()),
-        multiplied=_multiplied(frozen, model.backbone),
-        trained_multiplied=_multiplied([one.parameter for one in model.trained_parameters()], model.backbone),
+        trained_itemsize=max((parameter.itemsize for parameter in trained), default=4),
+        largest_trained=max((parameter.numel() for parameter in trained), default=0),
+        multiplied=multiplied,
+        trained_multiplied=trained_multiplied,
         # Causal: half of 4 S D per token and layer.
         attention=2 * setup.text.num_hidden_layers * setup.text.hidden_size,
     )
-
-
-def _counts(parameters: list[nn.Parameter]) -> tuple[int, ...]:
-    return tuple(parameter.numel() for parameter in parameters)
 
 
 def _multiplied(parameters: list[nn.Parameter], backbone: nn.Module) -> int:

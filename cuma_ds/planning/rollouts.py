@@ -8,10 +8,13 @@ from __future__ import annotations
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PretrainedConfig
 
 from cuma_ds.parallel.backbone import full_bytes
+from cuma_ds.parallel.deepspeed_compat import held
 from cuma_ds.parallel.engine import AdapterEngine
+from cuma_ds.parallel.quantised import QuantisedLinear
 from cuma_ds.parallel.topology import Topology
 
 # Share of the free memory that is counted with; the rest is for what allocators cannot use.
@@ -30,14 +33,21 @@ def holds_whole_backbone(engine: AdapterEngine, sequences: int, length: int) -> 
         length: most tokens of a sequence, prompt included.
     """
     backbone, device = engine.model.backbone, engine.topology.device
-    whole = full_bytes(backbone)
     config = backbone.config
     assert isinstance(config, PretrainedConfig)
-    itemsize = next(parameter for parameter in backbone.parameters() if not parameter.requires_grad).element_size()
-    needed = whole + generation_bytes(config.get_text_config(), itemsize, sequences, length)
+    embedding = backbone.get_input_embeddings().weight  # type: ignore[operator]
+    copies = engine.shards > 1 or held(embedding).device.type != device.type
+    needed = (full_bytes(backbone) if copies else 0) + unpacked_bytes(backbone)
+    needed += generation_bytes(config.get_text_config(), embedding.element_size(), sequences, length)
     fits = torch.tensor(int(needed <= USABLE * free_bytes(engine.topology)), device=device)
     dist.all_reduce(fits, op=dist.ReduceOp.MIN)
     return bool(fits)
+
+
+def unpacked_bytes(backbone: nn.Module) -> int:
+    """Bytes of the largest quantised weight while it is unpacked; 0 without."""
+    packings = [layer.packing for layer in backbone.modules() if isinstance(layer, QuantisedLinear)]
+    return max((packing.shape.numel() * packing.dtype.itemsize for packing in packings), default=0)
 
 
 def generation_bytes(text: PretrainedConfig, itemsize: int, sequences: int, length: int) -> int:

@@ -20,6 +20,7 @@ from cuma_ds.errors import ModelError
 from cuma_ds.files import first_line
 from cuma_ds.methods import METHODS
 from cuma_ds.methods.model import AdaptedModel, Spread
+from cuma_ds.parallel.quantised import quantised_weights
 from cuma_ds.profiles import ProfileTable
 
 _ATTENTION = "counted_attention"
@@ -51,6 +52,14 @@ class Setup:
         Raises:
             ModelError: no causal language model has this configuration, or the targets match nothing.
         """
+        return self.build_packable()[0]
+
+    def build_packable(self) -> tuple[AdaptedModel, set[nn.Parameter]]:
+        """The same, and the weights that ``model.quantisation`` packs; none where it cannot pack all that are large.
+
+        Raises:
+            ModelError: as above, or the recipe quantises a model that cannot be.
+        """
         AttentionInterface.register(_ATTENTION, _attention)
         with torch.device("meta"):
             try:
@@ -59,7 +68,17 @@ class Setup:
                 )
             except (ValueError, KeyError) as error:
                 raise ModelError(f"no causal language model has this configuration: {first_line(error)}") from None
-            return METHODS[self.config.adapters.method](base, self.config).train()
+            packable = self._packable(base)
+            return METHODS[self.config.adapters.method](base, self.config).train(), packable
+
+    def _packable(self, base: nn.Module) -> set[nn.Parameter]:
+        kind = self.config.model.quantisation
+        try:
+            return {base.get_parameter(name) for name in quantised_weights(base, "nf4" if kind == "none" else kind)}
+        except ModelError:
+            if kind != "none":
+                raise
+            return set()
 
     def work(self, sequences: int, length: int, kept: int) -> tuple[Batch, ProfileTable | None]:
         """A micro batch without storage, logits wanted at the last ``kept`` positions, and the profiles it names."""
@@ -96,8 +115,10 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
         raise ModelError(f"{path}: {first_line(error)}") from None
 
 
-def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
+def gathered_parameters(setup: Setup, model: AdaptedModel) -> list[nn.Parameter]:
     """Frozen parameters in the order in which one micro step gathers them when they are sharded, some several times.
+
+    The model is of no further use: it has hooks and has run.
 
     The rules are those of ZeRO-3 with nothing kept for reuse: a module's parameters are gathered before its forward
     and its backward, and released after each. They are followed on a run without storage, because recomputation stops
@@ -132,7 +153,6 @@ def gathered_parameters(setup: Setup) -> list[nn.Parameter]:
         yield
         live.difference_update(parameters)
 
-    model = setup.build()
     model.place(Spread(lambda experts: (0, experts), whole=whole))
     for module in model.modules():
         if own := [p for p in module.parameters(recurse=False) if not p.requires_grad]:

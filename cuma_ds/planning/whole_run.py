@@ -65,7 +65,8 @@ def whole_run(planner: Planner, gpus: int, length: int, hardware: Hardware) -> W
     """
     config = planner.config
     work = step_work(config, gpus, length)
-    plan, layout = planner.plan(gpus, work, hardware), planner.layout(gpus, work)
+    layout = planner.layout(gpus, work, hardware)
+    plan = planner.plan_layout(layout, hardware)
     memory, rollout = plan.total_memory, 0.0
     if config.grpo is not None:
         generation = Generation(layout, planner, hardware)
@@ -75,7 +76,7 @@ def whole_run(planner: Planner, gpus: int, length: int, hardware: Hardware) -> W
     return WholeRun(
         gpus=gpus,
         steps=config.training.steps,
-        update_seconds=sum(plan.seconds.values()),
+        update_seconds=plan.step_seconds,
         rollout_seconds=rollout,
         reference_seconds=reference,
         memory=memory,
@@ -98,20 +99,32 @@ def step_work(config: RunConfig, gpus: int, length: int) -> Work:
 
 
 def forward_seconds(layout: Layout, hardware: Hardware) -> float:
-    """Of forwards without gradients over one rank's sequences of a step, and of gathering a sharded backbone once."""
+    """Of forwards without gradients over one rank's sequences of a step; each uses the whole backbone once."""
     sizes, work = layout.sizes, layout.work
     flops = 2 * sizes.multiplied + sizes.attention * work.length + 2 * (sizes.shared + sizes.expert)
     compute = work.tokens * work.accumulation * flops / (hardware.flops * hardware.efficiency)
-    return compute + work.accumulation * _gather_seconds(layout, hardware)
+    unpacking = _unpacked(layout) / (hardware.memory_bandwidth * hardware.efficiency)
+    return compute + work.accumulation * (_gather_seconds(layout, hardware) + unpacking)
 
 
 def _gather_seconds(layout: Layout, hardware: Hardware) -> float:
-    """Of gathering a sharded backbone; 0 for one that every rank holds."""
-    if not layout.is_sharded or layout.gpus == 1:
-        return 0.0
-    sent = all_gather_bytes(sum(layout.sizes.backbone) * layout.sizes.itemsize // layout.gpus, layout.gpus)
-    within = layout.gpus <= hardware.gpus_per_node
-    return sent / (hardware.intra_bandwidth if within else hardware.inter_bandwidth)
+    """Of gathering what is sharded once; 0 where every rank holds everything."""
+    return all_gather_bytes(_whole(layout) // layout.shards, layout.shards) / hardware.bandwidth(layout.shards)
+
+
+def _whole(layout: Layout) -> int:
+    """Bytes of what is sharded, as one rank gathers it: the backbone, and at stage 3 what trains, too."""
+    return layout.whole_backbone() + (_trained(layout) if layout.settings.stage == 3 else 0)
+
+
+def _trained(layout: Layout) -> int:
+    """Bytes of what trains, over all ranks."""
+    return layout.sizes.trained_itemsize * (layout.sizes.shared + layout.sizes.expert)
+
+
+def _unpacked(layout: Layout) -> int:
+    """Bytes read and written to unpack a quantised backbone once; 0 for another one."""
+    return sum(count * (kept.bytes + kept.unpacked) for kept, count in layout.backbone.items() if kept.unpacked)
 
 
 class Generation:
@@ -132,7 +145,6 @@ class Generation:
         self._completions = -(-config.training.global_batch_size // layout.gpus) * config.grpo.group_size
         self._batch = min(config.rollout.batch_size, self._completions)
         self._length = layout.work.length
-        self._backbone = sum(layout.sizes.backbone) * layout.sizes.itemsize
 
     @property
     def is_gathered(self) -> bool:
@@ -141,7 +153,12 @@ class Generation:
             return self._rollout.backbone == "gathered"
         held = sum(self._layout.held().values())
         free = self._hardware.memory - self._hardware.reserved - held
-        return self._backbone + self._cache <= USABLE * free
+        return self._gathered + self._cache <= USABLE * free
+
+    @property
+    def _gathered(self) -> int:
+        """Bytes of a whole model that is gathered beside its shards; 0 where a rank holds everything."""
+        return _whole(self._layout) if self._layout.copies_layers else 0
 
     @property
     def _cache(self) -> int:
@@ -154,8 +171,7 @@ class Generation:
         Args:
             held: by shards, adapters and the optimizer.
         """
-        whole = self._backbone if self._layout.is_sharded and self._layout.gpus > 1 and self.is_gathered else 0
-        return held + whole + self._cache
+        return held + (self._gathered if self.is_gathered else 0) + self._cache
 
     def seconds(self) -> float:
         """Of one step's share of a rollout: reading the prompts, writing token after token, scoring."""
@@ -164,8 +180,10 @@ class Generation:
         of_token = 2 * (sizes.multiplied + sizes.shared + sizes.expert)
         prompt = max(1, self._length - new)
         reading = self._completions * prompt * (of_token + sizes.attention * prompt) / speed
-        # A step reads all weights, and the keys and values of the tokens so far, half of the longest in the mean.
-        weights = self._backbone + 4 * (sizes.shared + sizes.expert)
+        # A token reads all weights, which may have to be unpacked and read again, and the keys and values of the tokens
+        # so far, half of the longest in the mean.
+        backbone = sum(count * (kept.bytes + 2 * kept.unpacked) for kept, count in self._layout.backbone.items())
+        weights = backbone + _trained(self._layout)
         of_token_before = self._text.num_hidden_layers * keys_and_values(self._text) * sizes.itemsize
         read = weights + self._batch * (prompt + new / 2) * of_token_before
         token = max(read / (hardware.memory_bandwidth * hardware.efficiency), self._batch * of_token / speed)

@@ -42,9 +42,9 @@ def count(path: str, work: Work) -> dict:
 
     step()  # ZeRO learns the order of the modules in its first step
     sent.clear()
+    engine.take_bytes_sent()
     chosen_LE: list[list[int]] = []  # tokens that each adapted linear sends to each expert, forward by forward
     if engine.dispatcher is not None:
-        engine.dispatcher.take_bytes_sent()
         dispatch = engine.dispatcher.dispatch
 
         def counting(x_TI: torch.Tensor, routes: Routes, experts: Experts) -> Dispatched:
@@ -53,11 +53,12 @@ def count(path: str, work: Work) -> dict:
 
         engine.dispatcher.dispatch = counting  # type: ignore[method-assign]
     step()
-    planner = Planner(config, read_model_config(config.model.path), WIDTH)
+    plan = Planner(config, read_model_config(config.model.path), WIDTH).plan(placed.world, work, Hardware())
     return {
         "counted": {name: moved for name, moved in sent.items() if moved},
-        "dispatcher": engine.dispatcher.take_bytes_sent() if engine.dispatcher is not None else {},
-        "predicted": planner.plan(placed.world, work, Hardware()).wire,
+        "told": engine.take_bytes_sent(),
+        "predicted": plan.wire,
+        "links": plan.links,
         "chosen": chosen_LE,
     }
 

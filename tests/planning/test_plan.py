@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from cuma_ds.config import load_config
 from cuma_ds.errors import ModelError, TopologyError
 from cuma_ds.methods.model import ExpertShapes
+from cuma_ds.parallel.ds_config import DS_CONFIGS
 from cuma_ds.parallel.wire import Payload, all_to_all_bytes, balanced_pairs, gather_experts_bytes
 from cuma_ds.planning.cost import Hardware, Work
 from cuma_ds.planning.plan import Planner
@@ -56,17 +58,36 @@ PLACEMENTS = {
     "stage-1": (2, {"deepspeed_config": "zero1", "dispatch": "all_to_all"}, {}),
     "bf16": (4, {"dispatch": "gather_experts"}, {"dtype": "bfloat16"}),
     "four": (4, {"dispatch": "all_to_all"}, {}),
+    "groups": (4, {"deepspeed_config": 2, "ep_size": 4, "dispatch": "gather_experts"}, {}),
+    "inside": (4, {"deepspeed_config": 2, "dispatch": "all_to_all"}, {}),
+    "alone": (4, {"deepspeed_config": 1, "dispatch": "gather_experts"}, {"dtype": "bfloat16"}),
+    "nf4": (2, {"dispatch": "gather_experts"}, {"quantisation": "nf4", "dtype": "bfloat16"}),
+    "int8": (4, {"deepspeed_config": 2, "dispatch": "gather_experts"}, {"quantisation": "int8"}),
+    "nf4-recomputing": (4, {"ep_size": 1}, {"quantisation": "nf4", "gradient_checkpointing": True}),
 }
+
+
+def grouped(folder: Path, base: str, size: int | str) -> str:
+    """A DeepSpeed configuration of ds_configs/ with shard groups of so many ranks."""
+    settings = json.loads((DS_CONFIGS / f"{base}.json").read_text())
+    settings["frozen_backbone"]["shard_group"] = size
+    path = folder / f"{base}-{size}.json"
+    path.write_text(json.dumps(settings))
+    return str(path)
 
 
 @pytest.mark.multirank
 @pytest.mark.parametrize("world", [2, 4])
 def test_predicted_bytes_are_those_counted_at_the_process_group(world, tmp_path, tiny_llama) -> None:
-    cases = {
-        name: (parallel, model)
-        for name, (ranks_of_case, parallel, model) in PLACEMENTS.items()
-        if ranks_of_case == world
-    }
+    cases = {}
+    for name, (ranks_of_case, parallel, model) in PLACEMENTS.items():
+        if ranks_of_case != world or ("quantisation" in model and find_spec("bitsandbytes") is None):
+            continue
+        size = parallel.get("deepspeed_config")
+        changed = (
+            {"deepspeed_config": grouped(tmp_path, "zero2_sharded_backbone", size)} if isinstance(size, int) else {}
+        )
+        cases[name] = ({**parallel, **changed}, model)
     paths = [
         recipe(tmp_path, tiny_llama, name, parallel=parallel, model=model) for name, (parallel, model) in cases.items()
     ]
@@ -79,7 +100,8 @@ def test_predicted_bytes_are_those_counted_at_the_process_group(world, tmp_path,
     for case, path in enumerate(paths):
         for rank in range(world):
             said = ranks_said[rank][case]
-            counted, predicted, dispatched = said["counted"], dict(said["predicted"]), said["dispatcher"]
+            counted, predicted, told = said["counted"], dict(said["predicted"]), said["told"]
+            links = {name: told.pop(name) for name in said["links"] if name in told}
             if "experts all_to_all" in predicted:
                 predicted["experts all_to_all"] = exchanged(
                     rank, [said[case] for said in ranks_said], load_config(path)
@@ -89,9 +111,15 @@ def test_predicted_bytes_are_those_counted_at_the_process_group(world, tmp_path,
                 by_collective[kind.split()[-1]] += moved
             counted.pop("control", None)
             assert counted == by_collective, path.stem
-            assert dispatched == {
+            assert links.keys() == ({"inside_shard_group", "between_shard_groups"} if "backbone" in told else set())
+            assert told.pop("backbone", 0) == predicted.get("backbone all_gather", 0)
+            assert told == {
                 kind.removeprefix("experts "): moved for kind, moved in predicted.items() if kind.startswith("experts ")
             }
+            if "all_to_all" not in told:  # else it depends on the routing
+                assert links in ({}, said["links"]), path.stem
+            elif path.stem in ("sharded", "recomputing", "inside"):  # experts are exchanged inside a group
+                assert links["between_shard_groups"] == said["links"]["between_shard_groups"] == 0
 
 
 def exchanged(rank: int, ranks_said: list[dict], config) -> int:
@@ -150,17 +178,35 @@ def test_auto_sends_no_more_than_either_dispatch_and_both_are_predicted_exactly(
     assert chosen == {"all_to_all", "gather_experts"}
 
 
+# ranks, base of the DeepSpeed configuration and its shard group, ep_size, quantisation
+HELD = {
+    "sharded": (2, "zero2_sharded_backbone", "world", 2, "none"),
+    "groups": (4, "zero2_sharded_backbone", 2, 2, "none"),
+    "ahead": (2, "zero2_sharded_overlap", "world", 2, "none"),
+    "nf4": (2, "zero2_sharded_backbone", "world", 2, "nf4"),
+    "int8-whole": (1, "zero2", None, 1, "int8"),
+}
+
+
 @pytest.mark.multirank
 @pytest.mark.embedded
-def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(tmp_path, embedded_models, monkeypatch) -> None:
+@pytest.mark.parametrize("case", HELD.values(), ids=HELD.keys())
+def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(case, tmp_path, embedded_models, monkeypatch) -> None:
+    world, base, size, ep_size, quantisation = case
+    if quantisation != "none":
+        pytest.importorskip("bitsandbytes")
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(name, "65536")
     work = Work(sequences=4, length=96, kept=96)
-    path = recipe(tmp_path, embedded_models[0], adapters={"target_modules": ["q_proj", "v_proj"]})
+    path = recipe(
+        tmp_path, embedded_models[0], adapters={"target_modules": ["q_proj", "v_proj"]},
+        parallel={"deepspeed_config": grouped(tmp_path, base, size) if size else base, "ep_size": ep_size},
+        model={"quantisation": quantisation},
+    )  # fmt: skip
     measured = printed(
-        ranks.run(2, [str(HERE / "helpers" / "measure_memory.py"), str(path), json.dumps(vars(work))], fresh=True)
+        ranks.run(world, [str(HERE / "helpers" / "measure_memory.py"), str(path), json.dumps(vars(work))], fresh=True)
     )
-    plan = Planner(load_config(path), read_model_config(embedded_models[0]), 16).plan(2, work, Hardware())
+    plan = Planner(load_config(path), read_model_config(embedded_models[0]), 16).plan(world, work, Hardware())
     for rank in measured:
         assert plan.total_memory == pytest.approx(rank["peak"], rel=0.1), (rank["peak"] / 1e6, plan.memory)
 

@@ -78,9 +78,9 @@ def test_rollouts_are_read_written_and_scored(tmp_path, tiny_llama) -> None:
     scoring = 3 * 6 * 64 * (of_token + sizes.attention * 64) / speed  # 16 completions as 3 x 6
     assert run.work == Work(6, 64, 16, 3)
     keys = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
-    read = 2 * sum(sizes.backbone) + 4 * trained + 10 * (48 + 8) * keys  # bytes of one step, of two waves of 16
+    read = 2 * sizes.backbone_parameters + 4 * trained + 10 * (48 + 8) * keys  # bytes of one step, of two waves of 16
     assert run.rollout_seconds == pytest.approx(reading + 2 * 16 * read / (2e12 * 0.5) + scoring)
-    assert run.memory >= sum(plans.layout(2, run.work).held().values()) + 10 * 64 * keys
+    assert run.memory >= sum(plans.layout(2, run.work, MACHINE).held().values()) + 10 * 64 * keys
     once = {**GRPO, "grpo": {**GRPO["grpo"], "kl_weight": 0.0}}
     cheaper = whole_run(planner(tmp_path, tiny_llama, **once), 2, 64, MACHINE)
     assert cheaper.rollout_seconds == pytest.approx(run.rollout_seconds - scoring)
