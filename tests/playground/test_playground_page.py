@@ -56,7 +56,9 @@ def page(address, tmp_path) -> Iterator[Browser]:
 def choose(page: Browser, field: str, value: str) -> None:
     """Pick a value with the keyboard."""
     page.focus(field)
+    page.until("document.querySelector('[role=option]')")
     page.type(value)
+    page.until(f"document.querySelector('[role=option]').innerText.includes({value!r})")
     page.press("Enter")
     page.until(f"document.querySelector({json.dumps(f'[aria-label={json.dumps(field)}]')}).value === {value!r}", 20)
 
@@ -146,6 +148,16 @@ def test_a_chat_is_that_of_generate(run, page, launch) -> None:
     page.type("Hello")
     page.press("Enter")  # with somebody else it starts anew
     page.until("document.querySelectorAll('#conversation .turn').length === 4")
+    page.until("document.querySelector('#conversation .experts')")
+    write(page, "Longest answer, in tokens", "300")
+    page.focus("Your message")
+    page.type("Go on")
+    page.press("Enter")
+    page.until("document.querySelectorAll('#conversation .turn').length === 8")
+    page.click("Stop")
+    page.until("document.querySelector('#conversation [aria-busy=false]')")
+    assert page.evaluate("document.querySelectorAll('#conversation .turn').length") == 8
+    assert len(page.evaluate("document.querySelector('#conversation .card .turn:last-child p').textContent")) < 280
 
 
 def test_the_page_says_what_it_is_and_loads_nothing_from_elsewhere(address, page) -> None:
