@@ -2,10 +2,11 @@
 
     python benchmarks/soak.py --config launchers/recipes/quickstart.yaml --minutes 30
 
-The recipe is trained twice, under the names soak-quiet and soak: undisturbed, and with a fault every 20 to 60 seconds,
-each followed by the same command. Faults: SIGKILL of one rank, of all ranks or of the launcher; SIGTERM, SIGINT or
-SIGUSR1 to one rank or to the launcher. After the last minute nothing is disturbed any more. Compared are the sha256 of
-every tensor file of the last checkpoint. Exit code 1 where they differ or a process was left behind.
+The recipe is trained twice. The run ``soak`` gets a fault every 20 to 60 seconds, each followed by the same command.
+Faults: SIGKILL of one rank, of all ranks or of the launcher; SIGTERM, SIGINT or SIGUSR1 to one rank or to the launcher.
+After the last minute it goes on for 60 seconds, and is stopped by SIGTERM. Then ``soak-quiet`` is trained to the same
+step, undisturbed. Compared are the sha256 of every tensor file of their last checkpoints. Exit code 1 where they differ
+or a process was left.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -42,11 +44,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(arguments: argparse.Namespace, name: str, log: Path) -> subprocess.Popen[bytes]:
-    """Start the run's ranks under torchrun."""
+def start(arguments: argparse.Namespace, name: str, log: Path, *more: str) -> subprocess.Popen[bytes]:
+    """Start the run's ranks under torchrun, with ``more`` keys set."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(arguments.ranks)]
     command += ["--master_port", str(free_port()), str(ROOT / "launchers" / "train.py"), "--config", arguments.config]
-    command += ["--set", f"run.name={name}", *arguments.set]
+    command += ["--set", f"run.name={name}", *arguments.set, *more]
     with log.open("ab") as file:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
 
@@ -93,53 +95,60 @@ def digest(run: Run) -> dict[str, str]:
 
 def soak(arguments: argparse.Namespace) -> bool:
     """Both runs; whether all is well."""
+    config = load_config(arguments.config, ["run.name=soak", *arguments.set])
+    run, quiet = Run(config.run_dir), Run(config.run_dir.with_name("soak-quiet"))
+    for folder in (run.folder, quiet.folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = run.folder.with_name("soak.log")
+    schedule = f"training.schedule_steps={config.training.schedule_steps or config.training.steps}"
+    limit = config.parallel.timeout_seconds + 60
+    found = disturb(arguments, lambda: start(arguments, "soak", log, schedule), limit)
+    reached = digest(run)
+    undisturbed = start(arguments, "soak-quiet", log, schedule, f"training.steps={reached['step']}")
+    assert undisturbed.wait() == 0, f"the quiet run failed, see {log}"
+    found["same_checkpoint"] = reached == digest(quiet)
+    print(json.dumps({**found, "steps": int(reached["step"])}, indent=1))
+    return bool(found["same_checkpoint"] and not found["left_behind"])
+
+
+def disturb(
+    arguments: argparse.Namespace, launch: Callable[[], subprocess.Popen[bytes]], limit: float
+) -> dict[str, object]:
+    """Launch and strike until the minutes are over or the run is complete; what happened.
+
+    Args:
+        limit: seconds within which everything must have ended after a fault.
+    """
     generator, faults = random.Random(arguments.seed), collections.Counter[str]()
-    configs = {name: load_config(arguments.config, [f"run.name={name}", *arguments.set]) for name in _NAMES}
-    for config in configs.values():
-        shutil.rmtree(config.run_dir, ignore_errors=True)
-    log = configs["soak"].run_dir.with_name("soak.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    assert start(arguments, "soak-quiet", log).wait() == 0, f"the quiet run failed, see {log}"
-    began, starts, slowest, left = time.monotonic(), 0, 0.0, 0
-    limit = configs["soak"].parallel.timeout_seconds + 60
-    while True:
-        launcher, starts = start(arguments, "soak", log), starts + 1
-        disturbed = time.monotonic() - began < 60 * arguments.minutes
+    began, starts, ends, complete, last = time.monotonic(), 0, [0.0], False, False
+    while not complete and not last:
+        last = time.monotonic() - began > 60 * arguments.minutes
+        launcher, starts = launch(), starts + 1
         try:
-            code = launcher.wait(generator.uniform(arguments.every[0], arguments.every[1]) if disturbed else None)
-            if code == 0:
-                break
+            pause = arguments.every[1] if last else generator.uniform(arguments.every[0], arguments.every[1])
+            complete = launcher.wait(pause) == 0
             continue
         except subprocess.TimeoutExpired:
             ranks = ranks_of(launcher)
-        faults[strike(launcher, generator)] += 1
-        took = wait_for_all(launcher, ranks, limit)
-        left += took == float("inf")
-        slowest = max(slowest, min(took, limit))
-    same = digest(Run(configs["soak"].run_dir)) == digest(Run(configs["soak-quiet"].run_dir))
-    print(
-        json.dumps(
-            {
-                "minutes": round((time.monotonic() - began) / 60, 1),
-                "starts": starts,
-                "faults": dict(faults),
-                "slowest_end_seconds": round(slowest, 1),
-                "left_behind": left,
-                "same_checkpoint": same,
-            },
-            indent=1,
-        )
-    )
-    return same and not left
-
-
-_NAMES = ("soak-quiet", "soak")
+        if last:
+            launcher.send_signal(signal.SIGTERM)
+        else:
+            faults[strike(launcher, generator)] += 1
+        ends.append(wait_for_all(launcher, ranks, limit))
+    return {
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "starts": starts,
+        "faults": dict(faults),
+        "slowest_end_seconds": round(max(end for end in ends if end < float("inf")), 1),
+        "left_behind": ends.count(float("inf")),
+    }
 
 
 def main() -> None:
     """Parse and soak."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="recipe; choose training.steps so that it lasts long enough")
+    parser.add_argument("--config", required=True, help="recipe; with so many training.steps that it lasts longer")
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="override keys of the recipe")
     parser.add_argument("--minutes", type=float, default=30, help="of faults (default 30)")
     parser.add_argument("--every", type=float, nargs=2, default=(20, 60), metavar=("LEAST", "MOST"), help="seconds")

@@ -90,6 +90,11 @@ class ProfilesSection(_Section):
     )
     batch_size: int = Field(64, ge=1, description="sentences per encoder batch")
     cache_dir: str | None = Field(None, description="folder of cached embeddings; default: the user's cache folder")
+    keep_text: bool = Field(
+        True,
+        description="false: the run folder keeps embeddings and numbers instead of profiles and names of groups, see "
+        "docs/responsible_use.md",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ProfilesSection:
@@ -224,6 +229,13 @@ class DataSection(_Section):
         "refuse",
         description=(
             "examples that do not fit max_length: stop before the first step and name them, or leave them out and count"
+        ),
+    )
+    on_bad_row: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description=(
+            "rows that cannot be read or written as a prompt: stop before the first step and name the first one, or "
+            "leave them out, count and name them"
         ),
     )
     packing: bool = Field(
@@ -546,6 +558,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
         "data",
         "on_long_prompt",
     ): "refuse",  # it cut prompts; a run that did so cannot go on, all others are as with this value
+    ("data", "on_bad_row"): "refuse",
     ("data", "min_margin"): 0.0,
     ("data", "modes"): 4,
     ("data", "separation"): 10.0,
@@ -561,6 +574,7 @@ NEW_SINCE_0_1_0: dict[tuple[str, str], object] = {
     ("profiles", "pooling"): "auto",
     ("profiles", "normalise"): True,
     ("profiles", "max_tokens"): None,
+    ("profiles", "keep_text"): True,
     ("data", "valid_fraction"): 0.0,
     ("model", "init_from"): None,
     ("model", "quantisation"): "none",
@@ -690,6 +704,21 @@ class RunConfig(_Section):
                     f"{name}.reference: base is the bare backbone, which adapters.method full trains away; use "
                     "reference: start"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> RunConfig:
+        rewards = () if self.grpo is None else self.grpo.rewards
+        needs = {
+            "data.profile_in_prompt: true": self.data.profile_in_prompt,
+            "adapters.method: few_shot": self.adapters.method == "few_shot",
+            "adapters.gradient_groups": self.adapters.gradient_groups is not None,
+            "training.group_field": self.training.group_field is not None,
+            "a reward that reads profiles": any(name == "judge" or ":" in name for name in rewards),
+        }
+        for what, asked in needs.items():
+            if asked and not self.profiles.keep_text:
+                raise ValueError(f"profiles.keep_text is false, but {what} needs the profiles; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}")
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{16}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -72,10 +72,14 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(beside)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder. Nobody may be writing there."""
+def remove_leftovers(folder: Path, of: str | None = None) -> None:
+    """Remove what writers that were killed left in a folder. Nobody may be writing there.
+
+    Args:
+        of: remove only what was to become the file or folder of this name.
+    """
     for place in folder.glob(".*"):
-        if _LEFTOVER.fullmatch(place.name):
+        if (found := _LEFTOVER.fullmatch(place.name)) is not None and of in (None, found[1]):
             remove = shutil.rmtree if place.is_dir() and not place.is_symlink() else os.unlink
             remove(place)
 
@@ -98,6 +102,11 @@ def _sync(place: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name that was read from a file is that of something in the same folder, as ``../x`` is not."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def first_line(error: BaseException) -> str:

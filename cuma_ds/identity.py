@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 from transformers.utils import cached_file
 
 from cuma_ds.errors import ModelError
+from cuma_ds.files import is_plain_name
 
 # The key of a document under which its own hash stands.
 SEAL = "sealed"
@@ -139,7 +140,9 @@ def weight_files(path: str | Path) -> list[Path]:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise ModelError(f"{index} is damaged: it names no weight files") from None
-            files = {name: model_file(path, str(name)) for name in names}
+            if outside := [name for name in names if not is_plain_name(name)]:
+                raise ModelError(f"{index} is damaged: it names {outside[0]!r}, which is no file of its folder")
+            files = {name: model_file(path, name) for name in names}
             if missing := [name for name, file in files.items() if file is None]:
                 raise ModelError(f"{path} is incomplete: {missing[0]} is missing, which {index.name} names")
             return [file for file in files.values() if file is not None]

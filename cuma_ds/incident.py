@@ -73,10 +73,10 @@ def ended(said: str) -> None:
 def unexpected(error: BaseException) -> CumaError:
     """An error that nobody expected as one line: its kind, what was being done, and the file with the traceback.
 
-    The file is readable by its owner alone, as messages of errors may repeat data.
+    The file has kinds of errors and places in the code, and repeats no data either. Its owner alone can read it.
     """
     rank, place = os.environ.get("RANK", "0"), "could not be written"
-    text = "".join(traceback.format_exception(error))
+    text = _places(error)
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-rank{rank}-{os.getpid()}.txt"
     for folder in (_Now.folder, Path(tempfile.gettempdir())):
         if folder is None:
@@ -88,5 +88,20 @@ def unexpected(error: BaseException) -> CumaError:
                 file.write(text)
             place = str(folder / name)
             break
-    what = f": {first_line(error)}" if isinstance(error, _QUOTABLE) and str(error) else ""
+    what = f": {first_line(error)}" if _is_quotable(error) else ""
     return CumaError(f"{type(error).__name__} in {_Now.doing}{what} (traceback: {place})")
+
+
+def _is_quotable(error: BaseException) -> bool:
+    return isinstance(error, _QUOTABLE) and bool(str(error))
+
+
+def _places(error: BaseException | None) -> str:
+    """The tracebacks of an error and of those that led to it, the first of them first."""
+    told: list[str] = []
+    while error is not None:
+        what = f": {error}" if _is_quotable(error) else ""
+        places = "".join(traceback.format_tb(error.__traceback__))
+        told.append(f"Traceback (most recent call last):\n{places}{type(error).__name__}{what}\n")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\nwhich led to\n\n".join(reversed(told))

@@ -25,6 +25,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR
 from cuma_ds.errors import ConfigError, CumaError, Stopped
 from cuma_ds.files import first_line, quiet_transformers
 from cuma_ds.incident import doing, tracebacks_go_to, unexpected
+from cuma_ds.launched import launched
 from cuma_ds.strict_json import RepeatedKeyError, read_json
 
 # What the commands that start ranks are called, as a program and as a module.
@@ -46,13 +47,13 @@ def run_main(main: Callable[[], object]) -> NoReturn:
 
     Ranks that deepspeed or torchrun started also stop, as on SIGTERM, when that launcher is gone.
     """
-    launched = _end_with_launcher()
+    has_launcher = _end_with_launcher()
     doing(Path(sys.argv[0]).stem)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for letters it does not know
     with _terminable():
         code = _run(main)
-    _leave(code, launched)
+    _leave(code, has_launcher)
 
 
 def _run(main: Callable[[], object]) -> int:
@@ -101,14 +102,14 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _leave(code: int, launched: bool) -> NoReturn:
+def _leave(code: int, has_launcher: bool) -> NoReturn:
     """Exit with ``code`` for certain. Ranks leave without the interpreter's shutdown, which can fail in two ways.
 
     Process groups can wait for ranks that stopped too. A thread that comes back from a torch operator meanwhile ends
     the process with "terminate called without an active exception" (pytorch/pytorch#38228).
     """
     distributed = sys.modules.get("torch.distributed")
-    if launched or (distributed is not None and distributed.is_initialized()):
+    if has_launcher or (distributed is not None and distributed.is_initialized()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -231,8 +232,12 @@ def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
 
 
 def several_ranks() -> bool:
-    """Whether deepspeed or torchrun started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether deepspeed or torchrun started this process as one of several ranks.
+
+    Raises:
+        TopologyError: the environment makes no sense.
+    """
+    return launched().world > 1
 
 
 @contextlib.contextmanager

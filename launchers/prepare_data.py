@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING
 
 from _cli import run_main, warn_in_one_line
@@ -118,8 +120,6 @@ def main() -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from tempfile import TemporaryDirectory
-
     from cuma_ds.data import prepare
     from cuma_ds.data.prepared import TABLE_FILE
     from cuma_ds.errors import DataError
@@ -130,9 +130,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     made = [folder for folder in out.absolute().parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _bar() as progress, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as spool:
+        with _bar() as progress, _spool(out) as spool:
             read = progress("reading")
-            data = prepare(section, arguments.template, Path(spool), arguments.workers, read)
+            data = prepare(section, arguments.template, spool, arguments.workers, read)
             table = None
             if encoder is not None:
                 table = data.profile_table(encoder, arguments.cache_dir, progress("embedding profiles"))
@@ -147,6 +147,29 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if table is not None:
         table.save(out / TABLE_FILE)
     _report(data, arguments)
+
+
+@contextmanager
+def _spool(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` for what is being read. What a killed command left there is removed first.
+
+    Raises:
+        CheckpointError: another process prepares the same folder.
+    """
+    from cuma_ds.files import remove_leftovers
+    from cuma_ds.locks import locked
+
+    beside = out.with_name(f".{out.name}.preparing")
+    with locked(beside):
+        remove_leftovers(out.parent, of=out.name)
+        rmtree(beside / "spool", ignore_errors=True)
+        (beside / "spool").mkdir()
+        try:
+            yield beside / "spool"
+        finally:
+            rmtree(beside / "spool", ignore_errors=True)
+    with suppress(OSError):  # left by a killed command, unless another one is at work there already
+        beside.rmdir()
 
 
 @contextmanager
@@ -189,6 +212,7 @@ def _section(arguments: argparse.Namespace) -> DataSection:
             min_margin=getattr(arguments, "min_margin", 0.0),
             prompt_style=getattr(arguments, "prompt_style", "letters"),
             option_order=getattr(arguments, "option_order", "fixed"),
+            on_bad_row=getattr(arguments, "on_bad_row", "refuse"),
             split_seed=arguments.seed,
             **{key: getattr(arguments, key) for key in ("modes", "separation") if hasattr(arguments, key)},
         )
@@ -229,7 +253,7 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     console = Console()
     console.print(table)
     if data.manifest["heldout_groups"]:
-        console.print(f"held out: {', '.join(data.manifest['heldout_groups'])}")
+        console.print(f"held out: {_held_out(data)}")
     if arguments.command in ("jsonl", "wvb", "survey") and arguments.weights:
         for name, split in data.splits.items():
             console.print(f"{name}: {_effective(split)}", highlight=False)
@@ -250,6 +274,19 @@ def _report(data: PreparedData, arguments: argparse.Namespace) -> None:
     keys = [f"{name}: {_yaml(getattr(section, name))}" for name in chosen if name not in raw]
     recipe = ", ".join([f"source: {arguments.command}", f"path: {arguments.out}", *keys])
     console.print(f"in a recipe: data: {{{recipe}}}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _held_out(data: PreparedData) -> str:
+    """The held-out groups whose names may be shown, and how many others there are."""
+    from cuma_ds.config import EvaluationSection
+
+    split, least = data.splits["heldout"], EvaluationSection().min_answers
+    answers: Counter[str] = Counter()
+    for profile, count in zip(split.numbers("profile").tolist(), split.answers().tolist(), strict=True):
+        answers[split.groups[profile]] += count
+    named = [name for name in data.manifest["heldout_groups"] if answers[name] >= least]
+    others = len(data.manifest["heldout_groups"]) - len(named)
+    return ", ".join([*named, *([f"{others} with fewer than {least} answers"] if others else [])])
 
 
 def _effective(split: Split) -> str:
@@ -423,6 +460,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--min-margin", type=float, default=0.0, metavar="SCORE",
             help="leave out preferences whose margin is smaller (default %(default)s); those without one stay",
+        )  # fmt: skip
+    for command in (own, *tables, alignment, prism):
+        command.add_argument(
+            "--on-bad-row", choices=["refuse", "skip"], default="refuse",
+            help="stop at the first row that is wrong, or leave out such rows and name them (default %(default)s)",
         )  # fmt: skip
     weighted = (
         (own, "the key weight of each row"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def main() -> None:
         raise ConfigError("serving needs fastapi and uvicorn: pip install 'cuma-ds[serve]'")
     api_key = _api_key(arguments.api_key_file)
     listener = listen(arguments.host, arguments.port)
+    # The system would hold megabytes for a client that reads nothing; here it is noticed.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
 
     import uvicorn
 

@@ -6,12 +6,8 @@ import argparse
 import os
 
 # One OpenMP thread per core and rank, unless the user knows better; must stand before torch is imported.
-if (
-    "OMP_NUM_THREADS" not in os.environ
-    and int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))) > 1
-):
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local_ranks))
+if (ranks := os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1").isdecimal() and int(ranks) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(ranks))))
 
 from _cli import add_recipe_arguments, run_main, warn_in_one_line
 

@@ -113,7 +113,19 @@ def test_dpo_step(tiny_llama, table) -> None:
 def test_the_soak_ends_where_a_quiet_run_ends(tmp_path, tiny_llama, tiny_encoder) -> None:
     """Without a fault, as that takes long; the table is there."""
     path = recipe(tmp_path, tiny_llama, tiny_encoder, "soak", training={"steps": 2, "warmup_steps": 0})
-    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--config", str(path), "--ranks", "1", "--minutes", "0.01"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "soak.py"),
+        "--config",
+        str(path),
+        "--ranks",
+        "1",
+        "--minutes",
+        "0.01",
+        "--every",
+        "200",
+        "300",
+    ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(done.stdout)

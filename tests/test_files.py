@@ -127,6 +127,10 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path) -> None:
     for name in (".file.0123456789abcdef", ".hidden", "file.0123456789abcdef", ".file.short"):
         (tmp_path / name).touch()
     (tmp_path / ".data.aaaaaaaaaaaaaaaa" / "inner").mkdir(parents=True)
+    remove_leftovers(tmp_path, of="other")
+    assert len(list(tmp_path.iterdir())) == 5
+    remove_leftovers(tmp_path, of="data")
+    assert len(list(tmp_path.iterdir())) == 4
     remove_leftovers(tmp_path)
     assert sorted(place.name for place in tmp_path.iterdir()) == [".file.short", ".hidden", "file.0123456789abcdef"]
 

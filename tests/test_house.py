@@ -33,6 +33,7 @@ FLOORS = [
         "distances",
         "files",
         "incident",
+        "launched",
         "locks",
         "resources",
         "strict_json",

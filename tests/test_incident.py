@@ -35,8 +35,24 @@ def test_the_line_names_kind_and_step_and_the_file_has_the_rest(tmp_path) -> Non
     file = Path(re.search(r"traceback: (.*)\)", line)[1])
     assert file.parent == tmp_path / "errors"
     assert file.stat().st_mode & 0o777 == 0o600
-    assert "KeyError: 'Ghana, 34'" in file.read_text()
+    assert file.read_text().endswith("\nKeyError\n")
     assert "in raised" in file.read_text()
+    assert "Ghana" not in file.read_text()
+
+
+def test_the_file_has_the_errors_that_led_to_it_and_messages_of_the_machine_alone(tmp_path) -> None:
+    tracebacks_go_to(tmp_path)
+    try:
+        try:
+            raise OSError(28, "No space left")
+        except OSError as error:
+            raise ValueError("Ghana, 34") from error
+    except ValueError as error:
+        unexpected(error)
+    (file,) = tmp_path.glob("error-*")
+    said = file.read_text()
+    assert said.index("OSError: [Errno 28] No space left") < said.index("which led to") < said.index("\nValueError\n")
+    assert "Ghana, 34" not in said.replace('raise ValueError("Ghana, 34")', "")
 
 
 def test_messages_of_the_machine_are_repeated(tmp_path) -> None:

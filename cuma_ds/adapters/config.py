@@ -70,7 +70,7 @@ class CumaConfig(BaseModel):
     )
     num_experts: int = Field(8, ge=1, le=512, description="E, experts per adapted linear")
     top_k: int = Field(2, ge=1, le=512, description="K, experts that answer for one token")
-    lora_r: int = Field(8, ge=1, description="r, rank of one expert")
+    lora_r: int = Field(8, ge=1, le=16384, description="r, rank of one expert")
     lora_alpha: float = Field(16.0, gt=0, description="the mixture is scaled by lora_alpha / lora_r")
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "v_proj"), min_length=1, description="names (or dotted suffixes) of the linear layers to adapt"

@@ -1,5 +1,5 @@
-"""Rows whose prompt is longer than a model reads: found and named before anything is learned or judged, never cut in
-silence.
+"""Rows whose prompt is longer than a model reads, or cannot be written at all: found and named before anything is
+learned or judged, never cut in silence.
 
 Shapes: M rows of a split, Q questions, N profiles.
 """
@@ -7,7 +7,7 @@ Shapes: M rows of a split, Q questions, N profiles.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -28,14 +28,33 @@ logger = logging.getLogger(__name__)
 # Tokens by which the length of a prompt may differ from that of its parts, because words join where they meet.
 _SEAM = 16
 _REASON = "examples longer than max_length"
+_NOT_WRITTEN = "examples that cannot be written as a prompt"
+# The tokens of a prompt that cannot be written.
+_NEVER = 1 << 40
 
 
 @dataclass(frozen=True)
 class LongRows:
-    """Rows of one split that do not fit: their numbers, ascending, and the tokens of the longest."""
+    """Rows of one split that do not fit, by ascending numbers.
+
+    Attributes:
+        numbers: of rows that are too long.
+        longest: tokens of the longest.
+        broken: numbers of rows that cannot be written as a prompt.
+    """
 
     numbers: list[int]
     longest: int
+    broken: list[int]
+
+    @classmethod
+    def among(cls, tokens_M: np.ndarray, limit: int) -> LongRows:
+        """Those with more than ``limit`` tokens."""
+        broken_M = tokens_M >= _NEVER
+        long_M = (tokens_M > limit) & ~broken_M
+        return cls(
+            np.flatnonzero(long_M).tolist(), int(tokens_M[long_M].max(initial=0)), np.flatnonzero(broken_M).tolist()
+        )
 
 
 class Reading(NamedTuple):
@@ -45,11 +64,13 @@ class Reading(NamedTuple):
         renderer: of the model's tokenizer. Its limit counts, which may be less than ``data.max_length``.
         prompts: the answers of the data are not read. A model writes its own after each prompt.
         bar: show a progress bar on a terminal.
+        faults: gets why rows cannot be written; None makes the first such row an error.
     """
 
     renderer: Renderer
     prompts: bool = False
     bar: bool = False
+    faults: list[str] | None = None
 
 
 def fitting(
@@ -61,38 +82,54 @@ def fitting(
         data: of any kind.
         reading: how rows are read.
         config: ``on_long_prompt`` decides: refuse such rows, or leave them out, count them in the manifest and say so.
+            ``on_bad_row`` decides the same of rows that cannot be written as a prompt.
         splits: names of the splits that will be read.
         advice: what to do about a refusal, given the tokens that the longest row needs.
 
     Raises:
         DataError: rows are too long and are not to be skipped, or nothing is left for training. Names splits and row
             numbers.
-        CumaError: a row cannot be rendered at all; names it.
+        CumaError: a row cannot be written as a prompt; names it.
     """
+    faults: list[str] = []
+    if config.on_bad_row == "skip":
+        reading = reading._replace(faults=faults)
     sentences = data.sentences
     whole = {"choice": _long_choices, "chat": _long_chats, "preference": _long_pairs}
     find = _long_prompts if reading.prompts and data.kind != "choice" else whole[data.kind]
     found = {name: find(name, data.splits[name], reading, sentences) for name in splits if len(data.splits[name])}
-    found = {name: rows for name, rows in found.items() if rows.numbers}
-    if not found:
-        return data
-    what = "; ".join(
-        f"{len(rows.numbers)} of {len(data.splits[name])} rows of split {name} (row "
-        f"{', '.join(map(str, rows.numbers[:3]))}"
-        f"{', ...' if len(rows.numbers) > 3 else ''}; the longest has {rows.longest} tokens)"
-        for name, rows in found.items()
-    )
-    room = config.max_length - reading.renderer.max_length
-    for_answer = f", of which {room} are for an answer" if room else ""
-    limit = f"data.max_length is {config.max_length}{for_answer}, and a question is never cut"
-    if config.on_long_prompt == "refuse":
-        raise DataError(
-            f"too long to be read whole: {what}; {limit}; {advice(max(rows.longest for rows in found.values()))}"
+    broken = {name: rows.broken for name, rows in found.items() if rows.broken}
+    long = {name: rows for name, rows in found.items() if rows.numbers}
+    said = []
+    if broken:
+        said.append(f"cannot be written as a prompt: {_named(data, broken)}; the first: {faults[0]}")
+    if long:
+        longest = max(rows.longest for rows in long.values())
+        room = config.max_length - reading.renderer.max_length
+        for_answer = f", of which {room} are for an answer" if room else ""
+        what = f"too long to be read whole: {_named(data, {name: rows.numbers for name, rows in long.items()})}"
+        said.append(
+            f"{what}; the longest has {longest} tokens; data.max_length is {config.max_length}{for_answer}, and a "
+            "question is never cut"
         )
-    if len(found.get("train", LongRows([], 0)).numbers) == len(data.splits["train"]):
-        raise DataError(f"nothing is left for training without what is too long: {what}; {limit}")
-    logger.warning("left out, being too long: %s; %s", what, limit)
+        if config.on_long_prompt == "refuse":
+            raise DataError(f"{said[-1]}; {advice(longest)}")
+    if not said:
+        return data
+    if "train" in found and len(found["train"].numbers + found["train"].broken) == len(data.splits["train"]):
+        raise DataError(f"nothing is left for training: {'; '.join(said)}")
+    for one in said:
+        logger.warning("left out: %s", one)
     return _without(data, found)
+
+
+def _named(data: PreparedData, numbers: Mapping[str, list[int]]) -> str:
+    """Some rows of each split in words."""
+    return "; ".join(
+        f"{len(rows)} of {len(data.splits[name])} rows of split {name} (row {', '.join(map(str, rows[:3]))}"
+        f"{', ...' if len(rows) > 3 else ''})"
+        for name, rows in numbers.items()
+    )
 
 
 def _long_choices(name: str, split: Split, reading: Reading, sentences: Sequence[str]) -> LongRows:
@@ -105,9 +142,12 @@ def _long_choices(name: str, split: Split, reading: Reading, sentences: Sequence
     def length(which: int, sentence: str, row: int) -> int:
         question = questions[which]
         text = worded(question.text, question.label, renderer.prompt_style)
-        return _tokens(lambda: renderer.encode_choice(text, question.options, sentence), name, row)
+        return _tokens(
+            lambda: renderer.encode_choice(text, question.options, sentence), f"row {row} of split {name}", reading
+        )
 
-    tokens_M = np.array([length(which, "", int(row)) for which, row in enumerate(first_Q)])[which_M]
+    with closing(shown(first_Q, f"reading {name}", reading.bar)) as rows:
+        tokens_M = np.array([length(which, "", int(row)) for which, row in enumerate(rows)])[which_M]
     if renderer.profile_in_prompt or renderer.shots is not None:
         profile_N, who_M = np.unique(profile_M, return_inverse=True)
         asked = {"add_special_tokens": False, "split_special_tokens": True}
@@ -117,13 +157,13 @@ def _long_choices(name: str, split: Split, reading: Reading, sentences: Sequence
         pairs, first, pair_of = np.unique(
             which_M[near] * len(profile_N) + who_M[near], return_index=True, return_inverse=True
         )
-        exact = [
-            length(int(pair) // len(profile_N), sentences[profile_N[pair % len(profile_N)]], int(near[place]))
-            for pair, place in zip(pairs, first, strict=True)
-        ]
+        with closing(shown(pairs, f"reading {name} with profiles", reading.bar)) as shown_pairs:
+            exact = [
+                length(int(pair) // len(profile_N), sentences[profile_N[pair % len(profile_N)]], int(near[place]))
+                for pair, place in zip(shown_pairs, first, strict=True)
+            ]
         tokens_M[near] = np.array(exact, dtype=tokens_M.dtype)[pair_of]
-    numbers = np.flatnonzero(tokens_M > renderer.max_length)
-    return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
+    return LongRows.among(tokens_M, renderer.max_length)
 
 
 def _long_chats(name: str, split: Split, reading: Reading, sentences: Sequence[str]) -> LongRows:
@@ -153,24 +193,33 @@ def _long_prompts(name: str, split: Split, reading: Reading, sentences: Sequence
 def _long_texts(name: str, split: Split, reading: Reading, ids: Callable[[Row], list[int]]) -> LongRows:
     """Encodes each row."""
     with closing(shown(split, f"reading {name}", reading.bar)) as rows:
-        tokens_M = np.array([_tokens(partial(ids, row), name, number) for number, row in enumerate(rows)])
-    numbers = np.flatnonzero(tokens_M > reading.renderer.max_length)
-    return LongRows(numbers.tolist(), int(tokens_M[numbers].max(initial=0)))
+        tokens_M = np.array(
+            [_tokens(partial(ids, row), f"row {number} of split {name}", reading) for number, row in enumerate(rows)]
+        )
+    return LongRows.among(tokens_M, reading.renderer.max_length)
 
 
-def _tokens(encode: Callable[[], list[int]], split: str, row: int) -> int:
+def _tokens(encode: Callable[[], list[int]], where: str, reading: Reading) -> int:
+    """The tokens of a prompt; ``_NEVER`` where it cannot be written and that is no error."""
     try:
         return len(encode())
     except PromptTooLong as error:
         return error.tokens
     except CumaError as error:
-        raise type(error)(f"row {row} of split {split}: {error}") from None
+        if reading.faults is None:
+            raise type(error)(f"{where}: {error}") from None
+        reading.faults.append(f"{where}: {error}")
+        return _NEVER
 
 
 def _without(data: PreparedData, found: dict[str, LongRows]) -> PreparedData:
     kept = {
-        name: data.splits[name].select(np.setdiff1d(np.arange(len(data.splits[name])), rows.numbers))
+        name: data.splits[name].select(np.setdiff1d(np.arange(len(data.splits[name])), rows.numbers + rows.broken))
         for name, rows in found.items()
     }
-    left_out = sum(len(rows.numbers) for rows in found.values())
-    return data.with_splits(kept, {"skipped": {**data.manifest.get("skipped", {}), _REASON: left_out}})
+    counts = {
+        _REASON: sum(len(rows.numbers) for rows in found.values()),
+        _NOT_WRITTEN: sum(len(rows.broken) for rows in found.values()),
+    }
+    skipped = {reason: count for reason, count in counts.items() if count}
+    return data.with_splits(kept, {"skipped": {**data.manifest.get("skipped", {}), **skipped}})

@@ -16,7 +16,7 @@ from cuma_ds.data.raw import Profile
 from cuma_ds.data.rows import ArrowFile, Split, single_answers
 from cuma_ds.data.splits import PROBE, SPLITS
 from cuma_ds.errors import ConfigError, DataError, nearest
-from cuma_ds.files import atomic_folder
+from cuma_ds.files import atomic_folder, is_plain_name
 from cuma_ds.identity import SEAL, file_sha256, seal_holds, sealed
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, Wording, linearize
 from cuma_ds.profiles.embedding import Encoder
@@ -35,7 +35,7 @@ class PreparedData:
     Attributes:
         manifest: format_version, source, kind (choice | chat | preference), how profiles are worded (template, format,
             fields), split settings, what was drawn of the training split, versions, hashes, and per split the number
-            of examples, answers (before merging), people and profiles.
+            of examples, answers (before merging), people and profiles. Without texts, also the names of the fields.
         splits: rows by split, see :class:`~cuma_ds.data.rows.Split`.
         profiles: distinct profiles as ``{"sentence": str, "fields": dict}``; ``profile`` is a row of this list.
         root: the folder it was read from, None for data that is only in memory.
@@ -55,6 +55,18 @@ class PreparedData:
     def evaluation_splits(self) -> list[str]:
         """Splits to judge a model on: all but ``train`` and ``valid``, in order, where there are rows."""
         return [name for name in (*SPLITS, PROBE) if name not in ("train", "valid") and len(self.splits.get(name, ()))]
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether profiles are there as they were read; false for what :meth:`without_texts` made."""
+        return "profile_fields" not in self.manifest
+
+    @property
+    def field_names(self) -> list[str]:
+        """Names of the fields that profiles have, or had."""
+        if not self.keeps_text:
+            return self.manifest["profile_fields"]
+        return list(dict.fromkeys(name for profile in self.profiles for name in profile["fields"]))
 
     @cached_property
     def sentences(self) -> list[str]:
@@ -82,8 +94,10 @@ class PreparedData:
         """The embedded profiles in the prepared folder if this encoder made them, else None.
 
         Raises:
-            DataError: sentences that the encoder cannot tell apart, because it does not read them to their end.
+            DataError: sentences that the encoder cannot tell apart, because it does not read them to their end;
+                no texts.
         """
+        self._check_text()
         if isinstance(encoder, ProfileEncoder):
             encoder.check_lengths(self.sentences)
         stored = self.root / TABLE_FILE if self.root else None
@@ -164,8 +178,9 @@ class PreparedData:
 
         Raises:
             ConfigError: the wording names a field that no profile has.
-            DataError: nothing is left for training.
+            DataError: nothing is left for training, or the data has no texts.
         """
+        self._check_text()
         asked = _written(wording)
         if {key: self.manifest.get(key) for key in ("template", "format", "fields")} == asked:
             return self
@@ -182,6 +197,27 @@ class PreparedData:
         manifest = {key: value for key, value in self.manifest.items() if key not in asked} | given
         data = dataclasses.replace(self, manifest=manifest, profiles=profiles)
         return data._without_profiles(unknown) if unknown else data
+
+    def _check_text(self) -> None:
+        if not self.keeps_text:
+            raise DataError(
+                f"{self.root} is the data of a run with profiles.keep_text: false, which has no profiles to read; "
+                "use the data it was made from"
+            )
+
+    def without_texts(self) -> PreparedData:
+        """The same data with numbers for profiles and countries: ``profile 7`` instead of a sentence, ``group 2``
+        instead of a country, and no other field. Numbers follow the order in which the data has them.
+        """
+        countries = [country_of(profile["fields"]) for profile in self.profiles]
+        number = {country: place for place, country in enumerate(dict.fromkeys(filter(None, countries)), start=1)}
+        profiles = [
+            Profile(sentence=f"profile {row}", fields={"country": f"group {number[country]}"} if country else {})
+            for row, country in enumerate(countries)
+        ]
+        held = [f"group {number[name]}" for name in self.manifest["heldout_groups"] if name in number]
+        manifest = {**self.manifest, "profile_fields": self.field_names, "heldout_groups": held}
+        return dataclasses.replace(self, manifest=manifest, profiles=profiles)
 
     def _check_fields(self, wording: Wording) -> None:
         """Refuse a wording that names a field which no profile has."""
@@ -238,6 +274,11 @@ def is_prepared(place: str | Path | None) -> TypeGuard[str | Path]:
     return place is not None and (Path(place) / "manifest.json").is_file()
 
 
+def _is_shaped(manifest: dict[str, Any]) -> bool:
+    wanted = {"splits": dict, "hashes": dict, "kind": str, "heldout_groups": list, "profile_fields": list}
+    return all(isinstance(manifest[key], kind) for key, kind in wanted.items() if key in manifest)
+
+
 def read_manifest(root: Path) -> dict[str, Any]:
     """``manifest.json`` of a prepared folder.
 
@@ -253,13 +294,15 @@ def read_manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         manifest = None
-    if not isinstance(manifest, dict) or "format_version" not in manifest:
+    if not isinstance(manifest, dict) or "format_version" not in manifest or not _is_shaped(manifest):
         raise DataError(f"{file} is not the manifest of a prepared folder; prepare it again")
     if manifest["format_version"] != FORMAT_VERSION:
         raise DataError(
             f"{file} has format_version {manifest['format_version']}; this version reads {FORMAT_VERSION}; "
             "prepare it again"
         )
+    if not all(map(is_plain_name, manifest.get("splits", ()))):
+        raise DataError(f"{file} names a split that is no file of its folder; prepare it again")
     if SEAL in manifest and not seal_holds(manifest):
         raise DataError(
             f"the prepared folder {root} is damaged: manifest.json has changed since it was written; prepare it again"

@@ -64,6 +64,9 @@ class Generation:
         if self.judge is not None and subject.untrained is None:
             compared = "a model as it is has nothing to be compared with"
             raise ConfigError(f"--judge-url compares a trained model with its backbone; {compared}")
+        if self.judge is not None and not subject.data.keeps_text:
+            kept = "this run kept no profiles (profiles.keep_text: false), and a judge is told about the person"
+            raise ConfigError(f"--judge-url: {kept}; evaluate other data with --data")
         judge = None if self.judge is None else Judge(self.judge)
         split = evaluator.splits[0]
         requests = sample_requests(subject.data.splits[split], self.count, self.seed)

@@ -371,7 +371,7 @@ class Evaluator:
         weights = examples.counts.sums().tolist()
         names = found.routing.router_names
         pictures = expert_picture(self.folder, names, examples.questions, examples.groups, weights, gates_MRE)
-        section, more = routing_pictures(self.folder, found.routing, examples, gates_MRE, fields)
+        section, more = routing_pictures(self.folder, found.routing, examples, gates_MRE, fields, least)
         return section, pictures | more
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cuma_ds.data.raw import Profile
+from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.profiles.linearize import is_missing
 
 # A field of numbers with more values than this (an age in years) is cut into four groups of about equal size.
@@ -30,6 +31,27 @@ def subgroups(profiles: Sequence[Profile]) -> dict[str, list[str | None]]:
         labels = _labels([None if is_missing(value) else value for value in values])
         if len(set(labels) - {None}) > 1:
             found[name] = labels
+    return found
+
+
+def large_enough(
+    fields: Mapping[str, Sequence[str | None]], examples: ChoiceExamples, least: int
+) -> dict[str, list[str | None]]:
+    """The subgroups that may be named: None for labels with fewer than ``least`` people among the examples.
+
+    Where the data does not say who answered, answers are counted instead.
+    """
+    found = {}
+    for field, labels in fields.items():
+        names, code_M = coded([labels[profile] for profile in examples.profiles.tolist()])
+        if examples.people is None:
+            size = np.bincount(code_M + 1, examples.counts.sums(), len(names) + 1)
+        else:
+            code_A = np.repeat(code_M, examples.people.lengths_M)
+            pairs = np.unique(np.stack([code_A, examples.people.values_F]), axis=1)
+            size = np.bincount(pairs[0] + 1, minlength=len(names) + 1)
+        named = {name for name, count in zip(names, size[1:], strict=True) if count >= least}
+        found[field] = [label if label in named else None for label in labels]
     return found
 
 

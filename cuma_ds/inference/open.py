@@ -337,11 +337,10 @@ def profile_facts(config: RunConfig, data: PreparedData, table: ProfileTable | N
     if section.fields is not None:
         facts["only_fields"] = list(section.fields)
     if table is not None:
-        fields = dict.fromkeys(name for profile in data.profiles for name in profile["fields"])
         facts |= {
             "encoder": full_path(str(section.encoder)),
             "fingerprint": table.fingerprint,
-            "fields": [name for name in fields if wording.reads(name)],
+            "fields": [name for name in data.field_names if wording.reads(name)],
         }
         facts |= _encoder_settings(section)
     return facts

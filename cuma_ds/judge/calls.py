@@ -301,7 +301,7 @@ class _Cache:
                     key, verdict = json.loads(line)
                 except (ValueError, TypeError):
                     continue  # A line cut off by a stop only costs asking again.
-                if verdict in _VERDICTS:
+                if isinstance(key, str) and isinstance(verdict, str) and verdict in _VERDICTS:
                     self.verdicts[key] = verdict
 
     def add(self, key: str, verdict: str) -> None:

@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import HfDeepSpeedConfig
 
 from cuma_ds.config import ModelSection
-from cuma_ds.errors import ModelError
+from cuma_ds.errors import CumaError, ModelError
 from cuma_ds.files import first_line, is_hub_id, quiet_transformers
-from cuma_ds.identity import model_fingerprint
+from cuma_ds.identity import model_fingerprint, weight_files
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.destination import Destination, move
@@ -76,6 +76,13 @@ def check_quantisation(model: ModelSection) -> None:
         bare = skeleton(model)
         refuse_quantised(model, bare.config)
         quantised_weights(bare, kind)
+
+
+def check_weights(model: ModelSection) -> None:
+    """Raise a ModelError for a backbone whose files of weights are missing or damaged. Their headers alone are read."""
+    _check_place(model)
+    with _as_model_error(model), contextlib.suppress(NotStreamable):
+        plan_streaming(model)
 
 
 def skeleton(model: ModelSection) -> nn.Module:
@@ -257,13 +264,16 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     _check_place(model)
     try:
         return AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except CumaError:
+        raise
+    except Exception as error:  # the tokenizers library raises this class itself
         raise ModelError(f"model.path: no tokenizer could be loaded from {model.path!r}: {first_line(error)}") from None
 
 
 def _from_pretrained(model: ModelSection) -> PreTrainedModel:
     _check_place(model)
     with _as_model_error(model), quiet_transformers():
+        weight_files(model.path)  # transformers would follow an index out of its folder
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=getattr(torch, model.dtype),
@@ -281,7 +291,9 @@ def _from_pretrained(model: ModelSection) -> PreTrainedModel:
 def _as_model_error(model: ModelSection) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (CumaError, NotStreamable, RuntimeError):  # the last may be one of a collective
+        raise
+    except Exception as error:  # what reads a model folder is foreign code
         raise ModelError(
             f"model.path: {model.path!r} cannot be loaded as a causal language model: {first_line(error)}"
         ) from None

@@ -32,12 +32,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cuma_ds.errors import CheckpointError
-from cuma_ds.files import atomic_folder
+from cuma_ds.files import atomic_folder, is_plain_name
 from cuma_ds.identity import SEAL, Identity, file_sha256, seal_holds, sealed
 
 FORMAT_VERSION = 1
 BESIDE = "objective/"
 _SHARED = "shared.safetensors"
+# What some entries of state.json must be.
+_PARTS: dict[str, type] = {"files": dict, "sha256": dict, "identity": dict, "written_by": dict, "fingerprint": str}
 
 
 class State(TypedDict, total=False):
@@ -232,6 +234,8 @@ def read_state(folder: Path, content: bool = True) -> State:
         state: State = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         version, step, files = state["format_version"], int(state["step"]), dict(state["files"])
         has_hashes = SEAL in state or "sha256" in state
+        if not all(isinstance(part, _PARTS.get(key, object)) for key, part in state.items()):
+            raise TypeError
         whole = not has_hashes or (seal_holds(state) and state["sha256"].keys() == files.keys())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         what = "is not a complete checkpoint: state.json is missing or damaged"
@@ -321,6 +325,8 @@ def _check_files(folder: Path, state: State, hashes: Mapping[str, str]) -> None:
     by = state.get("written_by", {})
     written_by = f"written by {by.get('world')} ranks, ep_size {by.get('ep_size')}"
     for name, size in state["files"].items():
+        if not is_plain_name(name):
+            raise DamagedCheckpoint.at(folder, f"is damaged: state.json names {name!r}, which is no file of its folder")
         path = folder / name
         if not path.is_file():
             raise DamagedCheckpoint.at(folder, f"is incomplete: {name} is missing ({written_by})")

@@ -58,10 +58,9 @@ def plan_streaming(model: ModelSection) -> StreamingPlan:
     """Build a causal language model without parameters and find each of them in a folder or hub id; no collectives.
 
     Raises:
-        NotStreamable: no safetensors, weights that transformers converts while loading, or tensors missing or of
-            another shape.
-        ModelError: a weight file that an index names is missing, or the index is damaged, or the weights are
-            quantised already.
+        NotStreamable: no safetensors, weights that transformers converts while loading, or tensors missing.
+        ModelError: a weight file that an index names is missing, or the index is damaged, or a tensor has another
+            shape, or the weights are quantised already.
         OSError, ValueError, KeyError, SafetensorError: as ``from_pretrained``.
     """
     files = _checkpoint_files(model.path)
@@ -189,7 +188,7 @@ def _places(backbone: PreTrainedModel, files: list[str], dtype: torch.dtype) -> 
                     raise NotStreamable(f"transformers converts {key} while loading")
                 shape, wanted_shape = content.get_slice(key).get_shape(), list(state[name].shape)
                 if shape != wanted_shape:
-                    raise NotStreamable(f"{key} has shape {shape}, not {wanted_shape}")
+                    raise ModelError(f"{file}: {key} has shape {shape}, but config.json asks for {wanted_shape}")
                 found[name] = _Place(file, key)
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in state.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cuma_ds.errors import TopologyError
 from cuma_ds.files import first_line
+from cuma_ds.launched import launched
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.torch_compat import limit_waiting
 
@@ -74,20 +76,20 @@ def start_processes(timeout_seconds: int) -> Topology:
     """Join the other ranks (or stand alone when no launcher set the environment).
 
     Raises:
-        TopologyError: peers did not appear within the timeout.
+        TopologyError: the environment makes no sense, or peers did not appear within the timeout.
     """
+    rank, world, local_rank, port = launched()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    local_rank = int(os.environ["LOCAL_RANK"])
+    os.environ["MASTER_PORT"] = str(port or _free_port())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:
         compat.without_shared_memory_op()
+    if rank:
+        _wait_for_main(rank, world, timeout_seconds)
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo",
@@ -102,6 +104,27 @@ def start_processes(timeout_seconds: int) -> Topology:
         ) from None
     limit_waiting(_PREPARATION_SECONDS)
     return Topology(world=world, rank=rank, local_rank=local_rank, device=device)
+
+
+def _wait_for_main(rank: int, world: int, seconds: float) -> None:
+    """Wait until the main rank listens. Torch would wait, too, but print C++ frames at the end.
+
+    Raises:
+        TopologyError: it does not in time.
+    """
+    address, until = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(address, timeout=min(10.0, seconds)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                reason = error.strerror or first_line(error)
+                raise TopologyError(
+                    f"rank {rank} of {world} could not meet its peers at {address[0]}:{address[1]} within "
+                    f"{seconds:.0f} s (parallel.timeout_seconds): {reason}"
+                ) from None
+        time.sleep(0.2)
 
 
 def leave_processes() -> None:

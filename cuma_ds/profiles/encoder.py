@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cuma_ds.errors import DataError, ModelError
-from cuma_ds.files import first_line, is_hub_id, quiet_transformers
+from cuma_ds.files import first_line, is_hub_id, is_plain_name, quiet_transformers
+from cuma_ds.identity import stored_tensors
 
 _POOLINGS = ("mean", "cls", "lasttoken")
 _SETTINGS = ("auto", "mean", "mean-all", "last", "cls")
@@ -70,7 +71,7 @@ class ProfileEncoder:
         try:
             config = AutoConfig.from_pretrained(self.folder)
             self.dim = int(config.hidden_size)
-        except (OSError, ValueError, AttributeError, KeyError) as error:
+        except Exception as error:  # what reads a model folder is foreign code
             raise ModelError(f"{self.folder} is not a sentence encoder: {first_line(error)}") from None
         self._longest = int(getattr(config, "max_position_embeddings", 0) or 512)
         self._asked_tokens = max_tokens
@@ -96,6 +97,17 @@ class ProfileEncoder:
             if progress is not None:
                 progress(done, len(texts))
         return embeddings_NP
+
+    def check_files(self) -> None:
+        """Raise a ModelError for a tokenizer or weights that cannot be read. Of weights, headers alone are read."""
+        from transformers import AutoTokenizer
+
+        for file in self.folder.glob(_WEIGHTS[0]):
+            stored_tensors(file)
+        try:
+            AutoTokenizer.from_pretrained(self.folder)
+        except Exception as error:
+            raise ModelError(f"the sentence encoder {self.folder} has no tokenizer: {first_line(error)}") from None
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Rows that share a forward. They are of like length, so that little is spent on padding."""
@@ -171,11 +183,15 @@ class ProfileEncoder:
     def _parts(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
 
+        for index in self.folder.glob("*.index.json"):
+            for name in _json(index).get("weight_map", {}).values():
+                if not is_plain_name(name):
+                    raise ModelError(f"{index} is damaged: it names {name!r}, which is no file of its folder")
         with quiet_transformers(bars_only=True):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.folder)
                 model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:
                 raise ModelError(f"the sentence encoder {self.folder} cannot be loaded: {first_line(error)}") from None
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from cuma_ds.config import RunConfig
+from cuma_ds.config import NOTHING_TRAINS, RunConfig
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.batch import Batch, EncodedExample
 from cuma_ds.data.lengths import Reading, fitting
@@ -21,12 +21,15 @@ from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.shots import Shots
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
+from cuma_ds.files import move_folder, remove_folder
 from cuma_ds.identity import base_fact
+from cuma_ds.methods import METHODS
 from cuma_ds.parallel.agreement import agreement
-from cuma_ds.parallel.backbone import check_quantisation, load_tokenizer, skeleton
+from cuma_ds.parallel.backbone import check_quantisation, check_weights, load_tokenizer, skeleton
+from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.stored import write_start
 from cuma_ds.parallel.topology import ALONE, Topology
-from cuma_ds.profiles import ProfileTable, wording_of
+from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
 from cuma_ds.training.embedding import embed_profiles, take_known_profiles
@@ -87,41 +90,87 @@ def prepare_run(config: RunConfig, topology: Topology = ALONE, tell: Callable[[s
     run = Run(config.run_dir)
     with agreement():
         if topology.is_main:
-            data = _open_run(config, run)
+            data = _open_run(config, run, topology)
             if config.adapters.uses_profiles and (missing := take_known_profiles(config, run, data)):
                 tell(f"embedding {missing:,} of {len(data.profiles):,} profiles")
     if config.adapters.uses_profiles:
         embed_profiles(config, run, topology)
     with agreement():
         if topology.is_main:
+            if not config.profiles.keep_text:
+                forget_texts(run)
             data, table = run.data(), run.profiles(config)
             run.check_own_data(data, table, run.identity())
             run.record_identity(config, data, table)
             run.check_start()
 
 
-def _open_run(config: RunConfig, run: Run) -> PreparedData:
+def _open_run(config: RunConfig, run: Run, topology: Topology) -> PreparedData:
     """Open the run folder and put the data there; the data, which of a prepared folder comes with its embeddings."""
     source = None
     check_quantisation(config.model)
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
+        _check_models(config)
         source = check_prompts(load_data(config.data, wording_of(config.profiles)), config, started=False)
-        renderer = Renderer.of(load_tokenizer(config.model), config.data)
-        OBJECTIVES[config.training.objective](config).check(config, source, renderer)
-        with_steps(config, len(source.splits["train"]))
+        _check_objective(config, source, topology)
     origin = None
     if config.model.init_from is not None and not run.identity():
         origin = open_origin(config.model.init_from)
         origin.check(config, (source or run.data()).manifest)
     check_same_start(config)
     Run.create(config)
+    if source is not None and not config.profiles.keep_text:
+        run.profiles_file.unlink(missing_ok=True)  # a killed start may have numbered other profiles
     data = run.data() if source is None else source.save(run.data_folder)
     if origin is not None:
         write_start(run.start, start_bytes(origin.tensors()))
     if source is None and PROMPTS_CHECKED not in data.manifest:
         check_prompts(data, config, started=True)
     return source or data
+
+
+def _check_models(config: RunConfig) -> None:
+    """Raise a CumaError for a backbone or an encoder that is damaged or that the method cannot take. No weights are
+    read.
+    """
+    check_weights(config.model)
+    METHODS[config.adapters.method].check(skeleton(config.model), config)
+    if config.adapters.uses_profiles and config.profiles.encoder is not None:
+        encoder_of(config.profiles).check_files()
+
+
+def _check_objective(config: RunConfig, data: PreparedData, topology: Topology) -> None:
+    """Raise a CumaError for data that the objective cannot learn from, or that these ranks cannot share."""
+    objective, rows = OBJECTIVES[config.training.objective](config), len(data.splits["train"])
+    objective.check(config, data, Renderer.of(load_tokenizer(config.model), config.data))
+    config = with_steps(config, rows)
+    if config.adapters.method not in NOTHING_TRAINS:
+        read_deepspeed_config(config, *objective.layout(_draw(config, rows, topology)), topology.world)
+
+
+def _draw(config: RunConfig, rows: int, topology: Topology) -> Draw:
+    """How so many rows are dealt out."""
+    training = config.training
+    return Draw(
+        rows, training.global_batch_size, training.micro_batch_size, config.run.seed, topology.rank, topology.world
+    )
+
+
+def forget_texts(run: Run) -> None:
+    """Put numbers in place of profiles and names of groups, once these are embedded. A killed start does it again."""
+    data = run.data()
+    if not data.keeps_text:
+        return
+    bare = data.without_texts()
+    if run.profiles_file.is_file():
+        table = ProfileTable.load(run.profiles_file)
+        dataclasses.replace(table, sentences=bare.sentences).save(run.profiles_file)
+    beside = run.folder / "data-without-texts"
+    remove_folder(beside)
+    bare.save(beside)
+    remove_folder(run.data_folder)
+    move_folder(beside, run.data_folder)
 
 
 def check_prompts(data: PreparedData, config: RunConfig, started: bool) -> PreparedData:
@@ -182,14 +231,7 @@ def load_inputs(config: RunConfig, topology: Topology) -> TrainingInputs:
     tokenizer, rows = load_tokenizer(config.model), data.splits["train"]
     renderer = Renderer.of(tokenizer, config.data)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    draw = Draw(
-        len(rows),
-        training.global_batch_size,
-        training.micro_batch_size,
-        config.run.seed,
-        topology.rank,
-        topology.world,
-    )
+    draw = _draw(config, len(rows), topology)
     stream = Stream(
         draw,
         lambda row: objective.unit(rows[row], renderer, data.sentences),

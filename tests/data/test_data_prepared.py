@@ -22,6 +22,7 @@ from cuma_ds.data.embedded import unpack_embedded
 from cuma_ds.data.rows import ArrowFile, Split
 from cuma_ds.errors import ConfigError, DataError, ModelError
 from cuma_ds.learned_settings import learned_settings
+from cuma_ds.locks import locked
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, Wording
 from cuma_ds.runs import Run
 
@@ -298,6 +299,33 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, arguments, problem
     assert len(lines) == 1
     assert problem in lines[0]
     assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_preparation_left_is_removed_by_the_next_one_and_nothing_else(tmp_path):
+    out = tmp_path / "prepared"
+    with_fault = [sys.executable, "tests/helpers/with_fault.py"]
+    what = json.dumps({"function": "cuma_ds.data.build:build", "do": "SIGKILL"})
+    command = ["launchers/prepare_data.py", "jsonl", "--root", str(OPINIONS), "--out", str(out)]
+    killed = subprocess.run([*with_fault, what, *command], cwd=ROOT, timeout=300, check=False,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert killed.returncode == -9
+    (tmp_path / ".prepared.0123456789abcdef").mkdir()  # as one killed while it wrote the folder itself leaves it
+    (tmp_path / ".other.0123456789abcdef").mkdir()
+    assert {place.name for place in tmp_path.iterdir()} == {
+        ".prepared.preparing", ".prepared.0123456789abcdef", ".other.0123456789abcdef",
+    }  # fmt: skip
+    result = launch(*command[1:])
+    assert result.returncode == 0, result.stderr
+    assert sorted(place.name for place in tmp_path.iterdir()) == [".other.0123456789abcdef", "prepared"]
+    assert PreparedData.load(out).manifest["splits"]
+
+
+def test_two_preparations_of_one_folder_are_one(tmp_path):
+    with locked(tmp_path / ".prepared.preparing"):
+        result = launch("jsonl", "--root", str(OPINIONS), "--out", str(tmp_path / "prepared"))
+    assert result.returncode == 2
+    assert "is in use by process" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -137,7 +137,7 @@ def test_exactly_the_rows_that_do_not_fit_are_named_or_left_out(kind, in_prompt,
 
 def test_when_nothing_fits_skipping_is_refused_too(choices) -> None:
     data = load_data(section(choices))
-    with pytest.raises(DataError, match="nothing is left for training without what is too long"):
+    with pytest.raises(DataError, match="nothing is left for training: too long to be read whole"):
         fitting(
             data, Reading(Renderer(character_tokenizer(), 20)), section(choices, on_long_prompt="skip"), ["train"], str
         )
@@ -166,7 +166,7 @@ def test_a_run_with_long_prompts_is_refused_and_the_corrected_recipe_starts_unde
     assert not (tmp_path / "runs" / "long").exists()
     code, output = run(1, ["launchers/train.py", "--config", str(path), "--set", "data.on_long_prompt=skip"])[0]
     assert code == 0, output[-2000:]
-    assert "left out, being too long" in output
+    assert "left out: too long to be read whole" in output
     kept = PreparedData.load(tmp_path / "runs" / "long" / "data")
     assert kept.manifest["skipped"]["examples longer than max_length"] > 0
     assert {row["question_id"] for name in ("train", "test") for row in kept.splits[name]} == {"q0", "q1"}

@@ -52,7 +52,8 @@ class SlowClient(threading.Thread):
             if self.how == "reads nothing":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             connection.connect(("127.0.0.1", self.port))
-            whole = wire(json.dumps({**good(), "stream": True}).encode(), Connection="keep-alive")
+            body = {**good(), "stream": True, "max_tokens": 100}
+            whole = wire(json.dumps(body).encode(), Connection="keep-alive")
             first = {"says nothing": b"", "stops in its head": whole[:40], "stops in its body": whole[:-20]}
             connection.sendall(first.get(self.how, b"POST /v1/chat/completions HTTP/1.1\r\n"))
             if self.how == "reads nothing":

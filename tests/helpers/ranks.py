@@ -39,6 +39,7 @@ def environment(world: int = 1, rank: int = 0, port: int | None = None) -> dict[
     base["TORCHDYNAMO_DISABLE"] = (
         "1"  # nothing is compiled, but DeepSpeed's Muon would import the compiler, 2 s a process
     )
+    base["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as launchers/_cli.py sets it, which forks call after torch is imported
     if port is not None:
         base |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}

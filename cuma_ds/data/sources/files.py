@@ -46,12 +46,22 @@ class Input:
     identity: dict[str, str]
 
 
+# A line of JSON, or a row of a table.
+Undecoded = bytes | dict[str, object]
+
+
 def decode(chunk: Chunk) -> Iterator[tuple[str, dict[str, object]]]:
     """The chunk's records, each with its place (``file:line`` or ``file: row``).
 
     Raises:
         DataError: a line that is no JSON object in UTF-8.
     """
+    for where, undecoded in lines_of(chunk):
+        yield where, record_of(undecoded, where)
+
+
+def lines_of(chunk: Chunk) -> Iterator[tuple[str, Undecoded]]:
+    """The chunk's records as they stand, each with its place, for :func:`record_of`; empty lines are left out."""
     if isinstance(chunk.data, pa.RecordBatch):
         for number, row in enumerate(chunk.data.to_pylist(), start=chunk.first):
             # A table has every column in every row; a null is a key that is not there.
@@ -59,7 +69,16 @@ def decode(chunk: Chunk) -> Iterator[tuple[str, dict[str, object]]]:
         return
     for number, line in enumerate(chunk.data, start=chunk.first):
         if line.strip():
-            yield f"{chunk.where}:{number}", _object(line, f"{chunk.where}:{number}")
+            yield f"{chunk.where}:{number}", line
+
+
+def record_of(undecoded: Undecoded, where: str) -> dict[str, object]:
+    """The record that stands at a place.
+
+    Raises:
+        DataError: no JSON object in UTF-8.
+    """
+    return _object(undecoded, where) if isinstance(undecoded, bytes) else undecoded
 
 
 def find_input(path: str | Path, split: str | None = None) -> Input:

@@ -8,7 +8,7 @@ import os
 import warnings
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -22,7 +22,7 @@ import pyarrow as pa
 from cuma_ds.config import DataSection
 from cuma_ds.data.raw import ProfileList, ReadOptions, Rows, check_questions
 from cuma_ds.data.rows import QUESTION_SCHEMA, SCHEMAS, ArrowFile, Question
-from cuma_ds.data.sources.files import Chunk, Input, decode
+from cuma_ds.data.sources.files import Chunk, Input, lines_of, record_of
 from cuma_ds.data.sources.records import (
     KEYS,
     RESPONDENTS,
@@ -44,8 +44,14 @@ from cuma_ds.errors import DataError
 
 # Smaller inputs are read before other processes have started.
 _WORTH_WORKERS = 64 << 20
+# So many wrong rows are named.
+_NAMED = 20
 # Kinds of rows that are about a question with options.
 _ASKED = ("choice", "distribution")
+
+
+class _Contradiction(DataError):
+    """Two rows that do not go together. Neither is wrong by itself, so it is not known which to leave out."""
 
 
 @dataclass
@@ -56,6 +62,7 @@ class Part:
     unnamed: what identifies each row without a person in its source.
     weights: survey weight of each row, where they are asked for; people behind each share of a distribution.
     has_weights: whether any row names one.
+    wrong: place and fault of each row that was left out.
     """
 
     kind: str = ""
@@ -69,26 +76,68 @@ class Part:
     payload: pa.RecordBatch | None = None
     record_ids: list[tuple[str, str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    wrong: list[tuple[str, str]] = field(default_factory=list)
     where: str = ""
     consumed: int = 0
+
+    def take(self, kind: str, where: str, question: Question | None = None) -> int:
+        """Note the kind of rows and the question of one; the question's number, 0 without one."""
+        self.kind, self.where = kind, self.where or where
+        if question is None:
+            return 0
+        return self.questions.setdefault(question.question_id, (len(self.questions), question, where))[0]
+
+    def take_shares(self, question: Question, place: tuple[int, int], people: Sequence[float]) -> None:
+        """One row per option that has a share. The distribution stands in the place of a person who gave them all.
+
+        Args:
+            question: that was asked.
+            place: numbers of the profile and the question.
+            people: behind each option.
+        """
+        profile, number = place
+        name = f"{question.question_id}\0{self.profiles.profiles[profile]['sentence']}"
+        distribution = self.persons.setdefault(name, len(self.persons))
+        for option, weight in enumerate(people):
+            if weight:
+                self.rows.extend((distribution, profile, number, option))
+                self.weights.append(weight)
+
+    def leave_out(self, where: str, error: DataError, config: DataSection) -> None:
+        """Note a wrong row, where the recipe leaves such rows out.
+
+        Raises:
+            DataError: it refuses them, or the row contradicts another one.
+        """
+        if config.on_bad_row == "refuse" or isinstance(error, _Contradiction):
+            raise error
+        self.wrong.append((where, str(error)))
 
 
 def read_part(chunk: Chunk, convert: Convert, template: str, config: DataSection) -> Part:
     """Check and count the rows of one chunk.
 
     Raises:
-        DataError: one line with file and line (or row) for the first thing that is wrong.
+        DataError: one line with file and line (or row) for the first thing that is wrong, unless the recipe leaves it
+            out.
     """
     part = Part(profiles=ProfileList(template), consumed=chunk.consumed)
     payload: list[tuple] = []
-    for where, record in decode(chunk):
-        converted = convert(record, where)
+    for where, undecoded in lines_of(chunk):
+        try:
+            converted = convert(record_of(undecoded, where), where)
+        except DataError as error:
+            part.leave_out(where, error, config)
+            continue
         if converted.record_id is not None:
             part.record_ids.append((str(converted.record_id), where))
         if converted.skipped is not None:
             part.skipped[converted.skipped] += 1
         for row in converted.rows:
-            _add(part, row, where, config, payload)
+            try:
+                _add(part, row, where, config, payload)
+            except DataError as error:
+                part.leave_out(where, error, config)
     if part.kind and part.kind not in _ASKED:
         schema = _payload_schema(part.kind)
         columns = list(zip(*payload, strict=True)) if payload else [()] * len(schema)
@@ -99,59 +148,47 @@ def read_part(chunk: Chunk, convert: Convert, template: str, config: DataSection
 
 
 def _add(part: Part, row: Row, where: str, config: DataSection, payload: list[tuple]) -> None:
+    """Check a row, then take it in. A row that is wrong leaves nothing behind."""
     kind = row_kind(row, where)
     if part.kind and kind != part.kind:
-        raise DataError(f"{where}: a {kind} row after {part.kind} rows; one data set holds one kind")
-    part.kind, part.where = kind, part.where or where
-    number = answer = 0
-    if kind in _ASKED:
-        question = question_of(row, where)
-        number, known, first = part.questions.setdefault(question.question_id, (len(part.questions), question, where))
+        raise _Contradiction(f"{where}: a {kind} row after {part.kind} rows; one data set holds one kind")
+    question = question_of(row, where) if kind in _ASKED else None
+    if question is not None:
+        _, known, first = part.questions.get(question.question_id, (0, question, where))
         _same_question(question, known, where, first)
         if config.questions is not None and question.question_id not in config.questions:
+            part.take(kind, where, question)
             return
     pair = preference_of(row, where) if kind == "preference" else None
     if pair is not None and pair.margin is not None and pair.margin < config.min_margin:
+        part.take(kind, where)
         part.skipped["pairs with a margin below data.min_margin"] += 1
         return
+    texts = (messages_of(row["messages"], where),) if kind == "chat" else pair
+    shares, weight, answer = [0.0], None, 0
+    if question is not None and kind == "distribution":
+        shares, weight = shares_of(row["shares"], question.options, where), weight_of(row, where, RESPONDENTS)
+    elif question is not None:
+        answer = answer_of(row["answer"], question.options, where)
+        weight = weight_of(row, where) if config.weights else None
+    person_id = None if kind == "distribution" else person_of(row, "person_id", where)
     try:
         profile = part.profiles.add(profile_of(row["profile"], where))
     except DataError as error:
         raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
-    if kind == "distribution":
-        _add_shares(part, row, where, question, (profile, number))
+    number = part.take(kind, where, question)
+    part.has_weights |= row.get("weight") is not None
+    if texts is not None:
+        payload.append(texts)
+    if question is not None and weight is not None and kind == "distribution":
+        part.take_shares(question, (profile, number), [weight * share for share in shares])
         return
-    person_id = person_of(row, "person_id", where)
-    person = -1 if person_id is None else part.persons.setdefault(person_id, len(part.persons))
+    if weight is not None:
+        part.weights.append(weight)
     if person_id is None:
         part.unnamed.append(Path(where).name)
-    if kind == "choice":
-        answer = answer_of(row["answer"], question.options, where)
-        part.has_weights |= row.get("weight") is not None
-        if config.weights:
-            part.weights.append(weight_of(row, where))
-    elif kind == "chat":
-        payload.append((messages_of(row["messages"], where),))
-    elif pair is not None:
-        payload.append(pair)
+    person = -1 if person_id is None else part.persons.setdefault(person_id, len(part.persons))
     part.rows.extend((person, profile, number, answer))
-
-
-def _add_shares(part: Part, row: Row, where: str, question: Question, place: tuple[int, int]) -> None:
-    """One row per option that has a share. The distribution stands in the place of a person who gave them all.
-
-    Args:
-        place: numbers of the profile and the question in ``part``.
-    """
-    profile, number = place
-    shares, asked = shares_of(row["shares"], question.options, where), weight_of(row, where, RESPONDENTS)
-    name = f"{question.question_id}\0{part.profiles.profiles[profile]['sentence']}"
-    distribution = part.persons.setdefault(name, len(part.persons))
-    part.has_weights |= row.get("weight") is not None
-    for option, share in enumerate(shares):
-        if share:
-            part.rows.extend((distribution, profile, number, option))
-            part.weights.append(asked * share)
 
 
 def read_records(source: Input, convert: Convert, options: ReadOptions) -> Rows:
@@ -175,6 +212,7 @@ def read_records(source: Input, convert: Convert, options: ReadOptions) -> Rows:
             gathered.add(part)
             if progress is not None:
                 progress(min(part.consumed, source.size), source.size)
+    gathered.say_wrong()
     if gathered.kind in _ASKED:
         check_questions(config, list(gathered.questions))
     if not len(gathered.rows):
@@ -230,6 +268,7 @@ class _Gathered:
         # spool.
         self.questions: dict[str, tuple[int, bytes, str]] = {}
         self.skipped: Counter[str] = Counter()
+        self.wrong: list[tuple[str, str]] = []
         self._records: set[bytes] = set()
         self._spool = options.spool
         self._open: ExitStack = ExitStack()
@@ -250,6 +289,7 @@ class _Gathered:
                 raise DataError(f"{where}: the id {record_id!r} has come before; each record has an id of its own")
             self._records.add(key)
         self.skipped.update(part.skipped)
+        self.wrong += part.wrong
         if not part.kind:
             return
         if self.kind and part.kind != self.kind:
@@ -277,6 +317,17 @@ class _Gathered:
             if self._texts is None:
                 self._texts = self._open.enter_context(_Spool(part.payload.schema, self._spool, "texts"))
             self._texts.append(part.payload)
+
+    def say_wrong(self) -> None:
+        """Count the wrong rows that were left out, and name them."""
+        if self.wrong:
+            self.skipped["wrong rows"] += len(self.wrong)
+            places = ", ".join(Path(where).name for where, _ in self.wrong[:_NAMED])
+            more = f", and {len(self.wrong) - _NAMED:,} more" if len(self.wrong) > _NAMED else ""
+            warnings.warn(
+                f"left out {len(self.wrong):,} wrong row(s): {places}{more}; the first: {self.wrong[0][1]}",
+                stacklevel=4,
+            )
 
     def _question(self, question: Question, where: str) -> int:
         content = hashlib.blake2b(json.dumps(question.columns()).encode(), digest_size=12).digest()
@@ -404,13 +455,13 @@ def _payload_schema(kind: str) -> pa.Schema:
 def _same_question(question: Question, known: Question, where: str, first: str) -> None:
     what = f"{where}: question_id {question.question_id!r}"
     if known.options != question.options:
-        raise DataError(
+        raise _Contradiction(
             f"{what} had other options before, at {first}; one question has one list of options, in one order"
         )
     if known.text != question.text:
-        raise DataError(f"{what} had another text before, at {first}; one question has one text")
+        raise _Contradiction(f"{what} had another text before, at {first}; one question has one text")
     if known.scale != question.scale:
-        raise DataError(
+        raise _Contradiction(
             f"{what} has scale {question.scale}, but {known.scale} at {first}; "
             "one question has one scale (ordinal where a row does not say)"
         )

@@ -34,6 +34,7 @@ from cuma_ds.evaluation.report.plots import (
 from cuma_ds.evaluation.report.preference_plots import Share, plot_group_shares, plot_shares
 from cuma_ds.evaluation.report.routing_plots import PALETTE, plot_information, plot_load, plot_map
 from cuma_ds.evaluation.routing import comparable_means, cultural_map, expert_load, field_information
+from cuma_ds.evaluation.subgroups import large_enough
 from cuma_ds.inference.forward import RoutingTally
 
 Array = NDArray[np.floating]
@@ -176,6 +177,7 @@ def routing_pictures(
     examples: ChoiceExamples,
     gates_MRE: NDArray[np.float32],
     fields: Mapping[str, Sequence[str | None]],
+    least: int,
 ) -> tuple[Routing, dict[str, str]]:
     """Expert load, information about profile fields, and the map of profiles: numbers and pictures.
 
@@ -185,6 +187,7 @@ def routing_pictures(
         examples: M examples of groups that may be named.
         gates_MRE: their routing.
         fields: label of every profile, by field.
+        least: people of a label that the map may name.
 
     Returns:
         The section of the report, and file name -> caption.
@@ -226,7 +229,12 @@ def routing_pictures(
             else ""
         )
     )
-    section.map, more = _map_picture(folder, examples, profiles, gates_NRE, labels)
+    named = {
+        field: [values[profile] for profile in profiles]
+        for field, values in large_enough({field: fields[field] for field in labels}, examples, least).items()
+    }
+    named = {field: values for field, values in named.items() if len(set(values) - {None}) > 1}
+    section.map, more = _map_picture(folder, examples, profiles, gates_NRE, named)
     return section, pictures | more
 
 
