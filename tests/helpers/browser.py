@@ -118,7 +118,10 @@ class Browser:
     def press(self, key: str, **more: Any) -> None:
         """A key, down and up."""
         codes = {"Enter": 13, "Tab": 9, "ArrowDown": 40, "Escape": 27}
-        event = {"key": key, "windowsVirtualKeyCode": codes[key] if key in codes else ord(key.upper()) if key.isalnum() else 0}
+        event = {
+            "key": key,
+            "windowsVirtualKeyCode": codes[key] if key in codes else ord(key.upper()) if key.isalnum() else 0,
+        }
         event |= {"text": "\r" if key == "Enter" else key} if key == "Enter" or len(key) == 1 else {}
         self.send("Input.dispatchKeyEvent", type="keyDown", **event, **more)
         self.send("Input.dispatchKeyEvent", type="keyUp", **event)
