@@ -115,6 +115,11 @@ class Browser:
         for letter in text:
             self.press(letter)
 
+    def paste(self, text: str) -> None:
+        """Put a text over what the focused input holds."""
+        self.evaluate("document.activeElement.select()")
+        self.send("Input.insertText", text=text)
+
     def press(self, key: str, **more: Any) -> None:
         """A key, down and up."""
         codes = {"Enter": 13, "Tab": 9, "ArrowDown": 40, "Escape": 27}

@@ -65,7 +65,7 @@ def choose(page: Browser, field: str, value: str) -> None:
 
 def write(page: Browser, name: str, value: str) -> None:
     page.focus(name)
-    page.type(value)
+    page.paste(value)
     page.press("Tab")
 
 
@@ -126,7 +126,7 @@ def test_a_chat_is_that_of_generate(run, page, launch) -> None:
     write(page, "Temperature (0: the most probable)", SETTINGS["--temperature"])
     write(page, "Seed", SETTINGS["--seed"])
     page.focus("Your message")
-    page.type(MESSAGE)
+    page.paste(MESSAGE)
     page.press("Enter")
     page.until("document.querySelector('#conversation .experts')")
     settings = [part for pair in SETTINGS.items() for part in pair]
@@ -139,19 +139,19 @@ def test_a_chat_is_that_of_generate(run, page, launch) -> None:
         assert said == MESSAGE  # as typed: nothing of it is run, filled in or drawn
         assert answer == done.out.strip()
     page.focus("Your message")
-    page.type("And?")
+    page.paste("And?")
     page.press("Enter")
     page.until("document.querySelectorAll('#conversation .turn').length === 8")
     choose(page, "Country of B", "Norway")
     page.until("document.querySelector('#conversation [aria-busy=false]')")
     page.focus("Your message")
-    page.type("Hello")
+    page.paste("Hello")
     page.press("Enter")  # with somebody else it starts anew
     page.until("document.querySelectorAll('#conversation .turn').length === 4")
     page.until("document.querySelector('#conversation .experts')")
     write(page, "Longest answer, in tokens", "300")
     page.focus("Your message")
-    page.type("Go on")
+    page.paste("Go on")
     page.press("Enter")
     page.until("document.querySelectorAll('#conversation .turn').length === 8")
     page.click("Stop")
