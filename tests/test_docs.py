@@ -53,7 +53,8 @@ NOT_RUN |= {
         "python launchers/prepare_data.py community-alignment --root ca.csv --kind choice --out prepared/ca-choice",
     ),
 }
-NEED_MACHINES = {"launchers/check_hosts.py"}  # their arguments are parsed
+# Their arguments are parsed. tests/playground starts the page.
+NEED_MACHINES = {"launchers/check_hosts.py", "launchers/playground.py"}
 # What words in capitals stand for, and what makes a training run short.
 MEANING = {"RECIPE": "tests/data/opinions.yaml"}
 SHORT = ["--set", "training.steps=2", "training.warmup_steps=0", "checkpoint.every=2", "profiles.cache_dir=cache"]
