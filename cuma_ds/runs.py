@@ -32,7 +32,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cuma_ds.config import DataSection, RunConfig, load_started
+from cuma_ds.config import DataSection, RunConfig
 from cuma_ds.data.prepared import PreparedData, is_prepared, read_manifest
 from cuma_ds.data.sources.files import find_input
 from cuma_ds.errors import CheckpointError, ConfigError, DataError
@@ -43,6 +43,7 @@ from cuma_ds.locks import LOCK_FILE, locked
 from cuma_ds.parallel.backbone import backbone_fingerprint
 from cuma_ds.parallel.stored import State, find_checkpoint, newest_whole, read_adapters, read_state, start_sha256
 from cuma_ds.profiles import ProfileTable, encoder_of
+from cuma_ds.recipe import load_started
 
 
 @dataclass(frozen=True)

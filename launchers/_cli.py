@@ -217,7 +217,7 @@ def command(name: str) -> str:
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """``--config`` and ``--set``, as :func:`cuma_ds.config.load_config` takes them.
+    """``--config`` and ``--set``, as :func:`cuma_ds.recipe.load_config` takes them.
 
     Args:
         parser: to add to.

@@ -11,8 +11,9 @@ if (ranks := os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") 
 
 from _cli import add_recipe_arguments, command, run_main, warn_in_one_line
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.errors import CumaError
+from cuma_ds.recipe import load_config
 from cuma_ds.telemetry.screen import let_libraries_speak, say, set_libraries_aside
 
 EPILOG = """\

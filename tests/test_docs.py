@@ -31,8 +31,8 @@ from published import subpop_lines, write_lines, write_opinions
 from ranks import ROOT, environment, free_port
 from survey_files import save
 
-from cuma_ds.config import load_config
 from cuma_ds.config_reference import reference
+from cuma_ds.recipe import load_config
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
 NOT_RUN = {

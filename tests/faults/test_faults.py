@@ -13,9 +13,9 @@ from commands import TRAIN, all_tensors, one_line
 from ranks import finish, run, start
 from small_runs import metrics, recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.locks import holder_of
 from cuma_ds.parallel.stored import find_checkpoint, stored_steps
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank
