@@ -258,6 +258,16 @@ def check_model_arguments(command: str, arguments: argparse.Namespace) -> None:
         raise ConfigError("--base and --encoder belong to --export; a run names its own")
 
 
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line. All ranks have the same one, and the main rank alone says what is wrong with it."""
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") != "0":
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                stack.enter_context(redirect(nowhere))
+        return parser.parse_args()
+
+
 def several_ranks() -> bool:
     """Whether deepspeed or torchrun started this process as one of several ranks.
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import joined_ranks, run_main, several_ranks, warn_in_one_line
+from _cli import joined_ranks, parsed, run_main, several_ranks, warn_in_one_line
 
 from cuma_ds.errors import ConfigError
 from cuma_ds.files import is_hub_id, quiet_transformers
@@ -46,7 +46,7 @@ _SPLITS = ("valid", "test", "heldout", "heldout_profiles")
 
 def main() -> None:
     """Parse, evaluate, show the table and where the report is."""
-    arguments = _parser().parse_args()
+    arguments = parsed(_parser())
     warn_in_one_line()
     _check(arguments)
     _extras(arguments)  # mistakes show before anything is loaded

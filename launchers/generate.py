@@ -12,6 +12,7 @@ from _cli import (
     check_text,
     joined_ranks,
     load_talker,
+    parsed,
     read_profile,
     run_main,
     several_ranks,
@@ -51,7 +52,7 @@ _HELP = """\
 
 def main() -> None:
     """Parse, load, answer."""
-    arguments = _parser().parse_args()
+    arguments = parsed(_parser())
     warn_in_one_line()
     profiles = [read_profile(text) for text in arguments.profile]
     check_model_arguments("generate", arguments)

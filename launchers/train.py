@@ -9,7 +9,7 @@ import os
 if (ranks := os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1").isdecimal() and int(ranks) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(ranks))))
 
-from _cli import add_recipe_arguments, command, run_main, warn_in_one_line
+from _cli import add_recipe_arguments, command, parsed, run_main, warn_in_one_line
 
 from cuma_ds.config import RunConfig
 from cuma_ds.errors import CumaError
@@ -29,7 +29,7 @@ on any number of ranks. The screen shows what the run does; what libraries print
 
 def main() -> None:
     """Parse, join the other ranks, train."""
-    arguments = _parser().parse_args()
+    arguments = parsed(_parser())
     warn_in_one_line()
     if arguments.verbose:
         let_libraries_speak()
