@@ -16,7 +16,7 @@ settings=(
 find_folder='import sys
 sys.path.insert(0, "launchers")
 from _cli import run_main
-from cuma_ds.config import load_config
+from cuma_ds.recipe import load_config
 run_main(lambda: print(load_config(sys.argv[1], sys.argv[2:]).run_dir))'
 folder=$("$BIN/python" -c "$find_folder" "$recipe" "${settings[@]}")
 
