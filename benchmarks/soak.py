@@ -26,8 +26,8 @@ from pathlib import Path
 
 import psutil
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import newest_whole
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ A run folder holds::
     evaluation/                    the report
     outcome.json                   how the last start ended; none where it was killed
     errors/                        tracebacks of errors that nobody expected
+    logs/rank-N.log                what libraries printed on a rank
     .lock                          who writes there now, see :mod:`cuma_ds.locks`
 """
 
@@ -31,7 +32,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cuma_ds.config import DataSection, RunConfig, load_started
+from cuma_ds.config import DataSection, RunConfig
 from cuma_ds.data.prepared import PreparedData, is_prepared, read_manifest
 from cuma_ds.data.sources.files import find_input
 from cuma_ds.errors import CheckpointError, ConfigError, DataError
@@ -42,6 +43,7 @@ from cuma_ds.locks import LOCK_FILE, locked
 from cuma_ds.parallel.backbone import backbone_fingerprint
 from cuma_ds.parallel.stored import State, find_checkpoint, newest_whole, read_adapters, read_state, start_sha256
 from cuma_ds.profiles import ProfileTable, encoder_of
+from cuma_ds.recipe import load_started
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Run:
     Attributes:
         folder: ``run.output_dir/run.name`` of the recipe.
         recipe, deepspeed, metrics, completions, outcome: files in it.
-        data_folder, checkpoints, tensorboard, report_folder, errors: folders in it.
+        data_folder, checkpoints, tensorboard, report_folder, errors, logs: folders in it.
         profiles_file: the embedded profiles.
         embedded: vectors of some of them, while they are made, see :mod:`cuma_ds.profiles.embedding`.
         start: the trained model that the run started from; there is none without ``model.init_from``.
@@ -93,6 +95,7 @@ class Run:
         self.tensorboard = self.folder / "tensorboard"
         self.report_folder = self.folder / "evaluation"
         self.errors = self.folder / "errors"
+        self.logs = self.folder / "logs"
         self.outcome = self.folder / "outcome.json"
         self._identity_file = self.folder / "identity.json"
 

@@ -27,6 +27,7 @@ from cuma_ds.files import first_line, quiet_transformers
 from cuma_ds.incident import doing, tracebacks_go_to, unexpected
 from cuma_ds.launched import launched
 from cuma_ds.strict_json import RepeatedKeyError, read_json
+from cuma_ds.telemetry.screen import say_error
 
 # What the commands that start ranks are called, as a program and as a module.
 _DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
@@ -63,10 +64,10 @@ def _run(main: Callable[[], object]) -> int:
     except CumaError as error:
         return _say(error)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
+        say_error("stopped")
         return 130
     except _Terminated:
-        print("stopped by SIGTERM", file=sys.stderr, flush=True)
+        say_error("stopped by SIGTERM")
         return 143
     except Exception as error:
         return _say(unexpected(error))
@@ -76,8 +77,7 @@ def _run(main: Callable[[], object]) -> int:
 def _say(error: CumaError) -> int:
     """Print an error on one rank; its exit code."""
     if not error.printed_by_main or os.environ.get("RANK", "0") == "0":
-        said = str(error) if isinstance(error, Stopped) else f"error: {error}"
-        print(said, file=sys.stderr, flush=True)
+        say_error(str(error) if isinstance(error, Stopped) else f"error: {error}")
     return error.exit_code
 
 
@@ -110,8 +110,9 @@ def _leave(code: int, has_launcher: bool) -> NoReturn:
     """
     distributed = sys.modules.get("torch.distributed")
     if has_launcher or (distributed is not None and distributed.is_initialized()):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the disk of a log may be full
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -149,7 +150,7 @@ def _watch(chain: list[psutil.Process]) -> None:
     except psutil.Error:  # one of them is gone
         pass
     with contextlib.suppress(OSError):  # the terminal may be gone as well
-        print(f"rank {os.environ.get('RANK', '0')} stops: its launcher is gone", file=sys.stderr, flush=True)
+        say_error(f"rank {os.environ.get('RANK', '0')} stops: its launcher is gone")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_LAST_RESORT_SECONDS)  # what the rank was doing heeds no signal
     os._exit(2)
@@ -174,6 +175,12 @@ def read_profile(text: str) -> dict[str, object] | str:
         ) from None
     if not isinstance(fields, dict):
         raise ConfigError("--profile is a JSON list; expected an object of fields, or a sentence")
+    for name, value in fields.items():
+        if isinstance(value, dict | list):
+            raise ConfigError(
+                f"--profile: field {name!r} is a JSON {'list' if isinstance(value, list) else 'object'}; "
+                "allowed: text, a number, true, false or null"
+            )
     check_text("--profile", json.dumps(fields, ensure_ascii=False))  # JSON can write half of a surrogate pair
     return fields
 
@@ -191,12 +198,26 @@ def check_text(name: str, text: str) -> None:
 
 
 def warn_in_one_line() -> None:
-    """Print warnings meant for the user as one line, without the place in the code."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
+    """Print warnings as one line, without the place in the code. Those of libraries go where their other lines go."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
+        parts = Path(filename).parts
+        if "site-packages" in parts and "cuma_ds" not in parts:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        else:
+            say_error(f"warning: {message}")
+
+    warnings.showwarning = show
+
+
+def command(name: str) -> str:
+    """How another command is typed by somebody who typed this one, e.g. ``cuma-ds evaluate``."""
+    installed = sys.argv[0].startswith("cuma-ds ")
+    return f"cuma-ds {name}" if installed else f"python launchers/{name}.py"
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """``--config`` and ``--set``, as :func:`cuma_ds.config.load_config` takes them.
+    """``--config`` and ``--set``, as :func:`cuma_ds.recipe.load_config` takes them.
 
     Args:
         parser: to add to.

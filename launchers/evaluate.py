@@ -12,6 +12,8 @@ from _cli import joined_ranks, run_main, several_ranks, warn_in_one_line
 
 from cuma_ds.errors import ConfigError
 from cuma_ds.files import is_hub_id, quiet_transformers
+from cuma_ds.telemetry.progress import one_bar, phase
+from cuma_ds.telemetry.screen import console, say
 
 if TYPE_CHECKING:
     from cuma_ds.evaluation.run import Extra
@@ -62,32 +64,27 @@ def main() -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, topology: Topology | None, folder: Path, step: int | None) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from cuma_ds.evaluation.report.tables import terminal_tables
     from cuma_ds.evaluation.run import Scope, evaluate, written_files
 
     quiet_transformers()
     extras = _extras(arguments)
-    console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    asked = _open(arguments, topology, step)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks = {}
+    with phase("loading the model"):
+        subject = _open(arguments, topology, step)
+    with one_bar("evaluating") as tell:
 
         def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-            if done == total and not console.is_terminal:
-                console.print(f"{what}: {total} examples", highlight=False)
+            tell(what, done, total)
+            if done == total:
+                say(f"{what}: {total} examples")
+                tell("scores and pictures", 0, 0)
 
-        report = evaluate(asked, folder, progress, extras, Scope(arguments.splits, arguments.brief))
+        report = evaluate(subject, folder, progress, extras, Scope(arguments.splits, arguments.brief))
     for table in terminal_tables(report):
-        console.print(table)
-    for file in written_files(folder, report):
-        console.print(str(file), highlight=False, soft_wrap=True)
+        console().print(table)
+    page, *others = written_files(folder, report)
+    say(f"beside the report: {', '.join(file.name for file in others)}")
+    say(f"open {page}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

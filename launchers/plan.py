@@ -112,10 +112,10 @@ def main() -> None:
     """Parse, plan, print."""
     arguments = _parser().parse_args()
 
-    from cuma_ds.config import load_config
     from cuma_ds.planning.cost import Hardware, Work
     from cuma_ds.planning.plan import Planner
     from cuma_ds.planning.skeleton import read_model_config
+    from cuma_ds.recipe import load_config
     from cuma_ds.training.schedule import with_steps
     from cuma_ds.training.start import with_start
 

@@ -9,10 +9,12 @@ import os
 if (ranks := os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1").isdecimal() and int(ranks) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(ranks))))
 
-from _cli import add_recipe_arguments, run_main, warn_in_one_line
+from _cli import add_recipe_arguments, command, run_main, warn_in_one_line
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.errors import CumaError
+from cuma_ds.recipe import load_config
+from cuma_ds.telemetry.screen import let_libraries_speak, say, set_libraries_aside
 
 EPILOG = """\
 examples:
@@ -21,7 +23,7 @@ examples:
   deepspeed --hostfile hosts launchers/train.py --config RECIPE --set training.steps=500 parallel.ep_size=4
 
 The run lands in run.output_dir/run.name. The same command again resumes it from its last checkpoint,
-on any number of ranks.
+on any number of ranks. The screen shows what the run does; what libraries print is in its folder logs.
 """
 
 
@@ -29,6 +31,10 @@ def main() -> None:
     """Parse, join the other ranks, train."""
     arguments = _parser().parse_args()
     warn_in_one_line()
+    if arguments.verbose:
+        let_libraries_speak()
+    else:
+        set_libraries_aside()
 
     config: RunConfig | None = None
     mistake: CumaError | None = None
@@ -55,8 +61,10 @@ def main() -> None:
         assert config is not None
         from cuma_ds.training.run import train
 
-        train(config, with_expert_groups(topology, config.parallel.ep_size))
+        folder = train(config, with_expert_groups(topology, config.parallel.ep_size))
         leave_processes()
+    if topology.is_main:
+        say(f"to judge it: {command('evaluate')} --run {folder}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_recipe_arguments(parser)
+    parser.add_argument(
+        "--verbose", action="store_true",
+        help="show what DeepSpeed, transformers and others print, too; by default that goes to logs/ of the run",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
     return parser
 

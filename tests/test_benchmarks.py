@@ -140,3 +140,12 @@ def test_profiles(tiny_encoder, table) -> None:
     assert "40 profiles of " in printed
     assert "peak memory" in printed
     assert "plain loop / ours, median of 1 rounds of 20: wall time " in printed
+
+
+@pytest.mark.sixteen_bit
+@pytest.mark.parametrize("what", ["a linear of 32", "a training step"])
+def test_router(what, tiny_llama, table) -> None:
+    sizes = ["--width", "32", "--tokens", "16", *QUICK, *(["--model", str(tiny_llama)] if "step" in what else [])]
+    printed = table("router", *sizes)
+    for router in ("linear", "mlp"):
+        assert f"{router} router, {what}, 16 tokens, cpu: float32 " in printed

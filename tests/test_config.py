@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cuma_ds.config import load_config, make_config
 from cuma_ds.errors import ConfigError
+from cuma_ds.recipe import load_config, make_config
 from cuma_ds.strict_json import read_json
 
 MODEL = "model: {path: m}\nadapters: {method: lora}\n"

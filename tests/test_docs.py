@@ -31,8 +31,8 @@ from published import subpop_lines, write_lines, write_opinions
 from ranks import ROOT, environment, free_port
 from survey_files import save
 
-from cuma_ds.config import load_config
 from cuma_ds.config_reference import reference
+from cuma_ds.recipe import load_config
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
 NOT_RUN = {
@@ -53,7 +53,8 @@ NOT_RUN |= {
         "python launchers/prepare_data.py community-alignment --root ca.csv --kind choice --out prepared/ca-choice",
     ),
 }
-NEED_MACHINES = {"launchers/check_hosts.py"}  # their arguments are parsed
+# Their arguments are parsed. tests/playground starts the page.
+NEED_MACHINES = {"launchers/check_hosts.py", "launchers/playground.py"}
 # What words in capitals stand for, and what makes a training run short.
 MEANING = {"RECIPE": "tests/data/opinions.yaml"}
 SHORT = ["--set", "training.steps=2", "training.warmup_steps=0", "checkpoint.every=2", "profiles.cache_dir=cache"]

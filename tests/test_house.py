@@ -27,6 +27,7 @@ FLOORS = [
     {"ops"},
     {"config_reference"},
     {"learned_settings"},
+    {"recipe"},
     {"config"},
     {
         "identity",

@@ -17,7 +17,7 @@ from small_runs import recipe
 from transformers import AutoModelForCausalLM
 
 from cuma_ds import identity, load_exported
-from cuma_ds.config import ModelSection, RunConfig, load_config
+from cuma_ds.config import ModelSection, RunConfig
 from cuma_ds.errors import CheckpointError, ModelError
 from cuma_ds.evaluation.subject import run_subject
 from cuma_ds.export.hf import read_run, write_hf
@@ -26,6 +26,7 @@ from cuma_ds.identity import model_fingerprint
 from cuma_ds.inference.open import open_run
 from cuma_ds.parallel.streaming import plan_streaming
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.recipe import load_config
 from cuma_ds.training.inputs import prepare_run
 
 

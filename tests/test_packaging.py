@@ -91,7 +91,7 @@ def test_an_installed_package_finds_its_recipes_and_deepspeed_configurations(bui
         found = [file for file in (resources / kept).rglob("*") if file.is_file()]
         assert {file.relative_to(resources / kept): file.read_bytes() for file in found} == expected != {}
     program = (
-        "from cuma_ds.config import load_config, find_recipe; print(find_recipe('quickstart')); "
+        "from cuma_ds.recipe import load_config, find_recipe; print(find_recipe('quickstart')); "
         "load_config('quickstart'); print(find_recipe('paper/backbone/qwen3-0.6b')); "
         "from cuma_ds.parallel.ds_config import find_deepspeed_config; "
         "print(find_deepspeed_config('zero2_sharded_backbone'))"

@@ -203,7 +203,7 @@ def test_a_run_cannot_be_named_out_of_its_folder(name) -> None:
     ("packages", "code", "line"),
     [
         ([], 0, "not audited"),
-        ([{"name": "a", "skip_reason": "not found"}], 0, "not audited: no vulnerability service answers"),
+        ([{"name": "a", "skip_reason": "not found"}], 0, "not audited: no vulnerability service could be asked"),
         ([{"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "x"}], 0, "in 1 packages; 1 not"),
         ([{"name": "a", "version": "1", "vulns": [{"id": "CVE-1"}]}], 1, "known vulnerabilities: a 1 (CVE-1)"),
     ],

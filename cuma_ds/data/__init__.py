@@ -34,13 +34,16 @@ _COUNTED = {"choice": "answers", "chat": "conversations", "preference": "pairs"}
 __all__ = ["PreparedData", "load_data", "prepare"]
 
 
-def load_data(config: DataSection, wording: Wording | str = "generic") -> PreparedData:
+def load_data(
+    config: DataSection, wording: Wording | str = "generic", progress: Progress | None = None
+) -> PreparedData:
     """The data a recipe asks for, from a prepared folder or straight from its source.
 
     Args:
         config: the data section; with ``histogram_targets: false`` each training answer is a row of its own.
         wording: how profile fields become a sentence (a template's name stands for it); a prepared folder with another
             one is rewritten in memory.
+        progress: told (done, in all) while a source is read.
 
     Raises:
         DataError: unreadable data, a prepared folder that was split differently from what the recipe says, or fewer
@@ -56,7 +59,7 @@ def load_data(config: DataSection, wording: Wording | str = "generic") -> Prepar
                 f"{config.path} was prepared as kind {data.kind}, but the recipe says data.kind: {config.kind}"
             )
     else:
-        data = prepare(config, wording.template)
+        data = prepare(config, wording.template, progress=progress)
     _check_labels(data, config)
     data = _drawn(data.with_wording(wording), config)
     return data if config.histogram_targets else data.with_single_answers()

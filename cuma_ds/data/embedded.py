@@ -55,8 +55,9 @@ def _package(module: str, distribution: str) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the package gguf is not installed; pip install gguf")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"the package {package} is not installed; pip install {package}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cuma_ds.adapters import CumaModel
-from cuma_ds.config import NOTHING_TRAINS, ModelSection, ProfilesSection, RunConfig, make_config
+from cuma_ds.config import NOTHING_TRAINS, ModelSection, ProfilesSection, RunConfig
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import CheckpointError, ConfigError, ModelError
@@ -36,6 +36,7 @@ from cuma_ds.parallel.ds_config import FrozenBackbone, read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine, place_model
 from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable, wording_of
+from cuma_ds.recipe import make_config
 from cuma_ds.runs import Run, TrainedRun
 
 # Where a model does not say how far it can look back.

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import HfDeepSpeedConfig
 
 from cuma_ds.config import ModelSection
+from cuma_ds.data.embedded import MODEL_NAME
 from cuma_ds.errors import CumaError, ModelError
 from cuma_ds.files import first_line, is_hub_id, quiet_transformers
-from cuma_ds.identity import model_fingerprint, weight_files
+from cuma_ds.identity import model_file, model_fingerprint, weight_files
 from cuma_ds.parallel import deepspeed_compat as compat
 from cuma_ds.parallel.agreement import agreement
 from cuma_ds.parallel.destination import Destination, move
@@ -83,6 +84,11 @@ def check_weights(model: ModelSection) -> None:
     _check_place(model)
     with _as_model_error(model), contextlib.suppress(NotStreamable):
         plan_streaming(model)
+        return
+    if not weight_files(model.path) and model_file(model.path, "adapter_config.json") is None:
+        raise ModelError(
+            f"model.path: {model.path!r} holds no weights: neither model.safetensors nor an index of parts"
+        )
 
 
 def skeleton(model: ModelSection) -> nn.Module:
@@ -306,4 +312,5 @@ def _check_place(model: ModelSection) -> None:
             raise ModelError(f"model.path: {model.path!r} holds no config.json; expected a Hugging Face model folder")
         return
     if not is_hub_id(model.path, needs_owner=False):
-        raise ModelError(f"model.path: the folder {model.path!r} does not exist")
+        unpack = f"; `cuma-ds prepare embedded --out {path.parent}` unpacks it" if path.name == MODEL_NAME else ""
+        raise ModelError(f"model.path: the folder {model.path!r} does not exist{unpack}")

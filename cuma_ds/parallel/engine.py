@@ -21,6 +21,7 @@ from cuma_ds.parallel.ds_config import DeepSpeedSettings
 from cuma_ds.parallel.quantised import QuantisedLinear
 from cuma_ds.parallel.topology import Topology
 from cuma_ds.profiles import ProfileTable
+from cuma_ds.telemetry.screen import libraries_are_heard
 
 ParamGroups = list[dict[str, Any]]
 # Key of an optimizer's group: what the learning rate of its parameters is multiplied by.
@@ -106,7 +107,8 @@ class AdapterEngine:
         topology: Topology,
         make_optimizer: Callable[[ParamGroups], torch.optim.Optimizer],
     ) -> None:
-        compat.only_errors()
+        if not libraries_are_heard():
+            compat.only_errors()
         self.topology = topology
         self.stage = settings.stage
         self.model, self.dispatcher, self._base = place_model(config, settings, topology)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from cuma_ds.errors import CumaError, Stopped, TopologyError
 from cuma_ds.incident import ended, now_doing, signs_of_life, unexpected
 from cuma_ds.parallel.topology import Topology
+from cuma_ds.telemetry.screen import say_error
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes on what the terminal has sent to its ranks already. That is no second SIGINT.
@@ -261,7 +262,7 @@ class _Watch(threading.Thread):
         ended(line.removeprefix("error: "))
         if self._topology.is_main or everywhere:
             with contextlib.suppress(OSError):
-                print(line, file=sys.stderr, flush=True)
+                say_error(line)
         end_now(code)
 
     @property

@@ -11,7 +11,7 @@ from cuma_ds.playground.landscape import Places
 
 WIDTH, HEIGHT, MARGIN = 1000, 720, 50
 # Of a name: height, and mean width of a character; how far it stands from its dot.
-_LINE, _CHARACTER, _GAP = 17, 7.6, 9
+_LINE, _CHARACTER, _GAP = 17, 8.6, 9
 
 
 class Label(NamedTuple):

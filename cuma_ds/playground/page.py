@@ -146,7 +146,10 @@ class Page:
                 concurrency_limit=1,
                 api_visibility="private",
             )
-            stop.click(None, cancels=[sending], api_visibility="private")
+            stop.click(
+                self.stopped, said, conversation, cancels=[sending], queue=False, show_progress="hidden",
+                api_visibility="private",
+            )  # fmt: skip
             again.click(lambda: ("", None), None, [conversation, said], queue=False, api_visibility="private")
         return blocks
 
@@ -194,8 +197,10 @@ class Page:
         if known:
             choices = [(one.text, index) for index, one in enumerate(known)]
             picked = gr.Dropdown(choices, value=0, label="A question of the survey")
-        question = gr.Textbox(first.text if first else "", label="Question", lines=2)
-        options = gr.Textbox("\n".join(first.options) if first else "", label="Options, one on each line", lines=4)
+        with gr.Row():
+            text, offered = (first.text, "\n".join(first.options)) if first else ("", "")
+            question = gr.Textbox(text, label="Question", lines=4, min_width=260)
+            options = gr.Textbox(offered, label="Options, one on each line", lines=4, min_width=260)
         if known:
             picked.input(
                 lambda index: (known[index].text, "\n".join(known[index].options)), picked, [question, options],
@@ -261,6 +266,13 @@ class Page:
             yield html, Conversation(people, told), "", self._map(drawn_of, people), drawn_of
         except CumaError as error:
             yield self._part("alert", str(error)), kept, kept, kept, kept
+
+    def stopped(self, before: object) -> object:
+        """The conversation as far as it was written."""
+        if not isinstance(before, Conversation):
+            return gr.skip()
+        people = before.people
+        return self._part("talk", before.said, self._names(people), self._letters(people), writing=False)
 
     def _chosen(self, shown: int, values: Sequence[object]) -> list[Profile]:
         """The people that the inputs describe; none for a model that takes no profiles."""

@@ -9,8 +9,9 @@ from typing import NamedTuple, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cuma_ds.config import Key, RunConfig, find_recipe, load_config, read_yaml
+from cuma_ds.config import RunConfig
 from cuma_ds.errors import ConfigError, nearest
+from cuma_ds.recipe import Key, find_recipe, load_config, read_yaml
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 

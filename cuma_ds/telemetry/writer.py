@@ -25,6 +25,7 @@ from rich.progress import (
 
 from cuma_ds.config import TelemetrySection
 from cuma_ds.files import write_atomically
+from cuma_ds.telemetry.screen import console as user_console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ class MetricsWriter:
         self._tensorboard: SummaryWriter | None = None
         self._progress: Progress | None = None
         self._part: TaskID | None = None
-        self._console = console or Console()
+        self._console = console or user_console()
         self._next_tenth = 10 * start_step // max(steps.stop, 1) + 1
         if not is_main:
             return
@@ -88,6 +89,7 @@ class MetricsWriter:
         if config.progress and self._console.is_terminal:
             self._progress = Progress(
                 SpinnerColumn(),
+                TextColumn("training"),
                 MofNCompleteColumn(),
                 BarColumn(),
                 TextColumn("{task.description}"),

@@ -32,6 +32,7 @@ from cuma_ds.parallel.topology import ALONE, Topology
 from cuma_ds.profiles import ProfileTable, encoder_of, wording_of
 from cuma_ds.profiles.groups import group_mask
 from cuma_ds.runs import Run
+from cuma_ds.telemetry.progress import progress_of
 from cuma_ds.training.embedding import embed_profiles, take_known_profiles
 from cuma_ds.training.objectives import OBJECTIVES, Objective
 from cuma_ds.training.schedule import with_steps
@@ -112,7 +113,8 @@ def _open_run(config: RunConfig, run: Run, topology: Topology) -> PreparedData:
     if not run.has_data:
         # Before there is a folder: a recipe that is refused can be corrected and started under the same name.
         _check_models(config)
-        source = check_prompts(load_data(config.data, wording_of(config.profiles)), config, started=False)
+        loaded = load_data(config.data, wording_of(config.profiles), progress_of("reading"))
+        source = check_prompts(loaded, config, started=False)
         _check_objective(config, source, topology)
     origin = None
     if config.model.init_from is not None and not run.identity():
@@ -143,7 +145,10 @@ def _check_models(config: RunConfig) -> None:
 def _check_objective(config: RunConfig, data: PreparedData, topology: Topology) -> None:
     """Raise a CumaError for data that the objective cannot learn from, or that these ranks cannot share."""
     objective, rows = OBJECTIVES[config.training.objective](config), len(data.splits["train"])
-    objective.check(config, data, Renderer.of(load_tokenizer(config.model), config.data))
+    renderer = Renderer.of(load_tokenizer(config.model), config.data)
+    objective.check(config, data, renderer)
+    if data.kind == "choice":
+        renderer.letter_ids(2)  # a template that shows no answers is refused
     config = with_steps(config, rows)
     if config.adapters.method not in NOTHING_TRAINS:
         read_deepspeed_config(config, *objective.layout(_draw(config, rows, topology)), topology.world)

@@ -34,6 +34,8 @@ from cuma_ds.parallel.stored import (
 from cuma_ds.parallel.topology import Topology, wait_for_peers_at_most
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
+from cuma_ds.telemetry.progress import phase
+from cuma_ds.telemetry.screen import libraries_go_to, say
 from cuma_ds.telemetry.writer import last_step
 from cuma_ds.training.inputs import TrainingInputs, load_inputs, prepare_run
 from cuma_ds.training.loop import Loop, Say
@@ -44,7 +46,7 @@ from cuma_ds.training.schedule import with_steps
 from cuma_ds.training.start import with_start
 
 
-def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
+def train(config: RunConfig, topology: Topology, say: Say = say) -> Path:
     """Run (or resume) what the recipe says, on all ranks together.
 
     Args:
@@ -74,12 +76,15 @@ def train(config: RunConfig, topology: Topology, say: Say = print) -> Path:
 def _train(config: RunConfig, run: Run, topology: Topology, tell: Say) -> None:
     with agreement():
         config = with_start(run.as_started(config))
-    prepare_run(config, topology, tell)
+    visible = topology.is_main and config.telemetry.progress
+    with phase("preparing data and profiles", visible):
+        prepare_run(config, topology, tell)
     if config.adapters.method in NOTHING_TRAINS:
         with agreement():
             if topology.is_main:
                 _leave_untrained(config, run, tell)
         return
+    libraries_go_to(run.logs / f"rank-{topology.rank}.log")
     with agreement():
         run.check_start(content=topology.is_main)
         if topology.local_rank == 0 and not topology.is_main:
@@ -93,7 +98,8 @@ def _train(config: RunConfig, run: Run, topology: Topology, tell: Say) -> None:
             _check_newest(config, run)
             write_atomically(run.deepspeed, json.dumps(settings.engine, indent=2) + "\n")
     doing("loading the model")
-    engine = AdapterEngine(sized, settings, topology, lambda groups: make_optimizer(groups, config.training))
+    with phase("loading the model", visible):
+        engine = AdapterEngine(sized, settings, topology, lambda groups: make_optimizer(groups, config.training))
     wait_for_peers_at_most(config.parallel.timeout_seconds)
     profiles_NP = None if inputs.table is None else inputs.table.embeddings[inputs.profiles]
     engine.model.prepare(profiles_NP, inputs.group_mask)

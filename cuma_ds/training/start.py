@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cuma_ds.adapters.config import CumaConfig
-from cuma_ds.config import NEW_SINCE_0_1_0, Key, PrefixSection, RunConfig, make_config
+from cuma_ds.config import NEW_SINCE_0_1_0, PrefixSection, RunConfig
 from cuma_ds.data.prepared import read_manifest
 from cuma_ds.errors import CheckpointError, ConfigError
 from cuma_ds.files import is_hub_id
@@ -24,6 +24,7 @@ from cuma_ds.inference.open import profiles_section
 from cuma_ds.parallel.backbone import backbone_fingerprint
 from cuma_ds.parallel.stored import StoredTensors, newest_whole, read_adapters
 from cuma_ds.profiles import encoder_of
+from cuma_ds.recipe import Key, make_config
 from cuma_ds.runs import Run
 
 # Keys that belong to a trained model and to the people it has seen. A recipe that leaves them out takes those of its

@@ -16,8 +16,34 @@ settings=(
 find_folder='import sys
 sys.path.insert(0, "launchers")
 from _cli import run_main
-from cuma_ds.config import load_config
+from cuma_ds.recipe import load_config
 run_main(lambda: print(load_config(sys.argv[1], sys.argv[2:]).run_dir))'
 folder=$("$BIN/python" -c "$find_folder" "$recipe" "${settings[@]}")
-"$BIN/deepspeed" --num_accelerators "$ranks" launchers/train.py --config "$recipe" --set "${settings[@]}"
+
+echo "== training: what people of 68 countries answered, on $ranks ranks, into $folder"
+# The ranks say what goes wrong; DeepSpeed's launcher would add how it was called.
+"$BIN/deepspeed" --log_level critical --num_accelerators "$ranks" launchers/train.py \
+    --config "$recipe" --set "${settings[@]}" || {
+    code=$?
+    echo "training ended with code $code; what libraries printed is in $folder/logs" >&2
+    exit "$code"
+}
+echo "== evaluation: on people and countries that were not learned from"
 "$BIN/python" launchers/evaluate.py --run "$folder"
+
+python=${BIN#"$PWD/"}/python
+cat <<END
+
+Open the report:
+  $folder/evaluation/report.html
+It is a good one where "trained" is near "own training answers", and "profiles swapped" far from it.
+
+Ask it as two people, in the terminal or in a browser:
+  $python launchers/generate.py --run $folder --profile '{"country": "Norway"}' --profile '{"country": "Jordan"}'
+  $python launchers/playground.py --run $folder
+Take it elsewhere:
+  $python launchers/export.py --run $folder --format hf --out exported
+Train on answers of your own, like tests/data/opinions.jsonl:
+  $python launchers/train.py --config tests/data/opinions.yaml
+Survey in SPSS or Stata: docs/surveys.md. Pairs of answers: docs/preferences.md. All pages: docs/getting_started.md.
+END

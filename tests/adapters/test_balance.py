@@ -15,8 +15,8 @@ from small_runs import assert_same_training, metrics, recipe
 from torch import nn
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import find_checkpoint
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 STEPS = {"steps": 12, "global_batch_size": 12}

@@ -9,10 +9,10 @@ import torch
 
 from cuma_ds.adapters import CumaConfig
 from cuma_ds.adapters.blur import blurred
-from cuma_ds.config import make_config
 from cuma_ds.data.batch import PROFILE_SEED, EncodedExample
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
+from cuma_ds.recipe import make_config
 
 SEEDS = torch.arange(4000)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from cuma_ds.config import DataSection, make_config
+from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.embedded import unpack_embedded
 from cuma_ds.data.rows import ArrowFile, Split
@@ -24,6 +24,7 @@ from cuma_ds.errors import ConfigError, DataError, ModelError
 from cuma_ds.learned_settings import learned_settings
 from cuma_ds.locks import locked
 from cuma_ds.profiles import ProfileEncoder, ProfileTable, Wording
+from cuma_ds.recipe import make_config
 from cuma_ds.runs import Run
 
 ROOT = Path(__file__).parents[2]

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from raw_data import alignment_row, survey_people, write_alignment, write_survey
 
-from cuma_ds.config import DataSection, load_config
+from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data, prepare
 from cuma_ds.data.asked import conversation
 from cuma_ds.data.batch import encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.profiles import Wording
+from cuma_ds.recipe import load_config
 
 OPINIONS = Path(__file__).parent / "opinions.jsonl"
 

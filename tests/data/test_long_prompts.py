@@ -16,7 +16,7 @@ from ranks import run
 from run_folder import make_run
 from small_runs import recipe
 
-from cuma_ds.config import DataSection, load_config, load_started
+from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.lengths import Reading, fitting
 from cuma_ds.data.rendering import Renderer
@@ -25,6 +25,7 @@ from cuma_ds.evaluation.examples import ChoiceExamples
 from cuma_ds.evaluation.run import Evaluator, evaluate_run
 from cuma_ds.evaluation.subject import run_subject
 from cuma_ds.learned_settings import learned_settings
+from cuma_ds.recipe import load_config, load_started
 from cuma_ds.runs import Run
 from cuma_ds.training.inputs import check_prompts
 

@@ -11,12 +11,12 @@ from single_process import train_single
 from small_runs import assert_same_training, recipe
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.config import load_config
 from cuma_ds.data.batch import EncodedExample, as_filler, collate, pack
 from cuma_ds.data.stream import Draw, Stream
 from cuma_ds.errors import ConfigError
 from cuma_ds.methods.cuma import model_inputs
 from cuma_ds.profiles import ProfileTable
+from cuma_ds.recipe import load_config
 from cuma_ds.training.objectives.sft import label_losses
 
 DATA = Path(__file__).parents[1] / "data"

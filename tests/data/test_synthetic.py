@@ -7,10 +7,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from cuma_ds.config import DataSection, make_config
+from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.sources.synthetic import GROUPS_PER_MODE, PEOPLE, TRADITIONS, separation, truth
 from cuma_ds.errors import ConfigError, DataError
+from cuma_ds.recipe import make_config
 
 
 def load(**section: object) -> PreparedData:

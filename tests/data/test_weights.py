@@ -12,13 +12,14 @@ import pytest
 from raw_data import survey_people, write_benchmark, write_jsonl, write_survey
 from run_folder import content, make_run
 
-from cuma_ds.config import DataSection, load_started, make_config
+from cuma_ds.config import DataSection
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.batch import Batch, collate, encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.evaluation.run import evaluate
 from cuma_ds.evaluation.subject import run_subject
+from cuma_ds.recipe import load_started, make_config
 
 OPTIONS = ["Yes", "No", "Maybe"]
 KEYS = ["country", "question", "option"]

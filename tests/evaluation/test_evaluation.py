@@ -23,7 +23,7 @@ from run_folder import content, lively
 from safetensors.torch import save_file
 
 from cuma_ds.adapters import CumaConfig, CumaModel, inject_adapters
-from cuma_ds.config import DataSection, ModelSection, RunConfig, load_config
+from cuma_ds.config import DataSection, ModelSection, RunConfig
 from cuma_ds.data import prepare
 from cuma_ds.data.batch import EncodedExample, encode_example
 from cuma_ds.data.prepared import PreparedData
@@ -49,6 +49,7 @@ from cuma_ds.inference.open import load_trained
 from cuma_ds.parallel.backbone import load_backbone, load_tokenizer
 from cuma_ds.parallel.stored import read_adapters
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.recipe import load_config
 
 ADAPTERS = CumaConfig(num_experts=4, top_k=2, lora_r=2, target_modules=("q_proj", "v_proj"))
 COUNTRIES = ["Chile", "Ghana", "Iran", "Japan", "Kenya", "Norway", "Peru", "Spain"]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from run_folder import OPINIONS, content, make_run
 
-from cuma_ds.config import load_started
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.errors import CheckpointError, ConfigError, DataError
 from cuma_ds.evaluation.predictions import read_predictions
@@ -17,6 +16,7 @@ from cuma_ds.evaluation.run import Scope, evaluate, evaluate_run
 from cuma_ds.evaluation.scores import Scorer
 from cuma_ds.evaluation.subject import run_subject
 from cuma_ds.locks import locked
+from cuma_ds.recipe import load_started
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "0.1.0" / "run" / "evaluation"
 

@@ -580,11 +580,11 @@ def test_stock_peft_reads_an_exact_lora(variant, tmp_path, tiny_llama, tiny_enco
 @pytest.mark.parametrize("kind", ["choice", "nominal", "chat"])
 def test_an_averaged_lora_stays_within_its_reported_divergence(kind, tmp_path, tiny_llama, tiny_encoder) -> None:
     """The report's KL and EMD are those of stock PEFT against the mixture, computed again prompt by prompt."""
-    from cuma_ds.config import load_config
     from cuma_ds.data.batch import encode_example
     from cuma_ds.data.prepared import PreparedData
     from cuma_ds.data.rendering import Renderer
     from cuma_ds.parallel.backbone import load_tokenizer
+    from cuma_ds.recipe import load_config
 
     source = Path(__file__).parents[1] / "data" / ("chats.jsonl" if kind == "chat" else "opinions.jsonl")
     if kind == "nominal":
@@ -909,7 +909,7 @@ def test_what_two_sharded_ranks_trained_answers_as_their_engine_did(
     from ranks import run as run_ranks
     from small_runs import recipe
 
-    from cuma_ds.config import load_config
+    from cuma_ds.recipe import load_config
 
     parallel = {"deepspeed_config": "zero2_sharded_backbone", "ep_size": 2}
     recipes = {

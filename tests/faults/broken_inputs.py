@@ -95,7 +95,7 @@ def cases(seed: int) -> list[Case]:
 VALUES: dict[str, list[object]] = {
     "run.name": ["", "a/b", "..", 3, None, "x" * 300, "nul\0l"],
     "run.seed": ["one", -1, 1.5, 1 << 80, None],
-    "run.output_dir": ["/proc/none", "/dev/null", 7],
+    "run.output_dir": ["/proc/none", "/dev/null"],
     "model.path": ["{world}/none", "{world}/data.jsonl", "", 5, None, "{world}", "nobody/has-this", "~/none"],
     "model.dtype": ["float8", "int8", 16],
     "profiles.encoder": ["{world}/none", "{world}/data.jsonl", 1, None, "{world}/model"],

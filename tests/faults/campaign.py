@@ -32,9 +32,10 @@ from kills import kills  # noqa: E402
 from ranks import finish, start  # noqa: E402
 from refusals import on_two_ranks, refusals  # noqa: E402
 
-from cuma_ds.config import RunConfig, load_config  # noqa: E402
+from cuma_ds.config import RunConfig  # noqa: E402
 from cuma_ds.errors import CumaError  # noqa: E402
 from cuma_ds.parallel.stored import check_checkpoint, newest_whole  # noqa: E402
+from cuma_ds.recipe import load_config  # noqa: E402
 from cuma_ds.run_status import problems  # noqa: E402
 from cuma_ds.runs import Run  # noqa: E402
 from cuma_ds.training.inputs import prepare_run  # noqa: E402

@@ -28,7 +28,7 @@ from campaigns import (
 from commands import TRAIN
 from ranks import ROOT, environment, finish, free_port, start
 
-from cuma_ds.config import load_config
+from cuma_ds.recipe import load_config
 
 EVALUATE = "launchers/evaluate.py"
 # Functions to be killed in, with the most calls of each that a rank makes for certain.

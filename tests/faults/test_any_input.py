@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from malformed import complaint, good, wire
 from run_folder import make_run
 
-from cuma_ds.config import DataSection, RunConfig, load_config
+from cuma_ds.config import DataSection, RunConfig
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.errors import CumaError
 from cuma_ds.files import is_plain_name
@@ -28,6 +28,7 @@ from cuma_ds.inference.sampling import Sampling
 from cuma_ds.inference.talk import Talker
 from cuma_ds.parallel.stored import read_adapters, read_state
 from cuma_ds.profiles import linearize
+from cuma_ds.recipe import load_config
 
 FEW = settings(
     max_examples=60, deadline=None, derandomize=True, database=None,

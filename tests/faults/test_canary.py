@@ -16,10 +16,10 @@ from matplotlib.text import Text
 from ranks import run
 from small_runs import recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.inference.open import open_run
 from cuma_ds.inference.sampling import Sampling
 from cuma_ds.inference.talk import Talker
+from cuma_ds.recipe import load_config
 
 WHO = {"country": SMALL, "age": 35, "nickname": "Qanari7bird"}
 

@@ -18,12 +18,12 @@ from conftest import character_tokenizer
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from cuma_ds.config import load_config
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.inference.modeling import load_exported
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
+from cuma_ds.recipe import load_config
 from cuma_ds.training.run import train
 
 PROFILES = [{"country": "Norway", "age": 38}, {"country": "Ghana", "age": 51}]

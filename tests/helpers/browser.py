@@ -110,15 +110,24 @@ class Browser:
         self.send("DOM.focus", backendNodeId=node)
 
     def type(self, text: str) -> None:
-        """Write over what the focused input holds."""
-        self.press("a", modifiers=2, commands=["selectAll"])
+        """Write over what the focused input holds, key by key."""
+        self.evaluate("document.activeElement.select()")
+        for letter in text:
+            self.press(letter)
+
+    def paste(self, text: str) -> None:
+        """Put a text over what the focused input holds."""
+        self.evaluate("document.activeElement.select()")
         self.send("Input.insertText", text=text)
 
     def press(self, key: str, **more: Any) -> None:
         """A key, down and up."""
         codes = {"Enter": 13, "Tab": 9, "ArrowDown": 40, "Escape": 27}
-        event = {"key": key, "windowsVirtualKeyCode": codes.get(key, ord(key[0].upper()))}
-        event |= {"text": "\r"} if key == "Enter" else {}
+        event = {
+            "key": key,
+            "windowsVirtualKeyCode": codes[key] if key in codes else ord(key.upper()) if key.isalnum() else 0,
+        }
+        event |= {"text": "\r" if key == "Enter" else key} if key == "Enter" or len(key) == 1 else {}
         self.send("Input.dispatchKeyEvent", type="keyDown", **event, **more)
         self.send("Input.dispatchKeyEvent", type="keyUp", **event)
 

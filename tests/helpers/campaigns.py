@@ -16,8 +16,8 @@ from commands import TRAIN, all_tensors
 from ranks import finish, start
 from small_runs import recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import newest_whole
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 HELPER = str(Path(__file__).parent / "with_fault.py")

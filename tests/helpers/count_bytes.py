@@ -11,13 +11,13 @@ from random_batch import random_batch
 
 from cuma_ds.adapters.experts import Dispatched, Experts
 from cuma_ds.adapters.mixture import Routes
-from cuma_ds.config import load_config
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
 from cuma_ds.planning.cost import Hardware, Work
 from cuma_ds.planning.plan import Planner
 from cuma_ds.planning.skeleton import read_model_config
+from cuma_ds.recipe import load_config
 from cuma_ds.training.optimizer import make_optimizer
 
 WIDTH = 16

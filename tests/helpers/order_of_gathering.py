@@ -13,11 +13,11 @@ import torch
 from random_batch import random_batch
 from torch import nn
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.deepspeed_compat import is_partitioned
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
+from cuma_ds.recipe import load_config
 from cuma_ds.training.optimizer import make_optimizer
 
 WIDTH, STEPS = 16, 4

@@ -17,12 +17,13 @@ from small_runs import recipe
 from torch import nn
 from transformers import AutoTokenizer
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.data import load_data, prepare
 from cuma_ds.data.batch import collate
 from cuma_ds.identity import file_sha256
 from cuma_ds.learned_settings import fingerprint
 from cuma_ds.parallel.stored import State, write_state
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 TRAIN_MANY = Path(__file__).with_name("train_many.py")

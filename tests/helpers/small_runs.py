@@ -10,8 +10,9 @@ import torch
 import yaml
 from single_process import SingleRun
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 DATA = Path(__file__).parents[1] / "data" / "opinions.jsonl"

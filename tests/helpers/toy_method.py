@@ -13,11 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import Batch
 from cuma_ds.methods import METHODS
 from cuma_ds.methods.model import AdaptedModel, Output, Trained
 from cuma_ds.profiles import ProfileTable
+from cuma_ds.recipe import load_config
 
 PROMPT = 3
 

@@ -8,8 +8,8 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
+from cuma_ds.recipe import load_config
 from cuma_ds.training import run
 
 engines = []

@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 
-from cuma_ds.config import load_config
 from cuma_ds.inference.generate import Decoder
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
+from cuma_ds.recipe import load_config
 from cuma_ds.training.objectives import reference
 from cuma_ds.training.run import train
 

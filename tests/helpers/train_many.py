@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
+from cuma_ds.recipe import load_config
 from cuma_ds.training.run import train
 
 topology = start_processes(120)

@@ -19,13 +19,14 @@ RANKS_PER_MACHINE = int(sys.argv[2])
 os.environ["LOCAL_WORLD_SIZE"] = str(RANKS_PER_MACHINE)
 os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % RANKS_PER_MACHINE)
 
-from cuma_ds.config import RunConfig, load_config  # noqa: E402
+from cuma_ds.config import RunConfig  # noqa: E402
 from cuma_ds.errors import CumaError  # noqa: E402
 from cuma_ds.inference.open import load_trained, open_run  # noqa: E402
 from cuma_ds.methods.cuma import model_inputs  # noqa: E402
 from cuma_ds.parallel.backbone import full_bytes, resident_bytes  # noqa: E402
 from cuma_ds.parallel.engine import AdapterEngine  # noqa: E402
 from cuma_ds.parallel.topology import Topology, start_processes, with_expert_groups  # noqa: E402
+from cuma_ds.recipe import load_config  # noqa: E402
 from cuma_ds.runs import Run  # noqa: E402
 from cuma_ds.training import loop, run  # noqa: E402
 

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from counting import sent
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.inference.generate import Completion, generate
 from cuma_ds.inference.open import open_engine
@@ -25,6 +25,7 @@ from cuma_ds.parallel.backbone import full_bytes, live_bytes, load_tokenizer
 from cuma_ds.parallel.engine import AdapterEngine
 from cuma_ds.parallel.topology import start_processes, with_expert_groups
 from cuma_ds.planning import rollouts as planning
+from cuma_ds.recipe import load_config
 from cuma_ds.training import loop, run
 from cuma_ds.training.inputs import TrainingInputs
 from cuma_ds.training.step import StepResult

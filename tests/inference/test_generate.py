@@ -78,9 +78,9 @@ def test_several_people_in_one_batch_get_the_answers_they_get_alone(talker) -> N
 
 
 def test_choices_are_those_of_evaluation(run, talker) -> None:
-    from cuma_ds.config import load_config
     from cuma_ds.data.batch import encode_example
     from cuma_ds.data.prepared import PreparedData
+    from cuma_ds.recipe import load_config
 
     folder, trained, table = run
     config, data = load_config(folder / "config.yaml"), PreparedData.load(folder / "data")

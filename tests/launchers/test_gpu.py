@@ -22,8 +22,8 @@ from ranks import ROOT, environment, finish, run, run_recipes, start
 from single_process import train_single
 from small_runs import assert_same_training, metrics, recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import find_checkpoint
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees")

@@ -19,8 +19,8 @@ from commands import TRAIN, all_tensors, one_line
 from ranks import ROOT, environment, finish, free_port, run, start
 from small_runs import recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank

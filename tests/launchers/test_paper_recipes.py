@@ -19,8 +19,9 @@ from raw_data import (
     write_survey,
 )
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.planning.skeleton import Setup, read_model_config
+from cuma_ds.recipe import load_config
 from cuma_ds.training.schedule import learning_rate, with_steps
 
 ROOT = Path(__file__).parents[2]

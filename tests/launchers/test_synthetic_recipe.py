@@ -9,10 +9,11 @@ import yaml
 from ranks import run_recipes
 from word_models import save_word_encoder, save_word_llama, word_tokenizer
 
-from cuma_ds.config import DataSection, load_config
+from cuma_ds.config import DataSection
 from cuma_ds.data import load_data
 from cuma_ds.evaluation.report.model import ChoiceReport
 from cuma_ds.evaluation.run import evaluate_run
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 # About 53,000 trained parameters each.

@@ -12,13 +12,13 @@ from single_process import Learned
 from small_runs import assert_same_training
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cuma_ds.config import load_config
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.run import evaluate, evaluate_run
 from cuma_ds.evaluation.subject import subject
 from cuma_ds.export.plain import write_plain
 from cuma_ds.inference.open import open_model, open_run
 from cuma_ds.parallel.ds_config import read_deepspeed_config
+from cuma_ds.recipe import load_config
 
 FULL = {"method": "full"}
 

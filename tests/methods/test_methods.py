@@ -14,12 +14,13 @@ from small_runs import metrics, recipe
 from toy_method import PROMPT, Toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.data import load_data
 from cuma_ds.data.batch import collate
 from cuma_ds.methods import METHODS
 from cuma_ds.methods.cuma import CumaMethod
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 HERE = Path(__file__).parents[1]

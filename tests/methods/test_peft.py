@@ -15,7 +15,7 @@ from single_process import Learned, SingleRun
 from small_runs import assert_same_training
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cuma_ds.config import RunConfig, load_config, make_config
+from cuma_ds.config import RunConfig
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.run import evaluate, evaluate_run
 from cuma_ds.evaluation.subject import subject
@@ -28,6 +28,7 @@ from cuma_ds.inference.sampling import Sampling
 from cuma_ds.methods import METHODS
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
+from cuma_ds.recipe import load_config, make_config
 from cuma_ds.runs import Run
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]

@@ -11,7 +11,6 @@ from rivals import rival
 from small_runs import DATA
 from transformers import AutoTokenizer
 
-from cuma_ds.config import load_config, make_config
 from cuma_ds.data import load_data
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.shots import Shots
@@ -22,6 +21,7 @@ from cuma_ds.evaluation.subject import run_subject, subject
 from cuma_ds.export.plain import check_format
 from cuma_ds.inference.open import open_model
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
+from cuma_ds.recipe import load_config, make_config
 from cuma_ds.runs import Run
 from cuma_ds.training.inputs import prepare_run
 

@@ -16,8 +16,8 @@ from single_process import train_single
 from small_runs import assert_same_training, metrics
 from torch import Tensor
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import find_checkpoint
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank

@@ -11,8 +11,8 @@ from ranks import run as run_ranks
 from small_runs import recipe
 from transformers import AutoModelForCausalLM
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 HELPER = "tests/helpers/train_with_rollouts.py"

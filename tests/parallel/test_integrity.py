@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_runs import recipe
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.errors import CheckpointError, CumaError
 from cuma_ds.evaluation.subject import run_subject
 from cuma_ds.export.hf import read_run
@@ -27,6 +27,7 @@ from cuma_ds.inference.open import open_run
 from cuma_ds.learned_settings import learned_settings
 from cuma_ds.parallel.stored import check_checkpoint, find_checkpoint, newest_whole, read_state
 from cuma_ds.profiles import ProfileTable
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 from cuma_ds.training.inputs import prepare_run
 

@@ -10,9 +10,9 @@ from ranks import run_recipes
 from single_process import SingleRun, train_single
 from small_runs import STEPS, assert_same_training, metrics, recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.ds_config import DS_CONFIGS
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank

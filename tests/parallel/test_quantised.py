@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from cuma_ds.adapters import CumaConfig, inject_adapters
-from cuma_ds.config import ModelSection, RunConfig, load_config, make_config
+from cuma_ds.config import ModelSection, RunConfig
 from cuma_ds.errors import ConfigError, ModelError
 from cuma_ds.learned_settings import first_difference
 from cuma_ds.parallel import quantised
@@ -25,6 +25,7 @@ from cuma_ds.parallel.backbone import check_quantisation, full_bytes, load_backb
 from cuma_ds.parallel.destination import Destination
 from cuma_ds.parallel.ds_config import read_deepspeed_config
 from cuma_ds.parallel.quantised import QuantisedLinear, pack, unpack
+from cuma_ds.recipe import load_config, make_config
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = ["nf4", "int8"]

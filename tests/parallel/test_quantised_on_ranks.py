@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from small_runs import recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cuma_ds.config import load_config
 from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.parallel.ds_config import DS_CONFIGS
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 pytest.importorskip("bitsandbytes")

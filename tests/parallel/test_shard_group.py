@@ -12,11 +12,11 @@ from ranks import run
 from safetensors.torch import load_file
 from small_runs import recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.errors import TopologyError
 from cuma_ds.parallel.ds_config import DS_CONFIGS
 from cuma_ds.parallel.shard_group import divide_ranks, ranks_of_machines
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 WORLD, PER_MACHINE, STEPS = 4, 2, 2

@@ -13,8 +13,8 @@ from ranks import free_port, run
 from small_runs import metrics, recipe
 from two_hosts import missing, two_hosts
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import find_checkpoint
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 pytestmark = [pytest.mark.multirank, pytest.mark.twohost]

@@ -13,7 +13,6 @@ import ranks
 import torch
 import yaml
 
-from cuma_ds.config import load_config
 from cuma_ds.errors import ModelError, TopologyError
 from cuma_ds.methods.model import ExpertShapes
 from cuma_ds.parallel.ds_config import DS_CONFIGS
@@ -21,6 +20,7 @@ from cuma_ds.parallel.wire import Payload, all_to_all_bytes, balanced_pairs, gat
 from cuma_ds.planning.cost import Hardware, Work
 from cuma_ds.planning.plan import Planner
 from cuma_ds.planning.skeleton import read_model_config
+from cuma_ds.recipe import load_config
 
 HERE = Path(__file__).parents[1]
 LLAMA_8B = HERE.parent / "launchers" / "model_configs" / "llama-8b.json"

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.errors import ConfigError, TopologyError
 from cuma_ds.planning.cost import Hardware, Work
 from cuma_ds.planning.plan import Plan, Planner
 from cuma_ds.planning.proposal import QUANTISATIONS, Ask, Choice, propose
 from cuma_ds.planning.skeleton import read_model_config
+from cuma_ds.recipe import load_config
 
 SHAPES = Path(__file__).parents[2] / "launchers" / "model_configs"
 WORK = Work(2, 32, 32)

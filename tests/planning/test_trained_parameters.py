@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cuma_ds.config import make_config
 from cuma_ds.planning.cost import Hardware, Work
 from cuma_ds.planning.plan import Planner
 from cuma_ds.planning.skeleton import Setup, read_model_config
+from cuma_ds.recipe import make_config
 
 SHAPES = Path(__file__).parents[2] / "launchers" / "model_configs"
 MLP = {"router": "mlp", "router_hidden": 256, "router_layers": 2, "target_modules": ["q_proj", "v_proj"]}

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cuma_ds.config import load_config
 from cuma_ds.planning.cost import Hardware, Work
 from cuma_ds.planning.plan import Planner
 from cuma_ds.planning.skeleton import read_model_config
 from cuma_ds.planning.whole_run import step_work, whole_run
+from cuma_ds.recipe import load_config
 
 BASE = {
     "model": {"path": "m", "dtype": "bfloat16"},

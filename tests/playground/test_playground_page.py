@@ -56,14 +56,16 @@ def page(address, tmp_path) -> Iterator[Browser]:
 def choose(page: Browser, field: str, value: str) -> None:
     """Pick a value with the keyboard."""
     page.focus(field)
+    page.until("document.querySelector('[role=option]')")
     page.type(value)
+    page.until(f"document.querySelector('[role=option]').innerText.includes({value!r})")
     page.press("Enter")
     page.until(f"document.querySelector({json.dumps(f'[aria-label={json.dumps(field)}]')}).value === {value!r}", 20)
 
 
 def write(page: Browser, name: str, value: str) -> None:
     page.focus(name)
-    page.type(value)
+    page.paste(value)
     page.press("Tab")
 
 
@@ -124,7 +126,7 @@ def test_a_chat_is_that_of_generate(run, page, launch) -> None:
     write(page, "Temperature (0: the most probable)", SETTINGS["--temperature"])
     write(page, "Seed", SETTINGS["--seed"])
     page.focus("Your message")
-    page.type(MESSAGE)
+    page.paste(MESSAGE)
     page.press("Enter")
     page.until("document.querySelector('#conversation .experts')")
     settings = [part for pair in SETTINGS.items() for part in pair]
@@ -137,15 +139,25 @@ def test_a_chat_is_that_of_generate(run, page, launch) -> None:
         assert said == MESSAGE  # as typed: nothing of it is run, filled in or drawn
         assert answer == done.out.strip()
     page.focus("Your message")
-    page.type("And?")
+    page.paste("And?")
     page.press("Enter")
     page.until("document.querySelectorAll('#conversation .turn').length === 8")
     choose(page, "Country of B", "Norway")
     page.until("document.querySelector('#conversation [aria-busy=false]')")
     page.focus("Your message")
-    page.type("Hello")
+    page.paste("Hello")
     page.press("Enter")  # with somebody else it starts anew
     page.until("document.querySelectorAll('#conversation .turn').length === 4")
+    page.until("document.querySelector('#conversation .experts')")
+    write(page, "Longest answer, in tokens", "300")
+    page.focus("Your message")
+    page.paste("Go on")
+    page.press("Enter")
+    page.until("document.querySelectorAll('#conversation .turn').length === 8")
+    page.click("Stop")
+    page.until("document.querySelector('#conversation [aria-busy=false]')")
+    assert page.evaluate("document.querySelectorAll('#conversation .turn').length") == 8
+    assert len(page.evaluate("document.querySelector('#conversation .card .turn:last-child p').textContent")) < 280
 
 
 def test_the_page_says_what_it_is_and_loads_nothing_from_elsewhere(address, page) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cuma_ds.config import load_config
 from cuma_ds.errors import ConfigError, DataError
 from cuma_ds.profiles import Wording, linearize
+from cuma_ds.recipe import load_config
 
 ANNA = {"Country": "Norway", "age_group": "25-34", "religion": None, "marital status": "Single"}
 FORMATS = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cuma_ds.config import load_config
 from cuma_ds.errors import ConfigError
+from cuma_ds.recipe import load_config
 from cuma_ds.studies.study import Task, load_study, run_config
 from cuma_ds.studies.tuning import at_edge, best_rate, next_rate
 

@@ -14,10 +14,10 @@ from raw_data import write_jsonl
 from run_folder import content, make_run
 from small_runs import recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.evaluation.run import evaluate
 from cuma_ds.evaluation.subject import run_subject
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 OPTIONS = ["Yes", "No", "Maybe"]

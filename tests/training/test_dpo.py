@@ -12,10 +12,11 @@ import torch
 from pairs import write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cuma_ds.config import DataSection, DpoSection, RunConfig, load_config
+from cuma_ds.config import DataSection, DpoSection, RunConfig
 from cuma_ds.data import prepare
 from cuma_ds.data.batch import Batch, EncodedExample, collate, pack
 from cuma_ds.errors import ConfigError, CumaError
+from cuma_ds.recipe import load_config
 from cuma_ds.training.objectives.dpo import Dpo, PairBatches, pair_loss
 from cuma_ds.training.objectives.pairs import pair_values, soft_labels
 from cuma_ds.training.objectives.reference import answer_log_probabilities

@@ -12,8 +12,8 @@ from commands import TRAIN
 from ranks import run
 from small_runs import recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 pytestmark = pytest.mark.multirank

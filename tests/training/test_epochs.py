@@ -10,9 +10,10 @@ import yaml
 from ranks import run_recipes
 from small_runs import metrics, recipe
 
-from cuma_ds.config import TrainingSection, load_config, make_config
+from cuma_ds.config import TrainingSection
 from cuma_ds.errors import ConfigError
 from cuma_ds.learned_settings import fingerprint
+from cuma_ds.recipe import load_config, make_config
 from cuma_ds.runs import Run
 from cuma_ds.training.schedule import learning_rate, with_steps
 

@@ -12,12 +12,12 @@ from commands import TRAIN, all_tensors, one_line
 from ranks import run, run_recipes
 from small_runs import metrics, recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.errors import ConfigError
 from cuma_ds.evaluation.report.model import ChoiceReport
 from cuma_ds.evaluation.run import evaluate_run
 from cuma_ds.inference.open import open_export, open_run
 from cuma_ds.parallel.stored import find_checkpoint
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 LEAST = ["evaluation.min_answers=8", "evaluation.bootstrap=20"]

@@ -10,7 +10,7 @@ from ranks import ROOT, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cuma_ds import CumaConfig, CumaModel, ProfileEncoder, inject_adapters
-from cuma_ds.config import load_config
+from cuma_ds.recipe import load_config
 
 PROFILES = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,6 @@ from run_folder import lively
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cuma_ds.config import load_config
 from cuma_ds.data import load_data
 from cuma_ds.data.batch import Batch
 from cuma_ds.data.rendering import Renderer
@@ -26,6 +25,7 @@ from cuma_ds.methods import METHODS
 from cuma_ds.methods.model import AdaptedModel
 from cuma_ds.parallel.backbone import load_backbone
 from cuma_ds.profiles import ProfileEncoder, ProfileTable
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 from cuma_ds.training.objectives import reference
 from cuma_ds.training.objectives.dpo import Dpo, PairBatches

@@ -15,9 +15,9 @@ from ranks import run, run_recipes
 from single_grpo import train_single_grpo
 from small_runs import metrics, recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.errors import CumaError
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 from cuma_ds.training.inputs import prepare_run
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import DATA, metrics, recipe
 from test_identity import other_weights
 
-from cuma_ds.config import RunConfig, load_config
+from cuma_ds.config import RunConfig
 from cuma_ds.data.batch import encode_example
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.data.stream import Draw, Stream
@@ -31,6 +31,7 @@ from cuma_ds.learned_settings import fingerprint
 from cuma_ds.methods.cuma import model_inputs
 from cuma_ds.parallel.backbone import load_tokenizer
 from cuma_ds.parallel.stored import find_checkpoint, read_adapters, read_state
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 from cuma_ds.training.inputs import prepare_run
 from cuma_ds.training.start import with_start

@@ -11,7 +11,6 @@ from run_folder import make_run
 from safetensors.torch import load_file
 from small_runs import DATA
 
-from cuma_ds.config import load_config
 from cuma_ds.errors import ConfigError
 from cuma_ds.export.hf import read_run, write_hf
 from cuma_ds.inference.modeling import load_exported
@@ -19,6 +18,7 @@ from cuma_ds.inference.open import open_export, open_run
 from cuma_ds.inference.sampling import Sampling
 from cuma_ds.inference.talk import Talker
 from cuma_ds.profiles import ProfileEncoder
+from cuma_ds.recipe import load_config
 from cuma_ds.training.start import with_start
 
 OWN = {

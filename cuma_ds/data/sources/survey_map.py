@@ -8,12 +8,12 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cuma_ds.config import Key, read_yaml
 from cuma_ds.data.rendering import LETTERS
 from cuma_ds.data.rows import Scale
 from cuma_ds.data.sources.survey_file import Code, SurveyFile, code_of
 from cuma_ds.errors import DataError, nearest
 from cuma_ds.profiles.linearize import one_spelling
+from cuma_ds.recipe import Key, read_yaml
 
 
 class _Part(BaseModel):

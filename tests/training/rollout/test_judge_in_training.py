@@ -11,8 +11,8 @@ from judge_server import Reply, fault, verdict
 from ranks import run
 from small_runs import metrics, recipe
 
-from cuma_ds.config import load_config
 from cuma_ds.parallel.stored import find_checkpoint, has_checkpoint, read_adapters
+from cuma_ds.recipe import load_config
 from cuma_ds.runs import Run
 
 CHATS = Path(__file__).parents[2] / "data" / "chats.jsonl"

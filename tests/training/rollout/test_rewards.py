@@ -12,11 +12,12 @@ import pytest
 import torch
 from judge_server import fault, verdict
 
-from cuma_ds.config import RunConfig, make_config
+from cuma_ds.config import RunConfig
 from cuma_ds.data import PreparedData, load_data
 from cuma_ds.data.rendering import Renderer
 from cuma_ds.errors import ConfigError
 from cuma_ds.judge import JudgeDown
+from cuma_ds.recipe import make_config
 from cuma_ds.training.rollout import verifiable
 from cuma_ds.training.rollout.answers import Answers
 from cuma_ds.training.rollout.callables import RewardError
