@@ -1,4 +1,4 @@
-"""One rank that trains four steps on a real backbone and prints its peak of anonymous memory; started by a test.
+"""One rank that trains two steps on a real backbone and prints its peak of anonymous memory; started by a test.
 
 Run with small malloc thresholds, so that freed tensors go back to the system and the peak is that of live tensors.
 """
@@ -48,7 +48,7 @@ settings = read_deepspeed_config(config, work.sequences, work.accumulation, topo
 config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"profile_dim": WIDTH})})
 engine = AdapterEngine(config, settings, topology, lambda groups: make_optimizer(groups, config.training))
 peak.start()
-for _ in range(4):
+for _ in range(2):
     out = engine.forward(*random_batch(work.sequences, work.length, work.kept, WIDTH))
     loss = out.logits.flatten(0, 1).float().logsumexp(-1).sum() + out.balance_loss
     del out
