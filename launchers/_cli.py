@@ -33,6 +33,7 @@ from cuma_ds.telemetry.screen import say_error
 _DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
 _LAUNCHERS = (*_DEEPSPEED, "torchrun", "torch.distributed.run")
 _WATCH_SECONDS, _LAST_RESORT_SECONDS = 1.0, 3600.0
+_MAIN_SPEAKS_SECONDS = 0.5
 
 if TYPE_CHECKING:
     import psutil
@@ -78,6 +79,8 @@ def _say(error: CumaError) -> int:
     """Print an error on one rank; its exit code."""
     if not error.printed_by_main or os.environ.get("RANK", "0") == "0":
         say_error(str(error) if isinstance(error, Stopped) else f"error: {error}")
+    else:
+        time.sleep(_MAIN_SPEAKS_SECONDS)  # launchers end all ranks once one has left, and the main one says why
     return error.exit_code
 
 

@@ -41,6 +41,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "make test"),
 }
 NOT_RUN |= {("README.md", "python launchers/evaluate.py --run runs/quickstart")}
+NOT_RUN |= {("docs/reliability.md", "pip-audit --requirement constraints.txt --no-deps --disable-pip")}
 NOT_RUN |= {
     ("docs/studies.md", "python launchers/compare.py --study studies/quick"),
     ("docs/studies.md", "python launchers/compare.py --runs runs/quickstart runs/mine --out reports/compared"),

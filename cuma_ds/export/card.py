@@ -9,8 +9,8 @@ from cuma_ds.config import RunConfig
 from cuma_ds.data.prepared import PreparedData
 from cuma_ds.errors import DataError
 from cuma_ds.evaluation.report.legend import legend
-from cuma_ds.evaluation.report.model import SPLITS, read_report
-from cuma_ds.evaluation.report.tables import split_tables
+from cuma_ds.evaluation.report.model import read_report
+from cuma_ds.evaluation.report.tables import heading, split_tables
 from cuma_ds.inference.modeling import Export, ProfileFacts
 
 _USE = """\
@@ -174,7 +174,7 @@ def _metrics(folder: Path, checkpoint: str) -> list[str]:
         return [f"Not evaluated: the run's report is about {report.checkpoint}."]
     lines = []
     for name, split in report.splits.items():
-        lines += [f"### {SPLITS[name]}", "", *split_tables(report, split)]
+        lines += [f"### {heading(name, split)}", "", *split_tables(report, split)]
     return [*lines, *legend(report)]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Generator, Sequence
 from queue import SimpleQueue
 from typing import NamedTuple
+
+import torch
 
 from cuma_ds.data.rendering import Message, ask
 from cuma_ds.errors import ConfigError
@@ -16,8 +17,8 @@ from cuma_ds.inference.talk import Talker, experts_of
 from cuma_ds.playground.landscape import Landscape, Places, landscape, placed
 from cuma_ds.playground.survey import Field, Own, Survey
 
-# Groups on a map, and maps of questions that are kept.
-_MOST_GROUPS, _KEPT_MAPS = 100, 8
+# Groups on a map, those that are asked before others may ask, and maps of questions that are kept.
+_MOST_GROUPS, _AT_ONCE, _KEPT_MAPS = 100, 8, 8
 # Characters of one text that is sent to the model.
 _LONGEST_TEXT = 20_000
 
@@ -43,7 +44,7 @@ class Playground:
     def __init__(self, talker: Talker, survey: Survey | None) -> None:
         self.talker, self.survey = talker, survey
         self._asking = threading.Lock()
-        self._landscape = lru_cache(_KEPT_MAPS)(self._made_landscape)
+        self._landscapes: dict[tuple[str, ...], Landscape | None] = {}
         reader = talker.opened.reader
         named = [] if reader is None else [Field(name) for name in reader.facts.get("fields") or ()]
         self.fields = named if survey is None else survey.fields
@@ -97,7 +98,7 @@ class Playground:
 
     def replies(
         self, conversations: Sequence[Sequence[Message]], people: Sequence[Profile], sampling: Sampling
-    ) -> Iterator[list[str]]:
+    ) -> Generator[list[str], None, None]:
         """What each person's answer has become so far, again and again while all are written; the last are whole.
 
         Closing the iterator stops the writing.
@@ -151,13 +152,21 @@ class Playground:
             gates_BRE = self.talker.gates(_said(message), people)
         return [] if gates_BRE is None else experts_of(gates_BRE, self.talker.router_names)
 
+    def has_map(self, question: str, options: Sequence[str]) -> bool:
+        """Whether the map of a question was made already, so that people are placed on it at once."""
+        return (question, *options) in self._landscapes
+
     def places(self, question: str, options: Sequence[str], people: Sequence[Profile]) -> Places | None:
         """People on the map of a question, or of a message where there are no options.
 
         Returns:
             None for a model without routers, or where fewer than three groups may be shown.
         """
-        land = self._landscape(question, tuple(options))
+        if not self.has_map(question, options):
+            self._landscapes[question, *options] = self._made_landscape(question, options)
+            for oldest in list(self._landscapes)[:-_KEPT_MAPS]:
+                del self._landscapes[oldest]
+        land = self._landscapes.get((question, *options))
         if land is None or not people:
             return None
         with self._asking:
@@ -170,10 +179,13 @@ class Playground:
         if field is None or not self.talker.router_names:
             return None
         names = field.values[:_MOST_GROUPS]
-        with self._asking:
-            gates_GRE = self.talker.gates(self._asked(question, options), [{field.name: name} for name in names])
-        assert gates_GRE is not None
-        return landscape(names, gates_GRE.numpy())
+        asked, gates = self._asked(question, options), []
+        for start in range(0, len(names), _AT_ONCE):
+            with self._asking:
+                gates_GRE = self.talker.gates(asked, [{field.name: name} for name in names[start : start + _AT_ONCE]])
+            assert gates_GRE is not None
+            gates.append(gates_GRE)
+        return landscape(names, torch.cat(gates).numpy())
 
     def _asked(self, question: str, options: Sequence[str]) -> list[Message]:
         """A question as evaluation asks it, whose map this is."""

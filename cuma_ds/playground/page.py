@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import NamedTuple
@@ -45,6 +46,17 @@ class MapOf(NamedTuple):
 
     question: str
     options: tuple[str, ...]
+
+
+@dataclass
+class _Halt:
+    """Whether somebody asked to stop what is being written for them. Each visitor has one."""
+
+    asked: bool = False
+
+    def ask(self) -> None:
+        """Stop after the next piece."""
+        self.asked = True
 
 
 @dataclass
@@ -124,18 +136,18 @@ class Page:
                     typed, settings, send, stop, again = self._chat()
                     conversation = gr.HTML(elem_classes="announced", elem_id="conversation")
             the_map = gr.HTML(elem_id="map")
-            ask.click(
+            asking = ask.click(
                 self.ask,
                 [*people, *asked],
-                [answers, the_map, map_of],
+                [answers, map_of],
                 show_progress="hidden",
                 concurrency_id="model",
                 concurrency_limit=1,
                 api_visibility="private",
             )
-            said = gr.State(None)
-            outputs = [conversation, said, typed, the_map, map_of]
-            inputs = [*people, typed, *settings, said, map_of]
+            said, halt = gr.State(None), gr.State(_Halt())
+            outputs = [conversation, said, typed, map_of]
+            inputs = [*people, typed, *settings, said, map_of, halt]
             sending = gr.on(
                 [send.click, typed.submit],
                 self.send,
@@ -146,10 +158,18 @@ class Page:
                 concurrency_limit=1,
                 api_visibility="private",
             )
-            stop.click(
-                self.stopped, said, conversation, cancels=[sending], queue=False, show_progress="hidden",
-                api_visibility="private",
-            )  # fmt: skip
+            for answered in (asking, sending):
+                answered.then(
+                    self.draw,
+                    [*people, map_of],
+                    the_map,
+                    show_progress="hidden",
+                    trigger_mode="always_last",
+                    concurrency_id="map",
+                    concurrency_limit=1,
+                    api_visibility="private",
+                )
+            stop.click(_Halt.ask, halt, None, queue=False, api_visibility="private")
             again.click(lambda: ("", None), None, [conversation, said], queue=False, api_visibility="private")
         return blocks
 
@@ -226,27 +246,26 @@ class Page:
             ]
         return typed, settings, send, stop, again
 
-    def ask(self, shown: int, *values: object) -> Iterator[tuple[object, object, object]]:
-        """Answer a choice question: the bars, then the experts, then the map."""
+    def ask(self, shown: int, *values: object) -> Iterator[tuple[object, object]]:
+        """Answer a choice question: the bars, then the experts, and whose map to draw."""
         *fields, question, lines = values
         text = str(question or "").strip()
         options = [line.strip() for line in str(lines or "").splitlines() if line.strip()]
         try:
             people = self._chosen(shown, fields)
-            yield self._part("waiting", "Asking …"), gr.skip(), gr.skip()
+            yield self._part("waiting", "Asking …"), gr.skip()
             choices = self.playground.choose(text, options, people)
             bars = self._part("bars", text, options, choices, self._names(people), self._letters(people))
-            yield bars, self._part("waiting", _MAP_COMES), gr.skip()
-            bars += self._experts(text, people)
-            yield bars, gr.skip(), gr.skip()
-            drawn_of = MapOf(text, tuple(options))
-            yield bars, self._map(drawn_of, people), drawn_of
+            yield bars, gr.skip()
+            yield bars + self._experts(text, people), MapOf(text, tuple(options))
         except CumaError as error:
-            yield self._part("alert", str(error)), "", gr.skip()
+            yield self._part("alert", str(error)), gr.skip()
 
     def send(self, shown: int, *values: object) -> Iterator[tuple[object, ...]]:
         """Go on with a conversation; it starts anew where other people are chosen."""
-        *fields, typed, tokens, temperature, top_p, seed, before, map_of = values
+        *fields, typed, tokens, temperature, top_p, seed, before, map_of, halt = values
+        assert isinstance(halt, _Halt)
+        halt.asked = False
         text = str(typed or "").strip()
         kept = gr.skip()
         try:
@@ -255,24 +274,31 @@ class Page:
             names, letters = self._names(people), self._letters(people)
             so_far = before.said if isinstance(before, Conversation) and before.people == people else None
             said = [[*turns, {"role": "user", "content": text}] for turns in so_far or [[] for _ in people or [{}]]]
-            html = ""
-            for texts in self.playground.replies(said, people, sampling):
-                told = [[*turns, {"role": "assistant", "content": one}] for turns, one in zip(said, texts, strict=True)]
-                html = self._part("talk", told, names, letters, writing=True)
-                yield html, Conversation(people, told), "", kept, kept
+            with closing(self.playground.replies(said, people, sampling)) as writing:
+                for texts in writing:
+                    answers = [{"role": "assistant", "content": one} for one in texts]
+                    told = [[*turns, answer] for turns, answer in zip(said, answers, strict=True)]
+                    yield self._part("talk", told, names, letters, writing=True), kept, "", kept
+                    if halt.asked:
+                        break
             html = self._part("talk", told, names, letters, writing=False) + self._experts(text, people)
             drawn_of = map_of if isinstance(map_of, MapOf) else MapOf(text, ())
-            yield html, Conversation(people, told), "", self._part("waiting", _MAP_COMES), kept
-            yield html, Conversation(people, told), "", self._map(drawn_of, people), drawn_of
+            yield html, Conversation(people, told), "", drawn_of
         except CumaError as error:
-            yield self._part("alert", str(error)), kept, kept, kept, kept
+            yield self._part("alert", str(error)), kept, kept, kept
 
-    def stopped(self, before: object) -> object:
-        """The conversation as far as it was written."""
-        if not isinstance(before, Conversation):
-            return gr.skip()
-        people = before.people
-        return self._part("talk", before.said, self._names(people), self._letters(people), writing=False)
+    def draw(self, shown: int, *values: object) -> Iterator[str]:
+        """The map with the people on it. It has an event of its own, so that nobody waits for it to go on."""
+        *fields, of = values
+        try:
+            people = self._chosen(shown, fields)
+            if isinstance(of, MapOf):
+                if not self.playground.has_map(of.question, of.options):
+                    yield self._part("waiting", _MAP_COMES)
+                places = self.playground.places(of.question, of.options, people)
+                yield "" if places is None else self._part("map", drawn(places), LETTERS, of.question, places)
+        except CumaError:
+            yield ""  # the answers say why
 
     def _chosen(self, shown: int, values: Sequence[object]) -> list[Profile]:
         """The people that the inputs describe; none for a model that takes no profiles."""
@@ -306,10 +332,6 @@ class Page:
 
     def _experts(self, text: str, people: Sequence[Profile]) -> str:
         return self._part("experts", self.playground.experts(text, people), LETTERS)
-
-    def _map(self, of: MapOf, people: Sequence[Profile]) -> str:
-        places = self.playground.places(of.question, of.options, people)
-        return "" if places is None else self._part("map", drawn(places), LETTERS, of.question, places)
 
 
 class _OnlyFromHere:

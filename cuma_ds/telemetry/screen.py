@@ -7,6 +7,7 @@ file and keeps copies of what they were, which is where :func:`say`, :func:`say_
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -51,10 +52,18 @@ def say_error(line: str) -> None:
         print(line, file=stream, flush=True)
 
 
+class _OwnLines(logging.Handler):
+    """Shows what the package itself logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say_error(self.format(record))
+
+
 def set_libraries_aside() -> None:
     """Keep what libraries print from the user, from now on and for good."""
     if _Streams.out is not None:
         return
+    logging.getLogger("cuma_ds").addHandler(_OwnLines(logging.WARNING))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _Streams.out, _Streams.err = (_copy(number, stream) for number, stream in ((1, sys.stdout), (2, sys.stderr)))

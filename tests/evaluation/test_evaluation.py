@@ -626,7 +626,8 @@ def test_the_launcher_prints_the_table_and_where_the_pictures_are(run_dir, tmp_p
     done = launch(["--run", str(run_dir), "--batch-size", "32", "--set", "evaluation.min_answers=16"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "one global distribution" in done.stdout
-    assert str(run_dir / "evaluation" / "experts-by-group.png") in done.stdout
+    assert f"open {run_dir / 'evaluation' / 'report.html'}" in done.stdout
+    assert "experts-by-group.png" in done.stdout
     assert json.loads((run_dir / "evaluation" / "report.json").read_text())["min_answers"] == 16
 
 

@@ -375,7 +375,8 @@ def test_the_command_evaluates_a_run_on_preferences_of_somebody_else(run_folder,
     done = launch("evaluate", *arguments, "--out", "report")
     assert done.code == 0, done.err
     assert "profiles swapped" in " ".join(done.out.split())
-    assert str(Path("report") / "preferences.png") in done.out
+    assert "preferences.png" in done.out
+    assert f"open {Path('report') / 'report.html'}" in done.out
     assert read_report(tmp_path / "report").kind == "preference"
     lines = chosen.read_text().splitlines()
     bad = json.loads(lines[2])

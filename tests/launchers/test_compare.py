@@ -174,7 +174,7 @@ MISTAKES = {
     "no report": (["--runs", "a", "b"], "error: there is no report in a; evaluate it with launchers/evaluate.py"),
     "twice": (["--runs", "a", "a"], "--runs: one folder is named twice"),
     "a slice of runs": (["--runs", "a", "b", "--seeds", "0"], "--seeds belongs to --study"),
-    "no study": (["--study", "nothing"], "cannot read the recipe nothing: No such file"),
+    "no study": (["--study", "nothing"], "cannot read the study nothing: No such file"),
     "another method": (
         ["--study", "STUDY", "--methods", "dora"],
         "--methods dora: the study small has cuma, broken, lo",

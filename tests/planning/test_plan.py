@@ -207,8 +207,9 @@ def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(case, tmp_path,
         ranks.run(world, [str(HERE / "helpers" / "measure_memory.py"), str(path), json.dumps(vars(work))], fresh=True)
     )
     plan = Planner(load_config(path), read_model_config(embedded_models[0]), 16).plan(world, work, Hardware())
-    for rank in measured:
-        assert plan.total_memory == pytest.approx(rank["peak"], rel=0.1), (rank["peak"] / 1e6, plan.memory)
+    # All ranks do the same work. What is sampled can miss a peak, and never exceed it.
+    peaks = [rank["peak"] for rank in measured]
+    assert plan.total_memory == pytest.approx(max(peaks), rel=0.1), (peaks, plan.memory)
 
 
 def test_a_planner_counts_parameters_as_the_model_has_them(tmp_path) -> None:

@@ -43,7 +43,8 @@ def test_without_gradio_its_extra_is_named(launch, monkeypatch) -> None:
 
 
 def test_several_ranks_are_refused(launch, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
     done = launch("playground", "--run", "a")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "the playground is for one process" in done.err

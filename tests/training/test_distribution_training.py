@@ -115,6 +115,8 @@ def test_a_report_on_distributions_has_the_scores_of_the_answers_behind_them(
     assert found["answers"] == expected["answers"]
     assert f"{found['distributions']} published distributions, {found['answers']:,} answers;" in text
     assert "bootstrap samples of published distributions." in text
+    assert "## Held-out distributions of groups seen in training" in text
+    assert "Held-out people" not in text
 
 
 def test_held_out_questions_are_a_split_of_the_report(tmp_path, tiny_llama, tiny_encoder) -> None:

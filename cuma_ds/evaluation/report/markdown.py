@@ -8,7 +8,6 @@ from typing import TypeVar
 from cuma_ds.evaluation.report.legend import legend
 from cuma_ds.evaluation.report.model import (
     CONTENDERS,
-    SPLITS,
     ChoiceReport,
     ChoiceSplit,
     Diversity,
@@ -27,6 +26,7 @@ from cuma_ds.evaluation.report.model import (
 from cuma_ds.evaluation.report.tables import (
     FEW,
     cell,
+    heading,
     plain,
     preference_columns,
     score_table,
@@ -53,7 +53,7 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     """
     lines = [f"# Evaluation of {report.run} ({report.checkpoint})", ""]
     for name, split in report.splits.items():
-        lines += [f"## {SPLITS[name]}", "", *split_tables(report, split)]
+        lines += [f"## {heading(name, split)}", "", *split_tables(report, split)]
         if isinstance(report, ChoiceReport) and isinstance(split, ChoiceSplit):
             lines += (
                 _worst_groups(report, split)

@@ -54,7 +54,7 @@ def plot_distributions(path: Path, question: str, options: Sequence[str], cells:
     top, bottom = cast(Sequence[SubFigure], figure.subfigures(2, 1, height_ratios=[header, body]))
     top.suptitle(title, fontsize=11.5, x=0.01, ha="left")
     handles = [
-        Patch(color=GREY, label="observed, held-out people"),
+        Patch(color=GREY, label="observed, held out"),
         Patch(color=BLUE, label=f"predicted, {model}"),
         Line2D([], [], color=VERMILLION, linewidth=1.8, label=_COLLAPSE),
     ]

@@ -98,13 +98,21 @@ def score_table(report: Report, part: Part, columns: Columns) -> list[str]:
     return lines
 
 
+def heading(name: str, split: Part) -> str:
+    """The title of a split: which people were held out, or which published distributions."""
+    title = SPLITS[name]
+    if isinstance(split, ChoiceSplit) and split.distributions is not None:
+        return title.replace("People", "Distributions").replace("people", "distributions")
+    return title
+
+
 def terminal_tables(report: Report) -> list[Table]:
     """One table per split, for a terminal."""
     tables = []
     for name, split in report.splits.items():
         columns = FEW if report.kind == "choice" else _all_columns(report, split)[0]
         columns = {score: column for score, column in columns.items() if score not in _IN_REPORT}
-        table = Table(title=SPLITS[name], caption=size(split), title_justify="left", caption_justify="left")
+        table = Table(title=heading(name, split), caption=size(split), title_justify="left", caption_justify="left")
         table.add_column("")
         for head in _heads(split, columns):
             table.add_column(head, justify="right")
