@@ -7,20 +7,18 @@ import re
 from typing import Any
 
 _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}]')
-_SHOWN = 40
 
 
 class RepeatedKeyError(ValueError):
-    """A key that stands twice in one mapping.
+    """A key that stands twice in one mapping. What stands there is not said: it may be about a person.
 
     Args:
         key: the key.
-        values: what stands there, shortened.
     """
 
-    def __init__(self, key: str, values: tuple[str, str]) -> None:
+    def __init__(self, key: str) -> None:
         self.key = key
-        super().__init__(f"key {key!r} stands twice, with {values[0]} and {values[1]}; keep one")
+        super().__init__(f"key {key!r} stands twice; keep one")
 
 
 def read_json(text: str) -> Any:
@@ -28,8 +26,7 @@ def read_json(text: str) -> Any:
 
     Raises:
         ValueError: broken JSON (``json.JSONDecodeError``), or in one line what else cannot be read: a key that stands
-            twice (with both values, or with both lines of a longer text), too many nested lists or objects, a number
-            with too many digits.
+            twice (with both lines of a longer text), too many nested lists or objects, a number with too many digits.
     """
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
@@ -51,15 +48,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        key = next(name for name in names if names.count(name) > 1)
-        first, second, *_ = (_shown(value) for name, value in pairs if name == key)
-        raise RepeatedKeyError(key, (first, second))
+        raise RepeatedKeyError(next(name for name in names if names.count(name) > 1))
     return found
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _lines_of_repeated_key(text: str) -> tuple[int, int]:

@@ -171,7 +171,7 @@ def read_profile(text: str) -> dict[str, object] | str:
     try:
         fields = read_json(text)
     except RepeatedKeyError as error:
-        raise ConfigError(f"--profile: key {error.key!r} stands twice; keep one") from None
+        raise ConfigError(f"--profile: {error}") from None
     except ValueError as error:
         raise ConfigError(
             f'--profile is broken JSON ({error}); expected e.g. \'{{"country": "Norway", "age": 34}}\''
