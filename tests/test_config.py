@@ -160,7 +160,7 @@ def test_the_last_of_two_overrides_wins_and_keys_within_one_stand_once():
 
 def test_json_with_a_repeated_key_is_refused_with_its_lines_and_without_its_values():
     assert read_json('{"a": {"b": 1}, "c": [{"b": 2}, {"b": 3}]}') == {"a": {"b": 1}, "c": [{"b": 2}, {"b": 3}]}
-    with pytest.raises(ValueError, match="^key 'b' stands twice; keep one$"):
+    with pytest.raises(ValueError, match=r"^key 'b' stands twice; keep one$"):
         read_json('{"a": [{"b": 1, "b": {"c": null}}]}')
     text = json.dumps({"b": '}{"b":', "zero": {"stage": 2, "x": 1}}, indent=1).replace('"x"', '"stage"')
     with pytest.raises(ValueError, match="key 'stage' stands twice, in lines 4 and 5; keep one"):
