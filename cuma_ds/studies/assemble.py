@@ -19,7 +19,17 @@ from cuma_ds.planning.skeleton import Setup, read_model_config
 from cuma_ds.profiles import ProfileTable
 from cuma_ds.runs import Run
 from cuma_ds.studies.compared import Contender, Evaluated, compare, read_evaluated
-from cuma_ds.studies.report.model import Curve, CurvePoint, Measured, RunsReport, StudyReport, Table, Trial, Tuned
+from cuma_ds.studies.report.model import (
+    Curve,
+    CurvePoint,
+    Measured,
+    Reached,
+    RunsReport,
+    StudyReport,
+    Table,
+    Trial,
+    Tuned,
+)
 from cuma_ds.studies.study import Task, run_arguments, run_config
 from cuma_ds.studies.tuning import at_edge, best_rate
 from cuma_ds.studies.work import Cell, Part, Work, metric_rows
@@ -214,9 +224,7 @@ def _curves(table: Table, targets: Sequence[float]) -> None:
     }
     curves = {method: found for method, found in curves.items() if found}
     for target in targets:
-        table.reached[f"{target:g}"] = {
-            method: _mean([seconds_until(curve, target) for curve in found]) for method, found in curves.items()
-        }
+        table.reached[f"{target:g}"] = {method: when_reached(found, target) for method, found in curves.items()}
     if len(curves) > 1:
         shared = min(curve.valid[-1].seconds for found in curves.values() for curve in found)
         table.equal_seconds = shared
@@ -225,13 +233,23 @@ def _curves(table: Table, targets: Sequence[float]) -> None:
         }
 
 
+def when_reached(curves: Sequence[Curve], target: float) -> Reached:
+    """When the runs of a method reached a target: by the seconds of those that did."""
+    seconds = [found for curve in curves if (found := seconds_until(curve, target)) is not None]
+    at_first = any(point.value is not None and point.value <= target for curve in curves for point in curve.valid[:1])
+    return Reached(seconds=_mean(seconds), seeds=len(seconds), of=len(curves), at_most=at_first)
+
+
 def seconds_until(curve: Curve, target: float) -> float | None:
     """Seconds of training until ``valid`` first was at ``target`` or below; between checkpoints by a straight line.
 
     Returns:
-        None where it never was, or already at the first checkpoint.
+        The seconds of the first checkpoint where it was there already, which is the most that it took. None where it
+        never was.
     """
     known = [(point.seconds, point.value) for point in curve.valid if point.value is not None]
+    if known and known[0][1] <= target:
+        return known[0][0]
     for (before, high), (after, low) in pairwise(known):
         if high > target >= low:
             return before + (after - before) * (high - target) / (high - low)

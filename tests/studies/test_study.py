@@ -147,7 +147,9 @@ def test_a_rate_that_failed_is_worse_than_any_other() -> None:
 def test_a_study_that_is_not_there_is_told_apart_from_recipes() -> None:
     with pytest.raises(ConfigError, match="cannot read the study nope: ") as raised:
         load_study("nope")
-    assert str(raised.value).endswith("studies that come with the package: studies/cuma_options, studies/mean_collapse, studies/quick")
+    assert str(raised.value).endswith(
+        "studies that come with the package: studies/cuma_options, studies/mean_collapse, studies/quick"
+    )
     with pytest.raises(ConfigError, match="cannot read the recipe nope: ") as raised:
         load_config("nope")
     assert "studies/quick" not in str(raised.value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from cuma_ds.evaluation.report.model import CONTENDERS, FLOORS, SPLITS
 from cuma_ds.evaluation.report.tables import plain
-from cuma_ds.studies.report.model import Compared, Estimate, Measured, RunsReport, StudyReport, Table, Tuned
+from cuma_ds.studies.report.model import Compared, Estimate, Measured, Reached, RunsReport, StudyReport, Table, Tuned
 
 # Score -> head of its column and format, by kind of data; the first is what methods are judged by.
 _SCORES: dict[str, dict[str, tuple[str, str]]] = {
@@ -204,11 +204,18 @@ def _time(table: Table) -> list[str]:
         lines += ["### Time", "", *_head(["", *methods])]
         cells = [plain(table.at_equal_time[method], "{:.4f}") for method in methods]
         lines.append(f"| on valid after {table.equal_seconds or 0:,.0f} s of training | {' | '.join(cells)} |")
-        for target, seconds in table.reached.items():
-            cells = ["not reached" if seconds.get(one) is None else f"{seconds[one]:,.0f} s" for one in methods]
-            lines.append(f"| until {target} | {' | '.join(cells)} |")
+        for target, reached in table.reached.items():
+            lines.append(f"| until {target} | {' | '.join(when(reached.get(one)) for one in methods)} |")
         lines.append("")
     return lines
+
+
+def when(reached: Reached | None) -> str:
+    """When a target was reached; says how many seeds did, unless all."""
+    if reached is None or reached.seconds is None:
+        return "not reached"
+    some = f" ({reached.seeds} of {reached.of} seeds)" if reached.seeds < reached.of else ""
+    return f"{'≤ ' if reached.at_most else ''}{reached.seconds:,.0f} s{some}"
 
 
 def _costs(table: Table) -> list[str]:

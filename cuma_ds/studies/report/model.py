@@ -164,13 +164,29 @@ class Measured(BaseModel):
     curve: Curve | None = None
 
 
+class Reached(BaseModel):
+    """How long a method took to a target distance on ``valid``.
+
+    Attributes:
+        seconds: of training, mean over the seeds that reached it (between checkpoints by a straight line); None where
+            none did.
+        seeds: how many did.
+        of: how many were trained.
+        at_most: one of them was there at its first checkpoint already, so that the mean is the most that it took.
+    """
+
+    seconds: Number = None
+    seeds: int = 0
+    of: int
+    at_most: bool = False
+
+
 class Table(BaseModel):
     """One recipe at one budget. ``runs`` and ``tuned`` are by method.
 
     Attributes:
         splits: comparisons of the methods with at least one evaluated run.
-        reached: target distance -> method -> seconds of training until it was reached on ``valid``, mean over seeds
-            (between checkpoints by a straight line); None where a seed did not reach it.
+        reached: target distance -> method -> when it was reached.
         equal_lengths: method -> Distinct-2 of generated answers, each cut to the shortest that any method gave to the
             same conversation (first seeds); empty where none were generated.
         equal_seconds: the time at which the first method had finished.
@@ -182,7 +198,7 @@ class Table(BaseModel):
     runs: dict[str, list[Measured]]
     tuned: dict[str, Tuned] = {}
     splits: dict[str, Compared] = {}
-    reached: dict[str, dict[str, Number]] = {}
+    reached: dict[str, dict[str, Reached]] = {}
     equal_lengths: dict[str, Number] = {}
     equal_seconds: Number = None
     at_equal_time: dict[str, Number] = {}
