@@ -47,6 +47,19 @@ NOT_RUN |= {
     ("docs/studies.md", "python launchers/compare.py --runs runs/quickstart runs/mine --out reports/compared"),
 }
 NOT_RUN |= {
+    (
+        "docs/mean_collapse.md",
+        "python launchers/compare.py --study studies/mean_collapse --recipes immigration --budgets 240 "
+        "--methods cuma cuma-noise lora",
+    ),
+    (
+        "docs/mean_collapse.md",
+        "python launchers/train.py --config studies/survey --set model.dtype=bfloat16 training.global_batch_size=6 "
+        "training.micro_batch_size=6 adapters.method=lora adapters.lora_r=68 adapters.lora_alpha=136 "
+        "training.steps=480 training.learning_rate=0.003 run.name=lora-480",
+    ),
+}
+NOT_RUN |= {
     ("docs/reproduce.md", "python launchers/prepare_data.py wvb --root WorldValuesBench --out prepared/wvb"),
     ("docs/reproduce.md", "python launchers/evaluate.py --run runs/wvb-cuma-r8"),
     (
