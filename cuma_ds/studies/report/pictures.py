@@ -51,7 +51,7 @@ def _scores(path: Path, split: Compared, where: str, colour: Mapping[str, str]) 
     """The first score of every method, and the paired differences beside it."""
     score, (head, _) = next(iter(columns(split).items()))
     methods, pairs = list(split.methods), split.differences
-    figure = new_figure(9.2, 1.15 + 0.34 * max(len(methods), len(pairs), 2))
+    figure = new_figure(9.2, 1.35 + 0.34 * max(len(methods), len(pairs), 2))
     left, right = figure.subplots(1, 2)
     for reference, style in (("collapse", "--"), ("oracle", ":")):
         value = split.references.get(reference, {}).get(score)
@@ -62,7 +62,7 @@ def _scores(path: Path, split: Compared, where: str, colour: Mapping[str, str]) 
     _rows(left, methods)
     left.set_xlabel(head, fontsize=9.5)
     if left.get_legend_handles_labels()[0]:
-        left.legend(frameon=False, fontsize=8, loc="best")
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8)
     right.axvline(0, color=INK, linewidth=1.0)
     for place, pair in enumerate(pairs):
         clear = pair.scores[score].clear
