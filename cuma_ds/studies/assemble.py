@@ -236,7 +236,8 @@ def _curves(table: Table, targets: Sequence[float]) -> None:
 def when_reached(curves: Sequence[Curve], target: float) -> Reached:
     """When the runs of a method reached a target: by the seconds of those that did."""
     seconds = [found for curve in curves if (found := seconds_until(curve, target)) is not None]
-    at_first = any(point.value is not None and point.value <= target for curve in curves for point in curve.valid[:1])
+    known = [[point.value for point in curve.valid if point.value is not None] for curve in curves]
+    at_first = any(values[0] <= target for values in known if values)
     return Reached(seconds=_mean(seconds), seeds=len(seconds), of=len(curves), at_most=at_first)
 
 
