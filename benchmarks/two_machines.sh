@@ -18,7 +18,7 @@ rate=$1
 shift
 unshare --net sleep infinity &
 second=$!
-trap 'kill $second' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 until [ "$(readlink /proc/$second/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
 ip link add name eth0 type veth peer name eth0 netns $second
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from ranks import environment, run
 from small_runs import recipe
+from two_hosts import missing
 
 from cuma_ds.ops import library
 
@@ -101,6 +103,27 @@ def test_shard_group(tiny_llama) -> None:
     results = run(2, [str(BENCHMARKS / "shard_group.py"), *arguments])
     assert [code for code, _ in results] == [0, 0], results
     assert "2, none" in results[0][1]
+
+
+@pytest.mark.multirank
+def test_shard_group_on_two_machines(tiny_llama) -> None:
+    """The ranks of each find those of the other over the cable, and all of it is gone afterwards."""
+    cable = "ip link add name a type veth peer name b && tc qdisc add dev a root tbf rate 1gbit burst 8mb latency 100ms"
+    env = environment() | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])}
+    probe = (
+        missing()
+        or subprocess.run(["unshare", "--net", "sh", "-c", cable], env=env, capture_output=True, text=True).stderr
+    )
+    if probe:
+        pytest.skip(f"no cable of a given rate can be made here: {probe}")
+    arguments = ["--groups", "2", "1", "--ep", "2", "--model", str(tiny_llama), "--length", "8", "--rounds", "1"]
+    command = [str(BENCHMARKS / "two_machines.sh"), "10gbit", str(BENCHMARKS / "shard_group.py"), *arguments]
+    ran = subprocess.run(command, env=env | {"RANKS": "1"}, capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "2, none" in ran.stdout
+    refused = subprocess.run([command[0], "10gbit"], env=env, capture_output=True, text=True, timeout=200)
+    assert refused.returncode == 2
+    assert "usage" in refused.stderr
 
 
 def test_dpo_step(tiny_llama, table) -> None:
