@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import deepspeed
@@ -32,6 +32,7 @@ from deepspeed.utils import (
 )
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from cuma_ds.torch_compat import without_hooks
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from cuma_ds.parallel.ds_config import FrozenBackbone, LossScale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+_torch_linear = nn.functional.linear  # before ``deepspeed.zero.Init`` puts another in its place
 
 
 def only_errors() -> None:
@@ -95,11 +98,11 @@ class LayerHooks:
 
     Args:
         offload: of the model.
-
     """
 
     def __init__(self, offload: DeepSpeedZeRoOffload) -> None:
         self._offload = offload
+        _keep_little_for_backward()
 
     @classmethod
     def of_engine(cls, engine: DeepSpeedEngine) -> LayerHooks:
@@ -132,6 +135,46 @@ class LayerHooks:
         hooks = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
         with deepspeed.zero.GatheredParameters(whole), without_hooks(hooks):
             yield
+
+
+def _keep_little_for_backward() -> None:
+    """Let linears with a partitioned frozen weight keep neither that weight whole nor their input until the backward.
+
+    Only the gradient of a weight needs the input. Linears that train are computed as ZeRO-3 would.
+    """
+    # Relies on ``deepspeed.zero.Init`` having put a function of its own in the place of ``torch.nn.functional.linear``,
+    # for good, which keeps the input, too.
+    theirs = nn.functional.linear
+    if isinstance(theirs, _Linear):
+        return
+    nn.functional.linear = _Linear(theirs)
+
+
+class _Linear:
+    """``torch.nn.functional.linear``; ``other`` is called where a weight trains or is not partitioned."""
+
+    def __init__(self, other: Callable[..., Tensor]) -> None:
+        self._other = other
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trains or not is_partitioned(weight):
+            return self._other(input, weight, bias)
+        return _FrozenProduct.apply(input, weight, bias)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x W^T + b of frozen parameters, which are saved themselves: ZeRO-3 has them whole again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _torch_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0] @ weight, None, None
 
 
 class GatherMeter:
@@ -209,7 +252,6 @@ class Partitioner:
     # flat parameter, zero-padded at the end.
 
     def __init__(self, config: dict[str, object], group: dist.ProcessGroup | None = None) -> None:
-        # A side effect is wanted: linears no longer keep gathered weights for the backward pass.
         self._init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, data_parallel_group=group)
 
     @property

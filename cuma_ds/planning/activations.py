@@ -2,6 +2,9 @@
 
 A shallow copy of the model (one and two layers, one and two sequences) runs forward and backward on the meta device
 while every storage is counted from its birth to its death. The peak is linear in layers and in sequences from there.
+
+A sharded backbone has its own peak at another moment: a large output head is whole while its product runs, and no
+longer when the loss is computed. So there is a peak for each set of weights that is whole at some moment.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cuma_ds.planning.skeleton import Setup
+from cuma_ds.planning.cost import Weight
+from cuma_ds.planning.skeleton import Gathering, Setup
 from cuma_ds.torch_compat import TorchDispatchMode, tensors_in
 
 
@@ -28,29 +32,43 @@ class ActivationPeak:
     fixed: float
     per_sequence: float
 
-    def bytes(self, sequences: int) -> int:
+    def at(self, sequences: int) -> float:
         """Peak bytes for one micro batch of so many sequences."""
-        return max(0, round(self.fixed + sequences * self.per_sequence))
+        return self.fixed + sequences * self.per_sequence
 
 
-def activation_peak(setup: Setup, length: int, kept: int) -> ActivationPeak:
+# What is whole at one moment, in a fixed order.
+Live = tuple[Weight, ...]
+
+
+def activation_peaks(setup: Setup, length: int, kept: int) -> dict[Live, ActivationPeak]:
     """Trace four small runs and extend them to the model's depth.
 
     Args:
         setup: the model; ``num_hidden_layers`` is its depth.
         length: tokens of a sequence.
         kept: trailing positions whose logits are computed.
+
+    Returns:
+        The peak while these weights are whole, if the backbone is sharded, and no others.
     """
     layers = setup.text.num_hidden_layers
 
-    def at(depth: int, sequences: int) -> float:
-        return float(_trace(_with_depth(setup, depth), sequences, length, kept))
+    def at(depth: int, sequences: int) -> dict[Live, int]:
+        return _trace(_with_depth(setup, depth), sequences, length, kept)
 
     one_one, one_two, two_one, two_two = at(1, 1), at(1, 2), at(2, 1), at(2, 2)
-    slope_one, slope_two = one_two - one_one, two_two - two_one
-    per_sequence = slope_one + (slope_two - slope_one) * (layers - 1)
-    at_one = one_one + (two_one - one_one) * (layers - 1)
-    return ActivationPeak(fixed=at_one - per_sequence, per_sequence=per_sequence)
+    peaks = {}
+    for live in two_two:
+        # What is whole only in a deeper model grows with layers as what runs while nothing is whole.
+        shallow_one, shallow_two = (
+            one.get(live, two[live] - two[()] + one[()]) for one, two in ((one_one, two_one), (one_two, two_two))
+        )
+        slope_one, slope_two = shallow_two - shallow_one, two_two[live] - two_one[live]
+        per_sequence = slope_one + (slope_two - slope_one) * (layers - 1)
+        at_one = shallow_one + (two_one[live] - shallow_one) * (layers - 1)
+        peaks[live] = ActivationPeak(fixed=float(at_one - per_sequence), per_sequence=float(per_sequence))
+    return peaks
 
 
 def _with_depth(setup: Setup, depth: int) -> Setup:
@@ -61,13 +79,19 @@ def _with_depth(setup: Setup, depth: int) -> Setup:
     return shallow
 
 
-def _trace(setup: Setup, sequences: int, length: int, kept: int) -> int:
-    model = setup.build()
+def _trace(setup: Setup, sequences: int, length: int, kept: int) -> dict[Live, int]:
+    model, packable = setup.build_packable()
+    weights = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers()]}
+    memory = _PeakMemory(weights)
+
+    def changed() -> None:
+        memory.now_live(tuple(sorted(Weight.of(parameter, setup.dtype, packable) for parameter in gathering.live)))
+
+    gathering = Gathering(model, changed)
     if setup.config.model.gradient_checkpointing:
         model.recompute_activations()
     batch, table = setup.work(sequences, length, kept)
-    weights = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers()]}
-    with _without_collector(), _PeakMemory(weights) as memory:
+    with _without_collector(), memory:
         out = model(batch, table)
         logits = out.logits.flatten(0, 1)
         nll = logits.float().logsumexp(dim=-1).sum()
@@ -75,7 +99,7 @@ def _trace(setup: Setup, sequences: int, length: int, kept: int) -> int:
         del out, logits, nll
         memory.forget_gradients_of([one.parameter for one in model.trained_parameters()])
         loss.backward()
-    return memory.peak
+    return memory.peaks
 
 
 @contextlib.contextmanager
@@ -92,13 +116,23 @@ def _without_collector() -> Iterator[None]:
 
 
 class _PeakMemory(TorchDispatchMode):
-    """Bytes of all storages alive that were made while this mode was on; ``peak`` is their maximum."""
+    """Bytes of all storages alive that were made while this mode was on; ``peaks`` are the most, by what is live."""
 
     def __init__(self, weights: set[int]) -> None:
         super().__init__()
-        self.current = self.peak = 0
+        self.current = 0
+        self.peaks: dict[Live, int] = {(): 0}
+        self._live: Live = ()
         self._seen = weakref.WeakSet[torch.UntypedStorage]()
         self._weights = weights
+
+    def now_live(self, live: Live) -> None:
+        """Count for these weights from here on."""
+        self._live = live
+        self._note()
+
+    def _note(self) -> None:
+        self.peaks[self._live] = max(self.peaks.get(self._live, 0), self.current)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -114,7 +148,7 @@ class _PeakMemory(TorchDispatchMode):
         self._seen.add(storage)
         size = storage.nbytes()
         self.current += size
-        self.peak = max(self.peak, self.current)
+        self._note()
         weakref.finalize(storage, self._remove, size)
 
     def _remove(self, size: int) -> None:

@@ -7,10 +7,14 @@ estimate, from the FLOP/s and bandwidths that the caller assumes.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import gcd
 from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from cuma_ds.config import RunConfig
 from cuma_ds.parallel.ds_config import DeepSpeedSettings
@@ -81,6 +85,11 @@ class Weight(NamedTuple):
     numbers: int
     itemsize: int
     packable: bool = False
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter, dtype: torch.dtype, packable: set[nn.Parameter]) -> Weight:
+        """A parameter of a backbone that is used in ``dtype``."""
+        return cls(parameter.numel(), dtype.itemsize, parameter in packable)
 
 
 class Kept(NamedTuple):
@@ -210,25 +219,38 @@ class Layout:
             masters = -(-sizes.shared // self.gpus) + -(-(sizes.expert // self.ep_size) // copies)
         return {
             "backbone": sum(count * kept.part(self.shards) for kept, count in self.backbone.items()),
-            "live layer": self._live(),
+            "live layer": self._live_layer(),
             "adapters": sizes.trained_itemsize * local,
             "gradients": sizes.trained_itemsize * (local + self._bucket(local)) + 4 * masters,
             "optimizer": 12 * masters,
         }
 
-    def _live(self) -> int:
-        """Bytes of what is made for the layer that runs: its largest parameter, whole and unpacked; and of what is
-        gathered early.
-        """
-        ours, unpacked = self.settings.backbone, max((kept.unpacked for kept in self.backbone), default=0)
+    def _live_layer(self) -> int:
+        """Bytes of the largest weight that is live, or at stage 3 gathered to be trained."""
+        trained = self.sizes.largest_trained * self.sizes.itemsize if self.settings.stage == 3 else 0
+        return max(self.largest_live(), trained)
+
+    def largest_live(self) -> int:
+        """Bytes that are made for the weight that takes most while its layer runs, and for what is gathered early."""
+        return max((self.live([weight]) for weight in self.sizes.backbone), default=0)
+
+    def live(self, weights: Iterable[Weight]) -> int:
+        """Bytes that are made while the layers of these weights run: gathered copies, early ones too, and unpacked."""
+        kept = [Kept.of(weight, self.config.model.quantisation) for weight in weights]
+        unpacked = sum(one.unpacked for one in kept)
         if not self.copies_layers:
             return unpacked
-        whole = max((kept.part(self.shards) * self.shards + kept.unpacked for kept in self.backbone), default=0)
+        gathered = self._early + sum(one.part(self.shards) * self.shards for one in kept)
+        return unpacked + min(gathered, self.whole_backbone())
+
+    @cached_property
+    def _early(self) -> int:
+        """Bytes of what is gathered before its layer runs, or kept for its next use."""
         if self.settings.stage == 3:
-            return max(whole, self.sizes.largest_trained * self.sizes.itemsize)
+            return 0
+        ours = self.settings.backbone
         elements = sum(count * kept.units * kept.elements for kept, count in self.backbone.items())
-        early = (ours.prefetch_bucket_size + ours.max_reuse_distance) * self.whole_backbone() // elements
-        return min(whole + early, self.whole_backbone() + unpacked)
+        return (ours.prefetch_bucket_size + ours.max_reuse_distance) * self.whole_backbone() // elements
 
     def whole_backbone(self) -> int:
         """Bytes of the backbone as one rank gathers it."""

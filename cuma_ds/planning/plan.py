@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from cuma_ds.config import NOTHING_TRAINS, RunConfig
 from cuma_ds.errors import ConfigError, TopologyError
 from cuma_ds.parallel.ds_config import read_deepspeed_config
-from cuma_ds.planning.activations import ActivationPeak, activation_peak
+from cuma_ds.planning.activations import ActivationPeak, Live, activation_peaks
 from cuma_ds.planning.cost import Hardware, Layout, Sizes, Weight, Work, overlapped
 from cuma_ds.planning.skeleton import Setup, gathered_parameters
 
@@ -101,7 +101,7 @@ class Planner:
         adapters = config.adapters.model_copy(update={"profile_dim": width})
         self.setup = Setup(model_config, config.model_copy(update={"adapters": adapters}))
         self.sizes = _sizes(self.setup)
-        self._peaks: dict[tuple[int, int], ActivationPeak] = {}
+        self._peaks: dict[tuple[int, int], dict[Live, ActivationPeak]] = {}
 
     def plan(self, gpus: int, work: Work, hardware: Hardware) -> Plan:
         """Memory, bytes and speed on ``gpus`` ranks.
@@ -116,10 +116,10 @@ class Planner:
         """The same, of one that :meth:`layout` gave, possibly changed since."""
         work, held = layout.work, layout.held()
         host = {name: held.pop(name) for name in layout.on_host()}
-        peak, extra = self._peak(work), layout.dispatch_memory()
-        memory = {**held, "activations": peak.bytes(work.sequences) + extra * work.sequences}
-        room = hardware.memory - hardware.reserved - sum(held.values()) - peak.fixed
-        per_sequence = peak.per_sequence + extra
+        lines = self._activations(layout)
+        memory = {**held, "activations": max(0, *(round(line.at(work.sequences)) for line in lines))}
+        room = hardware.memory - hardware.reserved - sum(held.values())
+        fitting = [int((room - line.fixed) // line.per_sequence) for line in lines if line.per_sequence > 0]
         return Plan(
             gpus=layout.gpus,
             shards=layout.shards,
@@ -131,7 +131,7 @@ class Planner:
             links=layout.links(),
             dispatch=layout.dispatch,
             seconds=layout.seconds(hardware),
-            max_micro_batch=max(0, int(room // per_sequence)) if per_sequence > 0 else 0,
+            max_micro_batch=max(0, min(fitting, default=0)),
             fits=sum(memory.values()) + hardware.reserved <= hardware.memory,
             trained_parameters=self.sizes.shared + self.sizes.expert,
             backbone_parameters=self.sizes.backbone_parameters,
@@ -149,11 +149,16 @@ class Planner:
         settings = read_deepspeed_config(config, work.sequences, work.accumulation, gpus)
         return Layout(self.sizes, config, settings, hardware.machines(gpus), work)
 
-    def _peak(self, work: Work) -> ActivationPeak:
-        key = (work.length, work.kept)
+    def _activations(self, layout: Layout) -> list[ActivationPeak]:
+        """Peaks of a layout besides what it holds, which includes the largest live weight; the highest one counts."""
+        key = (layout.work.length, layout.work.kept)
         if key not in self._peaks:
-            self._peaks[key] = activation_peak(self.setup, *key)
-        return self._peaks[key]
+            self._peaks[key] = activation_peaks(self.setup, *key)
+        moved, largest = layout.dispatch_memory(), layout.largest_live()
+        return [
+            ActivationPeak(peak.fixed + layout.live(weights) - largest, peak.per_sequence + moved)
+            for weights, peak in self._peaks[key].items()
+        ]
 
 
 def _sizes(setup: Setup) -> Sizes:
@@ -168,7 +173,7 @@ def _sizes(setup: Setup) -> Sizes:
     multiplied, trained_multiplied = (_multiplied(some, model.backbone) for some in (frozen, trained))
 
     def weights(parameters: list[nn.Parameter]) -> Counter[Weight]:
-        return Counter(Weight(p.numel(), setup.dtype.itemsize, p in packable) for p in parameters)
+        return Counter(Weight.of(parameter, setup.dtype, packable) for parameter in parameters)
 
     return Sizes(
         backbone=weights(frozen),

@@ -1,11 +1,11 @@
-"""The model of a recipe without weights: its shapes, and which of its frozen parameters a micro step gathers."""
+"""The model of a recipe without weights: its shapes, and which of its frozen parameters are whole while it runs."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,52 +115,73 @@ def read_model_config(path: str | Path) -> PretrainedConfig:
         raise ModelError(f"{path}: {first_line(error)}") from None
 
 
-def gathered_parameters(setup: Setup, model: AdaptedModel) -> list[nn.Parameter]:
-    """Frozen parameters in the order in which one micro step gathers them when they are sharded, some several times.
-
-    The model is of no further use: it has hooks and has run.
+class Gathering:
+    """Follows which frozen parameters of a model are whole while it runs, as if they were sharded.
 
     The rules are those of ZeRO-3 with nothing kept for reuse: a module's parameters are gathered before its forward
-    and its backward, and released after each. They are followed on a run without storage, because recomputation stops
-    early and layers below the first trained one have no backward.
+    and its backward, and released after each. They are followed by hooks, because recomputation stops early and layers
+    below the first trained one have no backward.
+
+    Args:
+        model: has hooks from here on.
+        changed: called after each change of ``live``.
+
+    Attributes:
+        live: parameters that are whole now.
+        gathered: all that were, in the order in which they were gathered, some several times.
     """
-    gathered: list[nn.Parameter] = []
-    live: set[nn.Parameter] = set()
-    in_backward: list[nn.Parameter] = []
 
-    def need(own: list[nn.Parameter]) -> None:
-        gathered.extend(parameter for parameter in own if parameter not in live)
-        live.update(own)
+    def __init__(self, model: AdaptedModel, changed: Callable[[], None] = lambda: None) -> None:
+        self.live: set[nn.Parameter] = set()
+        self.gathered: list[nn.Parameter] = []
+        self._in_backward: list[nn.Parameter] = []
+        self._changed = changed
+        model.place(Spread(lambda experts: (0, experts), whole=self._whole))
+        for module in model.modules():
+            if own := [p for p in module.parameters(recurse=False) if not p.requires_grad]:
+                self._watch(module, own)
 
-    def watch(module: nn.Module, own: list[nn.Parameter]) -> None:
+    def _need(self, own: list[nn.Parameter]) -> None:
+        self.gathered.extend(parameter for parameter in own if parameter not in self.live)
+        self.live.update(own)
+        self._changed()
+
+    def _release(self, own: list[nn.Parameter]) -> None:
+        self.live.difference_update(own)
+        self._changed()
+
+    @contextlib.contextmanager
+    def _whole(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        self._need(parameters)
+        yield
+        self._release(parameters)
+
+    def _watch(self, module: nn.Module, own: list[nn.Parameter]) -> None:
         def before_backward(_: Tensor) -> None:
-            live.difference_update(in_backward)
-            need(own)
-            in_backward[:] = own
+            self._release(self._in_backward)
+            self._need(own)
+            self._in_backward = own
 
         def after_forward(_: nn.Module, __: object, out: object) -> None:
-            live.difference_update(own)
+            self._release(own)
             first = out[0] if isinstance(out, tuple) else out
             if isinstance(first, Tensor) and first.requires_grad:
                 first.register_hook(before_backward)
 
-        module.register_forward_pre_hook(lambda *_: need(own))
+        module.register_forward_pre_hook(lambda *_: self._need(own))
         module.register_forward_hook(after_forward)
 
-    @contextlib.contextmanager
-    def whole(parameters: list[nn.Parameter]) -> Iterator[None]:
-        need(parameters)
-        yield
-        live.difference_update(parameters)
 
-    model.place(Spread(lambda experts: (0, experts), whole=whole))
-    for module in model.modules():
-        if own := [p for p in module.parameters(recurse=False) if not p.requires_grad]:
-            watch(module, own)
+def gathered_parameters(setup: Setup, model: AdaptedModel) -> list[nn.Parameter]:
+    """Frozen parameters in the order in which one micro step gathers them when they are sharded, some several times.
+
+    The model is of no further use: it has hooks and has run.
+    """
+    gathering = Gathering(model)
     if setup.config.model.gradient_checkpointing:
         model.recompute_activations()  # after the hooks, as in the engine: it may register hooks of its own
     model(*setup.work(1, 2, 2)).logits.sum().backward()
-    return gathered
+    return gathering.gathered
 
 
 class _FlashAttention(torch.autograd.Function):
