@@ -151,16 +151,16 @@ def _keep_little_for_backward() -> None:
 
 
 class _Linear:
-    """``torch.nn.functional.linear``; ``other`` is called where a weight trains or is not partitioned."""
+    """``torch.nn.functional.linear``; ``other`` is called for partitioned weights that train."""
 
     def __init__(self, other: Callable[..., Tensor]) -> None:
         self._other = other
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not is_partitioned(weight):
+            return _torch_linear(input, weight, bias)
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if trains or not is_partitioned(weight):
-            return self._other(input, weight, bias)
-        return _FrozenProduct.apply(input, weight, bias)
+        return (self._other if trains else _FrozenProduct.apply)(input, weight, bias)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -174,7 +174,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grads[0] @ weight, None, None
+        return grads[0] @ weight.to(grads[0].dtype), None, None  # another dtype under autocast
 
 
 class GatherMeter:
